@@ -1,0 +1,42 @@
+# Everything a person or CI runs. Each target makes its own .venv; only Python 3.10 or newer is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FILE ?=
+
+.PHONY: demo test lint types pytest bench clean
+
+demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
+	$(BIN)/convtap demo $(FILE)
+
+test: lint types pytest  ## everything CI runs
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: asked for by another package it would come as the newest, with CUDA
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.plain: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[test]'
+	touch $@ $(VENV)/.plain
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

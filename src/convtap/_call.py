@@ -1,0 +1,121 @@
+"""One run of one layer, and the account of each layer's runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from convtap._policy import Held, map_leaves, read, storage_key, tensor_bytes, walk_tensors
+from convtap._stats import dtype_text, shapes, shapes_text
+
+
+class Tally:
+    """One layer's account in a block: how often it ran, and how many of its calls are kept."""
+
+    __slots__ = ("bypassed", "captured", "computed", "held", "kind", "name", "numbers", "separator")
+
+    def __init__(self, name: str, kind: str = "") -> None:
+        self.name = name
+        self.kind = kind
+        self.captured = 0
+        self.held = 0
+        self.bypassed: str | None = None
+        self.computed = False
+        self.numbers = itertools.count()
+        self.separator = "#"
+
+    def __getstate__(self) -> Any:  # the counter cannot be pickled, and nothing is counted in a copy
+        return None, {slot: getattr(self, slot) for slot in self.__slots__ if slot != "numbers"}
+
+
+class Call:
+    """One run of one layer.
+
+    Attributes:
+        index: how many times the layer had run before, in this block.
+        forward: the number of the outermost forward pass that it was part of.
+        via: how it was seen: ``"module"``, ``"function"``, ``"script"`` or ``"keras"``.
+    """
+
+    __slots__ = ("_tally", "_value", "forward", "index", "via")
+
+    def __init__(self, tally: Tally, index: int, forward: int, via: str, value: Any) -> None:
+        self._tally = tally
+        self.index = index
+        self.forward = forward
+        self.via = via
+        self._value = value
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self._tally.name
+
+    @property
+    def key(self) -> str:
+        """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
+        tally = self._tally
+        return tally.name if tally.held == 1 else f"{tally.name}{tally.separator}{self.index}"
+
+    @property
+    def output(self) -> Any:
+        """The output: a tensor such as (B, C, T), or the structure of tensors that the layer returned.
+
+        Raises:
+            ModifiedInPlace: it was kept as an alias (``copy=False``) and has been written since.
+        """
+        value = self._value
+        return value if type(value) is Tensor else read(value, self.key)
+
+    @property
+    def _shown(self) -> Any:
+        """The value to describe without waiting for it or checking it."""
+        return map_leaves(lambda held: held.tensor, self._value, Held)
+
+    @property
+    def shape(self) -> Any:
+        """The shape of the output, as a ``torch.Size``, or the structure of shapes."""
+        return shapes(self._shown)
+
+    @property
+    def dtype(self) -> Any:
+        """The data type of the output's first tensor, or None if it has no tensor."""
+        return next((tensor.dtype for _, tensor in walk_tensors(self._shown)), None)
+
+    @property
+    def device(self) -> Any:
+        """The device of the output's first tensor, or None if it has no tensor."""
+        return next((tensor.device for _, tensor in walk_tensors(self._shown)), None)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the output's elements."""
+        return sum(tensor_bytes(tensor) for _, tensor in walk_tensors(self._shown))
+
+    def __repr__(self) -> str:
+        return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
+
+
+def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
+    """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
+    found: dict[tuple[str, int], int] = {}
+    for call in calls:
+        for _, tensor in walk_tensors(call._shown):
+            key = storage_key(tensor)
+            if key is None:
+                found[("", id(tensor))] = tensor_bytes(tensor)
+            elif key[1]:
+                found[(str(tensor.device), key[0])] = key[1]
+    return found
+
+
+def separate(tallies: Iterable[Tally]) -> None:
+    """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
+    tallies = list(tallies)
+    names = [tally.name for tally in tallies if "#" in tally.name]
+    for tally in tallies if names else ():
+        if any(name.startswith(tally.name + "#") for name in names):
+            tally.separator = "##"

@@ -1,0 +1,206 @@
+"""The context manager: wires selection, taps, recorder and result together, and undoes all of it on exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from convtap import _process
+from convtap._budget import Budget
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
+from convtap._log import Log
+from convtap._offload import Offloader
+from convtap._passes import FAST_PATHS, Passes
+from convtap._policy import Policy, parse_bytes
+from convtap._record import Recorder, StopForward
+from convtap._result import Activations
+from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._verdict import conclude
+from convtap.taps.function import FunctionTap
+from convtap.taps.module import ModuleTap
+
+
+class Capture:
+    """Collects the outputs of a model's 1-D convolutions while the block runs the model.
+
+    Nothing of the model changes: not its definition, weights, mode or results; and nothing stays on it afterwards.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import capture
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv1d(4, 8, 3, padding=1))
+        >>> with capture(model) as acts:
+        ...     y = model(torch.zeros(2, 1, 50))
+        >>> {name: tuple(output.shape) for name, output in acts.items()}
+        {'0': (2, 4, 50), '2': (2, 8, 50)}
+
+    Args:
+        model: any PyTorch model.
+        layers: what to capture; None for every 1-D convolution. One of these, or several in a list: an exact name, a glob
+            (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the model, an int (position
+            among the layers of ``types``), a function ``(name, module) -> bool``. An exact name or a module selects
+            whatever type it has; the others choose among modules of ``types``.
+        types: the module types to choose from; Conv1d and its quantized forms by default.
+        at: ``"output"``, or ``"input"`` for what the layer was given.
+        detach: keep no autograd graph. With False the captured tensor is upstream of the loss, so that
+            ``torch.autograd.grad(loss, acts[name])`` works.
+        copy: the captured value survives later in-place operations. With False an alias is kept, and reading one that was
+            changed since raises ``ModifiedInPlace``.
+        offload: a device to move what is kept to, such as ``"cpu"``.
+        dtype: what to cast floating-point outputs to.
+        reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
+        keep: ``"all"`` calls of a layer, or only the ``"last"``.
+        max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
+        stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
+        functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
+            owner. None: yes, unless the model contains a module whose own fast path watching functions would switch off
+            (``nn.TransformerEncoder``, ``nn.MultiheadAttention``).
+        strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
+
+    Raises:
+        LayerNotFound: a selector matches nothing.
+        NotCaptured: on exit: nothing was captured, a layer asked for by exact name did not run, or one was bypassed.
+        MemoryLimitExceeded: in the forward pass: the next output would go over ``max_bytes``.
+        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well), or ``reduce`` failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        types: Types = CONV1D,
+        at: Literal["output", "input"] = "output",
+        detach: bool = True,
+        copy: bool = True,
+        offload: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        keep: Literal["all", "last"] = "all",
+        max_bytes: int | str | None = None,
+        stop: bool = False,
+        functional: bool | None = None,
+        strict: bool = True,
+    ) -> None:
+        self._types = check_arguments(model, layers, types)
+        _check_choice("at", at, ("output", "input"))
+        _check_choice("keep", keep, ("all", "last"))
+        if stop and layers is None:
+            raise InvalidValue(
+                "stop=True needs layers: without them nobody can say which layer is the last. "
+                "Write for example capture(model, 'encoder.conv3', stop=True)."
+            )
+        self._model = model
+        self._layers = layers
+        self._at = at
+        self._policy = Policy(detach=detach, copy=copy, reduce=reduce, dtype=dtype)
+        self._offloader = None if offload is None else Offloader(offload)
+        self._last = keep == "last"
+        self._max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
+        self._stop = stop
+        self._functional = functional
+        self._strict = strict
+        self._judges = True
+        self._open: _Block | None = None
+        if layers is not None:
+            select(model, layers, self._types)  # a wrong name is an error here, where it was written
+
+    def __enter__(self) -> Activations:
+        if self._open is not None:
+            raise ConvtapError(
+                "this capture is open already, and one object holds one block. Open a second one with capture(model)."
+            )
+        block = _Block(self)
+        self._open = block
+        return Activations(block.log)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        block, self._open = self._open, None
+        assert block is not None
+        return block.close(error, self._strict if self._judges else None)
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise InvalidType(
+            f"this is the capture itself, not what it collects, so [{key!r}] means nothing here. "
+            "Run the model inside a block: with capture(model) as acts: model(x)"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = ""
+        if hasattr(Activations, name):
+            hint = f" Activations have {name!r}: with capture(model) as acts: model(x), and then acts.{name}."
+        raise AttributeError(f"a capture has no attribute {name!r}.{hint}")
+
+
+capture = Capture
+
+
+class _Block:
+    """One entry into a capture: everything that is put on the model and taken off again."""
+
+    def __init__(self, capture: Capture) -> None:
+        selection = select(capture._model, capture._layers, capture._types)
+        functional = capture._functional
+        slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
+        self.functional = (not slowed if functional is None else functional) and selection.takes_functions
+        if not selection.modules and not self.functional:
+            raise LayerNotFound(selection.nothing())
+        self.selection = selection
+        self.log = log = Log(selected=selection.modules, exact=selection.exact, aliases=selection.tree.aliases)
+        if slowed:
+            log.notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
+        token = self.token = _process.Token()
+        self.passes = passes = Passes(capture._model, token)
+        log.inputs = passes.inputs
+        self.recorder = Recorder(
+            token,
+            log,
+            selection.modules,
+            passes,
+            capture._policy,
+            last=capture._last,
+            offloader=capture._offloader,
+            budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
+            stop_after={*selection.modules, *selection.function_names} if capture._stop else None,
+        )
+        parts: list[Any] = [
+            passes,
+            ModuleTap(selection.modules, self.recorder, at=capture._at, detach=capture._policy.detach),
+        ]
+        if self.functional:
+            parts.append(FunctionTap(selection, self.recorder, passes, token, at=capture._at))
+        with ExitStack() as stack:
+            _process.enter(token)
+            stack.callback(_process.leave, token)
+            for part in parts:
+                stack.callback(part.close)
+                part.open()
+            self.stack = stack.pop_all()
+
+    def close(self, error: BaseException | None, strict: bool | None) -> bool:
+        """Undoes everything, and returns whether the body ended by ``stop``.
+
+        If it ended well, what is missing is an error (``strict``), a warning, or (None) for the caller to see.
+        """
+        self.stack.close()
+        log, selection = self.log, self.selection
+        log.selected = tuple(selection.modules)  # the names only: what was collected keeps no module alive
+        stopped = isinstance(error, StopForward) and error.token is self.token
+        if strict is not None and (error is None or stopped):
+            complete = self.recorder.reached == len(log.selected) and log.tallies and not selection.function_names
+            if not complete or self.recorder.failure is not None:
+                conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
+        return stopped
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")

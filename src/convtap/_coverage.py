@@ -1,0 +1,91 @@
+"""How much of a selection was captured: per layer captured n times, idle, or bypassed, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from convtap._errors import plural
+from convtap._table import Table
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """What became of one selected layer.
+
+    Attributes:
+        name: the layer.
+        captured: how many of its calls were captured.
+        bypassed: what used its weight without a convolution that could be seen, or None.
+        computed: whether a convolution ran with a weight computed from this layer's; its output is under ``F.conv1d``.
+    """
+
+    name: str
+    captured: int
+    bypassed: str | None = None
+    computed: bool = False
+
+    @property
+    def state(self) -> str:
+        """One of ``"captured"``, ``"bypassed"`` and ``"idle"``."""
+        if self.captured:
+            return "captured"
+        return "bypassed" if self.bypassed is not None and not self.computed else "idle"
+
+    def __str__(self) -> str:
+        if self.captured:
+            return f"captured {plural(self.captured, 'time')}"
+        if self.computed:
+            return "idle; a convolution with a weight computed from its own is under 'F.conv1d'"
+        return "idle" if self.bypassed is None else f"bypassed: weight read by {self.bypassed}"
+
+
+class Coverage(Mapping[str, LayerCoverage]):
+    """What became of each selected layer: captured n times, idle, or bypassed, and by what."""
+
+    def __init__(self, layers: Sequence[LayerCoverage], notes: Sequence[str] = ()) -> None:
+        self._layers = {layer.name: layer for layer in layers}
+        self.notes = tuple(notes)
+
+    def __getitem__(self, name: str) -> LayerCoverage:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def _in_state(self, state: str) -> list[str]:
+        return [name for name, layer in self._layers.items() if layer.state == state]
+
+    @property
+    def captured(self) -> list[str]:
+        """The layers with at least one captured call."""
+        return self._in_state("captured")
+
+    @property
+    def idle(self) -> list[str]:
+        """The layers that did not run, as far as could be seen."""
+        return self._in_state("idle")
+
+    @property
+    def bypassed(self) -> list[str]:
+        """The layers whose weight was used, by something that is no convolution."""
+        return self._in_state("bypassed")
+
+    def _line(self) -> str:
+        counts = [
+            f"{len(names)} {state}" for state in ("captured", "idle", "bypassed") if (names := self._in_state(state))
+        ]
+        return f"{plural(len(self), 'layer')}: " + (", ".join(counts) or "none selected")
+
+    def _table(self) -> Table:
+        rows = [(name, str(layer)) for name, layer in self._layers.items()]
+        return Table(("layer", "state"), rows, title=self._line(), notes=self.notes)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()

@@ -1,0 +1,97 @@
+"""The exceptions of convtap, and the phrases their messages share: lists of names, and the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ConvtapError(Exception):
+    """Base of every error that convtap raises on purpose."""
+
+
+class _MessageKeyError(ConvtapError, KeyError):
+    """A KeyError that shows its message as it was written (KeyError itself quotes it)."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class LayerNotFound(_MessageKeyError):
+    """A selector or a key names no layer."""
+
+
+class AmbiguousCall(_MessageKeyError):
+    """A layer ran several times, and its plain name was asked for."""
+
+
+class NotCaptured(ConvtapError):
+    """A block ended and something that was asked for is not in it."""
+
+
+class ModifiedInPlace(ConvtapError):
+    """An alias (``copy=False``) was read after the model changed it in place."""
+
+
+class MemoryLimitExceeded(ConvtapError):
+    """Storing one more output would go over ``max_bytes``."""
+
+
+class NonFiniteOutput(ConvtapError):
+    """A layer produced NaN or Inf from finite inputs."""
+
+
+class StoreError(ConvtapError):
+    """A file or a store directory cannot be read or written as asked."""
+
+
+class MissingExtra(ConvtapError, ImportError):
+    """An optional package is needed; the message holds the pip command."""
+
+
+class Unsupported(ConvtapError):
+    """What was asked cannot be done right here, and the message says what can."""
+
+
+class OutOfRange(ConvtapError, IndexError):
+    """A position, such as a sample, that does not exist (also an IndexError)."""
+
+
+class InvalidType(ConvtapError, TypeError):
+    """An argument is of the wrong type (also a TypeError)."""
+
+
+class InvalidValue(ConvtapError, ValueError):
+    """An argument has a value that cannot be used (also a ValueError)."""
+
+
+class CoverageWarning(UserWarning):
+    """Something that was selected was not captured, and the block was not strict about it."""
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Joins names for a message: the first ``limit`` of them, and how many there are."""
+    every = list(names)
+    if not every:
+        return "none"
+    shown = ", ".join(every[:limit])
+    return shown if len(every) <= limit else f"{shown}, … ({len(every)})"
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Returns the name most like ``name``, or None if none is at all like it."""
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Returns `` Did you mean 'x'?``, or nothing if no name is near."""
+    near = nearest(name, names)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """Counts a noun: ``1 call``, ``3 calls``, ``2 passes``."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"

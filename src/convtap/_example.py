@@ -1,0 +1,52 @@
+"""Runs a model once on an example, without leaving a trace on it: mode, running statistics, random-number state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from convtap._errors import InvalidType
+
+#: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+Example: TypeAlias = "Tensor | tuple[Any, ...] | dict[str, Any]"
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Splits an example into what the model is called with.
+
+    Raises:
+        InvalidType: it is neither a tensor, a tuple nor a dict.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, dict):
+        return (), dict(example)
+    raise InvalidType(
+        f"example is a {type(example).__name__}. Pass a tensor, a tuple of positional arguments, or a dict of keyword "
+        "arguments: example=torch.zeros(1, 1, 16000)."
+    )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and every module back into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def run_once(model: nn.Module, example: Any) -> Any:
+    """Runs a model on an example in eval mode, without gradients, and returns its output."""
+    args, kwargs = arguments(example)
+    with eval_mode(model), torch.random.fork_rng(), torch.no_grad():
+        return model(*args, **kwargs)

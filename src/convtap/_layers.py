@@ -1,0 +1,160 @@
+"""Lists what a selection selects, and with an example how each layer is really used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._capture import Capture
+from convtap._errors import LayerNotFound
+from convtap._example import Example, arguments, run_once
+from convtap._result import Activations
+from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._stats import dtype_text, shapes_text
+from convtap._table import Table, human_bytes
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a selection.
+
+    Attributes:
+        name: its qualified name.
+        type: the class of the module, or ``"parameter"`` for a convolution without one.
+        parameters: how many parameters it has itself, or None while they are not materialized.
+        kernel: the kernel size; an int if it has one axis, None if the type has none.
+        stride: the stride, likewise.
+        dilation: the dilation, likewise.
+        used: with an example: how it ran, such as ``"module × 2"``, ``"F.conv1d × 1"`` or ``"idle"``.
+        shape: with an example: the shape of what would be kept of its first call, such as (B, C, T).
+        dtype: with an example: its data type.
+        nbytes: with an example: the bytes that all its calls would keep.
+    """
+
+    name: str
+    type: str
+    parameters: int | None
+    kernel: Any = None
+    stride: Any = None
+    dilation: Any = None
+    used: str | None = None
+    shape: Any = None
+    dtype: torch.dtype | None = None
+    nbytes: int | None = None
+
+
+def list_layers(
+    model: nn.Module,
+    layers: Layers = None,
+    *,
+    types: Types = CONV1D,
+    example: Example | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Table:
+    """Lists the layers that a selection selects, in definition order. Print it, or iterate over its rows.
+
+    With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
+    says how the layer is used, and what it would keep with ``reduce`` and ``dtype``. Nothing is kept for that.
+
+    Args:
+        model: any PyTorch model.
+        layers: what to list, as in ``capture``; None for every 1-D convolution.
+        types: the module types to choose from.
+        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        reduce: as in ``capture``.
+        dtype: as in ``capture``.
+
+    Raises:
+        LayerNotFound: the selection matches nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> from convtap import list_layers
+        >>> list_layers(nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 5, stride=2)))
+        layer  type    parameters  kernel  stride  dilation
+        -----  ------  ----------  ------  ------  --------
+        0      Conv1d          16       3       1         1
+        2      Conv1d         168       5       2         1
+    """
+    kinds = check_arguments(model, layers, types)
+    selection = select(model, layers, kinds)
+    rows = {name: _row(name, module) for name, module in selection.modules.items()}
+    if example is None:
+        if not rows and not selection.function_names:
+            raise LayerNotFound(selection.nothing())
+        return _table(list(rows.values()), ("parameters", "kernel", "stride", "dilation"))
+    acts = _observe(model, layers, kinds, example, reduce, dtype)
+    used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts) for name in acts.coverage]
+    return _table(used, ("used", "shape", "dtype", "bytes"), _forecast(used, acts))
+
+
+class _Forget:
+    """Stands in for the offloader: keeps the shape and type of a tensor, and none of its values."""
+
+    device = torch.device("meta")
+
+    def move(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="meta") if not tensor.is_quantized else tensor
+
+
+def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
+    arguments(example)
+    watching = Capture(model, layers, types=types, reduce=reduce, dtype=dtype, functional=True, strict=False)
+    watching._offloader = _Forget()  # type: ignore[assignment]
+    watching._judges = False
+    with watching as acts:
+        run_once(model, example)
+    return acts
+
+
+def _row(name: str, module: nn.Module) -> LayerRow:
+    own = list(module.parameters())
+    lazy = any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own)
+    return LayerRow(
+        name,
+        type(module).__name__,
+        None if lazy else sum(parameter.numel() for parameter in own),
+        *(_single(getattr(module, key, None)) for key in ("kernel_size", "stride", "dilation")),
+    )
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+
+def _with_use(row: LayerRow, acts: Activations) -> LayerRow:
+    calls = acts.calls(row.name)
+    if not calls:
+        state = acts.coverage[row.name]
+        return LayerRow(**{**row.__dict__, "used": str(state)})
+    ways = {"module": "module", "function": "F.conv1d", "script": "TorchScript", "keras": "Keras"}
+    counts = {way: sum(1 for call in calls if call.via == way) for way in dict.fromkeys(call.via for call in calls)}
+    used = ", ".join(f"{ways[way]} × {count}" for way, count in counts.items())
+    first = calls[0]
+    total = sum(call.nbytes for call in calls)
+    return LayerRow(**{**row.__dict__, "used": used, "shape": first.shape, "dtype": first.dtype, "nbytes": total})
+
+
+def _forecast(rows: list[LayerRow], acts: Activations) -> str:
+    total = sum(row.nbytes or 0 for row in rows)
+    shape = acts._log.inputs.get(0)
+    batch = shape[0] if shape else 1
+    return f"kept: {human_bytes(total)} in this pass, {human_bytes(total / max(batch, 1))} a sample (batch of {batch})"
+
+
+def _table(rows: list[LayerRow], columns: tuple[str, ...], note: str = "") -> Table:
+    def cells(row: LayerRow) -> tuple[Any, ...]:
+        shown = {
+            **row.__dict__,
+            "shape": "" if row.shape is None else shapes_text(row.shape),
+            "dtype": dtype_text(row.dtype),
+            "bytes": None if row.nbytes is None else human_bytes(row.nbytes),
+        }
+        return (row.name, row.type, *(shown[column] for column in columns))
+
+    return Table(("layer", "type", *columns), [cells(row) for row in rows], notes=[note], items=rows)

@@ -1,0 +1,122 @@
+"""Numbers the forward passes of a block: one for each outermost call of the model, or of a part of it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from convtap._frames import module_calls, outermost_call
+from convtap._hooks import Hooks
+from convtap._policy import walk_tensors
+from convtap._process import Token, open_tokens
+
+# Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
+FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+_BODY = object()
+
+
+class _Here(threading.local):
+    """The pass that this thread is in."""
+
+    depth = 0
+    number = -1
+    outside: object = None
+
+
+class Passes:
+    """Which forward pass is running, and what batch it was given.
+
+    The root is marked by a pair of hooks. A part of the model that is called directly (``model.encoder(x)``) is found
+    on the stack when a layer first runs in it, and is marked from then on, so that its next call is a new pass.
+
+    Attributes:
+        inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
+    """
+
+    def __init__(self, model: nn.Module, token: Token) -> None:
+        self.inputs: dict[int, tuple[int, ...] | None] = {}
+        self._model = model
+        self._token = token
+        self._numbers = itertools.count()
+        self._here = _Here()
+        self._hooks = Hooks()
+        self._members: set[int] | None = None
+        self._marked: set[int] = set()
+
+    def open(self) -> None:
+        """Marks the root."""
+        self._mark(self._model)
+
+    def close(self) -> None:
+        """Takes every mark off."""
+        self._hooks.remove()
+
+    def in_forward(self) -> bool:
+        """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
+        return self._here.depth > 0 or outermost_call(self._member_ids()) is not None
+
+    def current(self) -> int:
+        """Returns the number of the pass that this thread is in."""
+        here = self._here
+        return here.number if here.depth else self._outside(here)
+
+    def _member_ids(self) -> set[int]:
+        if self._members is None:
+            self._members = {id(module) for module in self._model.modules()}
+        return self._members
+
+    def _mark(self, module: nn.Module) -> None:
+        if isinstance(module, FAST_PATHS) or id(module) in self._marked:
+            return
+        self._marked.add(id(module))
+        self._hooks.before(module, self._entered)
+        self._hooks.after(module, self._left, always=True)
+
+    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._token not in open_tokens():
+            return
+        here = self._here
+        if here.depth and self._is_nested():
+            here.depth += 1
+            return
+        here.depth = 1
+        self._begin(here, args, kwargs)
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        here = self._here
+        if here.depth and self._token in open_tokens():
+            here.depth -= 1
+
+    def _is_nested(self) -> bool:
+        """Whether a marked call other than this one is on the stack (one that was interrupted never said it ended)."""
+        marked = sum(1 for module, _ in module_calls() if id(module) in self._marked)
+        return marked > 1
+
+    def _begin(self, here: _Here, args: Any, kwargs: Any) -> None:
+        here.number = next(self._numbers)
+        here.outside = None
+        self.inputs[here.number] = _input_shape((args, kwargs))
+
+    def _outside(self, here: _Here) -> int:
+        """The pass of a layer that runs while no marked call does."""
+        found: tuple[nn.Module, FrameType] | None = outermost_call(self._member_ids())
+        caller: object = _BODY if found is None else found[0]
+        if here.outside is not caller:
+            values = found[1].f_locals if found else {}
+            self._begin(here, values.get("args", ()), values.get("kwargs", {}))
+            here.outside = caller
+            if found:
+                self._mark(found[0])
+        return here.number
+
+
+def _input_shape(inputs: Any) -> tuple[int, ...] | None:
+    """The shape of the first input tensor that has a batch axis and another (else of the first one)."""
+    shapes = [tuple(tensor.shape) for _, tensor in walk_tensors(inputs) if isinstance(tensor, Tensor) and tensor.dim()]
+    return next((shape for shape in shapes if len(shape) > 1), shapes[0] if shapes else None)

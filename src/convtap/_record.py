@@ -1,0 +1,192 @@
+"""What every tap emits to: decides which outputs are this block's, and keeps them in order, counted, within budget."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._budget import Budget
+from convtap._call import Call, Tally
+from convtap._errors import ConvtapError
+from convtap._log import Log
+from convtap._offload import Offloader
+from convtap._passes import Passes
+from convtap._policy import Alias, Policy, map_leaves, snapshot
+from convtap._process import Token, open_tokens
+
+# Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
+# recomputation of one that was recorded already.
+_backward_task = torch._C._current_graph_task_id
+
+# The recording's own torch calls are not the model's: a function mode, ours or a user's, must not see them.
+_outside_modes = torch._C.DisableTorchFunction
+
+
+class StopForward(BaseException):
+    """Ends a forward pass early. No Exception, so that a model's own ``except Exception`` lets it through."""
+
+    def __init__(self, token: Token) -> None:
+        super().__init__("convtap ends this forward pass early (stop=True)")
+        self.token = token
+
+
+class Recorder:
+    """Records the outputs that taps emit into a log.
+
+    Attributes:
+        failure: the error that kept an output from being recorded, if the model swallowed it.
+        elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
+        recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
+        reached: how many of the selected modules were captured at least once.
+        muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
+    """
+
+    def __init__(
+        self,
+        token: Token,
+        log: Log,
+        modules: Mapping[str, nn.Module],
+        passes: Passes,
+        policy: Policy,
+        *,
+        last: bool,
+        offloader: Offloader | None,
+        budget: Budget | None,
+        stop_after: set[str] | None,
+    ) -> None:
+        self.failure: ConvtapError | None = None
+        self.elsewhere: dict[str, str] = {}
+        self.recomputed = 0
+        self.reached = 0
+        self.muted = False
+        self._token = token
+        self._log = log
+        self._modules = modules
+        self._passes = passes
+        self._policy = policy
+        self._plain = policy.is_plain and offloader is None
+        self._last = last
+        self._offloader = offloader
+        self._budget = budget
+        self._stop_after = stop_after
+
+    def is_here(self, name: str) -> bool:
+        """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
+        if self._token not in open_tokens():
+            self.elsewhere.setdefault(threading.current_thread().name, name)
+            return False
+        if _backward_task() != -1:
+            self.recomputed += 1
+            return False
+        return True
+
+    def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
+        """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
+        if not self.is_here(name):
+            return None
+        if self._plain and type(output) is Tensor:
+            with _outside_modes():
+                value = snapshot(output.detach() if output.requires_grad else output)
+            self._store(name, value, via)
+            return None
+        value, replacement = self._guarded(self._keep, name, output, inputs)
+        self._store(name, value, via)
+        return replacement
+
+    def emit_input(self, name: str, value: Any, via: str) -> None:
+        """Records a layer's input, before it runs."""
+        if not self.is_here(name):
+            return
+        self._store(name, self._guarded(self._keep_input, name, value), via)
+
+    def weight_read(self, name: str, by: str) -> None:
+        """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
+        tally = self._log.tallies.get(name) or self._open_tally(name)
+        if tally.bypassed is None:
+            tally.bypassed = by
+
+    def seen_as_function(self, name: str) -> None:
+        """Notes that a convolution was seen whose weight was computed from a layer's weight."""
+        tally = self._log.tallies.get(name) or self._open_tally(name)
+        tally.computed = True
+
+    def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
+        """Runs what keeps an output, unseen by the taps; an error in it names the layer."""
+        self.muted = True
+        try:
+            return keep(value, *rest)
+        except Exception as error:
+            raise self._failed(name, value, error) from error
+        finally:
+            self.muted = False
+
+    def _keep_input(self, value: Any) -> Any:
+        return self._move(map_leaves(self._policy.keep_input, value))
+
+    def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
+        policy = self._policy
+        if isinstance(output, Tensor):
+            if self._offloader is None and policy.swaps(output, inputs):
+                return Alias(output), snapshot(output)
+            return self._move(policy.keep_output(output)), None
+        return self._move(map_leaves(policy.keep_output, output)), None
+
+    def _move(self, value: Any) -> Any:
+        return value if self._offloader is None else map_leaves(self._offloader.move, value)
+
+    def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
+        if isinstance(error, ConvtapError):
+            text = str(error)
+            kind: type[ConvtapError] = type(error)
+        else:
+            shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+            what = "reduce" if self._policy.reduce is not None else "keeping"
+            text = f"{what} failed on the output{shape}: {type(error).__name__}: {error}"
+            kind = ConvtapError
+        self.failure = kind(f"layer {name!r}: {text}")
+        return self.failure
+
+    def _store(self, name: str, value: Any, via: str) -> None:
+        log = self._log
+        tally = log.tallies.get(name) or self._open_tally(name)
+        call = Call(tally, next(tally.numbers), self._passes.current(), via, value)
+        if not tally.captured and name in self._modules:
+            self.reached += 1
+        tally.captured += 1
+        if self._last:
+            self._replace(name, call)
+        else:
+            if self._budget is not None:
+                self._admit(call, None)
+            tally.held += 1
+            log.changes += 1
+            log.calls[log.changes] = call
+        if self._stop_after is not None:
+            self._stop_after.discard(name)
+            if not self._stop_after:
+                raise StopForward(self._token)
+
+    def _open_tally(self, name: str) -> Tally:
+        module = self._modules.get(name)
+        return self._log.tally(name, "" if module is None else type(module).__name__)
+
+    def _replace(self, name: str, call: Call) -> None:
+        log = self._log
+        if self._budget is not None:
+            self._admit(call, log.calls.get(name))
+        log.calls.pop(name, None)
+        log.calls[name] = call
+        log.tallies[name].held = 1
+        log.changes += 1
+
+    def _admit(self, call: Call, replaced: Call | None) -> None:
+        assert self._budget is not None
+        try:
+            self._budget.admit(call, replaced)
+        except ConvtapError as error:
+            self.failure = error
+            raise

@@ -1,0 +1,253 @@
+"""What a block collected, as a mapping of call keys to outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._call import Call, held_bytes, separate
+from convtap._coverage import Coverage
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._log import Log
+from convtap._policy import map_leaves
+from convtap._samples import Samples
+from convtap._select import resolve_name
+from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics, to_numpy
+from convtap._table import Table, human_bytes
+
+
+class Activations(Mapping[str, Any]):
+    """The outputs that a block collected, in execution order, by call key.
+
+    A layer that ran once has its name as key; one that ran several times has ``name#0``, ``name#1``, …
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._keys: tuple[int, dict[str, Call]] = (-1, {})
+
+    # -- the mapping
+
+    def _index(self) -> dict[str, Call]:
+        stamp, index = self._keys
+        if stamp != self._log.changes:
+            changes = self._log.changes
+            calls = list(self._log.calls.values())
+            separate(self._log.tallies.values())
+            index = {call.key: call for call in calls}
+            self._keys = (changes, index)
+        return index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._index()))
+
+    def __len__(self) -> int:
+        return len(self._log.calls)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            return self._find(key) is not None
+        except AmbiguousCall:
+            return True
+
+    def __getitem__(self, key: str) -> Any:
+        """Returns the output of a call.
+
+        Raises:
+            LayerNotFound: no such layer here, or it was selected and did not run.
+            AmbiguousCall: the layer ran several times.
+        """
+        if not isinstance(key, str):
+            raise self._no_position(key)
+        call = self._find(key)
+        if call is None:
+            raise self._missing(key)
+        return call.output
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the output of a call, or ``default`` if there is none.
+
+        Raises:
+            AmbiguousCall: the layer ran several times.
+        """
+        call = self._find(key) if isinstance(key, str) else None
+        return default if call is None else call.output
+
+    def _find(self, key: str) -> Call | None:
+        index = self._index()
+        call = index.get(key)
+        if call is not None:
+            return call
+        name = self._resolve(key)
+        if name is None:
+            stem, mark, number = key.rpartition("#")
+            name = self._resolve(stem) if mark else None
+            return None if name is None else index.get(f"{name}#{number}")
+        tally = self._log.tallies.get(name)
+        if tally is not None and tally.held > 1:
+            raise self._ambiguous(name)
+        return index.get(name)
+
+    def _resolve(self, name: str) -> str | None:
+        return resolve_name(name, self._log.names(), self._log.aliases)
+
+    def _ambiguous(self, name: str) -> AmbiguousCall:
+        held = self._log.tallies[name].held
+        return AmbiguousCall(
+            f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
+            f"acts.calls({name!r}), one with acts[{name + '#1'!r}], or join them with acts.cat({name!r})."
+        )
+
+    def _no_position(self, key: Any) -> LayerNotFound:
+        calls = list(self._log.calls.values())
+        if isinstance(key, int) and not isinstance(key, bool) and -len(calls) <= key < len(calls):
+            position = key % len(calls)
+            return LayerNotFound(
+                f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
+                f"layer {calls[position].name!r}."
+            )
+        return LayerNotFound(f"acts[{key!r}]: keys are names, and these are here: {listed(self._index())}.")
+
+    def _missing(self, key: str) -> LayerNotFound:
+        name = self._resolve(key)
+        if name is not None:
+            state = self.coverage[name]
+            why = "its outputs were cleared" if state.captured else f"it is {state}: no output of it was seen"
+            return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
+        known = list(dict.fromkeys([*self._index(), *self._log.names()]))
+        return LayerNotFound(
+            f"no output is named {key!r}. Captured here: {listed(self._index())}.{did_you_mean(key, known)}"
+        )
+
+    # -- calls
+
+    def calls(self, name: str | None = None, forward: int | None = None) -> list[Call]:
+        """Returns the calls in execution order: all, those of one layer, those of one forward pass.
+
+        Raises:
+            LayerNotFound: ``name`` is neither captured nor selected here.
+        """
+        found = list(self._log.calls.values())
+        if name is not None:
+            resolved = self._resolve(name)
+            if resolved is None:
+                raise self._missing(name)
+            found = [call for call in found if call.name == resolved]
+        return found if forward is None else [call for call in found if call.forward == forward]
+
+    def cat(self, name: str, dim: int = 0) -> Tensor:
+        """Joins the outputs of a layer's calls along an axis (``dim=-1`` for time).
+
+        Raises:
+            LayerNotFound: the layer has no output here.
+            Unsupported: an output is no tensor, or the shapes do not fit together.
+        """
+        calls = self.calls(name)
+        if not calls:
+            raise self._missing(name)
+        outputs = [call.output for call in calls]
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise Unsupported(
+                f"{name!r} returns {shapes_text(calls[0].shape)}, no single tensor, so its calls cannot be joined."
+            )
+        try:
+            return torch.cat(outputs, dim)
+        except (RuntimeError, IndexError) as error:
+            shapes = listed([str(tuple(output.shape)) for output in outputs])
+            raise Unsupported(f"the calls of {name!r} cannot be joined along axis {dim}: {shapes}. {error}") from error
+
+    @property
+    def coverage(self) -> Coverage:
+        """What became of each selected layer."""
+        return Coverage(self._log.states(), self._log.notes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of memory that the outputs keep alive; memory that several of them share counts once."""
+        return sum(held_bytes(self._log.calls.values()).values())
+
+    def clear(self) -> None:
+        """Forgets the outputs, as if the block began here; what ``coverage`` counts stays."""
+        self._log.clear()
+
+    # -- per input
+
+    def samples(self) -> list[dict[str, Tensor]]:
+        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``."""
+        return Samples(self._log).all()
+
+    def sample(self, i: int) -> dict[str, Tensor]:
+        """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
+
+        The keys are those of the mapping (``name.0``, … for the tensors of a structure). Each tensor owns its bytes. Over
+        several forward passes the inputs are numbered through.
+
+        Raises:
+            OutOfRange: there is no such input.
+            Unsupported: an output has no axis of the size of the input batch.
+        """
+        return Samples(self._log).one(i)
+
+    # -- elsewhere
+
+    def numpy(self) -> dict[str, Any]:
+        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact."""
+        return {key: map_leaves(to_numpy, call.output) for key, call in self._index().items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
+
+        Raises:
+            StoreError: the file cannot be written, or an output has no form on disk.
+        """
+        from convtap._save import save
+
+        save(self, path)
+
+    def summary(self, stats: bool = False) -> Table:
+        """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
+
+        The statistics are of the finite values: min, mean, max, standard deviation (of the population), and the share of
+        zeros among all values; then how many are NaN and Inf.
+        """
+        columns = ["layer", "shape", "dtype", "device", "bytes", *(STATISTICS if stats else ())]
+        rows = []
+        for key, call in self._index().items():
+            device = "" if call.device is None else str(call.device)
+            row: list[Any] = [key, shapes_text(call.shape), dtype_text(call.dtype), device, human_bytes(call.nbytes)]
+            rows.append([*row, *(statistics(call.output) if stats else ())])
+        return Table(columns, rows, title="" if rows else "no outputs captured", notes=self._notes())
+
+    def _notes(self) -> list[str]:
+        log = self._log
+        calls = f"{plural(len(log.calls), 'call')}, {human_bytes(self.nbytes)}"
+        coverage = self.coverage
+        missing = [name for state in (coverage.idle, coverage.bypassed) for name in state]
+        rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
+        return [calls + rest, *log.notes]
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+
+def _ordinal(number: int) -> str:
+    words = (
+        "the first",
+        "the second",
+        "the third",
+        "the fourth",
+        "the fifth",
+        "the sixth",
+        "the seventh",
+        "the eighth",
+    )
+    return words[number - 1] if number <= len(words) else f"call number {number}"

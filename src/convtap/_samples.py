@@ -1,0 +1,87 @@
+"""The outputs for each input: rows of what a block kept, without the batch axis."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from convtap._call import Call
+from convtap._errors import OutOfRange, Unsupported, plural
+from convtap._log import Log
+from convtap._policy import walk_tensors
+
+
+class _Pass:
+    """The calls of one forward pass, and the inputs it was given."""
+
+    def __init__(self, calls: list[Call], shape: tuple[int, ...] | None) -> None:
+        self.calls = calls
+        self.single = shape is not None and _is_single(calls, shape)
+        self.unsqueezed = shape is not None and len(shape) == 1
+        if self.single:
+            self.size = 1
+        elif shape is not None:
+            self.size = shape[0]
+        else:
+            tensors = (tensor for call in calls for _, tensor in walk_tensors(call._shown))
+            self.size = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 0)
+
+    def row(self, row: int) -> dict[str, Tensor]:
+        """Returns one input's outputs, each with its own memory."""
+        found: dict[str, Tensor] = {}
+        for call in self.calls:
+            for path, tensor in walk_tensors(call.output):
+                key = f"{call.key}.{path}" if path else call.key
+                found[key] = self._cut(key, tensor, row).clone()
+        return found
+
+    def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:
+        if self.single:
+            return tensor[0] if self.unsqueezed and tensor.dim() == 3 else tensor
+        if not tensor.dim() or tensor.shape[0] != self.size:
+            axis = f"axis 0 is {tensor.shape[0]}" if tensor.dim() else "it has no axis"
+            raise Unsupported(
+                f"{key!r} has shape {tuple(tensor.shape)}: {axis} and the input batch is {self.size}, so its rows are not "
+                f"the inputs. Read it whole with acts[{key!r}], or leave it out of the selection."
+            )
+        return tensor[row]
+
+
+class Samples:
+    """The inputs of a block, numbered through its forward passes."""
+
+    def __init__(self, log: Log) -> None:
+        by_pass: dict[int, list[Call]] = {}
+        for call in log.calls.values():
+            by_pass.setdefault(call.forward, []).append(call)
+        self._passes = [_Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
+
+    def all(self) -> list[dict[str, Tensor]]:
+        """Returns every input's outputs."""
+        return [found.row(row) for found in self._passes for row in range(found.size)]
+
+    def one(self, i: int) -> dict[str, Tensor]:
+        """Returns one input's outputs; a negative position counts from the end."""
+        total = sum(found.size for found in self._passes)
+        if not -total <= i < total:
+            raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
+        rest = i % total
+        for found in self._passes:
+            if rest < found.size:
+                break
+            rest -= found.size
+        return found.row(rest)
+
+
+def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
+    """Whether the input was one (C, T) or (T,) signal: every Conv1d gives (C, T) then, or (1, C, T) after an unsqueeze."""
+    convolutions = [
+        tensor
+        for call in calls
+        if call._tally.kind.endswith("Conv1d") or call.via == "function"
+        for _, tensor in walk_tensors(call._shown)
+    ]
+    if len(shape) > 2 or not convolutions:
+        return False
+    if all(tensor.dim() == 2 for tensor in convolutions):
+        return True
+    return len(shape) == 1 and all(tensor.dim() == 3 and tensor.shape[0] == 1 for tensor in convolutions)

@@ -1,0 +1,90 @@
+"""What to say when a block ends: whether everything that was asked for is there, and if not, why and what to write."""
+
+from __future__ import annotations
+
+import warnings
+
+from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, plural
+from convtap._log import Log
+from convtap._passes import Passes
+from convtap._record import Recorder
+from convtap._select import Selection
+
+_USED = "list_layers(model, example=x) shows how each layer is used."
+
+
+def conclude(
+    log: Log, recorder: Recorder, passes: Passes, selection: Selection, *, strict: bool, functional: bool
+) -> None:
+    """Raises or warns about what is missing in a block that ended without an exception.
+
+    Raises:
+        NotCaptured: nothing was captured, a layer asked for by exact name did not run, or one was bypassed.
+        ConvtapError: an output could not be recorded, and the model swallowed the error.
+    """
+    error = recorder.failure or _missing(log, recorder, passes, selection, functional)
+    if error is not None:
+        if strict:
+            raise error from None
+        warnings.warn(str(error), CoverageWarning, stacklevel=3)
+    elif not functional:
+        idle = [state.name for state in log.states() if state.state == "idle"]
+        if idle:
+            warnings.warn(_idle(idle, len(log.selected)), CoverageWarning, stacklevel=3)
+
+
+def _missing(
+    log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool
+) -> ConvtapError | None:
+    states = log.states()
+    bypassed = [state for state in states if state.state == "bypassed"]
+    if bypassed:
+        by = listed([f"{state.name} (by {state.bypassed})" for state in bypassed])
+        return NotCaptured(
+            f"{plural(len(bypassed), 'selected layer')} used its weight without a convolution that could be seen: {by}. "
+            f"A fused kernel computes it, so there is no output to capture: switch the kernel off in the model, or "
+            f"capture the input of the block around it. {_USED}"
+        )
+    if not any(state.captured for state in states):
+        return NotCaptured(f"nothing was captured: {_why_nothing(recorder, passes, selection)}")
+    exact = [state.name for state in states if state.name in log.exact and not state.captured]
+    if exact:
+        hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
+        return NotCaptured(f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder)}{hint} {_USED}")
+    return None
+
+
+def _why_nothing(recorder: Recorder, passes: Passes, selection: Selection) -> str:
+    if recorder.elsewhere:
+        return _elsewhere(recorder).strip()
+    if not selection.modules:
+        return selection.nothing()
+    if recorder.recomputed:
+        return (
+            "the selected layers ran only during a backward pass (activation checkpointing recomputes them there). "
+            "Put the forward pass inside the block: with capture(model) as acts: model(x)"
+        )
+    if not passes.inputs:
+        return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"
+    return (
+        f"the model ran ({plural(len(passes.inputs), 'pass')}), but none of the selected layers did: "
+        f"{listed(selection.modules)}. {_USED}"
+    )
+
+
+def _elsewhere(recorder: Recorder) -> str:
+    threads = [f"{thread} (there {name!r} ran)" for thread, name in recorder.elsewhere.items()]
+    if not threads:
+        return ""
+    return (
+        f" The model ran in another thread, where this block is not open: {listed(threads)}. Enter the block in the "
+        "thread that runs the model, or run it there with contextvars.copy_context().run."
+    )
+
+
+def _idle(idle: list[str], selected: int) -> str:
+    return (
+        f"{len(idle)} of {plural(selected, 'selected layer')} did not run as modules: {listed(idle)}. Convolutions "
+        "called as functions are not seen in this block: pass functional=True to capture them as well. "
+        f"{_USED}"
+    )

@@ -1,0 +1,204 @@
+"""Taps calls of ``F.conv1d``: convolutions that no module's hook sees, named after the owner of their weight."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap import _process
+from convtap._frames import module_calls
+from convtap._passes import Passes
+from convtap._policy import data_address, walk_tensors
+from convtap._record import Recorder
+from convtap._select import CONV1D, FUNCTION, Selection
+
+_aten = torch.ops.aten
+
+#: What runs a 1-D convolution when its weight has three axes, and which of its arguments says that it is transposed.
+_CONVOLUTIONS: dict[Any, int | None] = {
+    torch.conv1d: None,
+    _aten.conv1d.default: None,
+    _aten.conv1d.padding: None,
+    torch.convolution: 6,
+    torch._convolution: 6,
+    _aten.convolution.default: 6,
+    _aten._convolution.default: 6,
+    _aten._convolution.deprecated: 6,
+}
+
+# Note: [What reads a weight]
+# Assumption: a kernel that computes a convolution by itself takes the weight through some torch call first (squeeze, to,
+#   T, data_ptr, …).
+# Failure: so do harmless things: shapes are asked, weights are initialized or renormalized in place.
+# Choice: attributes count only if they give the values; methods count unless they are in this list or end in ``_``.
+_GETTERS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
+_METADATA = frozenset(
+    (  # noqa: SIM905 (thirty quoted words read worse)
+        "size dim ndimension numel nelement stride storage_offset is_contiguous element_size is_floating_point is_complex "
+        "is_signed is_conj is_neg is_inference is_pinned is_shared is_set_to get_device has_names type dim_order "
+        "register_hook register_post_accumulate_grad_hook retain_grad backward _is_view "
+        "__len__ __hash__ __repr__ __format__ __bool__ __deepcopy__ __reduce_ex__ __setstate__ __set__ __delete__"
+    ).split()
+)
+
+
+def _reads_values(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func in _GETTERS
+    return name not in _METADATA and not (name.endswith("_") and not name.endswith("__"))
+
+
+class FunctionTap:
+    """Emits the convolutions that are called as functions, and notices weights that something else reads."""
+
+    def __init__(
+        self, selection: Selection, recorder: Recorder, passes: Passes, token: _process.Token, *, at: str
+    ) -> None:
+        self._token = token
+        self._selection = selection
+        self._recorder = recorder
+        self._passes = passes
+        self._at = at
+        self._modules = {id(module): name for name, module in selection.modules.items()}
+        self._owners: dict[int, str] | None = None
+        self._addresses: dict[int, str] | None = None
+        self._wanted: dict[str, bool] = {}
+        self._weights: dict[int, str] = {}
+        self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._thread: int | None = None
+
+    def open(self) -> None:
+        """Begins to watch this thread's torch calls."""
+        for name, module in self._selection.modules.items():
+            if isinstance(module, CONV1D):
+                for weight in _weights_of(module):
+                    self._weights[id(weight)] = name
+        self._thread = _process.watch(self._token, self._watch)
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._thread is not None:
+            _process.unwatch(self._token, self._thread)
+        self._derived.clear()
+
+    def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _CONVOLUTIONS and not self._recorder.muted:
+            return self._convolution(call, func, args, kwargs)
+        result = call(*args, **kwargs)
+        weights = self._weights
+        for arg in args:
+            if id(arg) in weights:
+                self._read(weights[id(arg)], func, result)
+        return result
+
+    # -- convolutions
+
+    def _convolution(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if not isinstance(weight, Tensor) or self._is_inside() or not _is_one_dimensional(func, weight, args, kwargs):
+            return call(*args, **kwargs)
+        name = self._name(weight)
+        if name is None:
+            return call(*args, **kwargs)
+        if self._at == "input":
+            self._recorder.emit_input(name, args[0] if args else kwargs.get("input"), "function")
+            return call(*args, **kwargs)
+        output = call(*args, **kwargs)
+        replacement = self._recorder.emit(name, output, "function", (args, kwargs))
+        return output if replacement is None else replacement
+
+    def _is_inside(self) -> bool:
+        """Whether the call is part of a tapped convolution's own forward, whose hook emits it."""
+        modules = self._modules
+        root = self._selection.tree.model
+        for module, _ in module_calls(sys._getframe(3)):
+            if id(module) in modules and isinstance(module, CONV1D):
+                return True
+            if module is root:
+                break
+        return False
+
+    def _name(self, weight: Tensor) -> str | None:
+        """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
+        name = self._owner(weight)
+        if name is None:
+            if not self._passes.in_forward():
+                return None
+            name = FUNCTION
+            derived = self._derived.get(id(weight))
+            if derived is not None:
+                self._recorder.seen_as_function(derived[1])
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            wanted = self._wanted[name] = self._selection.wants(name)
+        return name if wanted else None
+
+    def _owner(self, weight: Tensor) -> str | None:
+        """Returns the name of the parameter that a weight is, or is a view of."""
+        if self._owners is None or self._addresses is None:
+            parameters = list(self._selection.tree.parameters())
+            self._owners = {id(tensor): name for name, tensor in reversed(parameters)}
+            self._addresses = {}
+            for name, tensor in reversed(parameters):
+                address = data_address(tensor)
+                if address:
+                    self._addresses[address] = name
+        found = self._owners.get(id(weight))
+        if found is None:
+            address = data_address(weight)
+            found = self._addresses.get(address) if address else None
+        return found
+
+    # -- reads
+
+    def _read(self, name: str, func: Any, result: Any) -> None:
+        recorder = self._recorder
+        if recorder.muted or not _reads_values(func) or not self._passes.in_forward() or not recorder.is_here(name):
+            return
+        recorder.weight_read(name, _function_name(func))
+        for _, tensor in walk_tensors(result):
+            self._derive(tensor, name)
+
+    def _derive(self, tensor: Tensor, name: str) -> None:
+        """Follows a tensor computed from a weight, so that a convolution with it is known to be that layer's."""
+        key = id(tensor)
+
+        def forget(_: Any, weights: dict[int, str] = self._weights, derived: Any = self._derived) -> None:
+            weights.pop(key, None)
+            derived.pop(key, None)
+
+        if key not in self._weights:
+            self._derived[key] = (weakref.ref(tensor, forget), name)
+            self._weights[key] = name
+
+
+def _weights_of(module: nn.Module) -> list[Tensor]:
+    """The tensors that a convolution's weight is, or is computed from by a parametrization."""
+    own = module._parameters.get("weight")
+    if own is not None:
+        return [own]
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is not None:
+        return list(parametrizations["weight"].parameters()) if "weight" in parametrizations else []  # type: ignore[index,operator]
+    return [tensor for key, tensor in module._parameters.items() if key.startswith("weight") and tensor is not None]
+
+
+def _is_one_dimensional(func: Any, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    position = _CONVOLUTIONS[func]
+    if position is None:
+        return True
+    transposed = args[position] if len(args) > position else kwargs.get("transposed", False)
+    return weight.dim() == 3 and not transposed
+
+
+def _function_name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return f"Tensor.{getattr(getattr(func, '__self__', None), '__name__', name)}"
+    return str(torch.overrides.resolve_name(func) or name)

@@ -1,0 +1,61 @@
+"""Taps modules: forward hooks that emit their outputs, or their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from convtap._hooks import Hooks
+from convtap._record import Recorder
+
+
+class ModuleTap:
+    """Emits what modules return, or what they are given."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], recorder: Recorder, *, at: str, detach: bool) -> None:
+        self._modules = modules
+        self._recorder = recorder
+        self._at = at
+        self._detach = detach
+        self._hooks = Hooks()
+
+    def open(self) -> None:
+        """Puts one hook on every module."""
+        if self._at == "input":
+            for name, module in self._modules.items():
+                self._hooks.before(module, self._emit_input, name, module)
+            return
+        # Without detach the output may be swapped, and then what it must not alias includes the keyword arguments.
+        emit = self._emit if self._detach else self._emit_with_kwargs
+        after = self._hooks.after
+        for name, module in self._modules.items():
+            after(module, emit, name, module, kwargs=not self._detach)
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        self._hooks.remove()
+
+    def _emit(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
+        if module is tapped:  # not so for a shallow copy, which shares the hooks. See Note: [Hooks and copies]
+            return self._recorder.emit(name, output, "module", args)
+        return None
+
+    def _emit_with_kwargs(
+        self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        return self._emit(name, tapped, module, (args, kwargs), output)
+
+    def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is tapped:
+            self._recorder.emit_input(name, _as_input(args, kwargs), "module")
+
+
+def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A single argument as itself, several as a tuple, named ones as a dict, both as a dict with ``args``."""
+    if not kwargs:
+        return args[0] if len(args) == 1 else args
+    if not args:
+        return next(iter(kwargs.values())) if len(kwargs) == 1 else dict(kwargs)
+    return {"args": args, **kwargs}
