@@ -154,7 +154,7 @@ class _Block:
         if not selection.modules and not self.functional:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
-        self.log = log = Log(selected=selection.modules, exact=selection.exact, aliases=selection.tree.aliases)
+        self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         if slowed:
             log.notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
         token = self.token = _process.Token()
@@ -169,7 +169,7 @@ class _Block:
             last=capture._last,
             offloader=capture._offloader,
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
-            stop_after={*selection.modules, *selection.function_names} if capture._stop else None,
+            stop_after=set(selection.names) if capture._stop else None,
         )
         parts: list[Any] = [
             passes,
@@ -192,10 +192,10 @@ class _Block:
         """
         self.stack.close()
         log, selection = self.log, self.selection
-        log.selected = tuple(selection.modules)  # the names only: what was collected keeps no module alive
+        log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
         stopped = isinstance(error, StopForward) and error.token is self.token
         if strict is not None and (error is None or stopped):
-            complete = self.recorder.reached == len(log.selected) and log.tallies and not selection.function_names
+            complete = self.recorder.reached == len(log.selected) and log.tallies
             if not complete or self.recorder.failure is not None:
                 conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped

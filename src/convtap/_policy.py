@@ -102,26 +102,31 @@ class Omitted:
         return hash(self.kind)
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any, leaf: type = Tensor) -> Any:
-    """Applies a function to each leaf in a structure of tuples, lists, mappings and dataclasses; keeps the structure."""
+def map_leaves(
+    function: Callable[[Any], Any], value: Any, leaf: type = Tensor, other: Callable[[Any], Any] | None = None
+) -> Any:
+    """Applies a function to each leaf in a structure of tuples, lists, mappings and dataclasses; keeps the structure.
+
+    Objects of other types become ``Omitted``, or what ``other`` makes of them; plain values stay.
+    """
     if isinstance(value, leaf):
         return function(value)
-    if isinstance(value, tuple):
-        if isinstance(value, torch.Size):
-            return value
-        items = [map_leaves(function, item, leaf) for item in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [map_leaves(function, item, leaf, other) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [map_leaves(function, item, leaf) for item in value]
+        return [map_leaves(function, item, leaf, other) for item in value]
     if isinstance(value, Mapping):
-        return _rebuild_mapping(value, {key: map_leaves(function, item, leaf) for key, item in value.items()})
+        return _rebuild_mapping(value, {key: map_leaves(function, item, leaf, other) for key, item in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value)]
         copy = object.__new__(type(value))
-        for name in fields:
-            object.__setattr__(copy, name, map_leaves(function, getattr(value, name), leaf))
+        for field in dataclasses.fields(value):
+            item = map_leaves(function, getattr(value, field.name), leaf, other)
+            object.__setattr__(copy, field.name, item)
         return copy
-    return value if isinstance(value, (*_PLAIN, Omitted, Tensor)) else Omitted(type(value).__name__)
+    if isinstance(value, (*_PLAIN, Omitted, Tensor)):
+        return value
+    return Omitted(type(value).__name__) if other is None else other(value)
 
 
 def read(value: Any, key: str) -> Any:
@@ -238,15 +243,18 @@ class Policy:
             tensor = tensor.detach()
         return snapshot(tensor) if self.copy else alias(tensor)
 
-    def swaps(self, output: Tensor, inputs: Any) -> bool:
-        """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it."""
+    def swaps(self, output: Any, inputs: Any) -> bool:
+        """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
+
+        Not where that would part tensors that share memory: an output and an input, or two tensors of one output.
+        """
+        if self.detach or not self.copy or self.transforms:
+            return False
+        tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
-            not self.detach
-            and self.copy
-            and not self.transforms
-            and output.requires_grad
-            and type(output) is Tensor
-            and not shares_memory(output, inputs)
+            any(tensor.requires_grad for tensor in tensors)
+            and all(type(tensor) is Tensor for tensor in tensors)
+            and are_separate([*tensors, *{id(tensor): tensor for _, tensor in walk_tensors(inputs)}.values()], tensors)
         )
 
     def _transform(self, tensor: Tensor) -> Tensor:
@@ -280,13 +288,13 @@ def own(result: Tensor) -> Tensor:
     return snapshot(result)
 
 
-def shares_memory(output: Tensor, inputs: Any) -> bool:
-    """Whether an output lies in the memory of one of the inputs (a view, or the input itself)."""
+def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:
+    """Whether none of ``these`` lies in the same memory as another one of ``tensors``."""
     try:
-        mine = output.untyped_storage()._cdata
-        return any(mine == tensor.untyped_storage()._cdata for _, tensor in walk_tensors(inputs))
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return all(storages.count(tensor.untyped_storage()._cdata) == 1 for tensor in these)
     except (RuntimeError, NotImplementedError):
-        return True
+        return False
 
 
 _UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

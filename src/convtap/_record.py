@@ -41,7 +41,7 @@ class Recorder:
         failure: the error that kept an output from being recorded, if the model swallowed it.
         elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
-        reached: how many of the selected modules were captured at least once.
+        reached: how many of the selected layers were captured at least once.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
@@ -129,10 +129,8 @@ class Recorder:
 
     def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
         policy = self._policy
-        if isinstance(output, Tensor):
-            if self._offloader is None and policy.swaps(output, inputs):
-                return Alias(output), snapshot(output)
-            return self._move(policy.keep_output(output)), None
+        if self._offloader is None and policy.swaps(output, inputs):
+            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
         return self._move(map_leaves(policy.keep_output, output)), None
 
     def _move(self, value: Any) -> Any:
@@ -154,7 +152,7 @@ class Recorder:
         log = self._log
         tally = log.tallies.get(name) or self._open_tally(name)
         call = Call(tally, next(tally.numbers), self._passes.current(), via, value)
-        if not tally.captured and name in self._modules:
+        if not tally.captured and name in log.selected:
             self.reached += 1
         tally.captured += 1
         if self._last:
@@ -190,3 +188,11 @@ class Recorder:
         except ConvtapError as error:
             self.failure = error
             raise
+
+
+def _kept_upstream(output: Tensor) -> Any:
+    return Alias(output) if output.requires_grad else snapshot(output)
+
+
+def _gone_on_with(output: Tensor) -> Tensor:
+    return snapshot(output) if output.requires_grad else output

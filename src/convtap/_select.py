@@ -6,7 +6,7 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -161,6 +161,11 @@ class Selection:
         for selector in _selectors(layers):
             chosen.update(self._choose(selector))
         self.modules = {name: module for name, module in tree.names.items() if name in chosen}
+
+    @property
+    def names(self) -> Mapping[str, nn.Module | None]:
+        """The selected modules, then the parameters that were asked for by name (without a module)."""
+        return {**self.modules, **dict.fromkeys(self.function_names)} if self.function_names else self.modules
 
     @property
     def takes_conv1d(self) -> bool:

@@ -47,7 +47,7 @@ def _missing(
         )
     if not any(state.captured for state in states):
         return NotCaptured(f"nothing was captured: {_why_nothing(recorder, passes, selection)}")
-    exact = [state.name for state in states if state.name in log.exact and not state.captured]
+    exact = [state.name for state in states if state.state == "idle" and state.name in log.exact]
     if exact:
         hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
         return NotCaptured(f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder)}{hint} {_USED}")
