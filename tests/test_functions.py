@@ -222,18 +222,33 @@ def test_a_weight_that_a_fused_kernel_took_is_reported_as_bypassed():
     with (
         pytest.raises(
             NotCaptured,
-            match=r"1 selected layer used its weight without a convolution that could be seen: conv \(by torch.Tensor.squeeze\)"
-            r".*list_layers\(model, example=x\)",
+            match=r"the weight of 1 selected layer was used without a convolution that could be seen: "
+            r"conv \(bypassed in 1 pass: weight read by torch.Tensor.squeeze\).*list_layers\(model, example=x\)",
         ),
         capture(model) as acts,
     ):
         model(X)
     assert list(acts) == ["inp"]
     assert acts.coverage.bypassed == ["conv"]
-    assert str(acts.coverage["conv"]) == "bypassed: weight read by torch.Tensor.squeeze"
+    assert str(acts.coverage["conv"]) == "bypassed in 1 pass: weight read by torch.Tensor.squeeze"
     with pytest.warns(CoverageWarning, match="conv"), capture(model, strict=False):
         model(X)
-    assert list_layers(model, example=X)[1].used == "bypassed: weight read by torch.Tensor.squeeze"
+    assert list_layers(model, example=X)[1].used == "bypassed in 1 pass: weight read by torch.Tensor.squeeze"
+
+
+def test_a_layer_that_is_captured_in_one_pass_and_bypassed_in_others_is_a_warning():
+    model = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 1, groups=2)})
+    model.forward = lambda x: model["conv"](x) if x.shape[-1] > 1 else x * model["conv"].weight[:, 0]
+    with (
+        pytest.warns(
+            CoverageWarning, match=r"conv \(captured 1 time, bypassed in 2 passes: weight read by torch.Tensor"
+        ),
+        capture(model) as acts,
+    ):
+        model(torch.ones(1, 2, 5))
+        model(torch.ones(1, 2, 1))
+        model(torch.ones(1, 2, 1))
+    assert acts.coverage.captured == ["conv"] == acts.coverage.bypassed
 
 
 @pytest.mark.parametrize(
@@ -260,7 +275,7 @@ def test_ways_to_read_a_weight_are_noticed(read):
         return model["used"](x)
 
     model.forward = forward
-    with pytest.raises(NotCaptured, match="conv .by "), capture(model):
+    with pytest.raises(NotCaptured, match="conv .bypassed in 1 pass"), capture(model):
         model(X)
 
 

@@ -14,9 +14,10 @@ from convtap import _process
 from convtap._budget import Budget
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
 from convtap._log import Log
+from convtap._memory import parse_bytes
 from convtap._offload import Offloader
 from convtap._passes import FAST_PATHS, Passes
-from convtap._policy import Policy, parse_bytes
+from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
@@ -192,13 +193,19 @@ class _Block:
         """
         self.stack.close()
         log, selection = self.log, self.selection
+        if self.recorder.reads:
+            log.settle()
         log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
         stopped = isinstance(error, StopForward) and error.token is self.token
-        if strict is not None and (error is None or stopped):
-            complete = self.recorder.reached == len(log.selected) and log.tallies
-            if not complete or self.recorder.failure is not None:
-                conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
+        if strict is not None and (error is None or stopped) and not self._is_complete():
+            conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped
+
+    def _is_complete(self) -> bool:
+        """Whether all is well, found out without a look at each layer."""
+        log, recorder = self.log, self.recorder
+        everything = recorder.reached == len(log.selected) and bool(log.tallies)
+        return everything and recorder.failure is None and not recorder.reads
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

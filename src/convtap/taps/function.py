@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from convtap import _process
 from convtap._frames import module_calls
+from convtap._memory import data_address
 from convtap._passes import Passes
-from convtap._policy import data_address, walk_tensors
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
+from convtap._structure import walk_tensors
 
 _aten = torch.ops.aten
 
