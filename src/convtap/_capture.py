@@ -171,6 +171,7 @@ class _Block:
             offloader=capture._offloader,
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
             stop_after=set(selection.names) if capture._stop else None,
+            watched=self.functional,
         )
         parts: list[Any] = [
             passes,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap import _process
-from convtap._frames import module_calls
+from convtap._frames import called_conv1d, module_calls
 from convtap._memory import data_address
 from convtap._passes import Passes
 from convtap._record import Recorder
@@ -34,6 +34,8 @@ _CONVOLUTIONS: dict[Any, int | None] = {
     _aten._convolution.default: 6,
     _aten._convolution.deprecated: 6,
 }
+
+_SEQUENCES = (list, tuple)
 
 # Note: [What reads a weight]
 # Assumption: a kernel that computes a convolution by itself takes the weight through some torch call first (squeeze, to,
@@ -79,10 +81,14 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
+        weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
-                for weight in _weights_of(module):
-                    self._weights[id(weight)] = name
+                weight = module._parameters.get("weight")
+                if weight is not None:
+                    weights[id(weight)] = name
+                else:
+                    weights.update((id(source), name) for source in _sources_of_weight(module))
         self._thread = _process.watch(self._token, self._watch)
 
     def close(self) -> None:
@@ -93,17 +99,22 @@ class FunctionTap:
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS and not self._recorder.muted:
+            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._modules:
+                return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
             return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
-        weights = self._weights
-        for arg in (*args, *kwargs.values()) if kwargs else args:
-            if id(arg) in weights:
-                self._read(weights[id(arg)], func, result)
-            elif type(arg) is list or type(arg) is tuple:
-                for item in arg:
-                    if id(item) in weights:
-                        self._read(weights[id(item)], func, result)
+        # All this runs once a torch call, so it must be next to nothing where no selected weight is among the arguments.
+        seen = self._weights.keys()
+        if not seen.isdisjoint(map(id, args)) or (args and args[0].__class__ in _SEQUENCES) or kwargs:
+            self._look_for_reads(func, args, kwargs, result)
         return result
+
+    def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for arg in (*args, *kwargs.values()):
+            for item in arg if arg.__class__ in _SEQUENCES else (arg,):
+                name = self._weights.get(id(item))
+                if name is not None:
+                    self._read(name, func, result)
 
     # -- convolutions
 
@@ -193,14 +204,11 @@ class FunctionTap:
             self._weights[key] = name
 
 
-def _weights_of(module: nn.Module) -> list[Tensor]:
-    """The tensors that a convolution's weight is, or is computed from by a parametrization."""
-    own = module._parameters.get("weight")
-    if own is not None:
-        return [own]
+def _sources_of_weight(module: nn.Module) -> list[Tensor]:
+    """The parameters that a convolution without a ``weight`` of its own computes it from."""
     parametrizations = module._modules.get("parametrizations")
-    if parametrizations is not None:
-        return list(parametrizations["weight"].parameters()) if "weight" in parametrizations else []  # type: ignore[index,operator]
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
     return [tensor for key, tensor in module._parameters.items() if key.startswith("weight") and tensor is not None]
 
 
