@@ -41,6 +41,7 @@ ORDER = (
     "_owners",
     "taps.function",
     "taps.script",
+    "taps.keras",
     "_verdict",
     "_capture",
     "_layers",

@@ -24,6 +24,7 @@ from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._verdict import conclude
 from convtap.taps.function import FunctionTap
+from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap
 from convtap.taps.script import ScriptTap
 
@@ -192,11 +193,12 @@ class _Block:
         if selection.tree.has_script:
             _check_script(capture, sorted(scripted))
             taps.append(ScriptTap(selection, recorder, passes, token, at=at))
-        modules = (
-            {name: m for name, m in selection.modules.items() if name not in scripted}
-            if scripted
-            else selection.modules
-        )
+        keras = selection.keras
+        if selection.tree.has_keras:
+            taps.append(KerasTap(capture._model, keras, recorder, passes, at=at))
+        modules = selection.modules
+        if scripted or keras:
+            modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
         taps.append(ModuleTap(modules, recorder, at=at, detach=capture._policy.detach))
         if self.functional:
             taps.append(FunctionTap(selection, recorder, passes, token, at=at))

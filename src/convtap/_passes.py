@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,6 +15,7 @@ from convtap._frames import module_calls, outermost_call
 from convtap._hooks import Hooks
 from convtap._process import Token, open_tokens
 from convtap._structure import walk_tensors
+from convtap._tree import is_keras
 
 # Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
 FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -54,8 +57,25 @@ class Passes:
         self._marked: set[int] = set()
 
     def open(self) -> None:
-        """Marks the root."""
-        self._mark(self._model)
+        """Marks the root (a Keras model is marked by its own tap)."""
+        if not is_keras(type(self._model)):
+            self._mark(self._model)
+
+    @contextmanager
+    def inside(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """Marks a call of the root that no hook sees."""
+        here = self._here
+        if self._token not in open_tokens():
+            yield
+            return
+        before = here.depth, here.number
+        if not here.depth:
+            here.number = self._begin(args, kwargs)
+        here.depth += 1
+        try:
+            yield
+        finally:
+            here.depth, here.number = before
 
     def close(self) -> None:
         """Takes every mark off."""

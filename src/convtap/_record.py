@@ -45,6 +45,7 @@ class Recorder:
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
+        claimed: how many layers are running whose own tap emits them, so that no other tap is to.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
@@ -67,6 +68,7 @@ class Recorder:
         self.recomputed = 0
         self.reached = 0
         self.reads = False
+        self.claimed = 0
         self.muted = False
         self._token = token
         self._log = log
@@ -116,6 +118,14 @@ class Recorder:
         if not self.is_here(name):
             return
         self._store(name, self._guarded(self._keep_input, name, value), via)
+
+    def claiming(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a layer whose own tap emits it: the convolution in it is not a second one."""
+        self.claimed += 1
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.claimed -= 1
 
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
