@@ -14,7 +14,6 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from convtap import LayerNotFound, Unsupported, capture, list_layers  # noqa: E402
-from tests.process import run_python  # noqa: E402
 from tests.reference import same  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")
@@ -165,12 +164,11 @@ def test_a_keras_layer_inside_a_torch_model():
 
 
 def test_keras_on_another_backend_is_refused_with_the_environment_variable():
-    script = (
-        "import os; os.environ['KERAS_BACKEND'] = 'numpy'\n"
-        "import keras\nfrom convtap import capture\n"
-        "model = keras.Sequential([keras.Input((9, 1)), keras.layers.Conv1D(1, 3)])\n"
-        "try:\n    capture(model)\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
-    )
-    assert "Unsupported" in (out := run_python(script).stdout)
-    assert "KERAS_BACKEND=torch" in out
-    assert Unsupported.__name__ == "Unsupported"
+    # A layer of another backend has the same Layer class at the same place, and no torch module among its bases; the
+    # other backends themselves need half a gigabyte of packages.
+    layer = type("Layer", (), {"__module__": "keras.src.layers.layer"})
+    model = type("Functional", (layer,), {"__module__": "keras.src.models.functional"})()
+    with pytest.raises(
+        Unsupported, match="runs on another backend than torch.*KERAS_BACKEND=torch before keras is imported"
+    ):
+        capture(model)
