@@ -32,6 +32,7 @@ ORDER = (
     "_offload",
     "_hooks",
     "_frames",
+    "_functorch",
     "_process",
     "_eager",
     "_passes",

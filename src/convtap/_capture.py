@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from convtap import _eager, _process
 from convtap._budget import Budget
-from convtap._eager import INSIDE_COMPILED
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
 from convtap._log import Log
 from convtap._memory import parse_bytes
@@ -22,6 +21,7 @@ from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.function import FunctionTap
 from convtap.taps.keras import KerasTap
@@ -92,8 +92,7 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
-        if torch.compiler.is_compiling():
-            raise Unsupported(INSIDE_COMPILED)
+        _eager.refuse_inside_compiled()
         self._types = check_arguments(model, layers, types)
         _check_choice("at", at, ("output", "input"))
         _check_choice("keep", keep, ("all", "last"))
@@ -122,6 +121,7 @@ class Capture:
             raise ConvtapError(
                 "this capture is open already, and one object holds one block. Open a second one with capture(model)."
             )
+        _eager.refuse_inside_compiled()
         block = _Block(self)
         self._open = block
         return Activations(block.log)
@@ -154,6 +154,7 @@ class _Block:
 
     def __init__(self, capture: Capture) -> None:
         selection = select(capture._model, capture._layers, capture._types)
+        _check_replicas(selection.tree)
         functional = capture._functional
         slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
         self.functional = (not slowed if functional is None else functional) and selection.takes_functions
@@ -235,6 +236,17 @@ class _Block:
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.tallies)
         return everything and recorder.failure is None and not recorder.reads
+
+
+def _check_replicas(tree: ModuleTree) -> None:
+    """Refuses what runs copies of the model in threads of its own."""
+    for wrapper in tree.wrappers:
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise Unsupported(
+                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
+                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
+                "DistributedDataParallel, one process a device."
+            )
 
 
 def _check_script(capture: Capture, scripted: list[str]) -> None:

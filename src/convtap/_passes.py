@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convtap._frames import module_calls, outermost_call
+from convtap._functorch import unwrapped
 from convtap._hooks import Hooks
 from convtap._process import Token, open_tokens
 from convtap._structure import walk_tensors
@@ -146,5 +147,5 @@ class Passes:
 
 def _input_shape(inputs: Any) -> tuple[int, ...] | None:
     """The shape of the first input tensor that has a batch axis and another (else of the first one)."""
-    shapes = [tuple(tensor.shape) for _, tensor in walk_tensors(inputs) if isinstance(tensor, Tensor) and tensor.dim()]
+    shapes = [tuple(unwrapped(tensor).shape) for _, tensor in walk_tensors(inputs) if tensor.dim()]
     return next((shape for shape in shapes if len(shape) > 1), shapes[0] if shapes else None)
