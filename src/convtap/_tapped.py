@@ -1,0 +1,280 @@
+"""The capture that can be traced: a module whose forward returns the output and what the selected layers gave."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Collection
+from types import FunctionType, TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from convtap._errors import (
+    ConvtapError,
+    CoverageWarning,
+    InvalidValue,
+    LayerNotFound,
+    NotCaptured,
+    Unsupported,
+    listed,
+    plural,
+)
+from convtap._hooks import Hook, Hooks
+from convtap._policy import Policy
+from convtap._select import CONV1D, Layers, Types, _wrapped_attribute, check_arguments, select
+from convtap._sink import Sink, keep_input, keep_output, keyed, separator
+
+# Note: [Tracing hooks]
+# Assumption: torch.compile and torch.export trace the hooks that are on the model while they trace, as part of it.
+# Failure: Dynamo keeps what it compiled by code object, and does not look at hooks again. All instances of a class share
+#   the code of its forward, so one that was compiled with other hooks, or with none, would be run instead, silently.
+# Choice: the hooks are put on once, before anything is traced, and write into a sink that is there only while this
+#   module's own forward runs. That forward has a code object of its own in each instance, and what it calls is traced
+#   into it. Where that is not so (a graph break, a part compiled by itself), layers may be missing: then it is an error.
+
+
+class Tapped(nn.Module):
+    """A model that also returns what its selected layers gave, and can be compiled and exported.
+
+    ``forward`` takes what the model takes and returns ``(output, {name: tensor})``, keys as in ``Activations``: a
+    layer's name if it ran once, ``name#0``, ``name#1``, … if it ran several times, in execution order. The tensors are
+    clones, right whatever the model does in place, and part of the autograd graph. Running the model by itself records
+    nothing. The model is the submodule ``model``, so the keys of the state dict begin with ``model.``.
+
+    Unlike ``capture`` it sees only layers that run as modules, and keeps its hooks until ``close``, the end of its
+    ``with`` block, or until it is dropped. Copies and pickles of it have hooks of their own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import tapped
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv1d(4, 8, 3, padding=1))
+        >>> y, acts = tapped(model)(torch.zeros(2, 1, 50))
+        >>> {name: tuple(output.shape) for name, output in acts.items()}
+        {'0': (2, 4, 50), '2': (2, 8, 50)}
+
+    Args:
+        model: any PyTorch model; compile or export what this returns, not the model before.
+        layers: what to capture, as in ``capture``; None for every 1-D convolution.
+        types: the module types to choose from; Conv1d and its quantized forms by default.
+        at: ``"output"``, or ``"input"`` for what the layer was given.
+        dtype: what to cast floating-point outputs to.
+        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``.
+
+    Raises:
+        LayerNotFound: a selector matches nothing.
+        Unsupported: the model cannot be tapped in this way; the message says how it can.
+        NotCaptured: in the forward pass: a layer asked for by exact name did not run as a module, none did, or the
+            compiler may have left hooks out. Other selected layers that did not run are a ``CoverageWarning``, unless the
+            forward is compiled. A compiler may wrap the error in its own; the text is the same.
+        ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        types: Types = CONV1D,
+        at: Literal["output", "input"] = "output",
+        dtype: torch.dtype | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        selection = select(model, layers, check_arguments(model, layers, types))
+        _check_at(at)
+        _check_model(model, selection.modules.values())
+        if selection.function_names:
+            raise Unsupported(_function_only(selection.function_names))
+        if not selection.modules:
+            raise LayerNotFound(selection.nothing())
+        self.model = model
+        self.training = model.training
+        self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        self._at = at
+        self._layers = dict(selection.modules)
+        self._exact = frozenset(selection.exact)
+        self._separators = {name: separator(name, self._layers) for name in self._layers}
+        self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        self._function = _own_forward(self, self.model)
+        self._sink = sink = Sink()
+        self._hooks = hooks = Hooks()
+        for name, module in self._layers.items():
+            if self._at == "input":
+                hooks.before(module, keep_input, sink, name, self._policy)
+            else:
+                hooks.after(module, keep_output, sink, name, self._policy)
+        self._finalizer = weakref.finalize(self, hooks.remove)
+        self._finalizer.atexit = False
+
+    @property
+    def forward(self) -> Callable[..., tuple[Any, dict[str, Any]]]:  # type: ignore[override]
+        """The forward pass, ``(output, {name: tensor})``: a function of this instance alone. See Note: [Tracing hooks]."""
+        return self._function.__get__(self)  # stored bound, it would be a cycle
+
+    def close(self) -> None:
+        """Takes the hooks off the model. The model stays as it is; this module cannot run any more."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        if self._closed:
+            _refuse_closed()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def extra_repr(self) -> str:
+        """Names the layers."""
+        return f"{plural(len(self._layers), 'layer')}: {listed(self._layers)}"
+
+    # -- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_function", "_sink", "_finalizer"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In a deep copy the old hooks are there, and do nothing. A shallow copy shares the model with its original,
+        # whose hooks still work. See Note: [Hooks and copies].
+        hooks = "_forward_pre_hooks" if self._at == "input" else "_forward_hooks"
+        first = next(iter(self._layers.values()))
+        if not isinstance(getattr(first, hooks).get(self._hooks._key), Hook):
+            self._hooks.remove()
+        self._open()
+        if self._closed:
+            self.close()
+
+    # -- what is missing
+
+    def _report(self, missing: list[str]) -> None:
+        """Raises or warns about selected layers that this forward did not run as modules."""
+        compiled = _runs_under_dynamo() or any(self._is_compiled(name) for name in missing)
+        message = self._missing_text(missing, compiled)
+        if compiled or len(missing) == len(self._layers) or not self._exact.isdisjoint(missing):
+            raise NotCaptured(message)
+        warnings.warn(message, CoverageWarning, stacklevel=2)
+
+    # Dynamo runs a function with this mark while it traces, and does not trace it. It is what
+    # ``torch.compiler.assume_constant_result`` sets; calling that would import Dynamo, which takes over a second.
+    _report._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _missing_text(self, missing: list[str], compiled: bool) -> str:
+        why = (
+            " Either they did not run as modules, or code that was compiled before without their hooks ran instead: "
+            "compile the tapped model as a whole, torch.compile(tapped(model), fullgraph=True), and tap the model "
+            "before any part of it is compiled."
+            if compiled
+            else " tapped sees the layers that run as modules, and not a convolution that is called as a function "
+            "(F.conv1d): capture(model) sees those as well."
+        )
+        return (
+            f"{len(missing)} of {plural(len(self._layers), 'selected layer')} did not come out of this forward: "
+            f"{listed(missing)}.{why} list_layers(model, example=x) shows how each layer is used; select those that run "
+            "as modules, by tapped(model, layers=[…])."
+        )
+
+    def _is_compiled(self, name: str) -> bool:
+        """Whether a layer is part of something that is compiled by itself inside this model."""
+        layer = self._layers[name]
+        return any(
+            module._compiled_call_impl is not None or _wrapped_attribute(type(module)) == "_orig_mod"  # type: ignore[arg-type]
+            for module in self.model.modules()
+            if any(part is layer for part in module.modules())
+        )
+
+
+tapped = Tapped
+
+
+def _forward(self: Tapped, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """The forward of a tapped module; each instance has its own copy of this code. See Note: [Tracing hooks]."""
+    if self._closed:
+        _refuse_closed()
+    sink = self._sink
+    calls: list[tuple[str, Any]] = []
+    sink.calls = calls
+    try:
+        output = self.model(*args, **kwargs)
+    finally:
+        sink.calls = None
+    names = [name for name, _ in calls]
+    missing = [name for name in self._layers if name not in names]
+    if missing:
+        self._report(missing)
+    return output, keyed(calls, self._separators)
+
+
+def _own_forward(owner: Tapped, model: nn.Module) -> FunctionType:
+    """Makes the forward of one instance, with the parameters of the model's own forward."""
+    # The name must differ as well: Dynamo keeps its guesses about dynamic shapes by file, line and name.
+    code = _forward.__code__.replace(co_name=f"forward_{id(owner):x}")
+    function = FunctionType(code, _forward.__globals__, "forward")
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return function
+    first = inspect.Parameter("_tapped", inspect.Parameter.POSITIONAL_ONLY)
+    function.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    return function
+
+
+def _runs_under_dynamo() -> bool:
+    """Whether torch.compile is tracing this, or running it as a part that it did not trace."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _refuse_closed() -> None:
+    raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
+
+
+_refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_at(at: Any) -> None:
+    if at == "activation":
+        raise Unsupported(
+            "at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types=nn.ReLU)."
+        )
+    if at not in ("output", "input"):
+        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
+
+
+def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(layer, torch.jit.ScriptModule) for layer in layers):
+        raise Unsupported(
+            "TorchScript runs no Python hooks, so a scripted model cannot be tapped: tap the Python model that it was made "
+            "from, or run it in a block, with capture(model) as acts: model(x)"
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise Unsupported(
+            f"nn.DataParallel runs copies of the model on {len(model.device_ids)} devices, and their hooks would mix: "
+            "tap the model inside, tapped(model.module)."
+        )
+
+
+def _function_only(names: Collection[str]) -> str:
+    return (
+        f"{listed(sorted(names))} runs as a function (F.conv1d), and tapped sees only layers that run as modules. "
+        "Use a block, with capture(model) as acts: model(x), or select layers that list_layers(model, example=x) shows "
+        "as modules."
+    )
