@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Collection
 from types import FunctionType, TracebackType
@@ -16,7 +14,6 @@ from typing_extensions import Self
 
 from convtap._errors import (
     ConvtapError,
-    CoverageWarning,
     InvalidValue,
     LayerNotFound,
     NotCaptured,
@@ -26,7 +23,7 @@ from convtap._errors import (
 )
 from convtap._hooks import Hook, Hooks
 from convtap._policy import Policy
-from convtap._select import CONV1D, Layers, Types, _wrapped_attribute, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._sink import Sink, keep_input, keep_output, keyed, separator
 
 # Note: [Tracing hooks]
@@ -35,7 +32,7 @@ from convtap._sink import Sink, keep_input, keep_output, keyed, separator
 #   the code of its forward, so one that was compiled with other hooks, or with none, would be run instead, silently.
 # Choice: the hooks are put on once, before anything is traced, and write into a sink that is there only while this
 #   module's own forward runs. That forward has a code object of its own in each instance, and what it calls is traced
-#   into it. Where that is not so (a graph break, a part compiled by itself), layers may be missing: then it is an error.
+#   into it. Where that is not so (a graph break, a part compiled by itself), a layer may be missing: that is an error.
 
 
 class Tapped(nn.Module):
@@ -69,9 +66,8 @@ class Tapped(nn.Module):
     Raises:
         LayerNotFound: a selector matches nothing.
         Unsupported: the model cannot be tapped in this way; the message says how it can.
-        NotCaptured: in the forward pass: a layer asked for by exact name did not run as a module, none did, or the
-            compiler may have left hooks out. Other selected layers that did not run are a ``CoverageWarning``, unless the
-            forward is compiled. A compiler may wrap the error in its own; the text is the same.
+        NotCaptured: in the forward pass: a selected layer did not run as a module, or the compiler left its hook out. In
+            a compiled forward the compiler wraps the error in its own, with the same text.
         ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
     """
 
@@ -98,7 +94,6 @@ class Tapped(nn.Module):
         self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
         self._at = at
         self._layers = dict(selection.modules)
-        self._exact = frozenset(selection.exact)
         self._separators = {name: separator(name, self._layers) for name in self._layers}
         self._closed = False
         self._open()
@@ -127,7 +122,7 @@ class Tapped(nn.Module):
 
     def __enter__(self) -> Self:
         if self._closed:
-            _refuse_closed()
+            self._refuse_closed()
         return self
 
     def __exit__(
@@ -159,43 +154,24 @@ class Tapped(nn.Module):
         if self._closed:
             self.close()
 
-    # -- what is missing
+    # -- what goes wrong; called in a trace, Dynamo runs these while it traces, so that their messages are what one sees
 
-    def _report(self, missing: list[str]) -> None:
-        """Raises or warns about selected layers that this forward did not run as modules."""
-        compiled = _runs_under_dynamo() or any(self._is_compiled(name) for name in missing)
-        message = self._missing_text(missing, compiled)
-        if compiled or len(missing) == len(self._layers) or not self._exact.isdisjoint(missing):
-            raise NotCaptured(message)
-        warnings.warn(message, CoverageWarning, stacklevel=2)
-
-    # Dynamo runs a function with this mark while it traces, and does not trace it. It is what
-    # ``torch.compiler.assume_constant_result`` sets; calling that would import Dynamo, which takes over a second.
-    _report._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def _missing_text(self, missing: list[str], compiled: bool) -> str:
-        why = (
-            " Either they did not run as modules, or code that was compiled before without their hooks ran instead: "
-            "compile the tapped model as a whole, torch.compile(tapped(model), fullgraph=True), and tap the model "
-            "before any part of it is compiled."
-            if compiled
-            else " tapped sees the layers that run as modules, and not a convolution that is called as a function "
-            "(F.conv1d): capture(model) sees those as well."
-        )
-        return (
+    def _missing(self, missing: list[str]) -> None:
+        raise NotCaptured(
             f"{len(missing)} of {plural(len(self._layers), 'selected layer')} did not come out of this forward: "
-            f"{listed(missing)}.{why} list_layers(model, example=x) shows how each layer is used; select those that run "
-            "as modules, by tapped(model, layers=[…])."
+            f"{listed(missing)}. A layer comes out if it runs as a module; one that is idle, or whose convolution is "
+            "called as a function (F.conv1d), does not (capture(model) sees those as well). If it does run, a part of the "
+            "model was compiled by itself before the hooks were on: tap first, then compile the whole, "
+            "torch.compile(tapped(model), fullgraph=True). To select what runs as a module: tapped(model, [row.name for "
+            "row in list_layers(model, example=x) if row.used.startswith('module')])."
         )
 
-    def _is_compiled(self, name: str) -> bool:
-        """Whether a layer is part of something that is compiled by itself inside this model."""
-        layer = self._layers[name]
-        return any(
-            module._compiled_call_impl is not None or _wrapped_attribute(type(module)) == "_orig_mod"  # type: ignore[arg-type]
-            for module in self.model.modules()
-            if any(part is layer for part in module.modules())
-        )
+    def _refuse_closed(self) -> None:
+        raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
+
+    # The mark is what torch.compiler.assume_constant_result sets; calling that would import Dynamo, for over a second.
+    _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 tapped = Tapped
@@ -204,7 +180,7 @@ tapped = Tapped
 def _forward(self: Tapped, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The forward of a tapped module; each instance has its own copy of this code. See Note: [Tracing hooks]."""
     if self._closed:
-        _refuse_closed()
+        self._refuse_closed()
     sink = self._sink
     calls: list[tuple[str, Any]] = []
     sink.calls = calls
@@ -215,7 +191,7 @@ def _forward(self: Tapped, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, An
     names = [name for name, _ in calls]
     missing = [name for name in self._layers if name not in names]
     if missing:
-        self._report(missing)
+        self._missing(missing)
     return output, keyed(calls, self._separators)
 
 
@@ -231,23 +207,6 @@ def _own_forward(owner: Tapped, model: nn.Module) -> FunctionType:
     first = inspect.Parameter("_tapped", inspect.Parameter.POSITIONAL_ONLY)
     function.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
     return function
-
-
-def _runs_under_dynamo() -> bool:
-    """Whether torch.compile is tracing this, or running it as a part that it did not trace."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _refuse_closed() -> None:
-    raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
-
-
-_refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_at(at: Any) -> None:
