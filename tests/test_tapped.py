@@ -234,6 +234,27 @@ def test_two_tapped_modules_on_one_model_do_not_see_each_other(x):
     assert list(other(x)[1]) == ["second#0", "second#1"]
 
 
+def test_several_on_one_model_are_compiled_and_run_side_by_side(x):
+    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU(inplace=True), nn.Conv1d(2, 2, 1))
+    with torch.no_grad():
+        first, both = tapped(model, "0"), tapped(model)
+        one, other = (torch.compile(part, backend="eager", fullgraph=True) for part in (first, both))
+
+        def run():
+            with torch.no_grad():
+                return [list(part(x)[1]) for part in (one, other, first, both)]
+
+        for _ in range(2):
+            assert run() == [["0"], ["0", "2"], ["0"], ["0", "2"]]
+        last = torch.compile(tapped(model, "2"), backend="eager", fullgraph=True)
+        assert torch.equal(last(x)[1]["2"], model(x))
+        results = []
+        thread = threading.Thread(target=lambda: results.append(run()))
+        thread.start()
+        thread.join()
+        assert results == [[["0"], ["0", "2"], ["0"], ["0", "2"]]]
+
+
 def test_two_threads_do_not_see_each_other():
     """Each thread waits inside the model until the other is there too, so that their forwards overlap for certain."""
     barrier = threading.Barrier(2, timeout=20)

@@ -18,7 +18,9 @@ from convtap.taps.module import _as_input
 class Sink(threading.local):
     """What the layers gave so far in the forward that runs in this thread, in order; None while none runs."""
 
-    calls: list[tuple[str, Any]] | None = None
+    # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] | None = None
 
 
 def keep_output(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, output: Any) -> None:
