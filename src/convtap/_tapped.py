@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Collection
 from types import FunctionType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ from convtap._sink import Sink, keep_input, keep_output, keyed, separator
 # Failure: Dynamo keeps what it compiled by code object, and does not look at hooks again. All instances of a class share
 #   the code of its forward, so one that was compiled with other hooks, or with none, would be run instead, silently.
 # Choice: the hooks are put on once, before anything is traced, and write into a sink that is there only while this
-#   module's own forward runs. That forward has a code object of its own in each instance, and what it calls is traced
-#   into it. Where that is not so (a graph break, a part compiled by itself), a layer may be missing: that is an error.
+#   module's own forward runs. Each instance is of a class of its own, whose forward is a code object of its own (on the
+#   instance itself it would be a cycle, and a property a frame that Dynamo looks at), and what that calls is traced into
+#   it. Where it is not (a graph break, a part compiled by itself), a layer may be missing: that is an error.
 
 
 class Tapped(nn.Module):
@@ -71,6 +72,10 @@ class Tapped(nn.Module):
         ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Makes each instance of a class of its own. See Note: [Tracing hooks]."""
+        return super().__new__(_own_class(cls))
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +104,7 @@ class Tapped(nn.Module):
         self._open()
 
     def _open(self) -> None:
-        self._function = _own_forward(self, self.model)
+        type(self).forward.__signature__ = _signature(self.model)  # type: ignore[attr-defined]
         self._sink = sink = Sink()
         self._hooks = hooks = Hooks()
         for name, module in self._layers.items():
@@ -110,10 +115,27 @@ class Tapped(nn.Module):
         self._finalizer = weakref.finalize(self, hooks.remove)
         self._finalizer.atexit = False
 
-    @property
-    def forward(self) -> Callable[..., tuple[Any, dict[str, Any]]]:  # type: ignore[override]
-        """The forward pass, ``(output, {name: tensor})``: a function of this instance alone. See Note: [Tracing hooks]."""
-        return self._function.__get__(self)  # stored bound, it would be a cycle
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Runs the model, and returns its output and what the layers gave.
+
+        Raises:
+            NotCaptured: a selected layer did not come out.
+            ConvtapError: it is closed.
+        """
+        if self._closed:
+            self._refuse_closed()
+        sink = self._sink
+        calls: list[tuple[str, Any]] = []
+        sink.calls = calls
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            sink.calls = None
+        names = [name for name, _ in calls]
+        missing = [name for name in self._layers if name not in names]
+        if missing:
+            self._missing(missing)
+        return output, keyed(calls, self._separators)
 
     def close(self) -> None:
         """Takes the hooks off the model. The model stays as it is; this module cannot run any more."""
@@ -138,9 +160,12 @@ class Tapped(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_function", "_sink", "_finalizer"):
+        for name in ("_sink", "_finalizer"):
             del state[name]
         return state
+
+    def __reduce__(self) -> Any:
+        return _blank, (type(self).__base__,), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -177,36 +202,31 @@ class Tapped(nn.Module):
 tapped = Tapped
 
 
-def _forward(self: Tapped, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """The forward of a tapped module; each instance has its own copy of this code. See Note: [Tracing hooks]."""
-    if self._closed:
-        self._refuse_closed()
-    sink = self._sink
-    calls: list[tuple[str, Any]] = []
-    sink.calls = calls
-    try:
-        output = self.model(*args, **kwargs)
-    finally:
-        sink.calls = None
-    names = [name for name, _ in calls]
-    missing = [name for name in self._layers if name not in names]
-    if missing:
-        self._missing(missing)
-    return output, keyed(calls, self._separators)
+_T = TypeVar("_T", bound=nn.Module)
 
 
-def _own_forward(owner: Tapped, model: nn.Module) -> FunctionType:
-    """Makes the forward of one instance, with the parameters of the model's own forward."""
+def _own_class(kind: type[_T]) -> type[_T]:
+    """Makes a class for one instance, the same but for the code object of its forward. See Note: [Tracing hooks]."""
+    own = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    shared = kind.forward
     # The name must differ as well: Dynamo keeps its guesses about dynamic shapes by file, line and name.
-    code = _forward.__code__.replace(co_name=f"forward_{id(owner):x}")
-    function = FunctionType(code, _forward.__globals__, "forward")
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # not written in Python
-        return function
+    code = shared.__code__.replace(co_name=f"forward_{id(own):x}")
+    own.forward = FunctionType(code, shared.__globals__, "forward", shared.__defaults__, shared.__closure__)  # type: ignore[attr-defined]
+    own.forward.__doc__ = shared.__doc__  # type: ignore[attr-defined]
+    return own
+
+
+def _blank(kind: type[_T]) -> _T:
+    return kind.__new__(kind)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """The parameters of a model's forward, behind a ``self``: exporters name the inputs after them."""
     first = inspect.Parameter("_tapped", inspect.Parameter.POSITIONAL_ONLY)
-    function.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-    return function
+    try:
+        return inspect.Signature([first, *inspect.signature(model.forward).parameters.values()])
+    except (TypeError, ValueError):  # not written in Python
+        return inspect.signature(Tapped.forward)
 
 
 def _check_at(at: Any) -> None:
