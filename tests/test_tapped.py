@@ -573,6 +573,46 @@ def test_other_threads_get_the_results_of_a_compiled_one_too(x):
         assert_same(result, model, x)
 
 
+def test_a_warm_one_needs_no_recompilation(x):
+    """A frame of ours that Dynamo had to look at in every call would count as a recompilation."""
+    model = InplaceReluTwice()
+    with torch.no_grad():
+        compiled = torch.compile(tapped(model), backend="eager", fullgraph=True)
+        compiled(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert_same(compiled(x), model, x)
+
+
+def test_parametrized_convolutions_and_autocast_are_compiled_too(x):
+    model = InplaceReluTwice()
+    model.second = torch.nn.utils.parametrizations.weight_norm(model.second)
+    compiled = torch.compile(tapped(model), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(x), model, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = compiled(x)
+            assert result[1]["first"].dtype == torch.bfloat16
+            assert_same(result, model, x)
+
+
+def test_functional_call_uses_the_parameters_it_is_given(x):
+    model = InplaceReluTwice()
+    zeros = {f"model.{key}": torch.zeros_like(value) for key, value in model.named_parameters()}
+    _, acts = torch.func.functional_call(tapped(model), zeros, (x,))
+    assert list(acts) == ["first", "second#0", "second#1"]
+    assert not acts["first"].any()
+
+
+def test_vmap_gives_the_whole_batch_without_wrappers():
+    model = InplaceReluTwice()
+    x = torch.randn(3, 2, 2, 16)
+    with torch.no_grad():
+        _, acts = torch.func.vmap(tapped(model))(x)
+        expected = torch.stack([by_hand(model, part)[1][0][1] for part in x])
+    assert not torch._C._functorch.is_batchedtensor(acts["first"])
+    torch.testing.assert_close(acts["first"], expected)
+
+
 def test_with_a_graph_break_it_is_right_or_an_error_never_without_a_layer(x):
     model = BreaksTheGraph()
     with torch.no_grad():
