@@ -45,6 +45,8 @@ ORDER = (
     "taps.keras",
     "_verdict",
     "_capture",
+    "_sink",
+    "_tapped",
     "_layers",
     "_save",
     "_demo",
