@@ -210,6 +210,26 @@ class Activations(Mapping[str, Any]):
 
         save(self, path)
 
+    def plot(self, *args: Any, **options: Any) -> Any:
+        """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot`` for the arguments.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from convtap.plot import plot
+
+        return plot(self, *args, **options)
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Writes one self-contained HTML page; see ``convtap.report.report`` for the options.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        from convtap.report import report
+
+        report(self, path, **options)
+
     def summary(self, stats: bool = False) -> Table:
         """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
 

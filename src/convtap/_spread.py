@@ -1,0 +1,113 @@
+"""How the values of a layer are spread, over all its calls and inputs: quantiles, zeros, dead channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convtap._cells import Array
+from convtap._pictures import Chosen, chosen, map_kind
+from convtap._policy import walk_tensors
+from convtap._samples import Samples
+from convtap._stats import real_values
+
+if TYPE_CHECKING:
+    from convtap._result import Activations
+
+QUANTILES = (1, 25, 50, 75, 99)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the values of one layer are spread.
+
+    Attributes:
+        name: the layer; with the path of the tensor, if it returns several.
+        quantiles: of the finite values, at QUANTILES percent; None if there are none.
+        zeros: the share of exact zeros among all values, or None without values.
+        dead: how many channels have one and the same value everywhere (if there is one value only: zero).
+        channels: how many channels there are; 0 if the calls do not agree on it.
+        bad: how many values are NaN, and how many Inf.
+    """
+
+    name: str
+    quantiles: tuple[float, ...] | None
+    zeros: float | None
+    dead: int
+    channels: int
+    bad: tuple[int, int]
+
+    @property
+    def dead_share(self) -> float | None:
+        """The share of dead channels, or None if channels cannot be told apart."""
+        return self.dead / self.channels if self.channels else None
+
+    @property
+    def dead_text(self) -> str:
+        """The dead channels of all, as text."""
+        return f"{self.dead:,} of {self.channels:,}" if self.channels else "–"
+
+    @property
+    def warning(self) -> str:
+        """How much of it is no number, or nothing."""
+        return ", ".join(f"{count:,} {name}" for count, name in zip(self.bad, ("NaN", "Inf"), strict=True) if count)
+
+
+def spreads(acts: Activations, layers: Chosen = None) -> list[Spread]:
+    """Computes the spread of each chosen layer, one layer at a time.
+
+    Raises:
+        NotCaptured: there are no outputs.
+        LayerNotFound: ``layers`` means nothing that is here.
+    """
+    calls = chosen(acts, layers)
+    single = {id(call) for found in Samples(acts._log)._passes if found.single for call in found.calls}
+    by_layer: dict[str, list[tuple[int, str]]] = {}
+    for position, call in enumerate(calls):
+        for path, _ in walk_tensors(call._shown):
+            by_layer.setdefault(f"{call.name}.{path}" if path else call.name, []).append((position, path))
+    found = []
+    for name, places in by_layer.items():
+        parts = []
+        for position, path in places:
+            call = calls[position]
+            tensor = dict(walk_tensors(call.output))[path]
+            if tensor.device.type == "meta":
+                continue
+            array = real_values(tensor.detach()).cpu().numpy()
+            batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
+            parts.append(_by_channel(array, map_kind(call), batched))
+        found.append(_spread(name, parts))
+    return found
+
+
+def _by_channel(array: Array, kind: str, batched: bool) -> Array:
+    """All values of an output as (channels, values)."""
+    if array.ndim == 0:
+        return array.reshape(1, 1)
+    axis = array.ndim - 1 if kind == "last" else 1 if batched else 0
+    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+
+
+def _spread(name: str, parts: list[Array]) -> Spread:
+    values = np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0)
+    if not values.size:
+        return Spread(name, None, None, 0, 0, (0, 0))
+    finite = values[np.isfinite(values)]
+    bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
+    zeros = float((values == 0).mean())
+    quantiles = tuple(float(q) for q in np.percentile(finite, QUANTILES)) if finite.size else None
+    if len({len(part) for part in parts}) > 1:
+        return Spread(name, quantiles, zeros, 0, 0, bad)
+    return Spread(name, quantiles, zeros, int(_dead(parts).sum()), len(parts[0]), bad)
+
+
+def _dead(parts: list[Array]) -> Array:
+    parts = [part for part in parts if part.size]
+    low = np.min([part.min(axis=1) for part in parts], axis=0)
+    high = np.max([part.max(axis=1) for part in parts], axis=0)
+    if sum(part.shape[1] for part in parts) == 1:
+        return np.asarray(low == 0)
+    return np.asarray(low == high)
