@@ -8,7 +8,7 @@ import numpy as np
 
 from convtap._cells import INF_COLOUR, NAN_COLOUR, STEPS, Array, edges, palette
 from convtap._errors import MissingExtra
-from convtap._pictures import MAX_BARS, Picture
+from convtap._pictures import MAX_BARS, MAX_MARKS, Picture
 from convtap._timeaxis import TimeAxis
 
 if TYPE_CHECKING:
@@ -22,11 +22,6 @@ ACROSS = WIDTH - LEFT - RIGHT  # pixels of the axes
 
 #: Columns of a map: half the pixels, so that none is lost at half the resolution either.
 COLUMNS = ACROSS // 2
-
-_MARKS = 60  # columns with a value that is no number, up to which each gets a mark; more are seen without
-
-#: More channels of a signal than this are drawn as a map.
-MAX_LINES = 8
 
 INK = "#2b3a4a"
 ALARM = "#c00000"
@@ -68,20 +63,6 @@ def write(figure: Figure, left: int, top: int, text: str, **style: Any) -> None:
     figure.text(left / across, 1 - top / down, text, parse_math=False, **style)
 
 
-def printable(text: str) -> str:
-    """Text in which nothing is invisible: line breaks and control characters are written as escapes."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
-def shortened(text: str, most: int) -> str:
-    """Text of at most so many characters, with its middle left out."""
-    text = printable(text)
-    if len(text) <= most:
-        return text
-    head = most // 3
-    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
-
-
 def colours() -> Any:
     """The map's colours for matplotlib, NaN in its own."""
     from matplotlib.colors import ListedColormap
@@ -101,7 +82,7 @@ def draw_map(axes: Axes, picture: Picture) -> None:
     if infinite.any():
         axes.imshow(np.where(infinite[..., None], (*(np.asarray(INF_COLOUR) / 255), 1.0), 0.0), **style)
     wrong = np.flatnonzero(~np.isfinite(cells).all(axis=0))
-    if 0 < len(wrong) <= _MARKS:
+    if 0 < len(wrong) <= MAX_MARKS:
         centres = first + (wrong + 0.5) * (last - first) / cells.shape[1]
         above = axes.get_xaxis_transform()
         axes.plot(centres, np.full(len(wrong), 1.0), "v", color=ALARM, ms=3, transform=above, clip_on=False, lw=0)

@@ -9,8 +9,10 @@ import numpy as np
 
 from convtap import _draw
 from convtap._cells import Array
+from convtap._choose import pass_of
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, Unsupported, did_you_mean, listed
-from convtap._pictures import MAX_BARS, Picture, as_map, bar_cells, map_kind, pass_of
+from convtap._labels import shortened
+from convtap._pictures import MAX_BARS, Picture, as_map, bar_cells, map_kind
 from convtap._policy import walk_tensors
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def small_multiples(key: str, values: Array, channels: Any) -> Figure:
     lines = -(-len(shown) // _ACROSS)
     figure = _draw.new_figure(_draw.WIDTH, 34 + lines * _STEP + 22)
     which = f"all {count:,} channels" if len(shown) == count else f"channels {_runs(shown)} of {count:,}"
-    title = f"{_draw.shortened(key, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
+    title = f"{shortened(key, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
     _draw.write(figure, 20, 18, title, weight="bold")
     limits = _limits(values[shown])
     width = (_draw.WIDTH - 50) // _ACROSS
@@ -93,7 +95,7 @@ def _runs(numbers: list[int]) -> str:
 def _bars(key: str, values: Array, count: int) -> Figure:
     figure = _draw.new_figure(_draw.WIDTH, 190)
     picture = Picture(key, (count,), "bars", bar_cells(values), count)
-    _draw.write(figure, _draw.LEFT, 24, f"{_draw.shortened(key, 70)}  ({count:,},)", weight="bold")
+    _draw.write(figure, _draw.LEFT, 24, f"{shortened(key, 70)}  ({count:,},)", weight="bold")
     axes = _draw.place(figure, _draw.LEFT, 30, _draw.ACROSS, 120)
     _draw.draw_bars(axes, picture)
     axes.set_xlabel("channel" if count <= MAX_BARS else "channel (each bar the range of neighbours)", fontsize=7)

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import fnmatch
-import operator
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from convtap._call import Call
 from convtap._cells import Array, Cells, colour_limit, edges, envelope, shrink
-from convtap._errors import (
-    InvalidType,
-    InvalidValue,
-    LayerNotFound,
-    NotCaptured,
-    OutOfRange,
-    Unsupported,
-    did_you_mean,
-    listed,
-    plural,
-)
+from convtap._choose import Chosen, chosen, pass_of
+from convtap._errors import LayerNotFound, Unsupported, listed
+from convtap._labels import counted
 from convtap._policy import walk_tensors
-from convtap._samples import Samples
 from convtap._stats import real_values
 from convtap._timeaxis import TimeAxis
 
 if TYPE_CHECKING:
     from convtap._result import Activations
 
-Chosen: TypeAlias = "str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None"
 
 #: Modules whose output has its channels on the last axis.
 _CHANNELS_LAST = frozenset(
     {"Linear", "NonDynamicallyQuantizableLinear", "LayerNorm", "RMSNorm", "Embedding", "LSTM", "GRU", "RNN"}
 )
+
+#: More channels of a signal than this are drawn as a map, not as lines.
+MAX_LINES = 8
+
+#: Columns with a value that is no number, up to which each gets a mark above it; more are seen without.
+MAX_MARKS = 60
 
 #: More bars than this are drawn as ranges of neighbouring channels.
 MAX_BARS = 256
@@ -75,7 +67,7 @@ class Picture:
     @property
     def warning(self) -> str:
         """How much of it is no number, or nothing."""
-        return ", ".join(f"{count:,} {name}" for count, name in zip(self.bad, ("NaN", "Inf"), strict=True) if count)
+        return counted(self.bad)
 
 
 def pictures(
@@ -131,84 +123,6 @@ def _repeated(calls: list[Call]) -> set[str]:
     return {name for name in names if names.count(name) > 1}
 
 
-def pass_of(acts: Activations, sample: int) -> tuple[int, Any]:
-    """The forward pass that had an input in it, and the input's row there."""
-    try:
-        if isinstance(sample, bool):
-            raise TypeError
-        number = operator.index(sample)
-    except TypeError:
-        raise InvalidType(
-            f"sample is a {type(sample).__name__}, and it must be the number of one input: sample=0 for the first."
-        ) from None
-    passes = Samples(acts._log)._passes
-    total = sum(found.size for found in passes)
-    if not -total <= number < total:
-        raise OutOfRange(f"there is no sample {sample}: {plural(total, 'input')} here, numbered from 0.")
-    rest = number % total
-    for found in passes:
-        if rest < found.size:
-            return rest, found
-        rest -= found.size
-    raise AssertionError("unreachable")
-
-
-def chosen(acts: Activations, layers: Chosen) -> list[Call]:
-    """The calls that some names, call keys, globs and patterns mean, in execution order.
-
-    Raises:
-        NotCaptured: there are no calls at all.
-        LayerNotFound: one of them means nothing that is here.
-        InvalidValue: there are none of them.
-    """
-    calls = acts.calls()
-    if not calls:
-        raise NotCaptured(
-            "there is nothing to draw: no outputs were captured. Run the model inside the block: "
-            "with capture(model) as acts: model(x)"
-        )
-    if layers is None:
-        return calls
-    given = [layers] if isinstance(layers, (str, re.Pattern)) else layers
-    if not isinstance(given, Iterable):
-        raise _no_choice(layers)
-    selectors = list(given)
-    if not selectors:
-        raise InvalidValue("layers is empty, so nothing would be drawn. Pass None for every captured layer.")
-    wanted: set[int] = set()
-    for selector in selectors:
-        matches = [id(call) for call in calls if _means(acts, selector, call)]
-        if not matches:
-            text = selector if isinstance(selector, str) else selector.pattern
-            names = list(dict.fromkeys(name for call in calls for name in (call.name, call.key)))
-            raise LayerNotFound(
-                f"no captured layer matches {text!r}. Captured here: {listed([call.key for call in calls])}."
-                f"{did_you_mean(text, names)}"
-            )
-        wanted.update(matches)
-    return [call for call in calls if id(call) in wanted]
-
-
-def _means(acts: Activations, selector: Any, call: Call) -> bool:
-    if isinstance(selector, re.Pattern):
-        return any(selector.fullmatch(name) is not None for name in (call.name, call.key))
-    if not isinstance(selector, str):
-        raise _no_choice(selector)
-    names = (call.name, call.key)
-    return (
-        selector in names
-        or acts._resolve(selector) == call.name
-        or any(fnmatch.fnmatchcase(n, selector) for n in names)
-    )
-
-
-def _no_choice(value: Any) -> InvalidType:
-    return InvalidType(
-        f"layers: {type(value).__name__} chooses nothing here. Pass a name, a call key such as 'conv#1', a glob, "
-        "a re.Pattern, or several of them in a list."
-    )
-
-
 # -- one output
 
 
@@ -223,7 +137,10 @@ def _picture(key: str, tensor: Tensor, kind: str, rows: int, columns: int, axis:
     if frames == 1:
         each = "one bar a channel" if channels <= MAX_BARS else "each bar the range of neighbouring channels"
         notes.append(f"no time axis: {each}")
-        return Picture(key, shape, "bars", bar_cells(values[:, 0]), channels, 1, bad=bad, notes=tuple(notes))
+        cells = bar_cells(values[:, 0])
+        finite = cells[np.isfinite(cells)]
+        notes.append(f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite value")
+        return Picture(key, shape, "bars", cells, channels, 1, bad=bad, notes=tuple(notes))
     return _map(key, shape, values, rows, columns, axis, axis.extent(place, frames), bad, notes)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convtap._call import Call
 from convtap._cells import Array
-from convtap._pictures import Chosen, chosen, map_kind
+from convtap._choose import Chosen, chosen
+from convtap._labels import counted
+from convtap._pictures import map_kind
 from convtap._policy import walk_tensors
 from convtap._samples import Samples
 from convtap._stats import real_values
@@ -52,33 +56,31 @@ class Spread:
     @property
     def warning(self) -> str:
         """How much of it is no number, or nothing."""
-        return ", ".join(f"{count:,} {name}" for count, name in zip(self.bad, ("NaN", "Inf"), strict=True) if count)
+        return counted(self.bad)
 
 
-def spreads(acts: Activations, layers: Chosen = None) -> list[Spread]:
-    """Computes the spread of each chosen layer, one layer at a time.
+def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None = None) -> list[Spread]:
+    """Computes the spread of each chosen layer over all its calls, or of each of some calls; one at a time.
 
     Raises:
         NotCaptured: there are no outputs.
         LayerNotFound: ``layers`` means nothing that is here.
     """
-    calls = chosen(acts, layers)
     single = {id(call) for found in Samples(acts._log)._passes if found.single for call in found.calls}
-    by_layer: dict[str, list[tuple[int, str]]] = {}
-    for position, call in enumerate(calls):
+    groups: dict[str, list[tuple[Call, str]]] = {}
+    for call in chosen(acts, layers) if calls is None else calls:
+        stem = call.name if calls is None else call.key
         for path, _ in walk_tensors(call._shown):
-            by_layer.setdefault(f"{call.name}.{path}" if path else call.name, []).append((position, path))
+            groups.setdefault(f"{stem}.{path}" if path else stem, []).append((call, path))
     found = []
-    for name, places in by_layer.items():
+    for name, places in groups.items():
         parts = []
-        for position, path in places:
-            call = calls[position]
+        for call, path in places:
             tensor = dict(walk_tensors(call.output))[path]
-            if tensor.device.type == "meta":
-                continue
-            array = real_values(tensor.detach()).cpu().numpy()
-            batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
-            parts.append(_by_channel(array, map_kind(call), batched))
+            if tensor.device.type != "meta":
+                array = real_values(tensor.detach()).cpu().numpy()
+                batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
+                parts.append(_by_channel(array, map_kind(call), batched))
         found.append(_spread(name, parts))
     return found
 
@@ -111,3 +113,11 @@ def _dead(parts: list[Array]) -> Array:
     if sum(part.shape[1] for part in parts) == 1:
         return np.asarray(low == 0)
     return np.asarray(low == high)
+
+
+def linear_up_to(widths: list[float]) -> float | None:
+    """A power of ten up to which the common scale is linear, or None where one linear scale shows every layer."""
+    widths = sorted(width for width in widths if width > 0)
+    if not widths or widths[-1] <= 10 * widths[len(widths) // 2]:
+        return None
+    return float(10.0 ** math.floor(math.log10(widths[len(widths) // 4])))

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from convtap import _draw
-from convtap._spread import Spread
+from convtap._labels import shortened
+from convtap._spread import Spread, linear_up_to
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ _CROWDED = 20
 def spread_figure(found: list[Spread]) -> Figure:
     """Draws one row a layer."""
     step = 26 if len(found) <= _CROWDED else 17
-    labels = [_draw.shortened(spread.name, 40) for spread in found]
+    labels = [shortened(spread.name, 40) for spread in found]
     left = 24 + max(40, int(_SIGN * max(map(len, labels))))
     height = step * len(found)
     figure = _draw.new_figure(_draw.WIDTH, _TOP + height + _BOTTOM)
@@ -66,14 +67,6 @@ def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
     axes.axvline(0, color=_draw.INK, lw=0.5, zorder=0)
     axes.grid(axis="x", lw=0.3, alpha=0.6)
     axes.set_axisbelow(True)
-
-
-def linear_up_to(widths: list[float]) -> float | None:
-    """A power of ten up to which the common scale is linear, or None where one linear scale shows every layer."""
-    widths = sorted(width for width in widths if width > 0)
-    if not widths or widths[-1] <= 30 * widths[len(widths) // 2]:
-        return None
-    return float(10.0 ** math.floor(math.log10(widths[len(widths) // 4])))
 
 
 def _scale(axes: Axes, widths: list[float]) -> None:

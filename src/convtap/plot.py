@@ -9,9 +9,10 @@ import numpy as np
 
 from convtap import _draw
 from convtap._cells import PERCENTILE, STEPS, Array, palette
+from convtap._choose import Chosen, checked_count
 from convtap._draw import ACROSS, COLUMNS, LEFT, WIDTH
-from convtap._errors import InvalidType, InvalidValue
-from convtap._pictures import Chosen, Picture, pictures, signal_map
+from convtap._labels import shortened
+from convtap._pictures import MAX_LINES, Picture, pictures, signal_map
 from convtap._signal import one_signal
 from convtap._timeaxis import TimeAxis
 
@@ -62,21 +63,13 @@ def plot(
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
     """
-    rows = _count("channels", channels)
+    rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
     top = None if signal is None else one_signal(acts, signal, sample)
     if top is not None:
         axis.widen(axis.signal_extent(top.shape[1]))
     drawn, _ = pictures(acts, sample, layers, rows=rows, columns=COLUMNS, axis=axis)
     return _column(drawn, top, axis)
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InvalidType(f"{name} is {value!r}, and it must be a whole number. Write for example {name}=64.")
-    if value < 1:
-        raise InvalidValue(f"{name}={value} leaves nothing to draw. Write for example {name}=64.")
-    return int(value)
 
 
 # -- the layout: panels one below the other, all heights in whole pixels
@@ -105,9 +98,9 @@ def _panel(picture: Picture, roomy: bool, axis: TimeAxis, labelled: bool) -> _Pa
     shape = ", ".join(f"{size:,}" for size in picture.shape) + ("," if len(picture.shape) == 1 else "")
     notes = " · ".join(picture.notes)
     room = ACROSS - _NOTE_SIGN * (len(notes) + len(picture.warning) + 4)
-    title = f"{_draw.shortened(picture.key, max(24, int(room / _TITLE_SIGN) - len(shape) - 6))}  ({shape})"
+    title = f"{shortened(picture.key, max(24, int(room / _TITLE_SIGN) - len(shape) - 6))}  ({shape})"
     if picture.kind == "nothing":
-        return _Panel(title, "", f"not drawn: {_draw.shortened(notes, 150)}", 22, picture, ticks=False)
+        return _Panel(title, "", f"not drawn: {shortened(notes, 150)}", 22, picture, ticks=False)
     height = _map_height(len(picture.cells), roomy) if picture.kind == "map" else (90 if roomy else 56)
     ticks = picture.extent is None or labelled or roomy
     return _Panel(title, notes, picture.warning, height, picture, ticks)
@@ -116,7 +109,7 @@ def _panel(picture: Picture, roomy: bool, axis: TimeAxis, labelled: bool) -> _Pa
 def _signal_panel(signal: Array, axis: TimeAxis) -> _Panel:
     channels, samples = signal.shape
     title, unit = f"signal  ({channels:,}, {samples:,})", f"time in {axis.unit}"
-    if channels > _draw.MAX_LINES:
+    if channels > MAX_LINES:
         picture = signal_map(signal, 64, COLUMNS, axis)
         height = _map_height(len(picture.cells), roomy=True)
         return _Panel(title, " · ".join((*picture.notes, unit)), picture.warning, height, picture)
