@@ -73,7 +73,7 @@ def colours() -> Any:
 
 def draw_map(axes: Axes, picture: Picture) -> None:
     """Draws a map as an image, channel 0 on top; NaN black, Inf yellow, and a mark above the columns that have one."""
-    cells = picture.cells
+    cells = picture.cells.astype(np.float64)  # twice the limit must not overflow
     first, last = picture.extent or (-0.5, picture.frames - 0.5)
     extent = (first, last, len(cells) - 0.5, -0.5)
     style: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}

@@ -9,7 +9,7 @@ import numpy as np
 
 from convtap import _svg
 from convtap._cells import PERCENTILE, Array, colour_indices, palette
-from convtap._choose import Chosen, checked_count
+from convtap._choose import Chosen, checked_count, chosen
 from convtap._errors import plural
 from convtap._labels import counted
 from convtap._page import escape
@@ -50,7 +50,7 @@ class Gallery:
         rows = checked_count("channels", channels)
         self._axis = axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
         self._drawn: list[Picture] = []
-        self._total = 0
+        self._total = self._chosen = 0
         self._sample = sample
         self._signal: Array | None = None
         if not len(acts):
@@ -60,6 +60,7 @@ class Gallery:
             axis.widen(axis.signal_extent(self._signal.shape[1]))
         share = MAX_CELLS // min(len(acts), MAX_PICTURES)
         columns = max(80, min(COLUMNS, share // min(rows, share)))
+        self._chosen = len(chosen(acts, layers))
         self._drawn, self._total = pictures(
             acts, sample, layers, rows=rows, columns=columns, axis=axis, most=MAX_PICTURES
         )
@@ -67,6 +68,11 @@ class Gallery:
     def html(self) -> str:
         """The pictures, the signal first."""
         parts = [f"<p>Sample {self._sample}.</p>"]
+        elsewhere = self._chosen - self._total
+        if elsewhere:
+            parts.append(
+                f"<p>{plural(elsewhere, 'call')} of other forward passes: choose another input with sample=.</p>"
+            )
         if self._total > MAX_PICTURES:
             parts.append(
                 f"<p class='alarm'>The first {MAX_PICTURES} of {plural(self._total, 'call')}; choose others with layers=.</p>"
