@@ -15,11 +15,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from convtap import AmbiguousCall, LayerNotFound, MissingExtra, NotCaptured, Unsupported, capture
+from convtap import AmbiguousCall, LayerNotFound, MissingExtra, NotCaptured, Unsupported, capture, load
+from convtap._cells import shrink
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
 from convtap.plot import channels, distributions, plot
 
@@ -184,6 +187,13 @@ def test_all_74_layers_are_drawn():
     figure = plot(captured(*(torch.randn(1, 64, 300) for _ in range(74))))
     assert len(maps(figure)) == 74
     assert all(round(axes.get_position().height * figure.bbox.height, 3) == 64 for axes in figure.axes[:74])
+
+
+def test_loaded_outputs_are_drawn_like_captured_ones(tmp_path):
+    acts = captured(torch.randn(2, 4, 10), batch=2)
+    acts.save(tmp_path / "acts.safetensors")
+    (image,) = maps(load(tmp_path / "acts.safetensors").plot(sample=1))
+    np.testing.assert_array_equal(image.get_array(), acts.sample(1)["convs.0"])
 
 
 # -- the inputs, calls and layers
@@ -383,6 +393,43 @@ def test_extreme_magnitudes_are_drawn():
     values = torch.full((1, 4, 10), 3e38)
     values[0, 0] = -3e38
     assert pixels(plot(captured(values))).any()
+
+
+def test_a_picture_higher_than_matplotlib_draws_is_refused_with_the_remedy():
+    conv = nn.Conv1d(1, 1, 1)
+    model = nn.Sequential(*[conv] * 800)
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 6))
+    with pytest.raises(Unsupported, match=r"pixels high, and matplotlib draws at most 65,535.*layers=.*acts.report"):
+        acts.plot()
+
+
+# -- shrinking, for any shape
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(2, 300),
+    st.integers(1, 20),
+    st.integers(2, 60),
+    st.integers(0, 2**31),
+    st.booleans(),
+)
+def test_shrinking_keeps_the_furthest_value_and_every_nan(channels, frames, rows, columns, seed, broken):
+    generator = np.random.default_rng(seed)
+    values = generator.standard_normal((channels, frames)).astype(np.float32)
+    peak = values.flat[np.abs(values).argmax()]
+    cells = shrink(values, rows, columns).values
+    assert cells.shape[0] <= rows
+    assert cells.shape[1] <= columns
+    assert peak in cells
+    if channels <= rows:
+        np.testing.assert_array_equal(cells.max(axis=1), values.max(axis=1))
+        np.testing.assert_array_equal(cells.min(axis=1), values.min(axis=1))
+    if broken:
+        values[generator.integers(channels), generator.integers(frames)] = np.nan
+        assert np.isnan(shrink(values, rows, columns).values).any()
 
 
 # -- the figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convtap._cells import INF_COLOUR, NAN_COLOUR, STEPS, Array, edges, palette
-from convtap._errors import MissingExtra
+from convtap._errors import MissingExtra, Unsupported
 from convtap._pictures import MAX_BARS, MAX_MARKS, Picture
 from convtap._timeaxis import TimeAxis
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 100
+_MOST = 2**16 - 1
 WIDTH = 1000  # pixels of a whole picture
 LEFT, RIGHT = 62, 38
 ACROSS = WIDTH - LEFT - RIGHT  # pixels of the axes
@@ -35,7 +36,13 @@ def new_figure(width: int, height: int) -> Figure:
 
     Raises:
         MissingExtra: matplotlib is not installed.
+        Unsupported: it would be higher than matplotlib can draw.
     """
+    if height > _MOST:
+        raise Unsupported(
+            f"this picture would be {height:,} pixels high, and matplotlib draws at most {_MOST:,}. Draw fewer layers or "
+            "channels at a time with layers= or channels=, or see all of them in acts.report('report.html')."
+        )
     try:
         from convtap._figure import Picture as Shown
     except ImportError as error:

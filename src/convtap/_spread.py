@@ -94,7 +94,8 @@ def _by_channel(array: Array, kind: str, batched: bool) -> Array:
 
 
 def _spread(name: str, parts: list[Array]) -> Spread:
-    values = np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0)
+    flat = [part.reshape(-1) for part in parts]
+    values = flat[0] if len(flat) == 1 else np.concatenate([np.zeros(0, np.float32), *flat])
     if not values.size:
         return Spread(name, None, None, 0, 0, (0, 0))
     finite = values[np.isfinite(values)]

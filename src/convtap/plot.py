@@ -62,6 +62,17 @@ def plot(
         LayerNotFound: ``layers`` means nothing that is here.
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import capture
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> with capture(model) as acts:
+        ...     y = model(torch.zeros(2, 1, 50))
+        >>> figure = acts.plot(sample=1)
+        >>> len(figure.axes)  # two maps, and what the colours mean
+        3
     """
     rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
@@ -191,6 +202,16 @@ def distributions(acts: Activations, layers: Chosen = None) -> Figure:
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` means nothing that is here.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import capture
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> with capture(model) as acts:
+        ...     y = model(torch.zeros(2, 1, 50))
+        >>> from convtap.plot import distributions
+        >>> figure = distributions(acts)
     """
     from convtap._spread import spreads
     from convtap._spread_figure import spread_figure
@@ -217,6 +238,17 @@ def channels(acts: Activations, layer: str, sample: int = 0, channels: Any = 64)
         AmbiguousCall: the layer ran several times.
         OutOfRange: there is no such input, or no such channel.
         ConvtapError: an argument cannot be used, or the layer has no rows an input.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import capture
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> with capture(model) as acts:
+        ...     y = model(torch.zeros(2, 1, 50))
+        >>> from convtap.plot import channels
+        >>> len(channels(acts, "2").axes)
+        8
     """
     from convtap._multiples import one_map, small_multiples
 

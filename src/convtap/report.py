@@ -57,6 +57,17 @@ def report(
         LayerNotFound: ``layers`` means nothing that is here.
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import capture
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> with capture(model) as acts:
+        ...     y = model(torch.zeros(2, 1, 50))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     acts.report(f"{folder}/report.html", model=model)
     """
     if model is not None and not isinstance(model, nn.Module):
         raise InvalidType(f"model is a {type(model).__name__}, not a torch.nn.Module: report(path, model=model).")
