@@ -263,7 +263,26 @@ def test_calls_of_one_layer_are_not_drawn_on_top_of_each_other():
     model = nn.Sequential(conv, conv)
     with capture(model) as acts:
         model(torch.randn(1, 1, 8))
-    assert texts(plot(acts, timeline={"0": Entry(0, 1, 1)})).count("not on the time axis") == 2
+    by_name = {"0": Entry(0, 1, 1)}
+    assert texts(plot(acts, timeline=by_name)).count("not on the time axis") == 2
+    assert texts(plot(acts, layers="0#1", timeline=by_name)).count("not on the time axis") == 1
+    by_call = {"0#0": Entry(0, 1, 1), "0#1": Entry(100, 1, 1)}
+    assert [image.get_extent()[0] for image in maps(plot(acts, timeline=by_call))] == [-0.5, 99.5]
+
+
+def test_a_layer_has_its_place_in_every_forward_pass():
+    model = nn.Sequential(nn.Conv1d(1, 1, 1))
+    with capture(model) as acts:
+        for _ in range(2):
+            model(torch.randn(1, 1, 8))
+    figure = plot(acts, sample=1, timeline={"0": Entry(100, 1, 1)})
+    assert maps(figure)[0].get_extent()[0] == 99.5
+
+
+def test_time_that_is_cut_into_segments_has_no_place():
+    entry = Entry(0, 1, 1)
+    entry.segments = 4
+    assert "not on the time axis" in texts(plot(captured(torch.randn(1, 4, 10)), timeline={"convs.0": entry}))
 
 
 # -- signals
@@ -362,12 +381,40 @@ def test_many_bars_keep_the_range_of_their_channels():
     assert len(heights) == 2 * 256
 
 
-def test_a_linear_layer_is_drawn_with_its_channels_from_top_to_bottom():
+def test_a_layer_of_unknown_layout_says_which_axis_was_taken_as_time():
+    model = nn.Sequential(nn.Linear(3, 5))
+    with capture(model, types=nn.Linear) as acts:
+        model(torch.randn(1, 20, 3))
+    assert "its last axis taken as time" in texts(plot(acts))
+    assert "taken as time" not in texts(plot(captured(torch.randn(1, 4, 10))))
+
+
+def test_the_timeline_says_which_axis_is_time():
     model = nn.Sequential(nn.Linear(3, 5))
     with capture(model, types=nn.Linear) as acts:
         y = model(torch.randn(1, 20, 3))
-    (image,) = maps(plot(acts))
-    np.testing.assert_array_equal(np.asarray(image.get_array()), y[0].detach().numpy().T)
+    entry = Entry(0, 1, 1)
+    entry.dim = -2
+    figure = plot(acts, timeline={"0": entry})
+    np.testing.assert_array_equal(maps(figure)[0].get_array(), y[0].detach().numpy().T)
+    assert maps(figure)[0].get_extent()[:2] == [-0.5, 19.5]
+    assert "time is its axis -2" in texts(figure)
+
+
+def test_the_place_of_a_structure_is_that_of_one_of_its_tensors():
+    class Two(nn.Conv1d):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y * 2
+
+    model = nn.Sequential(Two(1, 2, 3))
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 12))
+    entry = Entry(0, 1, 3)
+    entry.path = "1"
+    figure = plot(acts, timeline={"0": entry})
+    assert [image.get_extent()[:2] for image in maps(figure)] == [[-0.5, 9.5], [0.5, 10.5]]
+    assert texts(figure).count("not on the time axis") == 1
 
 
 def test_rows_that_are_not_the_inputs_are_named_and_the_rest_is_drawn():

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from convtap._call import Call
 from convtap._errors import (
@@ -49,6 +50,16 @@ def pass_of(acts: Activations, sample: int) -> tuple[int, Any]:
             return rest, found
         rest -= found.size
     raise AssertionError("unreachable")
+
+
+def one_input(found: Any, key: str, tensor: Tensor, row: int) -> Tensor:
+    """One input's row of an output of a pass, without the batch axis; no copy.
+
+    Raises:
+        Unsupported: axis 0 is not the batch.
+    """
+    cut: Tensor = found._cut(key, tensor, row)
+    return cut
 
 
 def chosen(acts: Activations, layers: Chosen) -> list[Call]:

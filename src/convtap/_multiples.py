@@ -9,11 +9,11 @@ import numpy as np
 
 from convtap import _draw
 from convtap._cells import Array
-from convtap._choose import pass_of
+from convtap._choose import one_input, pass_of
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, Unsupported, did_you_mean, listed
 from convtap._labels import shortened
-from convtap._pictures import MAX_BARS, Picture, as_map, bar_cells, map_kind
-from convtap._policy import walk_tensors
+from convtap._pictures import MAX_BARS, Picture, as_map, bar_cells
+from convtap._structure import walk_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,10 +48,10 @@ def one_map(acts: Activations, layer: str, sample: int) -> tuple[str, Array]:
         raise Unsupported(
             f"{layer!r} returns {len(tensors)} tensors, and channels draws one. Draw them with acts.plot()."
         )
-    cut = found._cut(call.key, tensors[0][1], row)
+    cut = one_input(found, call.key, tensors[0][1], row)
     if not cut.numel() or cut.device.type == "meta":
         raise Unsupported(f"{call.key!r} has no values to draw: its shape is {tuple(cut.shape)}.")
-    return call.key, as_map(cut, map_kind(call))[0]
+    return call.key, as_map(cut)[0]
 
 
 def small_multiples(key: str, values: Array, channels: Any) -> Figure:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
 
 from convtap._call import Call
 from convtap._cells import Array, Cells, colour_limit, edges, envelope, shrink
-from convtap._choose import Chosen, chosen, pass_of
+from convtap._choose import Chosen, chosen, one_input, pass_of
 from convtap._errors import LayerNotFound, Unsupported, listed
 from convtap._labels import counted
-from convtap._policy import walk_tensors
 from convtap._stats import real_values
-from convtap._timeaxis import TimeAxis
+from convtap._structure import walk_tensors
+from convtap._timeaxis import Place, TimeAxis
 
 if TYPE_CHECKING:
     from convtap._result import Activations
 
-
-#: Modules whose output has its channels on the last axis.
-_CHANNELS_LAST = frozenset(
-    {"Linear", "NonDynamicallyQuantizableLinear", "LayerNorm", "RMSNorm", "Embedding", "LSTM", "GRU", "RNN"}
-)
 
 #: More channels of a signal than this are drawn as a map, not as lines.
 MAX_LINES = 8
@@ -89,49 +84,52 @@ def pictures(
             f"{listed([call.key for call in calls])}: captured, but not in the forward pass of sample {sample}. "
             f"That pass has {listed([call.key for call in found.calls])}."
         )
-    repeated = _repeated(here)
-    places = [axis.entry(call.key, call.name, alone=call.name not in repeated) for call in here[:most]]
-    for call, place in zip(here, places, strict=False):
-        axis.widen(*(axis.extent(place, _frames(call, tensor)) for _, tensor in walk_tensors(call._shown)))
+    places = [(call, _place(call, found.calls, axis)) for call in here[:most]]
+    for call, place in places:
+        for path, tensor in walk_tensors(call._shown):
+            axis.widen(axis.extent(place, path, _frames(tensor, place.dim_of(path))))
     drawn: list[Picture] = []
-    for call, place in zip(here, places, strict=False):
+    for call, place in places:
         for path, tensor in walk_tensors(call.output):
             key = f"{call.key}.{path}" if path else call.key
             try:
-                cut = found._cut(key, tensor, position)
+                cut = one_input(found, key, tensor, position)
             except Unsupported as error:
                 note = str(error).partition(". ")[0] + "."
                 drawn.append(Picture(key, tuple(tensor.shape), "nothing", np.zeros((0, 0)), notes=(note,)))
                 continue
-            drawn.append(_picture(key, cut, map_kind(call), rows, columns, axis, place))
+            sure = place.entry is not None or has_known_layout(call)
+            drawn.append(_picture(key, path, cut, place, sure, rows, columns, axis))
     return drawn, len(here)
 
 
-def map_kind(call: Call) -> Literal["last", ""]:
-    """Whether a call's channels are on its last axis."""
-    return "last" if call.via == "module" and call._tally.kind in _CHANNELS_LAST else ""
+def _place(call: Call, calls: list[Call], axis: TimeAxis) -> Place:
+    """A call's place, by its number among the layer's calls in the pass; the name alone if it is the only one."""
+    same = [other for other in calls if other.name == call.name]
+    number = None if len(same) == 1 else next(i for i, other in enumerate(same) if other is call)
+    return axis.place(call.name, number, call._tally.separator)
 
 
-def _frames(call: Call, tensor: Tensor) -> int:
-    if tensor.dim() < 2:
-        return 1
-    return tensor.shape[-2 if map_kind(call) else -1]
+def _frames(tensor: Tensor, dim: int) -> int:
+    return 1 if tensor.dim() < 2 or tensor.dim() < -dim else tensor.shape[dim]
 
 
-def _repeated(calls: list[Call]) -> set[str]:
-    names = [call.name for call in calls]
-    return {name for name in names if names.count(name) > 1}
+def has_known_layout(call: Call) -> bool:
+    """Whether the output is that of a 1-D convolution: (B, C, T) or (C, T)."""
+    return call._tally.is_conv1d or call.via == "function"
 
 
 # -- one output
 
 
-def _picture(key: str, tensor: Tensor, kind: str, rows: int, columns: int, axis: TimeAxis, place: Any) -> Picture:
+def _picture(
+    key: str, path: str, tensor: Tensor, place: Place, sure: bool, rows: int, columns: int, axis: TimeAxis
+) -> Picture:
     shape = tuple(tensor.shape)
     if not tensor.numel() or tensor.device.type == "meta":
         why = "it has no values (meta device)." if tensor.numel() else "it is empty."
         return Picture(key, shape, "nothing", np.zeros((0, 0)), notes=(why,))
-    values, notes = as_map(tensor, kind)
+    values, notes = as_map(tensor, place.dim_of(path), sure)
     channels, frames = values.shape
     bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
     if frames == 1:
@@ -141,7 +139,7 @@ def _picture(key: str, tensor: Tensor, kind: str, rows: int, columns: int, axis:
         finite = cells[np.isfinite(cells)]
         notes.append(f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite value")
         return Picture(key, shape, "bars", cells, channels, 1, bad=bad, notes=tuple(notes))
-    return _map(key, shape, values, rows, columns, axis, axis.extent(place, frames), bad, notes)
+    return _map(key, shape, values, rows, columns, axis, axis.extent(place, path, frames), bad, notes)
 
 
 def signal_map(values: Array, rows: int, columns: int, axis: TimeAxis) -> Picture:
@@ -172,20 +170,27 @@ def _map(
     return Picture(key, shape, "map", cells.values, channels, frames, limit, bad, extent, tuple(notes))
 
 
-def as_map(tensor: Tensor, kind: str = "") -> tuple[Array, list[str]]:
-    """One input's output as (C, T) numbers, and what was done to make it that."""
+def as_map(tensor: Tensor, dim: int = -1, sure: bool = True) -> tuple[Array, list[str]]:
+    """One input's output as (C, T) numbers, and what was done to make it that.
+
+    Args:
+        tensor: the output, without batch axis.
+        dim: the axis that is time, counted from the end.
+        sure: whether that is known; else the note says that it was taken to be so.
+    """
     notes = []
     if tensor.is_complex():
         notes.append("magnitudes of complex values")
     array: Array = real_values(tensor.detach()).cpu().numpy()
     if array.ndim < 2:
         return array.reshape(-1, 1), notes
-    if kind == "last":
-        array = np.moveaxis(array, -1, 0)
-        notes.append("channels are its last axis")
-        return array.reshape(array.shape[0], -1), notes
+    if -array.ndim <= dim < -1:
+        array = np.moveaxis(array, dim, -1)
+        notes.append(f"time is its axis {dim}")
+    elif not sure:
+        notes.append("its last axis taken as time")
     if array.ndim > 2:
-        notes.append("the axes before the last one are joined")
+        notes.append("its other axes joined")
     return array.reshape(-1, array.shape[-1]), notes
 
 

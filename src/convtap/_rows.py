@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convtap._errors import plural
+from convtap._memory import tensor_bytes
 from convtap._page import escape, sortable
-from convtap._policy import tensor_bytes, walk_tensors
 from convtap._spread import QUANTILES, Spread, linear_up_to, spreads
 from convtap._stats import dtype_text, shapes_text, statistics
+from convtap._structure import walk_tensors
 from convtap._svg import box, common_scale
 from convtap._table import cell, human_bytes
 

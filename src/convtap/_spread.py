@@ -12,10 +12,9 @@ from convtap._call import Call
 from convtap._cells import Array
 from convtap._choose import Chosen, chosen
 from convtap._labels import counted
-from convtap._pictures import map_kind
-from convtap._policy import walk_tensors
 from convtap._samples import Samples
 from convtap._stats import real_values
+from convtap._structure import walk_tensors
 
 if TYPE_CHECKING:
     from convtap._result import Activations
@@ -80,16 +79,16 @@ def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None =
             if tensor.device.type != "meta":
                 array = real_values(tensor.detach()).cpu().numpy()
                 batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
-                parts.append(_by_channel(array, map_kind(call), batched))
+                parts.append(_by_channel(array, batched))
         found.append(_spread(name, parts))
     return found
 
 
-def _by_channel(array: Array, kind: str, batched: bool) -> Array:
+def _by_channel(array: Array, batched: bool) -> Array:
     """All values of an output as (channels, values)."""
     if array.ndim == 0:
         return array.reshape(1, 1)
-    axis = array.ndim - 1 if kind == "last" else 1 if batched else 0
+    axis = 1 if batched else 0
     return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
 
 

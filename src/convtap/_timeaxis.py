@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the frames of one call lie.
+
+    Attributes:
+        entry: what the timeline has of the call, or None.
+        dim: which axis of the output is time, counted from the end.
+        path: which tensor of a structure that is about; None for any.
+    """
+
+    entry: Any = None
+    dim: int = -1
+    path: str | None = None
+
+    def dim_of(self, path: str) -> int:
+        """Which axis of one of the call's tensors is time; the last one, where nothing else is known."""
+        return self.dim if self.path in (None, path) else -1
 
 
 class TimeAxis:
@@ -13,7 +33,7 @@ class TimeAxis:
 
     Args:
         timeline: what ``convtap.timeline`` gives, or None. ``timeline[layer]`` has a ``stride`` in input samples and
-            ``centre(t)``, the input sample at the centre of frame t.
+            ``centre(t)``, the input sample at the centre of frame t; it may have ``dim``, the axis that is time.
         sample_rate: input samples a second, or None to count in samples.
 
     Attributes:
@@ -41,22 +61,28 @@ class TimeAxis:
         self.unit = "input samples" if sample_rate is None else "seconds"
         self.bounds: tuple[float, float] | None = None
 
-    def entry(self, key: str, name: str, *, alone: bool) -> Any:
-        """What the timeline knows of a call, or None. A layer that ran several times has no one place by its name."""
-        if self._timeline is None:
-            return None
-        for asked in (key, name) if alone else (key,):
-            try:
-                return self._timeline[asked]
-            except (LookupError, ConvtapError):
-                continue
-        return None
+    def place(self, name: str, number: int | None, separator: str) -> Place:
+        """What the timeline knows of a call: a layer's only one in its pass, or the one of some number.
 
-    def extent(self, entry: Any, frames: int) -> tuple[float, float] | None:
+        A layer that ran several times in a pass has no one place by its name, so that only ``name#0``, … is asked for.
+        """
+        if self._timeline is None:
+            return Place()
+        try:
+            entry = self._timeline[name if number is None else f"{name}{separator}{number}"]
+        except (LookupError, ConvtapError):
+            return Place()
+        dim = getattr(entry, "dim", -1)
+        return Place(entry, -1 if dim is None else dim, getattr(entry, "path", None))
+
+    def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
         """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""
-        if entry is None:
+        entry = place.entry
+        if entry is None or place.path not in (None, path):
             return None
         try:
+            if getattr(entry, "segments", 1) != 1:  # time is cut into segments, which lie in another axis
+                return None
             half = entry.stride / 2
             first, last = float(entry.centre(0) - half), float(entry.centre(frames - 1) + half)
         except (TypeError, ConvtapError):  # the timeline says that it is unknown

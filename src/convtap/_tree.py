@@ -1,66 +1,121 @@
-"""The layer tree of a model as HTML, with what became of each selected layer."""
+"""The modules of a model under clean names: each once, without the prefixes of wrappers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
-from convtap._coverage import Coverage
-from convtap._page import escape
-from convtap._select import ROOT, ModuleTree
-
-_Node = dict[str, Any]
-
-
-def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
-    """Nested lists: open where a selected layer is, closed elsewhere. Without the model only the selected layers are known."""
-    kinds: dict[str, str] = {}
-    if model is not None:
-        kinds = {name: type(module).__name__ for name, module in ModuleTree(model).names.items()}
-    outside = [name for name in coverage if model is not None and name not in kinds and _owner(name, kinds) is None]
-    top: _Node = {}
-    for name in dict.fromkeys([*kinds, *coverage]):
-        if name != ROOT and name not in outside:
-            node = top
-            for part in name.split(".") if name != "F.conv1d" else [name]:
-                node = node.setdefault(part, {})
-    root = kinds.get(ROOT, "model")
-    mark = _mark(coverage, ROOT)
-    rows = "".join(_branch(part, part, node, kinds, coverage) for part, node in top.items())
-    note = (
-        ""
-        if model is not None
-        else "<p class='soft'>The selected layers only. With model=model this is the whole tree.</p>"
-    )
-    others = "".join(f"<p>{escape(name)}{_mark(coverage, name)}</p>" for name in outside)
-    if others:
-        others = f"<p class='soft'>Not under the name of a module or parameter of this model:</p>{others}"
-    return (
-        f'{note}<div class="tree"><details open><summary>{escape(root)}{mark}</summary>{rows}</details>{others}</div>'
-    )
+ROOT = "(root)"
+# Wrappers that run another module and add their attribute to its names, by where their class is defined: importing
+# the classes themselves would cost more than a second.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+}
 
 
-def _owner(name: str, kinds: Mapping[str, str]) -> str | None:
-    """The module that a parameter of this name would belong to, or None."""
-    stem = name.rpartition(".")[0] or ROOT
-    return stem if stem in kinds and name != "F.conv1d" else None
+@cache
+def _wrapped_attribute(kind: type[Any]) -> str | None:
+    """Returns the attribute under which a wrapper class keeps the wrapped module, or None for any other class."""
+    for base in kind.__mro__:
+        attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
+        if attribute is not None:
+            return attribute
+    return None
 
 
-def _mark(coverage: Coverage, name: str) -> str:
-    layer = coverage.get(name)
-    if layer is None:
-        return ""
-    sign = {"captured": "●", "idle": "○", "bypassed": "✕"}[layer.state]
-    return f' <span class="{layer.state}">{sign} {escape(layer)}</span>'
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
-def _branch(part: str, name: str, node: _Node, kinds: Mapping[str, str], coverage: Coverage) -> str:
-    kind = f' <span class="soft">{escape(kinds[name])}</span>' if name in kinds else ""
-    label = f"{escape(part)}{kind}{_mark(coverage, name)}"
-    if not node:
-        return f"<p>{label}</p>"
-    rows = "".join(_branch(child, f"{name}.{child}", below, kinds, coverage) for child, below in node.items())
-    opened = " open" if any(layer.startswith(name + ".") for layer in coverage) else ""
-    return f"<details{opened}><summary>{label}</summary>{rows}</details>"
+def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, str]]) -> str | None:
+    """Returns the clean form of a name: its prefixes replaced by what they are aliases of, until it is in ``names``."""
+    longest_first = sorted(aliases, key=lambda pair: -len(pair[0]))
+    for _ in range(len(aliases) + 8):
+        if name in names:
+            return name
+        for alias, clean in longest_first:
+            if name == alias or name.startswith(alias + "."):
+                name = (clean + name[len(alias) :]).lstrip(".") or ROOT
+                break
+        else:
+            return None
+    return None
+
+
+class ModuleTree:
+    """The modules of a model under clean names: definition order, each module once, wrappers left out.
+
+    A module that is reachable under two names has the first one; the others, and the names with a wrapper's
+    attribute in them, are known to ``resolve``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[str, nn.Module] = {}
+        self._name_of: dict[int, str] = {}
+        self.aliases: list[tuple[str, str]] = []
+        self._walk(model, "")
+
+    def _walk(self, model: nn.Module, root: str) -> None:
+        stack: list[tuple[nn.Module, str]] = [(model, root)]
+        while stack:
+            module, prefix = stack.pop()
+            known = self._name_of.get(id(module))
+            if known is not None:
+                if known != prefix:
+                    self.aliases.append((prefix, known))
+                continue
+            self._name_of[id(module)] = prefix
+            attribute = _wrapped_attribute(type(module))  # type: ignore[arg-type]
+            inner = module._modules.get(attribute) if attribute is not None else None
+            if attribute is not None and inner is not None:
+                self.aliases.append((_join(prefix, attribute), prefix))
+                stack.append((inner, prefix))
+                continue
+            self.names[prefix or ROOT] = module
+            if module._modules:
+                children = [
+                    (child, _join(prefix, name)) for name, child in module._modules.items() if child is not None
+                ]
+                stack.extend(reversed(children))
+
+    def resolve(self, name: str) -> str | None:
+        """Returns the clean name of a module, from any of its names, or None if there is no such module."""
+        return resolve_name(name or ROOT, self.names, self.aliases)
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """Returns the clean name of a module instance, or None if the model does not contain it."""
+        name = self._name_of.get(id(module))
+        return name if name is None else name or ROOT
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields each parameter and buffer under its owner's name: ``<module>.weight`` is named as the module."""
+        for name, module in self.names.items():
+            prefix = "" if name == ROOT else name
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    yield (name if key == "weight" else _join(prefix, key)), tensor
+
+    def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+        """Returns the names of the outermost modules of some types."""
+        if not any(issubclass(kind, kinds) for kind in {type(module) for module in self.names.values()}):
+            return []
+        found: list[str] = []
+        for name, module in self.names.items():
+            if isinstance(module, kinds) and not any(name.startswith(outer + ".") for outer in found):
+                found.append(name)
+        return found
+
+    def census(self) -> str:
+        """Counts the leaf modules by type, most frequent first: ``4 Conv2d, 2 Linear``."""
+        kinds = Counter(type(module).__name__ for module in self.names.values() if not module._modules)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no modules"

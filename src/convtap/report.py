@@ -14,11 +14,11 @@ from convtap._cells import STEPS, palette
 from convtap._choose import Chosen
 from convtap._errors import InvalidType, StoreError, plural
 from convtap._gallery import Gallery
+from convtap._outline import layer_tree
 from convtap._page import escape, page
 from convtap._rows import statistics_table
 from convtap._save import _umask
 from convtap._table import human_bytes
-from convtap._tree import layer_tree
 
 if TYPE_CHECKING:
     from convtap._result import Activations
