@@ -136,7 +136,7 @@ class Gallery:
         if self._axis.bounds is None:
             return ""
         first, last = self._axis.bounds
-        step = _round_step((last - first) / 5)
+        step = _round_step((last - first) / 8)
         marks = np.arange(np.ceil(first / step), np.floor(last / step) + 1) * step
         spans = []
         for mark in marks:

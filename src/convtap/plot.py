@@ -195,8 +195,8 @@ def distributions(acts: Activations, layers: Chosen = None) -> Figure:
 
     Returns:
         A matplotlib Figure with one row a layer: the 1 % to 99 % quantiles (thin), the quartiles (thick) and the median
-        (white) of the finite values; the share of exact zeros; the share of dead channels. A channel is dead if it has the
-        same value in every input at every frame (if there is one value only: if that is zero).
+        (red) of the finite values; the share of exact zeros; the share of dead channels. Channels are axis 1; one is dead
+        if it has the same value in every input at every frame (if there is one value only: if that is zero).
 
     Raises:
         MissingExtra: matplotlib is not installed.
