@@ -179,6 +179,13 @@ def test_pictures_are_limited_and_the_page_says_so(tmp_path):
     assert "The first 300 of 310 calls" in page.written()
 
 
+def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
+    monkeypatch.setattr("convtap._rows.MAX_ROWS", 1)
+    page = read(acts, tmp_path / "r.html")
+    assert len(page.all("tr")) == 2  # the headings and one call
+    assert "The first 1 of 2 calls; acts.summary() has all." in page.written()
+
+
 # -- what it says
 
 

@@ -52,8 +52,8 @@ def statistics_table(acts: Activations) -> str:
             f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(calls), 'call')}; acts.summary() has all.</p>"
         )
     note = (
-        "<p class='soft'>Of the finite values; std is that of the population. Channels are axis 1; one is dead if it has the same "
-        "value in every input at every frame. The boxes have one scale, with zero in the middle. A heading sorts.</p>"
+        "<p class='soft'>Of the finite values; std is that of the population. Channels are axis 1; one is dead if it has the "
+        "same value in every input at every frame. The boxes have one scale, with zero in the middle. A heading sorts.</p>"
     )
     return left_out + note + sortable(_COLUMNS, rows)
 
