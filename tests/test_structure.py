@@ -60,7 +60,7 @@ ORDER = (
     "_png",
     "_svg",
     "_page",
-    "_rows",
+    "_report_table",
     "_outline",
     "_gallery",
     "report",

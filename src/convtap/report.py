@@ -16,7 +16,7 @@ from convtap._errors import InvalidType, StoreError, plural
 from convtap._gallery import Gallery
 from convtap._outline import layer_tree
 from convtap._page import escape, page
-from convtap._rows import statistics_table
+from convtap._report_table import statistics_table
 from convtap._save import _umask
 from convtap._table import human_bytes
 
