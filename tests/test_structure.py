@@ -49,12 +49,31 @@ ORDER = (
     "_tapped",
     "_layers",
     "_save",
+    "_labels",
+    "_cells",
+    "_timeaxis",
+    "_choose",
+    "_signal",
+    "_pictures",
+    "_spread",
+    "_figure",
+    "_draw",
+    "_spread_figure",
+    "_multiples",
+    "plot",
+    "_png",
+    "_svg",
+    "_page",
+    "_report_table",
+    "_outline",
+    "_gallery",
+    "report",
     "_demo",
     "cli",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save")}
+DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:
