@@ -40,6 +40,7 @@ ORDER = (
     "_record",
     "taps.module",
     "_owners",
+    "taps.activation",
     "taps.function",
     "taps.script",
     "taps.keras",

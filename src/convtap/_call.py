@@ -18,6 +18,7 @@ class Tally:
 
     # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
     captured = 0
+    ran = 0  # counted only where captured cannot be: when an activation is looked for
     held = 0
     last_pass = -1
     bypassed: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class StopForward(BaseException):
         self.token = token
 
 
+class Follower(Protocol):
+    """Follows outputs to what is to be recorded instead of them."""
+
+    def emit(self, name: str, output: Any, via: str) -> None:
+        """Begins to follow an output."""
+
+
 class Recorder:
     """Records the outputs that taps emit into a log.
 
@@ -46,6 +53,7 @@ class Recorder:
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
+        follower: what follows outputs to their activations, if those are asked for.
         claimed: how many layers are running whose own tap emits them, so that no other tap is to.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
@@ -69,6 +77,7 @@ class Recorder:
         self.recomputed = 0
         self.reached = 0
         self.reads = False
+        self.follower: Follower | None = None
         self.claimed = 0
         self.muted = False
         self._token = token
@@ -96,10 +105,27 @@ class Recorder:
     def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
         """Records what a module returned; the hook itself, so that nothing is called in between."""
         # A shallow copy of a module shares its hooks. See Note: [Hooks and copies]
-        return self.emit(name, output, "module", args) if module is tapped else None
+        if module is not tapped:
+            return None
+        if self.follower is not None:
+            return self._follow(self.follower, name, output, "module")
+        return self.record(name, output, "module", args)
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
-        """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
+        """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
+        if self.follower is not None:
+            return self._follow(self.follower, name, output, via)
+        return self.record(name, output, via, inputs)
+
+    def _follow(self, follower: Follower, name: str, output: Any, via: str) -> None:
+        """Hands an output on to what follows it to its activation, which records that."""
+        if self.is_here(name):
+            tally = self._log.tallies.get(name) or self._open_tally(name)
+            tally.ran += 1
+            follower.emit(name, output, via)
+
+    def record(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
+        """Records an output; returns as ``emit`` does."""
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None
         if self._plain and type(output) is Tensor and not is_wrapped(output):

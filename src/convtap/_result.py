@@ -118,7 +118,12 @@ class Activations(Mapping[str, Any]):
         name = self._resolve(key)
         if name is not None:
             state = self.coverage[name]
-            why = "its outputs were cleared" if state.captured else f"it is {state}: no output of it was seen"
+            if state.captured:
+                why = "its outputs were cleared"
+            elif state.unactivated:
+                why = f"it {state}. Capture it with at='output', or name its activation's type with activations=(...)"
+            else:
+                why = f"it is {state}: no output of it was seen"
             return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
         known = list(dict.fromkeys([*self._index(), *self._log.names()]))
         return LayerNotFound(
@@ -256,7 +261,7 @@ class Activations(Mapping[str, Any]):
         log = self._log
         calls = f"{plural(len(log.calls), 'call')}, {human_bytes(self.nbytes)}"
         coverage = self.coverage
-        missing = [name for state in (coverage.idle, coverage.bypassed) for name in state]
+        missing = [name for state in (coverage.idle, coverage.bypassed, coverage.unactivated) for name in state]
         rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
         return [calls + rest, *log.notes]
 
