@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convtap import _process
 from convtap._budget import Budget
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
+from convtap._grad import Gradients
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import FAST_PATHS, Passes
@@ -57,6 +58,8 @@ class Capture:
         reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
         max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
+        grads: also collect d(loss)/d(output) of every call, as ``Call.grad``, when a backward pass runs, inside the block
+            or after it. ``dtype`` and ``offload`` apply to it, ``reduce`` does not; ``max_bytes`` counts it beforehand.
         stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
         functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
             owner. None: yes, unless the model contains a module whose own fast path watching functions would switch off
@@ -84,6 +87,7 @@ class Capture:
         reduce: Callable[[Tensor], Tensor] | None = None,
         keep: Literal["all", "last"] = "all",
         max_bytes: int | str | None = None,
+        grads: bool = False,
         stop: bool = False,
         functional: bool | None = None,
         strict: bool = True,
@@ -96,6 +100,11 @@ class Capture:
                 "stop=True needs layers: without them nobody can say which layer is the last. "
                 "Write for example capture(model, 'encoder.conv3', stop=True)."
             )
+        if grads and at != "output":
+            raise InvalidValue(
+                f"grads=True collects gradients of outputs, and at={at!r} captures no outputs. Leave at= out, or capture "
+                "with detach=False and take torch.autograd.grad(loss, acts[name])."
+            )
         self._model = model
         self._layers = layers
         self._at = at
@@ -103,6 +112,7 @@ class Capture:
         self._offloader = None if offload is None else Offloader(offload)
         self._last = keep == "last"
         self._max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
+        self._grads = grads
         self._stop = stop
         self._functional = functional
         self._strict = strict
@@ -170,10 +180,13 @@ class _Block:
             offloader=capture._offloader,
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
             stop_after={*selection.modules, *selection.function_names} if capture._stop else None,
+            grads=_gradients(capture),
         )
         parts: list[Any] = [
             passes,
-            ModuleTap(selection.modules, self.recorder, at=capture._at, detach=capture._policy.detach),
+            ModuleTap(
+                selection.modules, self.recorder, at=capture._at, detach=capture._policy.detach and not capture._grads
+            ),
         ]
         if self.functional:
             parts.append(FunctionTap(selection, self.recorder, passes, token, at=capture._at))
@@ -199,6 +212,13 @@ class _Block:
             if not complete or self.recorder.failure is not None:
                 conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped
+
+
+def _gradients(capture: Capture) -> Gradients | None:
+    if not capture._grads:
+        return None
+    offloader = capture._offloader
+    return Gradients(capture._policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

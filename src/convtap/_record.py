@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convtap._budget import Budget
 from convtap._call import Call, Tally
 from convtap._errors import ConvtapError
+from convtap._grad import Gradient, Gradients
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
@@ -57,6 +58,7 @@ class Recorder:
         offloader: Offloader | None,
         budget: Budget | None,
         stop_after: set[str] | None,
+        grads: Gradients | None = None,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
@@ -68,7 +70,8 @@ class Recorder:
         self._modules = modules
         self._passes = passes
         self._policy = policy
-        self._plain = policy.is_plain and offloader is None
+        self._plain = policy.is_plain and offloader is None and grads is None
+        self._grads = grads
         self._last = last
         self._offloader = offloader
         self._budget = budget
@@ -87,14 +90,18 @@ class Recorder:
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
         if not self.is_here(name):
-            return None
+            return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._plain and type(output) is Tensor:
             with _outside_modes():
                 value = snapshot(output.detach() if output.requires_grad else output)
             self._store(name, value, via)
             return None
         value, replacement = self._guarded(self._keep, name, output, inputs)
-        self._store(name, value, via)
+        gradient = None
+        if self._grads is not None:
+            with _outside_modes():
+                gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+        self._store(name, value, via, gradient)
         return replacement
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
@@ -150,10 +157,10 @@ class Recorder:
         self.failure = kind(f"layer {name!r}: {text}")
         return self.failure
 
-    def _store(self, name: str, value: Any, via: str) -> None:
+    def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
         tally = log.tallies.get(name) or self._open_tally(name)
-        call = Call(tally, next(tally.numbers), self._passes.current(), via, value)
+        call = Call(tally, next(tally.numbers), self._passes.current(), via, value, gradient)
         if not tally.captured and name in self._modules:
             self.reached += 1
         tally.captured += 1
