@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+import torch
 from torch._C import _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.overrides import TorchFunctionMode
 
@@ -32,11 +34,42 @@ open_tokens = _open.get
 def enter(token: Token) -> None:
     """Makes a block open in this context."""
     _open.set((*_open.get(), token))
+    _begin_eager()
 
 
 def leave(token: Token) -> None:
     """Closes a block in this context, in whatever order blocks are left."""
     _open.set(tuple(other for other in _open.get() if other is not token))
+    _end_eager()
+
+
+# Note: [Compiled models run eagerly]
+# Assumption: a hook that is put on after ``torch.compile`` compiled a model is not in the compiled code.
+# Failure: it would be skipped without a word.
+# Choice: while a block is open, compiled models run under the stance ``force_eager``. It is the process's, so open blocks
+#   are counted: the first sets it and the last restores what was there. Where ``torch._dynamo`` is not imported there is
+#   no compiled model, and importing it would take over a second.
+
+_stance_lock = threading.Lock()
+_eager_blocks = 0
+_stance: Any = None
+
+
+def _begin_eager() -> None:
+    global _eager_blocks, _stance
+    with _stance_lock:
+        _eager_blocks += 1
+        if _stance is None and "torch._dynamo" in sys.modules:
+            _stance = torch.compiler.set_stance("force_eager")
+
+
+def _end_eager() -> None:
+    global _eager_blocks, _stance
+    with _stance_lock:
+        _eager_blocks -= 1
+        if not _eager_blocks and _stance is not None:
+            _stance.__exit__(None, None, None)
+            _stance = None
 
 
 # Note: [One function mode a thread]
