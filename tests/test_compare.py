@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from convtap._capture import capture
 from convtap._compare import compare
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported
+from convtap._finite import finite
 from convtap._save import load
 
 needs_tapped = pytest.mark.skipif(
@@ -396,7 +397,7 @@ def test_to_dict_is_plain():
 
 
 def test_models_are_compared_layer_by_layer(monkeypatch):
-    import convtap._compare as module
+    import convtap._comparison as module
 
     held = []
     a, b = plain(12), plain(12)
@@ -468,7 +469,7 @@ def test_a_model_that_fails_halfway_says_so_and_leaves_no_thread():
 
 
 def test_an_error_while_comparing_ends_both_runs(monkeypatch):
-    import convtap._compare as module
+    import convtap._comparison as module
 
     def fails(*args):
         raise ZeroDivisionError
@@ -561,7 +562,7 @@ def test_a_fault_that_only_the_compiler_makes_is_found():
 def test_a_compiled_side_is_never_quietly_eager():
     a = plain(2)
     b = torch.compile(copy.deepcopy(a), backend="eager")
-    with pytest.raises(Unsupported, match=r"side b is compiled.*run eagerly now"), capture(a, strict=False):
+    with pytest.raises(Unsupported, match=r"side b is compiled.*run eagerly now"), finite(a):
         compare(a, b, example=X)
     part = copy.deepcopy(a)
     part[1].compile(backend="eager")

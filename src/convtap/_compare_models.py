@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap._compare import OUTPUT, Comparison, Ledger
+from convtap._comparison import OUTPUT, Comparison, Ledger
 from convtap._errors import Unsupported, listed
 from convtap._example import arguments, eval_mode, run_once
 from convtap._metrics import Tolerance
 from convtap._pairs import Flow, folded, match, observe, signature
-from convtap._policy import map_leaves
 from convtap._select import FUNCTION, Selection, check_arguments, select
 from convtap._stream import Stream
+from convtap._structure import map_leaves
 
 _EIGHT_BITS = 2.0**-8
 
@@ -129,7 +129,7 @@ def compare_models(
         ledger.compare(OUTPUT, OUTPUT, 0, one.output, two.output)
     compiled = [side.label for side in (one, two) if side.is_compiled]
     notes = [note, f"compiled: {listed(compiled)}; {OUTPUT} is of the runs without taps" if compiled else ""]
-    return ledger.close(notes, one, two)
+    return ledger.close(notes)
 
 
 class _Plan:

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from convtap import _process
+from convtap import _eager, _process
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
 from convtap._finding import Finding
 from convtap._passes import FAST_PATHS
-from convtap._select import ROOT, Layers, ModuleTree, Types, check_arguments, select
+from convtap._select import Layers, Types, check_arguments, select
+from convtap._tree import ROOT, ModuleTree
 from convtap._watch import Watch
 
 # Note: [Hooks on fast paths]
@@ -129,6 +130,8 @@ class Finite:
         now = self._raise_at == "layer"
         self._watch = watch = Watch(root, modules, token, inf=self._inf, backward=self._backward, now=now, hint=hint)
         with ExitStack() as stack:
+            _eager.enter()
+            stack.callback(_eager.leave)
             _process.enter(token)
             stack.callback(_process.leave, token)
             stack.callback(watch.close)

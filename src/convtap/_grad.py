@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from convtap._errors import NotCaptured
-from convtap._policy import map_leaves, shares_memory, snapshot, tensor_bytes, walk_tensors
+from convtap._memory import are_separate, tensor_bytes
+from convtap._policy import snapshot
+from convtap._structure import map_leaves, walk_tensors
 
 # Note: [Where a gradient is read]
 # Assumption: a hook on a tensor stays with the version of it that there was: an in-place activation right after the layer
@@ -22,7 +24,7 @@ from convtap._policy import map_leaves, shares_memory, snapshot, tensor_bytes, w
 # Failure: not so if the tensor is a view, such as the output of an unbatched (C, T) convolution: an in-place operation
 #   gives it a new history, and the hook is never called.
 # Choice: such an output is replaced by a copy-on-write snapshot, which is no view and costs no memory, and the hook goes
-#   on that; unless it lies in an input's memory, where the replacement would end what the model means by the view.
+#   on that; unless it lies in an input's memory, or another output's, where that would end what the model means by it.
 #
 # Note: [Reentrant checkpoints]
 # Assumption: ``checkpoint(..., use_reentrant=True)`` runs its function without a graph, and again during the backward
@@ -165,24 +167,21 @@ class Gradients:
 
     def _listen_in_place(self, gradient: Gradient, output: Any, inputs: Any) -> Any:
         """Listens to what the model goes on with. See Note: [Where a gradient is read]."""
-        replaced = False
-
-        def stable(tensor: Any) -> Any:
-            nonlocal replaced
-            if not (isinstance(tensor, Tensor) and tensor._is_view() and tensor.requires_grad):
-                return tensor
-            if shares_memory(tensor, inputs):
-                return tensor
-            replaced = True
-            return snapshot(tensor)
-
-        followed = output
-        if type(output) is Tensor:
-            followed = stable(output)
-        elif type(output) in (tuple, list):
-            followed = type(output)(stable(item) for item in output)
+        tensors = [tensor for _, tensor in walk_tensors(output)]
+        given = {id(tensor): tensor for _, tensor in walk_tensors(inputs)}
+        unstable = {
+            id(tensor)
+            for tensor in tensors
+            if tensor.requires_grad and tensor._is_view() and are_separate([*tensors, *given.values()], [tensor])
+        }
+        if not unstable:
+            self._listen(gradient, output)
+            return None
+        followed = map_leaves(
+            lambda tensor: snapshot(tensor) if id(tensor) in unstable else tensor, output, other=lambda value: value
+        )
         self._listen(gradient, followed)
-        return followed if replaced else None
+        return followed
 
     def _listen(self, gradient: Gradient, output: Any) -> None:
         # The graph must not keep what the block collected alive, nor the block the graph: a weak reference, one way.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
-import torch
 from torch._C import _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.overrides import TorchFunctionMode
 
@@ -34,42 +32,11 @@ open_tokens = _open.get
 def enter(token: Token) -> None:
     """Makes a block open in this context."""
     _open.set((*_open.get(), token))
-    _begin_eager()
 
 
 def leave(token: Token) -> None:
     """Closes a block in this context, in whatever order blocks are left."""
     _open.set(tuple(other for other in _open.get() if other is not token))
-    _end_eager()
-
-
-# Note: [Compiled models run eagerly]
-# Assumption: a hook that is put on after ``torch.compile`` compiled a model is not in the compiled code.
-# Failure: it would be skipped without a word.
-# Choice: while a block is open, compiled models run under the stance ``force_eager``. It is the process's, so open blocks
-#   are counted: the first sets it and the last restores what was there. Where ``torch._dynamo`` is not imported there is
-#   no compiled model, and importing it would take over a second.
-
-_stance_lock = threading.Lock()
-_eager_blocks = 0
-_stance: Any = None
-
-
-def _begin_eager() -> None:
-    global _eager_blocks, _stance
-    with _stance_lock:
-        _eager_blocks += 1
-        if _stance is None and "torch._dynamo" in sys.modules:
-            _stance = torch.compiler.set_stance("force_eager")
-
-
-def _end_eager() -> None:
-    global _eager_blocks, _stance
-    with _stance_lock:
-        _eager_blocks -= 1
-        if not _eager_blocks and _stance is not None:
-            _stance.__exit__(None, None, None)
-            _stance = None
 
 
 # Note: [One function mode a thread]
@@ -91,21 +58,37 @@ _mode_of_thread = threading.local()
 class _Watch(TorchFunctionMode):
     """Hands every torch call to the watchers of the blocks that are open here."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens: tuple[Token, ...] | None = None
+        self._watcher: Watcher = _pass_on
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call, keywords = func, kwargs or {}
         tokens = open_tokens()
-        if len(tokens) == 1:
-            watcher = _watchers.get(tokens[0])
-            return call(*args, **keywords) if watcher is None else watcher(call, func, args, keywords)
-        for token in tokens:
-            watcher = _watchers.get(token)
-            if watcher is not None:
-                call = _around(watcher, call, func)
-        return call(*args, **keywords)
+        if tokens is not self._tokens:
+            self._watcher = _joined([_watchers[token] for token in tokens if token in _watchers])
+            self._tokens = tokens
+        return self._watcher(func, func, args, kwargs or {})
+
+    def forget(self) -> None:
+        """Looks the watchers up anew at the next call."""
+        self._tokens = None
 
 
-def _around(watcher: Watcher, call: Callable[..., Any], func: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: watcher(call, func, args, kwargs)
+def _pass_on(call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return call(*args, **kwargs)
+
+
+def _joined(watchers: list[Watcher]) -> Watcher:
+    """Makes one watcher of several: the newest block's is nearest to the call."""
+    if len(watchers) < 2:
+        return watchers[0] if watchers else _pass_on
+    outer, inner = watchers[-2:]
+
+    def watcher(call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return outer(lambda *args, **kwargs: inner(call, func, args, kwargs), func, args, kwargs)
+
+    return _joined([*watchers[:-2], watcher])
 
 
 def watch(token: Token, watcher: Watcher) -> int:
@@ -114,7 +97,10 @@ def watch(token: Token, watcher: Watcher) -> int:
     with _lock:
         _watchers[token] = watcher
         _blocks_of_thread[thread] = _blocks_of_thread.get(thread, 0) + 1
-    if getattr(_mode_of_thread, "mode", None) is None:
+    mode = getattr(_mode_of_thread, "mode", None)
+    if mode is not None:
+        mode.forget()
+    else:
         _mode_of_thread.mode = _Watch()
         _push_on_torch_function_stack(_mode_of_thread.mode)
     return thread
@@ -128,8 +114,11 @@ def unwatch(token: Token, thread: int) -> None:
         last = not _blocks_of_thread[thread]
         if last:
             del _blocks_of_thread[thread]
-    if last and thread == threading.get_ident():
-        _take_off(_mode_of_thread.mode)
+    mode = getattr(_mode_of_thread, "mode", None)
+    if mode is not None:
+        mode.forget()
+    if last and mode is not None and thread == threading.get_ident():
+        _take_off(mode)
         _mode_of_thread.mode = None
 
 

@@ -16,8 +16,10 @@ from convtap._grad import Gradient, Gradients
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
-from convtap._policy import Alias, Policy, map_leaves, snapshot
+from convtap._policy import Alias, Policy, snapshot
 from convtap._process import Token, open_tokens
+from convtap._select import CONV1D
+from convtap._structure import map_leaves
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.
@@ -42,7 +44,8 @@ class Recorder:
         failure: the error that kept an output from being recorded, if the model swallowed it.
         elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
-        reached: how many of the selected modules were captured at least once.
+        reached: how many of the selected layers were captured at least once.
+        reads: whether the weight of a selected layer was read by something that is no convolution.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
@@ -58,12 +61,14 @@ class Recorder:
         offloader: Offloader | None,
         budget: Budget | None,
         stop_after: set[str] | None,
-        grads: Gradients | None = None,
+        watched: bool,
+        grads: Gradients | None,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
         self.recomputed = 0
         self.reached = 0
+        self.reads = False
         self.muted = False
         self._token = token
         self._log = log
@@ -76,6 +81,7 @@ class Recorder:
         self._offloader = offloader
         self._budget = budget
         self._stop_after = stop_after
+        self._watched = watched
 
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
@@ -87,20 +93,28 @@ class Recorder:
             return False
         return True
 
+    def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
+        """Records what a module returned; the hook itself, so that nothing is called in between."""
+        # A shallow copy of a module shares its hooks. See Note: [Hooks and copies]
+        return self.emit(name, output, "module", args) if module is tapped else None
+
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
-        if not self.is_here(name):
+        if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
-        if self._plain and type(output) is Tensor:
-            with _outside_modes():
-                value = snapshot(output.detach() if output.requires_grad else output)
-            self._store(name, value, via)
-            return None
-        value, replacement = self._guarded(self._keep, name, output, inputs)
         gradient = None
-        if self._grads is not None:
-            with _outside_modes():
-                gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+        if self._plain and type(output) is Tensor:
+            if self._watched:
+                with _outside_modes():
+                    value = snapshot(output.detach() if output.requires_grad else output)
+            else:
+                value = snapshot(output.detach() if output.requires_grad else output)
+            replacement = None
+        else:
+            value, replacement = self._guarded(self._keep, name, output, inputs)
+            if self._grads is not None:
+                with _outside_modes():
+                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
 
@@ -113,13 +127,13 @@ class Recorder:
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
-        if tally.bypassed is None:
-            tally.bypassed = by
+        self.reads = True
+        tally.read_by(by, self._passes.current())
 
     def seen_as_function(self, name: str) -> None:
         """Notes that a convolution was seen whose weight was computed from a layer's weight."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
-        tally.computed = True
+        tally.computed, tally.pending, tally.last_pass = True, None, self._passes.current()
 
     def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
         """Runs what keeps an output, unseen by the taps; an error in it names the layer."""
@@ -136,10 +150,8 @@ class Recorder:
 
     def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
         policy = self._policy
-        if isinstance(output, Tensor):
-            if self._offloader is None and policy.swaps(output, inputs):
-                return Alias(output), snapshot(output)
-            return self._move(policy.keep_output(output)), None
+        if self._offloader is None and policy.swaps(output, inputs):
+            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
         return self._move(map_leaves(policy.keep_output, output)), None
 
     def _move(self, value: Any) -> Any:
@@ -159,11 +171,12 @@ class Recorder:
 
     def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
+        forward = self._passes.current()
         tally = log.tallies.get(name) or self._open_tally(name)
-        call = Call(tally, next(tally.numbers), self._passes.current(), via, value, gradient)
-        if not tally.captured and name in self._modules:
-            self.reached += 1
-        tally.captured += 1
+        tally.last_pass = forward
+        if tally.pending is not None:
+            tally.pending = None
+        call = Call(tally, next(tally.numbers), forward, via, value, gradient)
         if self._last:
             self._replace(name, call)
         else:
@@ -172,14 +185,17 @@ class Recorder:
             tally.held += 1
             log.changes += 1
             log.calls[log.changes] = call
+        if tally.captured == 0 and name in log.selected:
+            self.reached += 1
+        tally.captured += 1
         if self._stop_after is not None:
             self._stop_after.discard(name)
             if not self._stop_after:
                 raise StopForward(self._token)
 
     def _open_tally(self, name: str) -> Tally:
-        module = self._modules.get(name)
-        return self._log.tally(name, "" if module is None else type(module).__name__)
+        tally = self._log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D))
+        return tally
 
     def _replace(self, name: str, call: Call) -> None:
         log = self._log
@@ -197,3 +213,11 @@ class Recorder:
         except ConvtapError as error:
             self.failure = error
             raise
+
+
+def _kept_upstream(output: Tensor) -> Any:
+    return Alias(output) if output.requires_grad else snapshot(output)
+
+
+def _gone_on_with(output: Tensor) -> Tensor:
+    return snapshot(output) if output.requires_grad else output

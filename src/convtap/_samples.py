@@ -7,7 +7,7 @@ from torch import Tensor
 from convtap._call import Call
 from convtap._errors import OutOfRange, Unsupported, plural
 from convtap._log import Log
-from convtap._policy import walk_tensors
+from convtap._structure import walk_tensors
 
 
 class _Pass:
@@ -77,7 +77,7 @@ def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
     convolutions = [
         tensor
         for call in calls
-        if call._tally.kind.endswith("Conv1d") or call.via == "function"
+        if call._tally.is_conv1d or call.via == "function"
         for _, tensor in walk_tensors(call._shown)
     ]
     if len(shape) > 2 or not convolutions:

@@ -11,25 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from convtap import _process
-from convtap._frames import module_calls
+from convtap._frames import called_conv1d, module_calls
+from convtap._memory import data_address
 from convtap._passes import Passes
-from convtap._policy import data_address, walk_tensors
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
+from convtap._structure import walk_tensors
 
 _aten = torch.ops.aten
 
 #: What runs a 1-D convolution when its weight has three axes, and which of its arguments says that it is transposed.
 _CONVOLUTIONS: dict[Any, int | None] = {
     torch.conv1d: None,
+    _aten.conv1d: None,
     _aten.conv1d.default: None,
     _aten.conv1d.padding: None,
     torch.convolution: 6,
     torch._convolution: 6,
+    _aten.convolution: 6,
     _aten.convolution.default: 6,
+    _aten._convolution: 6,
     _aten._convolution.default: 6,
     _aten._convolution.deprecated: 6,
 }
+
+_SEQUENCES = (list, tuple)
 
 # Note: [What reads a weight]
 # Assumption: a kernel that computes a convolution by itself takes the weight through some torch call first (squeeze, to,
@@ -75,10 +81,14 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
+        weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
-                for weight in _weights_of(module):
-                    self._weights[id(weight)] = name
+                weight = module._parameters.get("weight")
+                if weight is not None:
+                    weights[id(weight)] = name
+                else:
+                    weights.update((id(source), name) for source in _sources_of_weight(module))
         self._thread = _process.watch(self._token, self._watch)
 
     def close(self) -> None:
@@ -89,21 +99,31 @@ class FunctionTap:
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS and not self._recorder.muted:
+            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._modules:
+                return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
             return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
-        weights = self._weights
-        for arg in args:
-            if id(arg) in weights:
-                self._read(weights[id(arg)], func, result)
+        # All this runs once a torch call, so it must be next to nothing where no selected weight is among the arguments.
+        seen = self._weights.keys()
+        if not seen.isdisjoint(map(id, args)) or (args and args[0].__class__ in _SEQUENCES) or kwargs:
+            self._look_for_reads(func, args, kwargs, result)
         return result
+
+    def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for arg in (*args, *kwargs.values()):
+            for item in arg if arg.__class__ in _SEQUENCES else (arg,):
+                name = self._weights.get(id(item))
+                if name is not None:
+                    self._read(name, func, result)
 
     # -- convolutions
 
     def _convolution(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if not isinstance(weight, Tensor) or self._is_inside() or not _is_one_dimensional(func, weight, args, kwargs):
+        if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
-        name = self._name(weight)
+        enclosing = self._enclosing()
+        name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)
         if self._at == "input":
@@ -113,18 +133,22 @@ class FunctionTap:
         replacement = self._recorder.emit(name, output, "function", (args, kwargs))
         return output if replacement is None else replacement
 
-    def _is_inside(self) -> bool:
-        """Whether the call is part of a tapped convolution's own forward, whose hook emits it."""
+    def _enclosing(self) -> list[str] | None:
+        """Returns the selected modules around the call, or None if one of them is a convolution: its hook emits it."""
+        found = []
         modules = self._modules
         root = self._selection.tree.model
         for module, _ in module_calls(sys._getframe(3)):
-            if id(module) in modules and isinstance(module, CONV1D):
-                return True
+            name = modules.get(id(module))
+            if name is not None:
+                if isinstance(module, CONV1D):
+                    return None
+                found.append(name)
             if module is root:
                 break
-        return False
+        return found
 
-    def _name(self, weight: Tensor) -> str | None:
+    def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
         """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
         name = self._owner(weight)
         if name is None:
@@ -134,6 +158,8 @@ class FunctionTap:
             derived = self._derived.get(id(weight))
             if derived is not None:
                 self._recorder.seen_as_function(derived[1])
+        elif name in enclosing:  # the owner's own forward, and its hook emits what it returns
+            return None
         wanted = self._wanted.get(name)
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)
@@ -178,14 +204,11 @@ class FunctionTap:
             self._weights[key] = name
 
 
-def _weights_of(module: nn.Module) -> list[Tensor]:
-    """The tensors that a convolution's weight is, or is computed from by a parametrization."""
-    own = module._parameters.get("weight")
-    if own is not None:
-        return [own]
+def _sources_of_weight(module: nn.Module) -> list[Tensor]:
+    """The parameters that a convolution without a ``weight`` of its own computes it from."""
     parametrizations = module._modules.get("parametrizations")
-    if parametrizations is not None:
-        return list(parametrizations["weight"].parameters()) if "weight" in parametrizations else []  # type: ignore[index,operator]
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
     return [tensor for key, tensor in module._parameters.items() if key.startswith("weight") and tensor is not None]
 
 
