@@ -55,11 +55,14 @@ ORDER = (
     "_compare_models",
     "_compare",
     "_demo",
+    "_factory",
+    "_inputs",
+    "_commands",
     "cli",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save"), ("_compare_models", "_tapped")}
+DEFERRED = {("_result", "_save"), ("_compare_models", "_tapped"), ("_commands", "_store")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

@@ -8,16 +8,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convtap._comparison import OUTPUT, Comparison, Ledger
 from convtap._errors import Unsupported, listed
-from convtap._example import arguments, eval_mode, run_once
+from convtap._example import arguments, eval_mode, fitted, run_once
 from convtap._metrics import Tolerance
 from convtap._pairs import Flow, folded, match, observe, signature
 from convtap._select import FUNCTION, Selection, check_arguments, select
 from convtap._stream import Stream
-from convtap._structure import map_leaves
 
 _EIGHT_BITS = 2.0**-8
 
@@ -36,7 +35,7 @@ class _Side:
         self.model = model
         self.python = _python_model(label, model)
         self.types = types
-        self.example = _fitted(example, self.python)
+        self.example = fitted(example, self.python)
         self.selection: Selection = select(self.python, layers, types)
         self.flow: Flow = observe(self.python, list(self.selection.modules), self.selection.tree, self.example)
         ran = set(self.flow.ran)
@@ -237,16 +236,3 @@ def _python_model(label: str, model: nn.Module) -> nn.Module:
             "with capture(model) as acts: model(x)."
         )
     return found
-
-
-def _fitted(example: Any, model: nn.Module) -> Any:
-    """Gives a model the example in its own floating type and on its own device."""
-    arguments(example)
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else None
-    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-
-    def fit(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-    return map_leaves(fit, example) if tensors else example
