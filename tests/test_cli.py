@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from convtap import Activations, load
+from convtap import load
 from convtap.cli import main
 
 NETS = """
@@ -177,7 +177,6 @@ def test_run_with_finite_names_the_layer_and_exits_with_1(here, capsys):
     assert "no NaN or Inf" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not hasattr(Activations, "plot"), reason="plot and report are built beside this; on from the merge")
 def test_run_draws_and_reports(here, capsys):
     assert main(["run", "mynets:build", "--shape", "1,1,16", "--out", "out", "--plot", "--report"]) == 0
     assert (here / "out" / "activations.png").read_bytes()[:4] == b"\x89PNG"

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-import importlib.util
 import json
 import math
 import threading
@@ -23,9 +22,6 @@ from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupporte
 from convtap._finite import finite
 from convtap._save import load
 
-needs_tapped = pytest.mark.skipif(
-    importlib.util.find_spec("convtap._tapped") is None, reason="tapped is built beside this; on from the merge"
-)
 # torch itself warns at every step of its own quantization that it will move to another package
 quantizing = pytest.mark.filterwarnings("ignore:.*(quantiz|reduce_range|observer).*")
 
@@ -525,7 +521,6 @@ def test_layers_choose_and_keyword_examples_work():
 # -- compiled
 
 
-@needs_tapped
 def test_a_compiled_side_runs_compiled_and_its_wrong_layer_is_found():
     a = plain(4)
     b = torch.compile(copy.deepcopy(a), backend="aot_eager")
@@ -543,7 +538,6 @@ def test_a_compiled_side_runs_compiled_and_its_wrong_layer_is_found():
     assert compare(b, b, example=X).agrees
 
 
-@needs_tapped
 def test_a_fault_that_only_the_compiler_makes_is_found():
     def wrong(graph, inputs):  # a backend that leaves out the last convolution's bias
         node = [n for n in graph.graph.nodes if "conv" in str(n.target) or n.op == "call_module"][-1]

@@ -1,6 +1,7 @@
 """``grads=True``: every expected gradient is one that torch gives without convtap (autograd.grad on a plain re-computation)."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convtap._capture import capture
-from convtap._errors import InvalidValue, MemoryLimitExceeded, NotCaptured
+from convtap._errors import InvalidValue, MemoryLimitExceeded, NotCaptured, Unsupported
 
 
 def by_hand(outputs, loss):
@@ -313,3 +314,22 @@ def test_an_output_without_a_graph_is_told():
 def test_grads_of_inputs_are_refused():
     with pytest.raises(InvalidValue, match=r"gradients of outputs.*at='input'"):
         capture(Inplace(), at="input", grads=True)
+
+
+def test_inside_a_torch_func_transform_it_is_told():
+    model, x = nn.Sequential(nn.Conv1d(1, 2, 3)), torch.randn(2, 1, 9)
+    with capture(model, grads=True) as acts:
+        torch.func.grad(lambda x: loss_of(model(x)))(x)
+    with pytest.raises(NotCaptured, match=r"gradient of '0': it ran inside a torch.func transform.*loss.backward\(\)"):
+        _ = acts.calls()[0].grad
+
+
+def test_layers_inside_torchscript_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        model = torch.jit.script(nn.Sequential(nn.Conv1d(1, 2, 3)))
+    with (
+        pytest.raises(Unsupported, match=r"grads=True does not work for layers inside TorchScript"),
+        capture(model, grads=True),
+    ):
+        model(torch.randn(1, 1, 9))

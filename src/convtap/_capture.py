@@ -10,9 +10,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convtap import _process
+from convtap import _eager, _process
 from convtap._budget import Budget
-from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
 from convtap._grad import Gradients
 from convtap._log import Log
 from convtap._memory import parse_bytes
@@ -22,9 +22,12 @@ from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.function import FunctionTap
+from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap
+from convtap.taps.script import ScriptTap
 
 
 class Capture:
@@ -93,6 +96,7 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
+        _eager.refuse_inside_compiled()
         self._types = check_arguments(model, layers, types)
         _check_choice("at", at, ("output", "input"))
         _check_choice("keep", keep, ("all", "last"))
@@ -127,6 +131,7 @@ class Capture:
             raise ConvtapError(
                 "this capture is open already, and one object holds one block. Open a second one with capture(model)."
             )
+        _eager.refuse_inside_compiled()
         block = _Block(self)
         self._open = block
         return Activations(block.log)
@@ -159,6 +164,7 @@ class _Block:
 
     def __init__(self, capture: Capture) -> None:
         selection = select(capture._model, capture._layers, capture._types)
+        _check_replicas(selection.tree)
         functional = capture._functional
         slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
         self.functional = (not slowed if functional is None else functional) and selection.takes_functions
@@ -166,8 +172,7 @@ class _Block:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
-        if slowed:
-            log.notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
+        self._note(slowed)
         token = self.token = _process.Token()
         self.passes = passes = Passes(capture._model, token)
         log.inputs = passes.inputs
@@ -184,17 +189,41 @@ class _Block:
             watched=self.functional,
             grads=_gradients(capture),
         )
-        parts: list[Any] = [
-            passes,
-            ModuleTap(
-                selection.modules, self.recorder, at=capture._at, detach=capture._policy.detach and not capture._grads
-            ),
-        ]
+        self._open([passes, *self._taps(capture)])
+
+    def _note(self, slowed: list[str]) -> None:
+        notes = self.log.notes
+        if slowed:
+            notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
+        if self.selection.tree.is_compiled:
+            notes.append("the compiled model ran eagerly in this block; convtap.tapped(model) can be compiled")
+
+    def _taps(self, capture: Capture) -> list[Any]:
+        selection, recorder, passes, token, at = self.selection, self.recorder, self.passes, self.token, capture._at
+        taps: list[Any] = []
+        scripted = set(selection.scripted)
+        if selection.tree.has_script:
+            _check_script(capture, sorted(scripted))
+            taps.append(ScriptTap(selection, recorder, passes, token, at=at))
+        keras = selection.keras
+        if selection.tree.has_keras:
+            taps.append(KerasTap(capture._model, keras, recorder, passes, at=at))
+        modules = selection.modules
+        if scripted or keras:
+            modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
+        # what may be replaced by a snapshot is compared with the keyword arguments as well
+        alone = capture._policy.detach and not capture._grads
+        taps.append(ModuleTap(modules, recorder, at=at, detach=alone))
         if self.functional:
-            parts.append(FunctionTap(selection, self.recorder, passes, token, at=capture._at))
+            taps.append(FunctionTap(selection, recorder, passes, token, at=at))
+        return taps
+
+    def _open(self, parts: list[Any]) -> None:
         with ExitStack() as stack:
-            _process.enter(token)
-            stack.callback(_process.leave, token)
+            _eager.enter()
+            stack.callback(_eager.leave)
+            _process.enter(self.token)
+            stack.callback(_process.leave, self.token)
             for part in parts:
                 stack.callback(part.close)
                 part.open()
@@ -227,6 +256,28 @@ def _gradients(capture: Capture) -> Gradients | None:
         return None
     offloader = capture._offloader
     return Gradients(capture._policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)
+
+
+def _check_replicas(tree: ModuleTree) -> None:
+    """Refuses what runs copies of the model in threads of its own."""
+    for wrapper in tree.wrappers:
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise Unsupported(
+                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
+                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
+                "DistributedDataParallel, one process a device."
+            )
+
+
+def _check_script(capture: Capture, scripted: list[str]) -> None:
+    """Refuses what TorchScript makes impossible."""
+    for option, asked, instead in (
+        ("detach=False", not capture._policy.detach, "values there carry no autograd graph: capture the Python model"),
+        ("grads=True", capture._grads, "values there carry no autograd graph: capture the Python model"),
+        ("stop=True", capture._stop, "no exception passes through TorchScript: leave stop out"),
+    ):
+        if asked and scripted:
+            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

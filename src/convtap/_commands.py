@@ -136,10 +136,10 @@ def _written(acts: Activations, args: argparse.Namespace, model: Any) -> list[st
     acts.save(files[0])
     if args.plot:
         files.append(args.out / "activations.png")
-        acts.plot().savefig(files[-1], bbox_inches="tight")  # type: ignore[attr-defined,unused-ignore]
+        acts.plot().savefig(files[-1], bbox_inches="tight")
     if args.report:
         files.append(args.out / "report.html")
-        acts.report(files[-1], model)  # type: ignore[attr-defined,unused-ignore]
+        acts.report(files[-1], model)
     return [str(acts.summary(stats=True)), *(f"wrote {path}" for path in files)]
 
 

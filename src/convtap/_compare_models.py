@@ -17,6 +17,7 @@ from convtap._metrics import Tolerance
 from convtap._pairs import Flow, folded, match, observe, signature
 from convtap._select import FUNCTION, Selection, check_arguments, select
 from convtap._stream import Stream
+from convtap._tapped import tapped
 
 _EIGHT_BITS = 2.0**-8
 
@@ -83,8 +84,6 @@ class _Side:
                 f"side {self.label} is compiled, and compiled models run eagerly now (inside a capture's block, or under "
                 "torch.compiler.set_stance), so this would compare something else. Call compare outside of that."
             )
-        from convtap._tapped import tapped  # type: ignore[import-not-found,unused-ignore]
-
         args, kwargs = arguments(self.example)
         before = dynamo.utils.counters["frames"]["ok"]
         with tapped(self.python, modules, types=self.types) as taps, torch.random.fork_rng(), torch.no_grad():

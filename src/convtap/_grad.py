@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from convtap._errors import NotCaptured
+from convtap._functorch import is_wrapped
 from convtap._memory import are_separate, tensor_bytes
 from convtap._policy import snapshot
 from convtap._structure import map_leaves, walk_tensors
@@ -40,6 +41,10 @@ _BACKWARD = CheckpointFunction.backward.__code__
 _NO_GRAPH = (
     "its output does not require a gradient: the forward pass ran without one (torch.no_grad), or neither the input nor "
     "a weight before it requires one. Run the model with gradients, and if its weights are frozen, on x.requires_grad_()"
+)
+_TRANSFORMED = (
+    "it ran inside a torch.func transform (grad, vjp, vmap, …), which differentiates in its own way and passes no gradient to "
+    "hooks. Call loss.backward() or torch.autograd.grad on the model itself"
 )
 _NO_RECOMPUTE = (
     "it ran inside checkpoint(..., use_reentrant=True), which builds the graph during the backward pass, and none was seen. "
@@ -134,6 +139,8 @@ class Gradients:
             The gradient to be, and what the model is to go on with instead of the output, or None.
         """
         tensors = [tensor for _, tensor in walk_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
+        if any(map(is_wrapped, tensors)):
+            return Gradient(output, 0, _TRANSFORMED), swapped
         size = sum(self._bytes(tensor) for tensor in tensors)
         if any(tensor.requires_grad for tensor in tensors):
             gradient = Gradient(output, size, None)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._functorch import unwrapped
+
 # Note: [One pass over a tensor]
 # Assumption: ``aminmax`` gives NaN for both ends where any element is NaN, in one pass and without a temporary; and
 #   ``argmax`` and ``argmin`` give the place of a NaN before any other.
@@ -91,8 +93,7 @@ def unravel(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 def values_of(tensor: Tensor) -> Tensor | None:
     """Returns the numbers of a tensor, flat, in a type that can be compared; None if none of them can be NaN."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    tensor = unwrapped(tensor)
     tensor = getattr(tensor, "_local_tensor", tensor)
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_quantized or tensor.device.type == "meta":
         return None

@@ -13,8 +13,8 @@ import torch
 import torch.ao.nn.quantized as nnq
 from torch import nn
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
-from convtap._tree import ModuleTree
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._tree import ModuleTree, is_keras, is_kind
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -40,6 +40,8 @@ class Selection:
         self.tree = tree
         self.types = types
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
+        if tree.has_script or tree.has_keras:
+            self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
@@ -61,6 +63,19 @@ class Selection:
     def takes_conv1d(self) -> bool:
         """Whether ``types`` includes Conv1d, so that a convolution without a module is selected as well."""
         return any(issubclass(nn.Conv1d, kind) for kind in self.types)
+
+    @property
+    def scripted(self) -> list[str]:
+        """The selected convolutions that TorchScript runs."""
+        if not self.tree.has_script:
+            return []
+        script = torch.jit.ScriptModule
+        return [name for name, m in self.modules.items() if isinstance(m, script) and is_kind(m, CONV1D)]
+
+    @property
+    def keras(self) -> dict[str, nn.Module]:
+        """The selected Keras layers."""
+        return {name: m for name, m in self.modules.items() if is_keras(type(m))} if self.tree.has_keras else {}
 
     @property
     def takes_functions(self) -> bool:
@@ -129,7 +144,7 @@ class Selection:
     def _by_type(self, kind: type) -> Iterable[str]:
         if not issubclass(kind, nn.Module):
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
-        found = [name for name, module in self.tree.names.items() if isinstance(module, kind)]
+        found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
             raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
         return found
@@ -212,6 +227,11 @@ def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module
         InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
     """
     if not isinstance(model, nn.Module):
+        if is_keras(type(model)):
+            raise Unsupported(
+                "this Keras model runs on another backend than torch, so PyTorch never sees its convolutions. Set the "
+                "environment variable KERAS_BACKEND=torch before keras is imported, and build the model then."
+            )
         raise InvalidType(
             f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
             "Write: with capture(model) as acts: model(x)"

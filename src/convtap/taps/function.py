@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convtap import _process
 from convtap._frames import called_conv1d, module_calls
-from convtap._memory import data_address
+from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
@@ -72,8 +72,7 @@ class FunctionTap:
         self._passes = passes
         self._at = at
         self._modules = {id(module): name for name, module in selection.modules.items()}
-        self._owners: dict[int, str] | None = None
-        self._addresses: dict[int, str] | None = None
+        self._owners = Owners(selection.tree)
         self._wanted: dict[str, bool] = {}
         self._weights: dict[int, str] = {}
         self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
@@ -89,12 +88,12 @@ class FunctionTap:
                     weights[id(weight)] = name
                 else:
                     weights.update((id(source), name) for source in _sources_of_weight(module))
-        self._thread = _process.watch(self._token, self._watch)
+        self._thread = _process.functions.begin(self._token, self._watch)
 
     def close(self) -> None:
         """Ends it."""
         if self._thread is not None:
-            _process.unwatch(self._token, self._thread)
+            _process.functions.end(self._token, self._thread)
         self._derived.clear()
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,7 +121,7 @@ class FunctionTap:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
-        enclosing = self._enclosing()
+        enclosing = None if self._recorder.claimed else self._enclosing()
         name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)
@@ -134,11 +133,18 @@ class FunctionTap:
         return output if replacement is None else replacement
 
     def _enclosing(self) -> list[str] | None:
-        """Returns the selected modules around the call, or None if one of them is a convolution: its hook emits it."""
-        found = []
+        """Returns the selected modules around the call, or None if another tap emits it.
+
+        That is the hook of a selected convolution around it, or the TorchScript tap if the innermost module is scripted.
+        """
+        found: list[str] = []
         modules = self._modules
         root = self._selection.tree.model
+        innermost = True
         for module, _ in module_calls(sys._getframe(3)):
+            if innermost and isinstance(module, torch.jit.ScriptModule):
+                return None
+            innermost = False
             name = modules.get(id(module))
             if name is not None:
                 if isinstance(module, CONV1D):
@@ -150,7 +156,7 @@ class FunctionTap:
 
     def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
         """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
-        name = self._owner(weight)
+        name = self._owners.find(weight)
         if name is None:
             if not self._passes.in_forward():
                 return None
@@ -164,22 +170,6 @@ class FunctionTap:
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)
         return name if wanted else None
-
-    def _owner(self, weight: Tensor) -> str | None:
-        """Returns the name of the parameter that a weight is, or is a view of."""
-        if self._owners is None or self._addresses is None:
-            parameters = list(self._selection.tree.parameters())
-            self._owners = {id(tensor): name for name, tensor in reversed(parameters)}
-            self._addresses = {}
-            for name, tensor in reversed(parameters):
-                address = data_address(tensor)
-                if address:
-                    self._addresses[address] = name
-        found = self._owners.get(id(weight))
-        if found is None:
-            address = data_address(weight)
-            found = self._addresses.get(address) if address else None
-        return found
 
     # -- reads
 
