@@ -585,3 +585,95 @@ def test_code_after_two_parts_is_the_code_of_the_module_around_them():
     with finite(model, raise_at="never") as f:
         model(x())
     assert (f.first.layer, f.first.where) == ("(root)", "output")
+
+
+# -- where reading a number would wait for the device
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Treats the CPU as a device that must not be waited for, and counts how often numbers are read from it."""
+    from convtap import _probe
+
+    monkeypatch.setattr(_probe, "READ_AT_ONCE", set())
+    count = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counting(self, *args, original=original):
+            count.append(self.numel())
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    return count
+
+
+def test_an_accelerator_is_read_once_a_block_and_not_once_a_layer(reads):
+    model = nn.Sequential(*[nn.Conv1d(1, 1, 3, padding=1) for _ in range(40)])
+    with finite(model) as f:
+        model(x())
+        model(x())
+        assert reads == []
+    assert f.first is None
+    assert len(reads) == 1
+    assert reads[0] == 2 * 2 * 41  # least and greatest of the input and 40 outputs, in two passes
+
+
+def test_what_is_read_late_names_the_same_layer_and_place(reads):
+    with finite(chain(), raise_at="never") as f:
+        f._model(torch.full((1, 1, 12), -1.0))
+    assert (f.first.layer, f.first.where, f.first.index, f.first.forward) == ("2.bad", "output", 0, 0)
+    assert f.first.position is not None
+    assert f.first.count is None
+    assert math.isfinite(f.first.inputs[0].low)
+    assert "one of 20 elements, at index" in str(f.first)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(NAN, "NaN"), (math.inf, "Inf"), (-math.inf, "-Inf")])
+def test_the_place_of_each_kind_is_found_late(reads, value, kind):
+    data = torch.zeros(2, 3, 5)
+    data[1, 2, 3] = value
+    with finite(nn.Identity(), raise_at="never") as f:
+        f._model(data)
+    assert (f.first.what, f.first.position) == (kind, (1, 2, 3))
+
+
+def test_raise_at_layer_reads_at_every_layer(reads):
+    model, ran = chain(), []
+    model[3].register_forward_hook(lambda *_: ran.append("last"))
+    with pytest.raises(NonFiniteOutput, match=r"'2\.bad'"), finite(model, raise_at="layer"):
+        model(x())
+    assert not ran
+
+
+def test_gradients_are_read_late_too(reads):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), Root(), nn.Conv1d(2, 1, 3))
+    with finite(model, backward=True, raise_at="never") as f:
+        model(x()).sum().backward()
+        assert reads == []
+    assert (f.first.layer, f.first.where) == ("1", "gradient")
+
+
+def test_what_waits_to_be_read_is_bounded(reads, monkeypatch):
+    from convtap import _watch
+
+    monkeypatch.setattr(_watch, "_READ_AFTER", 10)
+    model = nn.Sequential(*[nn.Conv1d(1, 1, 3, padding=1) for _ in range(24)])
+    with finite(model) as f:
+        model(x())
+        assert len(reads) == 2
+        assert len(f._watch._pending) == 5  # 25 tensors, ten at a time
+
+
+def test_parts_in_torchscript_are_said_to_be_unseen():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        part = torch.jit.script(nn.Sequential(nn.Conv1d(1, 1, 1), Log()))
+        model = nn.Sequential(part)
+        with finite(model, raise_at="never") as f:
+            model(torch.full((1, 1, 4), -1e3))
+        if f.first is None:  # the random weight turned the sign
+            with finite(model, raise_at="never") as f:
+                model(torch.full((1, 1, 4), 1e3))
+    assert f.first.layer == "0"
+    assert "TorchScript calls no hooks, so the parts of these count as their own code: 0" in str(f.first)

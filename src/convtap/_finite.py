@@ -112,6 +112,11 @@ class Finite:
                 f"in eval mode this {type(self._model).__name__} computes on a fast path, which hooks would switch off, so "
                 "nothing of it can be watched. Call model.train() first, or give the exact names of what to watch in layers=."
             )
+        scripted = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+        if scripted:
+            hints.append(
+                f"TorchScript calls no hooks, so the parts of these count as their own code: {listed(scripted)}."
+            )
         if _is_compiled(self._model):
             hints.append(
                 "The compiled model ran eagerly in this block; a NaN that only compiled code makes does not show in it: run "

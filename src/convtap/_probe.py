@@ -19,6 +19,9 @@ from convtap._functorch import unwrapped
 #   once. On another device reading would wait for it, so the extremes and their places stay there until the block reads
 #   all of them together.
 
+#: The kinds of devices whose numbers can be read at once; on any other, reading waits for all work in flight.
+READ_AT_ONCE = {"cpu"}
+
 _outside_modes = torch._C.DisableTorchFunction
 
 
@@ -43,7 +46,7 @@ class Probe:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.here = values.device.type == "cpu"
+        self.here = values.device.type in READ_AT_ONCE
         self.count: int | None = None
         self.places: Any = None
         low, high = torch.aminmax(values)
