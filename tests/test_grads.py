@@ -1,6 +1,8 @@
 """``grads=True``: every expected gradient is one that torch gives without convtap (autograd.grad on a plain re-computation)."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -333,3 +335,56 @@ def test_layers_inside_torchscript_are_refused():
         capture(model, grads=True),
     ):
         model(torch.randn(1, 1, 9))
+
+
+def test_copies_and_pickles_of_what_was_collected_have_the_grads():
+    model, x = Inplace(), torch.randn(2, 1, 9)
+    with capture(model, grads=True) as acts:
+        loss_of(model(x)).backward()
+    for twin in (copy.deepcopy(acts), pickle.loads(pickle.dumps(acts))):
+        for call, expected in zip(twin.calls(), model.reference(x), strict=True):
+            torch.testing.assert_close(call.grad, expected)
+            call.grad.zero_()
+    torch.testing.assert_close(acts.calls()[0].grad, model.reference(x)[0])
+
+
+def test_offload_takes_the_grads_along():
+    model, x = Inplace(), torch.randn(2, 1, 9)
+    with capture(model, offload="cpu", grads=True) as acts:
+        y = model(x)
+    loss_of(y).backward()
+    for call, expected in zip(acts.calls(), model.reference(x), strict=True):
+        assert call.grad.device.type == "cpu"
+        torch.testing.assert_close(call.grad, expected)
+
+
+def test_two_outputs_that_are_one_tensor_each_have_its_grad():
+    model, x = nn.Sequential(nn.Sequential(nn.Conv1d(1, 2, 3)), nn.ReLU(inplace=True)), torch.randn(2, 1, 9)
+    with capture(model, ["0", "0.0"], grads=True) as acts:
+        loss_of(model(x)).backward()
+    out = model[0](x)
+    (expected,) = by_hand([out], loss_of(out.relu()))
+    for call in acts.calls():
+        torch.testing.assert_close(call.grad, expected)
+
+
+def test_a_view_of_the_input_is_left_to_the_model():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat = nn.Flatten(0, 1)
+            self.conv = nn.Conv1d(1, 1, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            self.flat(y).mul_(2)  # means y: a replacement would end that
+            return y
+
+    model, x = Writes(), torch.randn(2, 1, 9)
+    plain = model(x)
+    with capture(model, types=(nn.Conv1d, nn.Flatten), grads=True) as acts:
+        y = model(x)
+    assert torch.equal(y, plain)
+    loss_of(y).backward()
+    out = model.conv(x)
+    torch.testing.assert_close(acts.calls("conv")[0].grad, by_hand([out], loss_of(out * 2))[0])

@@ -105,9 +105,9 @@ class Capture:
                 "stop=True needs layers: without them nobody can say which layer is the last. "
                 "Write for example capture(model, 'encoder.conv3', stop=True)."
             )
-        if grads and at != "output":
+        if grads and at == "input":
             raise InvalidValue(
-                f"grads=True collects gradients of outputs, and at={at!r} captures no outputs. Leave at= out, or capture "
+                "grads=True collects gradients of outputs, and at='input' captures none. Leave at= out, or capture "
                 "with detach=False and take torch.autograd.grad(loss, acts[name])."
             )
         self._model = model

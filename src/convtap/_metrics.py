@@ -19,7 +19,7 @@ class Tolerance:
     """What counts as equal. What is not None must hold; if all are None, half the digits of the coarser type must.
 
     Attributes:
-        atol: with ``rtol``: every element must have \\|a − b\\| ≤ atol + rtol · \\|a\\|.
+        atol: with ``rtol``: every element must have |a − b| ≤ atol + rtol · |a|.
         rtol: see ``atol``; either is 0 if only the other is given.
         sqnr_db: the least signal to noise ratio, in dB.
     """
