@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import types
 import wave
 
 import numpy as np
@@ -314,3 +315,22 @@ def test_the_examples_of_the_help_work(here, capsys):
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_a_folder_that_is_no_store_is_a_mistake(here, capsys, command):
     assert mistake(capsys, command, "nowhere").startswith("convtap: ")
+
+
+@pytest.mark.parametrize(("bad", "status"), [([], 0), ([("shard-000001", "damaged")], 1)])
+def test_verify_exits_with_1_where_a_shard_is_bad(capsys, monkeypatch, bad, status):
+    class Store:
+        def __init__(self, path):
+            assert path == "outputs"
+
+        def verify(self):
+            return bad
+
+        def __repr__(self):
+            return "what it holds"
+
+    monkeypatch.setitem(sys.modules, "convtap._store", types.SimpleNamespace(Store=Store))
+    assert main(["verify", "outputs"]) == status
+    assert ("shard-000001" in capsys.readouterr().out) is bool(bad)
+    assert main(["info", "outputs"]) == 0
+    assert capsys.readouterr().out == "what it holds\n"
