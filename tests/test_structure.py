@@ -19,9 +19,11 @@ ORDER = (
     "_table",
     "_structure",
     "_memory",
+    "_functorch",
     "_tree",
     "_select",
     "_policy",
+    "_grad",
     "_stats",
     "_coverage",
     "_call",
@@ -32,7 +34,6 @@ ORDER = (
     "_offload",
     "_hooks",
     "_frames",
-    "_functorch",
     "_process",
     "_eager",
     "_passes",
@@ -50,6 +51,16 @@ ORDER = (
     "_tapped",
     "_layers",
     "_save",
+    "_probe",
+    "_finding",
+    "_watch",
+    "_finite",
+    "_metrics",
+    "_pairs",
+    "_stream",
+    "_comparison",
+    "_compare_models",
+    "_compare",
     "_labels",
     "_cells",
     "_timeaxis",
@@ -70,11 +81,14 @@ ORDER = (
     "_gallery",
     "report",
     "_demo",
+    "_factory",
+    "_inputs",
+    "_commands",
     "cli",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report")}
+DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report"), ("_commands", "_store")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convtap import _eager, _process
 from convtap._budget import Budget
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
+from convtap._grad import Gradients
 from convtap._log import Log
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
@@ -64,6 +65,8 @@ class Capture:
         reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
         max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
+        grads: also collect d(loss)/d(output) of every call, as ``Call.grad``, when a backward pass runs, inside the block
+            or after it. ``dtype`` and ``offload`` apply to it, ``reduce`` does not; ``max_bytes`` counts it beforehand.
         stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
         activations: module types that count as activations, besides the ones that PyTorch brings.
         functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
@@ -92,6 +95,7 @@ class Capture:
         reduce: Callable[[Tensor], Tensor] | None = None,
         keep: Literal["all", "last"] = "all",
         max_bytes: int | str | None = None,
+        grads: bool = False,
         stop: bool = False,
         activations: Sequence[type[nn.Module]] = (),
         functional: bool | None = None,
@@ -106,6 +110,11 @@ class Capture:
                 "stop=True needs layers: without them nobody can say which layer is the last. "
                 "Write for example capture(model, 'encoder.conv3', stop=True)."
             )
+        if grads and at == "input":
+            raise InvalidValue(
+                "grads=True collects gradients of outputs, and at='input' captures none. Leave at= out, or capture "
+                "with detach=False and take torch.autograd.grad(loss, acts[name])."
+            )
         self._model = model
         self._layers = layers
         self._at = at
@@ -113,6 +122,7 @@ class Capture:
         self._offloader = None if offload is None else Offloader(offload)
         self._last = keep == "last"
         self._max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
+        self._grads = grads
         self._stop = stop
         self._activations = check_activations(activations)
         if self._activations and at != "activation":
@@ -185,6 +195,7 @@ class _Block:
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
             stop_after=set(selection.names) if capture._stop else None,
             watched=self.functional,
+            grads=_gradients(capture),
         )
         self._open([passes, *self._taps(capture)])
 
@@ -211,7 +222,9 @@ class _Block:
         follower = self._follower(capture) if at == "activation" else None
         if follower is not None:
             taps.append(follower)
-        taps.append(ModuleTap(modules, recorder, at=at, detach=capture._policy.detach))
+        # what may be replaced by a snapshot is compared with the keyword arguments as well
+        alone = capture._policy.detach and not capture._grads
+        taps.append(ModuleTap(modules, recorder, at=at, detach=alone))
         if self.functional:
             taps.append(FunctionTap(selection, recorder, passes, token, at=at, follower=follower))
         return taps
@@ -259,6 +272,13 @@ class _Block:
         return everything and recorder.failure is None and not recorder.reads
 
 
+def _gradients(capture: Capture) -> Gradients | None:
+    if not capture._grads:
+        return None
+    offloader = capture._offloader
+    return Gradients(capture._policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)
+
+
 def _check_replicas(tree: ModuleTree) -> None:
     """Refuses what runs copies of the model in threads of its own."""
     for wrapper in tree.wrappers:
@@ -275,6 +295,7 @@ def _check_script(capture: Capture, scripted: list[str]) -> None:
     for option, asked, instead in (
         ("detach=False", not capture._policy.detach, "values there carry no autograd graph: capture the Python model"),
         ("at='activation'", capture._at == "activation", "its functions are not seen: use at='output'"),
+        ("grads=True", capture._grads, "values there carry no autograd graph: capture the Python model"),
         ("stop=True", capture._stop, "no exception passes through TorchScript: leave stop out"),
     ):
         if asked and scripted:

@@ -13,6 +13,7 @@ from convtap._budget import Budget
 from convtap._call import Call, Tally
 from convtap._errors import ConvtapError, Unsupported
 from convtap._functorch import is_wrapped, unwrapped
+from convtap._grad import Gradient, Gradients
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
@@ -71,6 +72,7 @@ class Recorder:
         budget: Budget | None,
         stop_after: set[str] | None,
         watched: bool,
+        grads: Gradients | None,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
@@ -85,7 +87,8 @@ class Recorder:
         self._modules = modules
         self._passes = passes
         self._policy = policy
-        self._plain = policy.is_plain and offloader is None
+        self._plain = policy.is_plain and offloader is None and grads is None
+        self._grads = grads
         self._last = last
         self._offloader = offloader
         self._budget = budget
@@ -127,7 +130,8 @@ class Recorder:
     def record(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Records an output; returns as ``emit`` does."""
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
-            return None
+            return None if self._grads is None else self._grads.recomputed(name, output, inputs)
+        gradient = None
         if self._plain and type(output) is Tensor and not is_wrapped(output):
             if self._watched:
                 with _outside_modes():
@@ -137,7 +141,10 @@ class Recorder:
             replacement = None
         else:
             value, replacement = self._guarded(self._keep, name, output, inputs)
-        self._store(name, value, via)
+            if self._grads is not None:
+                with _outside_modes():
+                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+        self._store(name, value, via, gradient)
         return replacement
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
@@ -211,14 +218,14 @@ class Recorder:
         self.failure = kind(f"layer {name!r}: {text}")
         return self.failure
 
-    def _store(self, name: str, value: Any, via: str) -> None:
+    def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
         forward = self._passes.current()
         tally = log.tallies.get(name) or self._open_tally(name)
         tally.last_pass = forward
         if tally.pending is not None:
             tally.pending = None
-        call = Call(tally, next(tally.numbers), forward, via, value)
+        call = Call(tally, next(tally.numbers), forward, via, value, gradient)
         if self._last:
             self._replace(name, call)
         else:
