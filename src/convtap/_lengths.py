@@ -1,0 +1,132 @@
+"""Runs the passes that follow the time axis: the example's own, and others over other lengths where one does not tell."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._axis import Guess
+from convtap._errors import InvalidType
+from convtap._example import run_once
+from convtap._follow import Follower, Record
+from convtap._policy import walk_tensors
+from convtap._select import ModuleTree
+
+# Note: [Numbers that the model computes]
+# Assumption: a pass shows the numbers that operations were given, and not where a model had them from.
+# Failure: ``x[..., :98]`` of 100 frames drops two frames, or keeps 98. The frames of another length depend on which.
+# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer, and if that
+#   does not tell, one hop longer; what both passes agree with is taken, and what none explains is said to be unknown.
+
+
+def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
+    """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
+    signal = dict(walk_tensors(example))[path].detach().clone()
+    tree = ModuleTree(model)
+    follower = Follower(tree, signal, axis)
+    with _eager(), follower.watching():
+        run_once(model, _with(example, path, signal))
+    return follower.records, tree
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Runs compiled models as they are written. Where nothing was compiled, torch's compiler is not even imported."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, str]:
+    """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
+
+    Returns:
+        By position among the records, why a layer's frame counts at other lengths are still in doubt.
+    """
+    doubts: dict[int, str] = {}
+    length = int(dict(walk_tensors(example))[path].shape[axis])
+    hop = max((math.ceil(one.mark.first.slope) for one in records if one.mark.digits), default=1)
+    for change in dict.fromkeys((1, max(2, hop), -1)):
+        if length + change < 1 or all(guess.chosen is not None for guess in _guesses(records)):
+            break
+        try:
+            others, _ = follow(model, _resized(example, path, axis, change), path, axis)
+        except Exception:  # the model refuses this length, which is its right; what is open then stays open
+            continue
+        _compare(records, others)
+        doubts.update(_contradictions(records, others, length + change))
+    return doubts
+
+
+def _guesses(records: Sequence[Record]) -> list[Guess]:
+    return [guess for record in records for digit in record.mark.digits for guess in digit.count.guesses()]
+
+
+def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tuple[int, Record, Record]]:
+    """The same run of the same layer in two passes."""
+    if [one.name for one in records] == [one.name for one in others]:
+        yield from ((i, one, other) for i, (one, other) in enumerate(zip(records, others, strict=True)))
+
+
+def _compare(records: Sequence[Record], others: Sequence[Record]) -> None:
+    for _, one, other in _pairs(records, others):
+        for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
+            if guess.chosen is None and guess.what == same.what:
+                guess.settle(same)
+
+
+def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, str]:
+    """Which layers made another number of frames at another length than their count says."""
+    found: dict[int, str] = {}
+    for i, one, other in _pairs(records, others):
+        if not one.mark.digits or not other.mark.digits:
+            continue
+        expected, seen = one.mark.digits[-1].count(length), other.mark.digits[-1].size
+        if expected != seen:
+            found[i] = f"what comes before {one.name!r} ({length} samples made {seen} frames)"
+    return found
+
+
+def _resized(example: Any, path: str, axis: int, change: int) -> Any:
+    """Returns an example with some samples more, or fewer; other tensors with an axis of that length go along."""
+    tensors = dict(walk_tensors(example))
+    length = tensors[path].shape[axis]
+    for other, tensor in tensors.items():
+        if other == path:
+            example = _with(example, other, _stretched(tensor, axis, change))
+            continue
+        same = [dim for dim in range(tensor.dim()) if tensor.shape[dim] == length]
+        if same:
+            example = _with(example, other, _stretched(tensor, same[-1], change))
+    return example
+
+
+def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
+    """Repeats the last sample, or leaves samples out."""
+    size = tensor.shape[axis]
+    if change < 0:
+        return tensor.narrow(axis, 0, size + change)
+    index = torch.arange(size + change, device=tensor.device).clamp(max=size - 1)
+    return tensor.index_select(axis, index)
+
+
+def _with(value: Any, path: str, tensor: Tensor) -> Any:
+    """Returns an example with the tensor at a path replaced."""
+    if not path:
+        return tensor
+    head, _, rest = path.partition(".")
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
+        items = [_with(item, rest, tensor) if name == head else item for name, item in zip(names, value, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: _with(item, rest, tensor) if str(key) == head else item for key, item in value.items()}
+    raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
