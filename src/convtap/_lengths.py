@@ -51,7 +51,7 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
     Returns:
         By position among the records, why a layer's frame counts at other lengths are still in doubt.
     """
-    doubts: dict[int, str] = {}
+    passes: list[tuple[int, list[Record]]] = []
     length = int(dict(walk_tensors(example))[path].shape[axis])
     hop = max((math.ceil(one.mark.first.slope) for one in records if one.mark.digits), default=1)
     for change in dict.fromkeys((1, max(2, hop), -1)):
@@ -61,8 +61,11 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
             others, _ = follow(model, _resized(example, path, axis, change), path, axis)
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
+        passes.append((length + change, others))
         _compare(records, others)
-        doubts.update(_contradictions(records, others, length + change))
+    doubts: dict[int, str] = {}
+    for samples, others in passes:
+        doubts.update(_contradictions(records, others, samples))
     return doubts
 
 
