@@ -169,7 +169,7 @@ def pad(op: Op) -> Mark | None:
             return unknown(f"{op.what}: time shares the axis with something else")
         size = op.shape[dim] + left + right
         step: Any = Affine(1, left + right, 1)
-        if right > 0 and not op.settled:
+        if not op.settled:
             step = Guess(op.what, op.shape[dim], size, step, Fixed(size))
         mark = windowed(axis, dim, stride=1, before=left, taps=1, dilation=1, size=size, step=step)
     return mark

@@ -19,8 +19,10 @@ from convtap._axis_table import CONSTANT, apply
 from convtap._axis_views import COVERING, MANY, VIEWS, base_after, pieces
 from convtap._hooks import Hooks
 from convtap._mark import Digit, Mark, unknown
-from convtap._policy import data_address, walk_tensors
-from convtap._select import CONV1D, FUNCTION, ModuleTree
+from convtap._memory import data_address
+from convtap._select import CONV1D, FUNCTION
+from convtap._structure import walk_tensors
+from convtap._tree import ModuleTree
 
 # Note: [Two modes]
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.

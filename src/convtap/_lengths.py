@@ -15,8 +15,8 @@ from convtap._axis import Guess
 from convtap._errors import InvalidType
 from convtap._example import run_once
 from convtap._follow import Follower, Record
-from convtap._policy import walk_tensors
-from convtap._select import ModuleTree
+from convtap._structure import walk_tensors
+from convtap._tree import ModuleTree
 
 # Note: [Numbers that the model computes]
 # Assumption: a pass shows the numbers that operations were given, and not where a model had them from.

@@ -22,9 +22,10 @@ from convtap._example import Example, arguments
 from convtap._follow import Record
 from convtap._layer_time import LayerTime
 from convtap._lengths import follow, settle
-from convtap._policy import walk_tensors
-from convtap._select import ModuleTree, check_arguments, resolve_name
+from convtap._select import check_arguments
+from convtap._structure import walk_tensors
 from convtap._table import Table
+from convtap._tree import ModuleTree, resolve_name
 
 
 def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timeline:
