@@ -167,6 +167,16 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class Multiple:
+    """The step of a cut down to a multiple of a number of frames."""
+
+    of: int
+
+    def __call__(self, n: int) -> int:
+        return n // self.of * self.of
+
+
+@dataclass(frozen=True)
 class Sum:
     """The first step of a count that is the sum of others, such as that of chunks joined again."""
 
@@ -223,29 +233,31 @@ NO_STEPS = Count()
 
 
 class Guess:
-    """A step with a number in it that the program computed: it may or may not move with the length.
+    """A step with numbers in it that the program may have computed, so that they may move with the length.
 
-    ``x[..., 2:98]`` of 100 frames either drops the last two or takes a window of 96. A second pass over another length
-    tells (``settle``).
+    ``x[..., 2:98]`` of 100 frames either drops the last two or takes a window of 96. Passes over other lengths tell.
 
     Attributes:
         what: the operation, for a message.
         n: the frames it was given.
         frames: the frames it made.
-        moving: the step if its number moves with the length.
-        still: the step if it does not.
+        moving: the step if its numbers move with the length.
+        still: the step if they do not.
+        given: the numbers as they were given to the operation, if there are any.
         chosen: the step that was found to be right, or None.
     """
 
-    def __init__(self, what: str, n: int, frames: int, moving: Any, still: Any) -> None:
+    def __init__(self, what: str, n: int, frames: int, moving: Any, still: Any, given: Any = None) -> None:
         self.what = what
         self.n = n
         self.frames = frames
         self.moving = moving
         self.still = still
+        self.given = given
         self.chosen: Any = None
+        self._seen = {n: frames}
+        self._same = given is not None
         self._window: tuple[int, int] | None = None
-        self._aligned: list[Aligned] | None = None
 
     def aligns(self, extent: int, stride: int) -> None:
         """Notes that a window slides over the frames next, which the step may have filled up for."""
@@ -256,24 +268,26 @@ class Guess:
         return int(step(n))
 
     def settle(self, other: Guess) -> None:
-        """Decides by the same operation in a pass over another length."""
-        if other.n == self.n:
-            return
-        if self.moving(other.n) == other.frames:
-            self.chosen = self.moving
-        elif self.still(other.n) == other.frames:
-            self.chosen = self.still
-        else:
-            self._fit(other)
+        """Adds what the same operation did in a pass over another length, and chooses what explains all passes."""
+        self._seen[other.n] = other.frames
+        self._same = self._same and other.given == self.given
+        if len(self._seen) > 1:
+            plain = (self.still, self.moving) if self._same else (self.moving, self.still)
+            found = [step for step in plain if self._explains(step)] or self._fits()
+            self.chosen = found[0] if found else None
 
-    def _fit(self, other: Guess) -> None:
-        """Looks for a filling up to whole windows that explains both passes, and takes it if there is only one."""
-        if self._window is None:
-            return
-        extent, stride = self._window
-        seen = ((self.n, self.frames), (other.n, other.frames))
-        bases = {frames - n - i for n, frames in seen for i in range(stride)}
-        fits = [Aligned(base, extent, stride) for base in sorted(bases)]
-        fits = [fit for fit in fits if all(fit(n) == frames for n, frames in seen)]
-        if len(fits) == 1:
-            self.chosen = fits[0]
+    def _explains(self, step: Any) -> bool:
+        return all(step(n) == frames for n, frames in self._seen.items())
+
+    def _fits(self) -> list[Any]:
+        """The one filling up to whole windows, or the one cut down to a multiple, that explains all passes, if it is one."""
+        fits: list[Any] = []
+        if self._window is not None:
+            extent, stride = self._window
+            bases = {frames - n - i for n, frames in self._seen.items() for i in range(stride)}
+            fits = [Aligned(base, extent, stride) for base in sorted(bases)]
+        elif all(0 < frames <= n for n, frames in self._seen.items()):
+            common = math.gcd(*self._seen.values())
+            fits = [Multiple(m) for m in range(2, common + 1) if common % m == 0]
+        found = [step for step in fits if self._explains(step)]
+        return found if len(found) == 1 else []

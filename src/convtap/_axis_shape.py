@@ -9,6 +9,9 @@ from dataclasses import replace
 from convtap._axis import Affine, Fixed, Guess, Window
 from convtap._mark import Digit, Mark, as_axis, joined, longer, normal, unknown, windowed
 
+#: How a slice without an end is written.
+_END = (1 << 63) - 1
+
 
 def _strides(shape: Sequence[int]) -> list[int]:
     """How many elements lie between neighbours on each axis, in reading order."""
@@ -110,13 +113,14 @@ def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None,
     if not frames:
         return unknown(f"{what}: no frame is left")
     cut = Affine(1, end - size - begin + step - 1, step)
-    still = Window(begin, end, step)
     settled: object = cut
     if start is not None and -size < start < 0:
         settled = Window(0, end - begin, step) if end == size else Guess(what, size, frames, Fixed(frames), cut)
         mark = replace(mark, fixed=(*mark.fixed, f"{what} keeps the last {size - begin} frames"))
-    elif stop is not None and 0 <= stop < size:
-        settled = Guess(what, size, frames, cut, still)
+    elif begin or (stop is not None and 0 <= stop < _END):
+        last = stop if stop is not None and 0 <= stop < _END else None
+        still = cut if last is None else Window(begin, last, step)
+        settled = Guess(what, size, frames, cut, still, (begin, last))
     return windowed(mark, dim, stride=step, before=-begin, taps=1, dilation=1, size=frames, step=settled)
 
 

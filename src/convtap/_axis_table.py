@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from convtap import _axis_rules as rules
+from convtap import _axis_windows as windows
 from convtap._axis import LONGEST, TooFine
 from convtap._axis_op import Op
 from convtap._axis_views import VIEWS
@@ -21,13 +22,15 @@ def _all(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    **_all(rules.convolution, "convolution _convolution convolution_overrideable mkldnn_convolution"),
-    **_all(rules.pool, "max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d_with_indices"),
-    **_all(rules.pool, "avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d"),
-    **_all(rules.adaptive_pool, "_adaptive_avg_pool2d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool1d"),
-    **_all(rules.pad, "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pad"),
-    **_all(rules.upsample, "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d"),
-    **_all(rules.upsample, "upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d"),
+    **_all(windows.convolution, "convolution _convolution convolution_overrideable mkldnn_convolution"),
+    **_all(
+        windows.pool, "max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d_with_indices"
+    ),
+    **_all(windows.pool, "avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d"),
+    **_all(windows.adaptive_pool, "_adaptive_avg_pool2d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool1d"),
+    **_all(windows.pad, "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pad"),
+    **_all(windows.upsample, "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d"),
+    **_all(windows.upsample, "upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d"),
     **_all(rules.cat, "cat concat"),
     **_all(rules.stack, "stack"),
     **_all(rules.product, "mm bmm addmm baddbmm addbmm addmv mv dot _addmm_activation _int_mm"),

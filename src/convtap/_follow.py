@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from convtap._axis import TooFine
+from convtap._axis_node import Node
 from convtap._axis_op import Op, Shape
 from convtap._axis_table import CONSTANT, apply
-from convtap._axis_views import COVERING, MANY, VIEWS, base_after, pieces
+from convtap._axis_views import MANY, VIEWS, pieces
 from convtap._hooks import Hooks
 from convtap._mark import Digit, Mark, unknown
 from convtap._memory import data_address
@@ -33,48 +33,6 @@ _CALLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _CONVOLUTIONS = ("convolution", "_convolution")
 
 
-class Node:
-    """What is known of one tensor. A view asks its base, so that a write through either is seen by both."""
-
-    __slots__ = ("_index", "_mark", "_op", "_parent")
-
-    def __init__(self, mark: Mark | None = None, parent: Node | None = None, op: Any = None, index: int | None = None):
-        self._mark = mark
-        self._parent = parent
-        self._op = op
-        self._index = index
-
-    def get(self) -> Mark | None:
-        """Returns the mark, or None if the tensor does not depend on the input."""
-        if self._parent is None:
-            return self._mark
-        base = self._parent.get()
-        if base is None:
-            return None
-        func, op = self._op
-        op = _with_mark(op, base)
-        try:
-            return apply(func, op) if self._index is None else pieces(op, base)[self._index]
-        except TooFine:
-            return unknown(f"{op.what}: the rate of frames is too fine")
-
-    def put(self, mark: Mark | None) -> None:
-        """Notes that the tensor was written to."""
-        if self._parent is None:
-            self._mark = mark
-            return
-        _, op = self._op
-        if mark is None:
-            if op.name in COVERING:
-                self._parent.put(None)
-            return
-        self._parent.put(base_after(op, self._parent.get(), mark, self._index))
-
-
-def _with_mark(op: Op, mark: Mark) -> Op:
-    return Op(op.name, op.args, op.kwargs, op.out, op.module, None, lambda value: mark)
-
-
 @dataclass(frozen=True)
 class Record:
     """One run of one layer.
@@ -85,6 +43,7 @@ class Record:
         is_layer: whether it is a convolution, and so has a line in the table.
         mark: what is known of its output's time axis.
         shape: the shape of the output.
+        path: which tensor of the output it is about; empty if the output is one.
     """
 
     name: str
@@ -92,6 +51,7 @@ class Record:
     is_layer: bool
     mark: Mark
     shape: tuple[int, ...]
+    path: str = ""
 
 
 class Follower:
@@ -133,15 +93,15 @@ class Follower:
     def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1][1] is module:
             self._stack.pop()
-        for _, tensor in walk_tensors(output):
+        for path, tensor in walk_tensors(output):
             mark = self.mark(tensor)
             if mark is not None:
                 is_layer = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D))
-                self._record(name, type(module).__name__, is_layer, mark, tensor)
+                self._record(name, type(module).__name__, is_layer, mark, tensor, path)
                 return
 
-    def _record(self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor) -> None:
-        self.records.append(Record(name, kind, is_layer, mark, tuple(tensor.shape)))
+    def _record(self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "") -> None:
+        self.records.append(Record(name, kind, is_layer, mark, tuple(tensor.shape), path))
 
     @property
     def _module(self) -> str:

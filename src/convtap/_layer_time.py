@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +13,9 @@ from torch import Tensor
 from convtap._axis import Count
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._follow import Record
+from convtap._lengths import Doubt
 from convtap._mark import Digit, Mark
+from convtap._samples import whole_numbers
 
 
 def exact(value: Fraction) -> int | Fraction:
@@ -32,7 +33,8 @@ class LayerTime:
     Attributes:
         name: the layer.
         key: its key in the timeline: the name, or ``name#1`` for one of several calls.
-        dim: which axis of the output is time; None if there is none (any more).
+        dim: which axis of the output is time, counted from the end (-1 for the last); None if there is none (any more).
+        path: which tensor of a structured output it is about, such as ``"0"``; empty if the output is a tensor.
         frames: how many frames the example made, or None.
         input_length: how many samples the example had.
         whole: what makes every frame see the whole input, such as ``"lstm in 'encoder'"``.
@@ -42,7 +44,7 @@ class LayerTime:
         notes: what holds for the example's length only.
     """
 
-    def __init__(self, record: Record, key: str, input_length: int, doubt: str | None = None) -> None:
+    def __init__(self, record: Record, key: str, input_length: int, doubt: Doubt | None = None) -> None:
         mark = record.mark
         self.name = record.name
         self.key = key
@@ -51,14 +53,16 @@ class LayerTime:
         self.whole = mark.whole
         self.statistics = mark.statistics
         self.unknown = mark.unknown or _in_pieces(mark, record.shape)
-        self.notes = mark.fixed
+        self.notes = mark.fixed if doubt is None or doubt.place is None else (*mark.fixed, doubt.place)
         self._mark = mark
         self._digit: Digit | None = None
         if not self.unknown and mark.digits:
             self._digit = mark.digits[-1]
-        self.dim = None if self._digit is None else self._digit.dim
+        self.dim = None if self._digit is None else self._digit.dim - len(record.shape)
+        self.path = record.path
         self.frames = None if self._digit is None else self._digit.size
-        self._doubt = doubt
+        self._doubt = None if doubt is None else doubt.count
+        self._shape = record.shape
 
     # -- what holds for every frame
 
@@ -223,6 +227,21 @@ class LayerTime:
         frames = int(self.valid_lengths([padded])[0]) if samples or length is not None else 0
         return torch.arange(frames) < valid[:, None]
 
+    def frames_of(self, length: int) -> int:
+        """Returns how many frames one input of so many samples makes; see ``valid_lengths``."""
+        return int(self.valid_lengths([length])[0])
+
+    def shape_of_one(self, length: int) -> tuple[int, ...]:
+        """Returns the shape of the output for one input of so many samples, without the batch axis.
+
+        Raises:
+            Unsupported: as ``valid_lengths``.
+        """
+        frames = self.frames_of(length)
+        assert self.dim is not None
+        place = len(self._shape) + self.dim
+        return (*self._shape[1:place], frames, *self._shape[place + 1 :])
+
     def _trusted(self, count: Count, samples: list[int]) -> None:
         """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
         others = [one for one in samples if one != self.input_length]
@@ -270,30 +289,3 @@ def _in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
     if digit.inner * digit.size != shape[digit.dim] and len(mark.digits) == 1 and shape[digit.dim] != digit.size:
         return f"time shares axis {digit.dim} of its output {shape} with something else"
     return None
-
-
-def whole_numbers(values: Any, name: str) -> list[int]:
-    """Reads a (B,) tensor, array or sequence of lengths.
-
-    Raises:
-        InvalidType: it holds something else than whole numbers.
-        InvalidValue: a number is negative, or there is more than one axis.
-    """
-    hint = f"Pass one whole number an input, such as {name}=[16000, 12000]."
-    if isinstance(values, (str, bytes)) or not (isinstance(values, Iterable) or hasattr(values, "__array__")):
-        raise InvalidType(f"{name} is a {type(values).__name__}. {hint}")
-    if getattr(values, "ndim", 1) != 1:
-        raise InvalidValue(f"{name} has shape {tuple(values.shape)}, and it must have one axis. {hint}")
-    found = values.tolist() if hasattr(values, "tolist") else list(values)
-    numbers: list[int] = []
-    for value in found:
-        if isinstance(value, Tensor) and value.dim() == 0:
-            value = value.item()
-        whole = isinstance(value, float) and value.is_integer()
-        try:
-            numbers.append(int(value) if whole else operator.index(value))
-        except TypeError:
-            raise InvalidType(f"{name} holds {value!r}, which is no whole number. {hint}") from None
-        if isinstance(value, bool) or numbers[-1] < 0:
-            raise InvalidValue(f"{name} holds {value!r}, and an input cannot have that many samples. {hint}")
-    return numbers

@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from convtap._tree import ModuleTree
 # Note: [Numbers that the model computes]
 # Assumption: a pass shows the numbers that operations were given, and not where a model had them from.
 # Failure: ``x[..., :98]`` of 100 frames drops two frames, or keeps 98. The frames of another length depend on which.
-# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer, and if that
-#   does not tell, one hop longer; what both passes agree with is taken, and what none explains is said to be unknown.
+# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer and on one a
+#   third longer (on others, if it refuses these); what explains every pass is taken, and if nothing does, it is an error
+#   to ask for the frames of another length.
 
 
 def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
@@ -45,17 +47,32 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, str]:
+@dataclass(frozen=True)
+class Doubt:
+    """What further passes say against a layer's record.
+
+    Attributes:
+        count: why its frame counts at other lengths are not known, or None.
+        place: why its frames' places hold for one length only, or None.
+    """
+
+    count: str | None = None
+    place: str | None = None
+
+
+def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, Doubt]:
     """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
 
     Returns:
-        By position among the records, why a layer's frame counts at other lengths are still in doubt.
+        By position among the records, what is still in doubt.
     """
+    if not _guesses(records):
+        return {}
     passes: list[tuple[int, list[Record]]] = []
     length = int(dict(walk_tensors(example))[path].shape[axis])
     hop = max((math.ceil(one.mark.first.slope) for one in records if one.mark.digits), default=1)
-    for change in dict.fromkeys((1, max(2, hop), -1)):
-        if length + change < 1 or all(guess.chosen is not None for guess in _guesses(records)):
+    for change in dict.fromkeys((1, length // 3 | 1, hop, 3 * hop, -1)):
+        if length + change < 1 or (len(passes) > 1 and all(guess.chosen is not None for guess in _guesses(records))):
             break
         try:
             others, _ = follow(model, _resized(example, path, axis, change), path, axis)
@@ -63,7 +80,7 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
             continue
         passes.append((length + change, others))
         _compare(records, others)
-    doubts: dict[int, str] = {}
+    doubts: dict[int, Doubt] = {}
     for samples, others in passes:
         doubts.update(_contradictions(records, others, samples))
     return doubts
@@ -82,19 +99,24 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tupl
 def _compare(records: Sequence[Record], others: Sequence[Record]) -> None:
     for _, one, other in _pairs(records, others):
         for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
-            if guess.chosen is None and guess.what == same.what:
+            if guess.what == same.what:
                 guess.settle(same)
 
 
-def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, str]:
-    """Which layers made another number of frames at another length than their count says."""
-    found: dict[int, str] = {}
+def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, Doubt]:
+    """Which layers made other frames at another length than their records say."""
+    found: dict[int, Doubt] = {}
     for i, one, other in _pairs(records, others):
         if not one.mark.digits or not other.mark.digits:
             continue
+        count = place = None
         expected, seen = one.mark.digits[-1].count(length), other.mark.digits[-1].size
         if expected != seen:
-            found[i] = f"what comes before {one.name!r} ({length} samples made {seen} frames)"
+            count = f"what comes before {one.name!r} ({length} samples made {seen} frames)"
+        if (one.mark.first, one.mark.last) != (other.mark.first, other.mark.last):
+            place = f"the frames of {one.name!r} lie elsewhere for {length} samples"
+        if count or place:
+            found[i] = Doubt(count, place)
     return found
 
 

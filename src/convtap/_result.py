@@ -11,9 +11,18 @@ from torch import Tensor
 
 from convtap._call import Call, held_bytes, separate
 from convtap._coverage import Coverage
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._errors import (
+    AmbiguousCall,
+    InvalidType,
+    InvalidValue,
+    LayerNotFound,
+    Unsupported,
+    did_you_mean,
+    listed,
+    plural,
+)
 from convtap._log import Log
-from convtap._samples import Samples
+from convtap._samples import Samples, whole_numbers
 from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics, to_numpy
 from convtap._structure import map_leaves
 from convtap._table import Table, human_bytes
@@ -183,9 +192,31 @@ class Activations(Mapping[str, Any]):
 
     # -- per input
 
-    def samples(self) -> list[dict[str, Tensor]]:
-        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``."""
-        return Samples(self._log).all()
+    def samples(self, lengths: Any = None, timeline: Any = None) -> list[dict[str, Tensor]]:
+        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``.
+
+        Args:
+            lengths: the samples of each input before it was padded, (B,), over all forward passes. Each output is then cut
+                to the frames that the input makes by itself.
+            timeline: ``convtap.timeline(model, example)`` of the model, which says how many frames those are.
+
+        Raises:
+            InvalidValue: only one of the two is given; there are not as many lengths as inputs; a length is longer than
+                its input; the timeline is of another model.
+            Unsupported: an output has no axis of the size of the input batch, or its time axis is unknown.
+        """
+        if lengths is None and timeline is None:
+            return Samples(self._log).all()
+        if lengths is None or timeline is None:
+            raise InvalidValue(
+                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
+                "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
+            )
+        if not hasattr(timeline, "_cutter"):
+            raise InvalidType(
+                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
+            )
+        return Samples(self._log).valid(whole_numbers(lengths, "lengths"), timeline)
 
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).

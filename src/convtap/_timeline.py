@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convtap._call import Call
 from convtap._errors import (
     AmbiguousCall,
     InvalidType,
@@ -21,7 +22,8 @@ from convtap._errors import (
 from convtap._example import Example, arguments
 from convtap._follow import Record
 from convtap._layer_time import LayerTime
-from convtap._lengths import follow, settle
+from convtap._lengths import Doubt, follow, settle
+from convtap._samples import Cut
 from convtap._select import check_arguments
 from convtap._structure import walk_tensors
 from convtap._table import Table
@@ -62,7 +64,7 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
     """
     check_arguments(model, None, nn.Conv1d)
     arguments(example)
-    path, signal = _signal(example)
+    path, signal = signal_of(example)
     axis = _axis(signal, time_dim)
     records, tree = follow(model, example, path, axis)
     doubts = settle(records, model, example, path, axis)
@@ -81,7 +83,7 @@ class Timeline(Mapping[str, LayerTime]):
         input_length: int,
         time_dim: int,
         tree: ModuleTree,
-        doubts: Mapping[int, str],
+        doubts: Mapping[int, Doubt],
     ) -> None:
         self.input_length = input_length
         self.time_dim = time_dim
@@ -140,6 +142,55 @@ class Timeline(Mapping[str, LayerTime]):
             raise self._missing(name)
         return list(self._calls[found])
 
+    # -- samples
+
+    def _cutter(self, lengths: Sequence[int], shape: tuple[int, ...] | None) -> Cut:
+        """Returns what cuts one input's output to its valid frames, for the inputs of one pass.
+
+        Args:
+            lengths: the samples of each input.
+            shape: the shape of what the model was given.
+        """
+        padded = self._samples_of(shape)
+
+        def cut(call: Call, path: str, tensor: Tensor, row: int) -> Tensor:
+            layer = self._layer_of(call)
+            if layer.unknown is None and (layer.dim is None or layer.path != path):
+                return tensor
+            valid = int(layer.valid_lengths([lengths[row]], padded)[0])
+            assert layer.dim is not None
+            expected = layer.shape_of_one(padded)
+            if tuple(tensor.shape) != expected:
+                raise InvalidValue(
+                    f"{call.key!r} has shape {tuple(tensor.shape)} for one input of {padded} samples, and by the timeline "
+                    f"it has {expected}. The timeline is of another model, or the output was reduced: take "
+                    "timeline(model, example) of the model that ran, and reduce after samples."
+                )
+            return tensor.narrow(layer.dim, 0, valid)
+
+        return cut
+
+    def _samples_of(self, shape: tuple[int, ...] | None) -> int:
+        """How many samples the inputs of a pass were padded to."""
+        if shape is None or len(shape) < -self.time_dim:
+            raise InvalidValue(
+                f"the timeline's input has its time on axis {self.time_dim}, and the model was given shape {shape}. Make the "
+                "timeline with an example like the inputs."
+            )
+        return int(shape[self.time_dim])
+
+    def _layer_of(self, call: Call) -> LayerTime:
+        """The run of a layer that a call is, in every pass anew."""
+        runs = self._calls.get(call.name)
+        if runs is None:
+            raise InvalidValue(
+                f"the timeline has no layer {call.name!r}; it has {listed(self._layers)}. It is of another model: take "
+                "timeline(model, example) of the model that ran."
+            )
+        return runs[call.index % len(runs)]
+
+    # -- messages
+
     def _missing(self, key: str) -> LayerNotFound:
         if resolve_name(key, self._names, self._aliases) is not None:
             return LayerNotFound(
@@ -191,7 +242,7 @@ class Timeline(Mapping[str, LayerTime]):
 # -- the example
 
 
-def _signal(example: Any) -> tuple[str, Tensor]:
+def signal_of(example: Any) -> tuple[str, Tensor]:
     """Returns the tensor of an example whose time axis is followed, and its path in it."""
     tensors = list(walk_tensors(example))
     floating = [pair for pair in tensors if pair[1].is_floating_point() or pair[1].is_complex()]
