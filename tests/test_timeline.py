@@ -402,7 +402,7 @@ def _by_hand(x):
         (nn.RNN(4, 4, batch_first=True), "rnn_tanh"),
         (Attention(), "bmm"),
         (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), "attention|bmm"),
-        (Then(_scaled), "attention"),
+        (Then(_scaled), "scaled_dot_product_attention"),
         (Then(_by_hand), "bmm"),
         (Then(lambda x: x.cumsum(1)), "cumsum"),
     ],
@@ -470,11 +470,11 @@ def test_branches_of_different_strides_are_unknown():
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.half = nn.Conv1d(1, 1, 2, stride=2)
+            self.halved = nn.Conv1d(1, 1, 2, stride=2)
             self.out = nn.Conv1d(1, 1, 1)
 
         def forward(self, x):
-            half = self.half(x)
+            half = self.halved(x)
             return self.out(half + x[..., : half.shape[-1]])
 
     assert "2 and 1 samples a frame" in timeline(Broken(), torch.zeros(1, 1, 40))["out"].unknown
@@ -529,6 +529,7 @@ def test_a_layer_that_runs_several_times_has_a_line_each():
     assert len(times) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 1, 40))])
 def test_scripted_models_are_followed(wrap):
     model = nn.Sequential(nn.Conv1d(1, 2, 3, stride=2), nn.ReLU(), nn.Conv1d(2, 2, 3))

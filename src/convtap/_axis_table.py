@@ -37,7 +37,10 @@ RULES: dict[str, Rule] = {
     **_all(rules.linear, "linear _linear_pointwise mkldnn_linear linear_dynamic linear_relu"),
     **_all(rules.attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
     **_all(rules.attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
-    **_all(rules.attention, "_scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable"),
+    **_all(
+        rules.attention,
+        "scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable",
+    ),
     **_all(rules.recurrence, "lstm gru rnn_tanh rnn_relu"),
     **_all(rules.embedding, "embedding"),
     **_all(rules.over, "_softmax _log_softmax softmax log_softmax _safe_softmax"),

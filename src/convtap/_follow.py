@@ -28,7 +28,7 @@ from convtap._tree import ModuleTree
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.
 # Failure: a recurrence then is a loop over single frames, and circular padding a handful of writes into an empty tensor.
 # Choice: follow the low-level forms, and let a function mode take these few calls as one operation each.
-_CALLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_CALLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention")
 
 _CONVOLUTIONS = ("convolution", "_convolution")
 
@@ -125,7 +125,7 @@ class Follower:
         name = getattr(func, "__name__", "")
         values = list(args)
         circular = name == "pad" and func is torch.nn.functional.pad and "circular" in (*args[2:3], kwargs.get("mode"))
-        if self._muted or not (circular or name in _CALLS):
+        if self._muted or not (circular or (name in _CALLS and len(args) > 2)):
             return func(*args, **kwargs)
         self._muted = True
         try:

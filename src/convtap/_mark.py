@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convtap._axis import IDENTITY, NO_STEPS, Affine, Count, Fixed, Line, Sum
+from convtap._axis import IDENTITY, NO_STEPS, Affine, Count, Fixed, Guess, Line, Sum
 
 
 @dataclass(frozen=True)
@@ -272,5 +272,20 @@ def _with_count(mark: Mark, counts: list[Count], marked: int, pieces: Sequence[t
         own = next(normal(piece).digits[0].count for piece, _ in pieces if piece is not None)
         count = own.then(Affine(1, sum(size for piece, size in pieces if piece is None), 1))
     else:
-        count = Count((Sum(tuple(counts)),))
+        count = _tiled(counts) or Count((Sum(tuple(counts)),))
     return replace(mark, digits=(replace(digit, count=count),))
+
+
+def _tiled(counts: list[Count]) -> Count | None:
+    """The count of slices that together are all frames of one tensor, in order: that of the tensor. None for others."""
+    before = counts[0].steps[:-1]
+    at: int | None = 0
+    for count in counts:
+        last = count.steps[-1] if count.steps else None
+        if count.steps[:-1] != before or not isinstance(last, Guess) or last.given is None or last.given[0] != at:
+            return None
+        at = last.given[1]
+    frames = last.n if isinstance(last, Guess) else 0
+    if at not in (None, frames):
+        return None
+    return Count(before).then(Guess("pieces joined again", frames, frames, Affine(1, 0, 1), Fixed(frames)))
