@@ -19,7 +19,7 @@ from convtap._axis_table import CONSTANT, apply
 from convtap._axis_views import MANY, VIEWS, pieces
 from convtap._hooks import Hooks
 from convtap._mark import Digit, Mark, unknown
-from convtap._memory import data_address
+from convtap._owners import Owners
 from convtap._select import CONV1D, FUNCTION
 from convtap._structure import walk_tensors
 from convtap._tree import ModuleTree
@@ -69,7 +69,7 @@ class Follower:
         samples = int(signal.shape[time_dim])
         self._nodes[signal] = Node(Mark((Digit(time_dim, samples),), clear=(0, samples)))
         self._stack: list[tuple[str, nn.Module]] = []
-        self._owners: dict[int, str] | None = None
+        self._owners = Owners(tree)
         self._muted = False
 
     @contextmanager
@@ -236,17 +236,7 @@ class Follower:
         inside = any(isinstance(module, CONV1D) for _, module in self._stack)
         if mark is None or inside or weight.dim() != 3 or args[6]:
             return
-        self._record(self._owner(weight), "function", True, mark, out)
-
-    def _owner(self, weight: Tensor) -> str:
-        """Returns the name of the parameter that a weight is, or is a view of."""
-        if self._owners is None:
-            self._owners = {}
-            for name, tensor in reversed(list(self._tree.parameters())):
-                address = data_address(tensor)
-                if address:
-                    self._owners[address] = name
-        return self._owners.get(data_address(weight), FUNCTION)
+        self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
 
 
 def _written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convtap import _eager
 from convtap._axis import Guess
 from convtap._errors import InvalidType
 from convtap._example import run_once
@@ -32,19 +31,13 @@ def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[R
     signal = dict(walk_tensors(example))[path].detach().clone()
     tree = ModuleTree(model)
     follower = Follower(tree, signal, axis)
-    with _eager(), follower.watching():
-        run_once(model, _with(example, path, signal))
+    _eager.enter()
+    try:
+        with follower.watching():
+            run_once(model, _with(example, path, signal))
+    finally:
+        _eager.leave()
     return follower.records, tree
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Runs compiled models as they are written. Where nothing was compiled, torch's compiler is not even imported."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @dataclass(frozen=True)
