@@ -64,7 +64,7 @@ class Hit:
         values = signal.index_select(axis % signal.dim(), places.clamp(0, size - 1))
         shape = [1] * signal.dim()
         shape[axis] = -1
-        return Window(values * inside.reshape(shape).to(values.dtype), inside)
+        return Window(values.masked_fill(~inside.reshape(shape), 0), inside)
 
     def _signal(self, x: Any) -> Tensor:
         if isinstance(x, Tensor) and x.dim() == self._rank:
@@ -81,5 +81,7 @@ class Hit:
         found = found[0] if isinstance(found, (tuple, list)) else found
         if not isinstance(found, Tensor) or found.dim() != self._rank:
             shape = f"has shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"is a {type(found).__name__}"
-            raise InvalidType(f"x {shape}, and one input has {plural(self._rank, 'axis')}. Pass the tensor of sample.")
+            raise InvalidType(
+                f"x {shape}, and one input has {self._rank} axes. Pass the input of sample {self.sample}, or all inputs."
+            )
         return found

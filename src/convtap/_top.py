@@ -118,7 +118,11 @@ class _Search:
         signal = signal_of(args)[1]
         if self._layer is None:
             example = _first(args) if self._example is None else self._example
-            self._layer = timeline(self._model, example, time_dim=self._time_dim)[self._name]
+            times = timeline(self._model, example, time_dim=self._time_dim)
+            self._layer, self._time_dim = (
+                times[self._name],
+                times.time_dim,
+            )  # counted from the end: inputs have no batch
             self._rank = signal.dim() - 1
         values = self._values(self._layer, args, signal)
         if self._best is None:
