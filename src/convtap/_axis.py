@@ -198,8 +198,9 @@ class Count:
 
     def __call__(self, n: int) -> int:
         """Returns the number of frames; 0 if a step on the way has none."""
+        samples = n
         for step in self.steps:
-            n = step(n)
+            n = samples if getattr(step, "is_input", False) else step(n)
             if n <= 0:
                 return 0
         return n
@@ -245,9 +246,12 @@ class Guess:
         still: the step if they do not.
         given: the numbers as they were given to the operation, if there are any.
         chosen: the step that was found to be right, or None.
+        is_input: whether it was found to make as many frames as the input has samples.
     """
 
-    def __init__(self, what: str, n: int, frames: int, moving: Any, still: Any, given: Any = None) -> None:
+    def __init__(
+        self, what: str, n: int, frames: int, moving: Any, still: Any, given: Any = None, *, pads: bool = False
+    ) -> None:
         self.what = what
         self.n = n
         self.frames = frames
@@ -255,39 +259,57 @@ class Guess:
         self.still = still
         self.given = given
         self.chosen: Any = None
+        self.is_input = False
         self._seen = {n: frames}
-        self._same = given is not None
+        self._inputs: dict[int, int] = {}
+        self._pads = pads
         self._window: tuple[int, int] | None = None
 
     def aligns(self, extent: int, stride: int) -> None:
-        """Notes that a window slides over the frames next, which the step may have filled up for."""
-        self._window = (extent, stride)
+        """Notes that a window slides over the frames next, which a padding may have filled up for."""
+        if self._pads and stride > 1:
+            self._window = (extent, stride)
 
     def __call__(self, n: int) -> int:
         step = self.moving if self.chosen is None else self.chosen
         return int(step(n))
 
-    def settle(self, other: Guess) -> None:
-        """Adds what the same operation did in a pass over another length, and chooses what explains all passes."""
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is known yet that explains all passes."""
+        return self.chosen is None and not self.is_input
+
+    def settle(self, other: Guess, samples: int, others: int) -> None:
+        """Adds what the same operation did in a pass over another length, and chooses what explains all passes.
+
+        Args:
+            other: the same operation in the other pass.
+            samples: the length of the input in this pass.
+            others: the length in the other one.
+        """
         self._seen[other.n] = other.frames
-        self._same = self._same and other.given == self.given
+        self._inputs.update({samples: self.frames, others: other.frames})
         if len(self._seen) > 1:
-            plain = (self.still, self.moving) if self._same else (self.moving, self.still)
-            found = [step for step in plain if self._explains(step)] or self._fits()
-            self.chosen = found[0] if found else None
+            found = [step for step in (self.still, self.moving, *self._fits()) if self._explains(step)]
+            self.chosen = found[0] if len(found) == 1 else None
+            self.is_input = not found and all(length == frames for length, frames in self._inputs.items())
+
+    def conclude(self) -> None:
+        """Takes the plain step if it explains all passes, though others do too: no length at hand tells them apart."""
+        if self.is_open and len(self._seen) > 1:
+            plain = [step for step in (self.still, self.moving) if self._explains(step)]
+            self.chosen = plain[0] if plain else None
 
     def _explains(self, step: Any) -> bool:
         return all(step(n) == frames for n, frames in self._seen.items())
 
     def _fits(self) -> list[Any]:
-        """The one filling up to whole windows, or the one cut down to a multiple, that explains all passes, if it is one."""
-        fits: list[Any] = []
+        """The fillings up to whole windows, and the cuts down to a multiple, that may explain the passes."""
         if self._window is not None:
             extent, stride = self._window
             bases = {frames - n - i for n, frames in self._seen.items() for i in range(stride)}
-            fits = [Aligned(base, extent, stride) for base in sorted(bases)]
-        elif all(0 < frames <= n for n, frames in self._seen.items()):
+            return [Aligned(base, extent, stride) for base in sorted(bases)]
+        if self.given is not None and self.given[0] == 0 and not self._pads:
             common = math.gcd(*self._seen.values())
-            fits = [Multiple(m) for m in range(2, common + 1) if common % m == 0]
-        found = [step for step in fits if self._explains(step)]
-        return found if len(found) == 1 else []
+            return [Multiple(m) for m in range(2, self.frames // 2 + 1) if common % m == 0]
+        return []

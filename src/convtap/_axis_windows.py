@@ -78,8 +78,9 @@ def _slide(op: Op, mark: Mark, dim: int, kernel: int, stride: int, padding: int,
     extent = dilation * (kernel - 1) + 1
     digit = mark.on(dim)
     assert digit is not None
-    last = digit.count.steps[-1] if digit.count.steps else None
-    if isinstance(last, Guess):
+    for last in reversed(digit.count.steps):
+        if not isinstance(last, Guess):
+            break
         last.aligns(extent - 2 * padding, stride)
     step = Affine(1, 2 * padding - extent + stride, stride)
     size = step(digit.size)
@@ -166,7 +167,7 @@ def pad(op: Op) -> Mark | None:
         size = op.shape[dim] + left + right
         step: Any = Affine(1, left + right, 1)
         if not op.settled:
-            step = Guess(op.what, op.shape[dim], size, step, Fixed(size))
+            step = Guess(op.what, op.shape[dim], size, step, Fixed(size), (left, right), pads=True)
         mark = windowed(axis, dim, stride=1, before=left, taps=1, dilation=1, size=size, step=step)
     return mark
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from convtap._axis_node import Node
 from convtap._axis_op import Op, Shape
-from convtap._axis_table import CONSTANT, apply
+from convtap._axis_table import CONSTANT, apply, rule_for
 from convtap._axis_views import MANY, VIEWS, pieces
 from convtap._hooks import Hooks
 from convtap._mark import Digit, Mark, unknown
@@ -125,6 +126,8 @@ class Follower:
         name = getattr(func, "__name__", "")
         values = list(args)
         circular = name == "pad" and func is torch.nn.functional.pad and "circular" in (*args[2:3], kwargs.get("mode"))
+        if func is Tensor.__getitem__ and not self._muted:
+            return self._indexed(func, args)
         if self._muted or not (circular or (name in _CALLS and len(args) > 2)):
             return func(*args, **kwargs)
         self._muted = True
@@ -138,6 +141,23 @@ class Follower:
         self._assign(out, apply(func, op), op)
         return out
 
+    def _indexed(self, func: Any, args: Any) -> Any:
+        """Takes ``x[..., :n]`` where n is all there is: torch leaves it out, and at another length it may cut."""
+        out = func(*args)
+        tensor, index = args
+        if not isinstance(out, Tensor) or out.shape != tensor.shape or self.mark(tensor) is None:
+            return out
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(part is ... or isinstance(part, slice) for part in parts):
+            return out
+        kept = next((i for i, part in enumerate(parts) if part is ...), len(parts))
+        for i, part in enumerate(parts):
+            dim = i if i < kept else tensor.dim() - len(parts) + i
+            if isinstance(part, slice) and isinstance(part.stop, int) and part.stop >= tensor.shape[dim]:
+                view = (Shape(tensor), dim, 0, part.stop, 1)
+                self._view(torch.ops.aten.slice.Tensor, "slice", view, {}, out, self._node(tensor))
+        return out
+
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes one low-level operation."""
         if self._muted:
@@ -146,6 +166,9 @@ class Follower:
         name = schema.name.rpartition("::")[2]
         if name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
+        if rule_for(func, name) is None and schema.name.startswith("aten::") and _is_composite(func):
+            with _Operations(self):
+                return func.decompose(*args, **kwargs)
         target = _written(schema, args, kwargs)
         if target is not None and name in VIEWS:
             before = Shape(target)
@@ -177,6 +200,9 @@ class Follower:
         return Op(name, args, kwargs, out, self._module, self._time_dim, self.mark, settled=settled)
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        inside = self._stack[-1][1] if self._stack else None
+        if isinstance(inside, nnq.Conv1d) and name.startswith("conv"):
+            name, args, kwargs = "convolution", _quantized(inside, args[0]), {}
         op = self._op(name, args, kwargs, out)
         if name in MANY:
             for tensor, mark in zip(out, pieces(op, self.mark(args[0])), strict=True):
@@ -237,6 +263,18 @@ class Follower:
         if mark is None or inside or weight.dim() != 3 or args[6]:
             return
         self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, which is how it is followed if it has no rule of its own."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def _quantized(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
+    """The arguments of the plain convolution that a quantized one stands for; of the weight only the shape."""
+    weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
+    padding = (0,) if module.padding_mode != "zeros" else module.padding
+    return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
 
 
 def _written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:

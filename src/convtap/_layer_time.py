@@ -245,7 +245,7 @@ class LayerTime:
     def _trusted(self, count: Count, samples: list[int]) -> None:
         """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
         others = [one for one in samples if one != self.input_length]
-        doubts = [guess.what for guess in count.guesses() if guess.chosen is None]
+        doubts = [guess.what for guess in count.guesses() if guess.is_open]
         if self._doubt is not None:
             doubts.append(self._doubt)
         if others and doubts:

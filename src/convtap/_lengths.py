@@ -25,15 +25,19 @@ from convtap._tree import ModuleTree
 #   third longer (on others, if it refuses these); what explains every pass is taken, and if nothing does, it is an error
 #   to ask for the frames of another length.
 
+_ENOUGH = 4
+
 
 def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
     """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
-    signal = dict(walk_tensors(example))[path].detach().clone()
+    with torch.inference_mode(False):
+        signal = dict(walk_tensors(example))[path].detach().clone()
     tree = ModuleTree(model)
     follower = Follower(tree, signal, axis)
     _eager.enter()
     try:
-        with follower.watching():
+        # In inference mode, operations are not taken apart into those that have rules.
+        with torch.inference_mode(False), follower.watching():
             run_once(model, _with(example, path, signal))
     finally:
         _eager.leave()
@@ -63,20 +67,29 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
         return {}
     passes: list[tuple[int, list[Record]]] = []
     length = int(dict(walk_tensors(example))[path].shape[axis])
-    hop = max((math.ceil(one.mark.first.slope) for one in records if one.mark.digits), default=1)
-    for change in dict.fromkeys((1, length // 3 | 1, hop, 3 * hop, -1)):
-        if length + change < 1 or (len(passes) > 1 and all(guess.chosen is not None for guess in _guesses(records))):
+    for change in _changes(records, length):
+        settled = len(passes) > 1 and not any(guess.is_open for guess in _guesses(records))
+        if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
             others, _ = follow(model, _resized(example, path, axis, change), path, axis)
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))
-        _compare(records, others)
+        _compare(records, others, length, length + change)
+    for guess in _guesses(records):
+        guess.conclude()
     doubts: dict[int, Doubt] = {}
     for samples, others in passes:
         doubts.update(_contradictions(records, others, samples))
     return doubts
+
+
+def _changes(records: Sequence[Record], length: int) -> list[int]:
+    """By how many samples to change the input: one more, a third more, and a frame more of each stride there is."""
+    strides = {math.ceil(one.mark.first.slope) for one in records if one.mark.digits}
+    hops = sorted(strides, reverse=True)[:4]
+    return list(dict.fromkeys((1, length // 3 | 1, *hops, *(3 * hop for hop in hops[:1]), -1)))
 
 
 def _guesses(records: Sequence[Record]) -> list[Guess]:
@@ -89,11 +102,11 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tupl
         yield from ((i, one, other) for i, (one, other) in enumerate(zip(records, others, strict=True)))
 
 
-def _compare(records: Sequence[Record], others: Sequence[Record]) -> None:
+def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
     for _, one, other in _pairs(records, others):
         for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
             if guess.what == same.what:
-                guess.settle(same)
+                guess.settle(same, samples, length)
 
 
 def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, Doubt]:
