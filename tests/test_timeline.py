@@ -598,6 +598,25 @@ def test_short_time_fourier_frames_are_windows():
     assert (layer.stride, layer.receptive_field, layer.start) == (4, 24, -8)
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+def test_the_context_it_is_called_in_changes_nothing(context):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, stride=2), nn.Conv1d(2, 2, 3))
+    with context():
+        layer = timeline(model, torch.zeros(1, 1, 40))["1"]
+    assert (layer.stride, layer.receptive_field) == (2, 7)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_quantized_convolutions_are_followed():
+    quantization = torch.ao.quantization
+    model = nn.Sequential(quantization.QuantStub(), nn.Conv1d(1, 4, 3, stride=2), nn.Conv1d(4, 4, 3, padding=1)).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    quantization.prepare(model, inplace=True)(torch.randn(1, 1, 40))
+    quantization.convert(model, inplace=True)
+    layer = timeline(model, torch.randn(1, 1, 40))["2"]
+    assert (layer.stride, layer.receptive_field, layer.start, layer.frames) == (2, 7, -2, 19)
+
+
 # -- lengths
 
 
@@ -627,6 +646,48 @@ def test_a_window_that_the_program_fixes_is_told_from_one_that_moves():
     times = timeline(Both(), torch.zeros(1, 1, 100))
     assert times["fixed"].valid_lengths([200, 50]).tolist() == [90, 50]
     assert times["moves"].valid_lengths([200, 50]).tolist() == [190, 40]
+
+
+class CroppedToItsInput(nn.Module):
+    """A level down and up again, which is longer than the input where that is odd, and is cut to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(1, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose1d(4, 1, 4, stride=2, padding=1)
+        self.out = nn.Conv1d(1, 1, 1)
+
+    def forward(self, x):
+        return self.out(self.up(self.down(x))[..., : x.shape[-1]])
+
+
+class CroppedToItsSkip(CroppedToItsInput):
+    def forward(self, x):
+        return self.out(self.up(self.down(x))[..., : x.shape[-1]] + x)
+
+
+class CutToAMultiple(CroppedToItsInput):
+    def forward(self, x):
+        return self.out(x[..., : x.shape[-1] // 4 * 4])
+
+
+class FilledUp(CroppedToItsInput):
+    """Pads so that whole windows of 6 every 4 samples fit, as streaming encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Conv1d(1, 1, 6, stride=4)
+
+    def forward(self, x):
+        windows = -(-(x.shape[-1] - 4) // 4)
+        return self.out(F.pad(x, (2, windows * 4 + 4 - x.shape[-1])))
+
+
+@pytest.mark.parametrize("model", [CroppedToItsInput(), CroppedToItsSkip(), CutToAMultiple(), FilledUp()])
+@pytest.mark.parametrize("example", [64, 65, 66])
+def test_numbers_that_depend_on_the_length_are_understood_whatever_the_example(model, example):
+    layer = timeline(model, torch.zeros(1, 1, example))["out"]
+    assert_lengths(model, layer, (30, 31, 32, 33, 64, 65, 66, 67, 131))
 
 
 def test_a_number_that_no_pass_explains_is_an_error_and_not_a_guess():

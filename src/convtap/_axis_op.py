@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from convtap._mark import Mark
@@ -96,3 +97,25 @@ class Op:
             return list(range(self.rank))
         several = value if isinstance(value, (list, tuple)) else [value]
         return [int(dim) % max(1, self.rank) for dim in several]
+
+
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, which is how it is followed if it has no rule of its own."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Returns the tensor that an operation writes to, or None."""
+    if not schema.is_mutable:
+        return None
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if isinstance(value, Tensor):
+                return value
+    return None
+
+
+def is_view(schema: Any) -> bool:
+    """Whether an operation returns a view of an argument."""
+    return any(result.alias_info is not None for result in schema.returns)

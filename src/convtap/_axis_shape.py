@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from convtap._axis import Affine, Fixed, Guess, Window
+from convtap._axis_count import Affine, Fixed, Guess, Window
 from convtap._mark import Digit, Mark, as_axis, joined, longer, normal, unknown, windowed
 
 #: How a slice without an end is written.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from convtap._axis import Affine
+from convtap._axis_count import Affine
 from convtap._axis_op import Op
 from convtap._axis_shape import dropped, expanded, inserted, permuted, reshaped, sliced, written
 from convtap._mark import Digit, Mark, as_axis, normal, unknown

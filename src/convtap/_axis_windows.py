@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from convtap._axis import Affine, CeilPool, Fixed, Guess
+from convtap._axis_count import Affine, CeilPool, Fixed, Guess
 from convtap._axis_op import Op
 from convtap._errors import InvalidValue
 from convtap._mark import Mark, as_axis, reduced, resampled, unknown, windowed

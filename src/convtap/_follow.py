@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from convtap._axis_node import Node
-from convtap._axis_op import Op, Shape
+from convtap._axis_op import Op, Shape, is_composite, is_view, written
 from convtap._axis_table import CONSTANT, apply, rule_for
 from convtap._axis_views import MANY, VIEWS, pieces
 from convtap._hooks import Hooks
@@ -166,10 +166,10 @@ class Follower:
         name = schema.name.rpartition("::")[2]
         if name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
-        if rule_for(func, name) is None and schema.name.startswith("aten::") and _is_composite(func):
+        if rule_for(func, name) is None and schema.name.startswith("aten::") and is_composite(func):
             with _Operations(self):
                 return func.decompose(*args, **kwargs)
-        target = _written(schema, args, kwargs)
+        target = written(schema, args, kwargs)
         if target is not None and name in VIEWS:
             before = Shape(target)
             out = func(*args, **kwargs)
@@ -178,7 +178,7 @@ class Follower:
         out = func(*args, **kwargs)
         if target is not None:
             self._write(func, name, args, kwargs, out, target)
-        elif _is_view(schema) and args and isinstance(args[0], Tensor):
+        elif is_view(schema) and args and isinstance(args[0], Tensor):
             if isinstance(out, Tensor) or name in MANY:
                 self._view(func, name, (Shape(args[0]), *args[1:]), kwargs, out, self._node(args[0]))
         elif self._touches(args) or self._touches(kwargs.values()):
@@ -265,32 +265,11 @@ class Follower:
         self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
 
 
-def _is_composite(func: Any) -> bool:
-    """Whether an operation is made of others, which is how it is followed if it has no rule of its own."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
-
-
 def _quantized(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
     """The arguments of the plain convolution that a quantized one stands for; of the weight only the shape."""
     weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
     padding = (0,) if module.padding_mode != "zeros" else module.padding
     return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
-
-
-def _written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Returns the tensor that an operation writes to, or None."""
-    if not schema.is_mutable:
-        return None
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Tensor):
-                return value
-    return None
-
-
-def _is_view(schema: Any) -> bool:
-    return any(result.alias_info is not None for result in schema.returns)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

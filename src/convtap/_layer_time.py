@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._axis import Count
+from convtap._axis_count import Count
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._follow import Record
 from convtap._lengths import Doubt

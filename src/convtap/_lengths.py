@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap import _eager
-from convtap._axis import Guess
+from convtap._axis_count import Guess
 from convtap._errors import InvalidType
 from convtap._example import run_once
 from convtap._follow import Follower, Record
@@ -25,7 +25,8 @@ from convtap._tree import ModuleTree
 #   third longer (on others, if it refuses these); what explains every pass is taken, and if nothing does, it is an error
 #   to ask for the frames of another length.
 
-_ENOUGH = 4
+#: How many further passes are made at most.
+_ENOUGH = 8
 
 
 def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
@@ -86,10 +87,10 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
 
 
 def _changes(records: Sequence[Record], length: int) -> list[int]:
-    """By how many samples to change the input: one more, a third more, and a frame more of each stride there is."""
+    """By how many samples to change the input: one more, a third more, a frame more of each stride there is, and so on."""
     strides = {math.ceil(one.mark.first.slope) for one in records if one.mark.digits}
     hops = sorted(strides, reverse=True)[:4]
-    return list(dict.fromkeys((1, length // 3 | 1, *hops, *(3 * hop for hop in hops[:1]), -1)))
+    return list(dict.fromkeys((1, length // 3 | 1, *hops, 2, 3, 5, 7, *(3 * hop for hop in hops[:1]), -1)))
 
 
 def _guesses(records: Sequence[Record]) -> list[Guess]:
@@ -103,9 +104,12 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tupl
 
 
 def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
+    """Shows each guess, once, the same operation in another pass."""
+    done: set[int] = set()
     for _, one, other in _pairs(records, others):
         for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
-            if guess.what == same.what:
+            if id(guess) not in done and guess.what == same.what:
+                done.add(id(guess))
                 guess.settle(same, samples, length)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convtap._axis import IDENTITY, NO_STEPS, Affine, Count, Fixed, Guess, Line, Sum
+from convtap._axis import IDENTITY, Line
+from convtap._axis_count import NO_STEPS, Affine, Count, Fixed, Guess, Sum
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from convtap._timeline import timeline
+        >>> from convtap import timeline
         >>> model = nn.Sequential(nn.Conv1d(1, 4, 10, stride=5), nn.ReLU(), nn.Conv1d(4, 8, 3, stride=2, padding=1))
         >>> times = timeline(model, torch.zeros(1, 1, 1000))
         >>> times

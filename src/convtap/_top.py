@@ -61,7 +61,7 @@ def top(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from convtap._top import top
+        >>> from convtap import top
         >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, bias=False))
         >>> _ = nn.init.ones_(model[0].weight)
         >>> x = torch.zeros(2, 1, 50)
