@@ -11,18 +11,9 @@ from torch import Tensor
 
 from convtap._call import Call, held_bytes, separate
 from convtap._coverage import Coverage
-from convtap._errors import (
-    AmbiguousCall,
-    InvalidType,
-    InvalidValue,
-    LayerNotFound,
-    Unsupported,
-    did_you_mean,
-    listed,
-    plural,
-)
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
 from convtap._log import Log
-from convtap._samples import Samples, whole_numbers
+from convtap._samples import Samples
 from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics, to_numpy
 from convtap._structure import map_leaves
 from convtap._table import Table, human_bytes
@@ -207,16 +198,7 @@ class Activations(Mapping[str, Any]):
         """
         if lengths is None and timeline is None:
             return Samples(self._log).all()
-        if lengths is None or timeline is None:
-            raise InvalidValue(
-                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
-                "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
-            )
-        if not hasattr(timeline, "_cutter"):
-            raise InvalidType(
-                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
-            )
-        return Samples(self._log).valid(whole_numbers(lengths, "lengths"), timeline)
+        return Samples(self._log).valid(lengths, timeline)
 
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).

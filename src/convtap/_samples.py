@@ -39,11 +39,11 @@ class _Pass:
         for call in self.calls:
             for path, tensor in walk_tensors(call.output):
                 key = f"{call.key}.{path}" if path else call.key
-                one = self._one(key, tensor, row)
+                one = self._cut(key, tensor, row)
                 found[key] = (one if cut is None else cut(call, path, one, row)).clone()
         return found
 
-    def _one(self, key: str, tensor: Tensor, row: int) -> Tensor:
+    def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:
         if self.single:
             return tensor[0] if self.unsqueezed and tensor.dim() == 3 else tensor
         if not tensor.dim() or tensor.shape[0] != self.size:
@@ -68,17 +68,27 @@ class Samples:
         """Returns every input's outputs."""
         return [found.row(row) for found in self._passes for row in range(found.size)]
 
-    def valid(self, lengths: list[int], timeline: Any) -> list[dict[str, Tensor]]:
+    def valid(self, lengths: Any, timeline: Any) -> list[dict[str, Tensor]]:
         """Returns every input's outputs, each cut to the frames that its input makes by itself."""
-        total = sum(found.size for found in self._passes)
-        if len(lengths) != total:
+        if lengths is None or timeline is None:
             raise InvalidValue(
-                f"lengths has {plural(len(lengths), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
+                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
+                "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
+            )
+        if not hasattr(timeline, "_cutter"):
+            raise InvalidType(
+                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
+            )
+        numbers = whole_numbers(lengths, "lengths")
+        total = sum(found.size for found in self._passes)
+        if len(numbers) != total:
+            raise InvalidValue(
+                f"lengths has {plural(len(numbers), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
                 "samples of each, over all forward passes."
             )
         rows: list[dict[str, Tensor]] = []
         for found in self._passes:
-            cut = timeline._cutter(lengths[len(rows) : len(rows) + found.size], found.shape)
+            cut = timeline._cutter(numbers[len(rows) : len(rows) + found.size], found.shape)
             rows.extend([found.row(row, cut) for row in range(found.size)])
         return rows
 
