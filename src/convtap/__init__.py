@@ -1,8 +1,12 @@
 """Taps the 1-D convolutions of any PyTorch model during a normal forward pass."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from convtap._call import Call
 from convtap._capture import Capture, capture
-from convtap._compare import compare
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,
@@ -16,11 +20,16 @@ from convtap._errors import (
     StoreError,
     Unsupported,
 )
-from convtap._finite import finite
 from convtap._layers import list_layers
 from convtap._result import Activations
 from convtap._save import load
-from convtap._tapped import Tapped, tapped
+
+if TYPE_CHECKING:
+    from convtap._compare import compare
+    from convtap._finite import finite
+    from convtap._tapped import Tapped, tapped
+    from convtap._timeline import timeline
+    from convtap._top import top
 
 __version__ = "0.1.0"
 
@@ -46,4 +55,28 @@ __all__ = [
     "list_layers",
     "load",
     "tapped",
+    "timeline",
+    "top",
 ]
+
+# Imported when they are first asked for: a block needs none of them, and together they take as long as all the rest.
+_WHEN_ASKED = {
+    "Tapped": "_tapped",
+    "compare": "_compare",
+    "finite": "_finite",
+    "tapped": "_tapped",
+    "timeline": "_timeline",
+    "top": "_top",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHEN_ASKED:
+        found = getattr(importlib.import_module(f"convtap.{_WHEN_ASKED[name]}"), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module 'convtap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
