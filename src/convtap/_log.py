@@ -47,6 +47,13 @@ class Log:
         self.changes += 1
         self.cleared += 1
 
+    def trim(self) -> None:
+        """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
+        if len(self.inputs) > 2 * len(self.calls) + 16:
+            needed = {call.forward for call in self.calls.values()} | {max(self.inputs)}
+            for number in [number for number in self.inputs if number not in needed]:
+                del self.inputs[number]
+
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))

@@ -253,6 +253,7 @@ class Recorder:
         log.calls.pop(name, None)
         log.calls[name] = call
         log.tallies[name].held = 1
+        log.trim()
         log.changes += 1
 
     def _admit(self, call: Call, replaced: Call | None) -> None:
