@@ -8,24 +8,54 @@ from typing import Any
 
 from torch import Tensor
 
-from convtap._policy import Held, map_leaves, read, storage_key, tensor_bytes, walk_tensors
+from convtap._memory import storage_key, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
+from convtap._structure import Held, map_leaves, read, walk_tensors
 
 
 class Tally:
-    """One layer's account in a block: how often it ran, and how many of its calls are kept."""
+    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed."""
 
-    __slots__ = ("bypassed", "captured", "computed", "held", "kind", "name", "numbers", "separator")
+    __slots__ = (
+        "bypassed",
+        "bypasses",
+        "captured",
+        "computed",
+        "held",
+        "kind",
+        "last_pass",
+        "name",
+        "numbers",
+        "pending",
+        "separator",
+    )
 
     def __init__(self, name: str, kind: str = "") -> None:
         self.name = name
         self.kind = kind
         self.captured = 0
         self.held = 0
+        self.last_pass = -1
         self.bypassed: str | None = None
+        self.bypasses = 0
+        self.pending: tuple[int, str] | None = None
         self.computed = False
         self.numbers = itertools.count()
         self.separator = "#"
+
+    def read_by(self, reader: str, forward: int) -> None:
+        """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
+        if self.last_pass == forward or (self.pending is not None and self.pending[0] == forward):
+            return
+        self.settle()
+        self.pending = (forward, reader)
+
+    def settle(self) -> None:
+        """Counts a read as a bypass, if the convolution was not seen in the same pass after it."""
+        if self.pending is not None:
+            self.bypasses += 1
+            self.bypassed = self.bypassed or self.pending[1]
+            self.pending = None
 
     def __getstate__(self) -> Any:  # the counter cannot be pickled, and nothing is counted in a copy
         return None, {slot: getattr(self, slot) for slot in self.__slots__ if slot != "numbers"}

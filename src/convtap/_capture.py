@@ -14,9 +14,10 @@ from convtap import _process
 from convtap._budget import Budget
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
 from convtap._log import Log
+from convtap._memory import parse_bytes
 from convtap._offload import Offloader
 from convtap._passes import FAST_PATHS, Passes
-from convtap._policy import Policy, parse_bytes
+from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
@@ -154,7 +155,7 @@ class _Block:
         if not selection.modules and not self.functional:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
-        self.log = log = Log(selected=selection.modules, exact=selection.exact, aliases=selection.tree.aliases)
+        self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         if slowed:
             log.notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
         token = self.token = _process.Token()
@@ -169,7 +170,7 @@ class _Block:
             last=capture._last,
             offloader=capture._offloader,
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
-            stop_after={*selection.modules, *selection.function_names} if capture._stop else None,
+            stop_after=set(selection.names) if capture._stop else None,
         )
         parts: list[Any] = [
             passes,
@@ -192,13 +193,19 @@ class _Block:
         """
         self.stack.close()
         log, selection = self.log, self.selection
-        log.selected = tuple(selection.modules)  # the names only: what was collected keeps no module alive
+        if self.recorder.reads:
+            log.settle()
+        log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
         stopped = isinstance(error, StopForward) and error.token is self.token
-        if strict is not None and (error is None or stopped):
-            complete = self.recorder.reached == len(log.selected) and log.tallies and not selection.function_names
-            if not complete or self.recorder.failure is not None:
-                conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
+        if strict is not None and (error is None or stopped) and not self._is_complete():
+            conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped
+
+    def _is_complete(self) -> bool:
+        """Whether all is well, found out without a look at each layer."""
+        log, recorder = self.log, self.recorder
+        everything = recorder.reached == len(log.selected) and bool(log.tallies)
+        return everything and recorder.failure is None and not recorder.reads
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

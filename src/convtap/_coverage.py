@@ -17,12 +17,14 @@ class LayerCoverage:
         name: the layer.
         captured: how many of its calls were captured.
         bypassed: what used its weight without a convolution that could be seen, or None.
+        bypasses: in how many forward passes that happened.
         computed: whether a convolution ran with a weight computed from this layer's; its output is under ``F.conv1d``.
     """
 
     name: str
     captured: int
     bypassed: str | None = None
+    bypasses: int = 0
     computed: bool = False
 
     @property
@@ -30,14 +32,16 @@ class LayerCoverage:
         """One of ``"captured"``, ``"bypassed"`` and ``"idle"``."""
         if self.captured:
             return "captured"
-        return "bypassed" if self.bypassed is not None and not self.computed else "idle"
+        return "bypassed" if self.bypasses else "idle"
 
     def __str__(self) -> str:
+        missed = f"bypassed in {plural(self.bypasses, 'pass')}: weight read by {self.bypassed}" if self.bypasses else ""
         if self.captured:
-            return f"captured {plural(self.captured, 'time')}"
+            captured = f"captured {plural(self.captured, 'time')}"
+            return f"{captured}, {missed}" if missed else captured
         if self.computed:
             return "idle; a convolution with a weight computed from its own is under 'F.conv1d'"
-        return "idle" if self.bypassed is None else f"bypassed: weight read by {self.bypassed}"
+        return missed or "idle"
 
 
 class Coverage(Mapping[str, LayerCoverage]):
@@ -71,8 +75,8 @@ class Coverage(Mapping[str, LayerCoverage]):
 
     @property
     def bypassed(self) -> list[str]:
-        """The layers whose weight was used, by something that is no convolution."""
-        return self._in_state("bypassed")
+        """The layers whose weight was used, in some pass, without a convolution that could be seen."""
+        return [name for name, layer in self._layers.items() if layer.bypasses]
 
     def _line(self) -> str:
         counts = [

@@ -58,11 +58,20 @@ class Log:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))
 
+    def settle(self) -> None:
+        """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""
+        for tally in self.tallies.values():
+            if tally.pending is not None:
+                tally.settle()
+
     def states(self) -> list[LayerCoverage]:
         """What became of each of them."""
         found = []
         for name in self.names():
             tally = self.tallies.get(name)
-            state = (tally.captured, tally.bypassed, tally.computed) if tally else (0,)
-            found.append(LayerCoverage(name, *state))
+            if tally is None:
+                found.append(LayerCoverage(name, 0))
+            else:
+                state = (tally.captured, tally.bypassed, tally.bypasses, tally.computed)
+                found.append(LayerCoverage(name, *state))
         return found

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from convtap._frames import module_calls, outermost_call
 from convtap._hooks import Hooks
-from convtap._policy import walk_tensors
 from convtap._process import Token, open_tokens
+from convtap._structure import walk_tensors
 
 # Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
 FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)

@@ -1,16 +1,17 @@
-"""What happens to one output: reduce, cast, detach, snapshot; and what a kept tensor weighs in bytes."""
+"""What happens to one output: reduce, cast, detach, snapshot."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
+from convtap._errors import InvalidType, ModifiedInPlace
+from convtap._memory import are_separate, storage_key, tensor_bytes
+from convtap._structure import Held, walk_tensors
 
 # Note: [Copy-on-write snapshots]
 # Assumption: ``torch._lazy_clone`` returns a tensor that shares memory until either side is written, and the writer
@@ -20,8 +21,6 @@ from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
 #   trace it, so what is traced (``tapped``) clones.
 # Choice: an allow-list (exactly ``torch.Tensor``, strided, not quantized, not nested), and ``clone`` for all else.
 _lazy_clone: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 def _works() -> bool:
@@ -52,118 +51,6 @@ def snapshot(tensor: Tensor) -> Tensor:
         except RuntimeError:  # memory that torch did not allocate itself
             pass
     return tensor.clone()
-
-
-def data_address(tensor: Tensor) -> int:
-    """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
-    try:
-        return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
-    except (RuntimeError, NotImplementedError):
-        return 0
-
-
-def storage_key(tensor: Tensor) -> tuple[int, int] | None:
-    """Returns what identifies the memory under a tensor (start address, bytes), or None if it has no plain storage.
-
-    Copy-on-write siblings have the same key for as long as they share memory.
-    """
-    try:
-        address = data_address(tensor)
-        size = tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError):
-        return None
-    if address == 0:
-        return (0, 0)
-    return (address - int(tensor.storage_offset()) * tensor.element_size(), size)
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of a tensor's own elements (indices and values for a sparse one)."""
-    if tensor.layout is torch.sparse_coo:
-        return tensor_bytes(tensor._indices()) + tensor_bytes(tensor._values())
-    return tensor.numel() * tensor.element_size()
-
-
-class Omitted:
-    """Stands where a layer's output held an object that is neither a tensor nor a plain value, and so was not kept."""
-
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __repr__(self) -> str:
-        return f"<not kept: {self.kind}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Omitted) and other.kind == self.kind
-
-    def __hash__(self) -> int:
-        return hash(self.kind)
-
-
-def map_leaves(function: Callable[[Any], Any], value: Any, leaf: type = Tensor) -> Any:
-    """Applies a function to each leaf in a structure of tuples, lists, mappings and dataclasses; keeps the structure."""
-    if isinstance(value, leaf):
-        return function(value)
-    if isinstance(value, tuple):
-        if isinstance(value, torch.Size):
-            return value
-        items = [map_leaves(function, item, leaf) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [map_leaves(function, item, leaf) for item in value]
-    if isinstance(value, Mapping):
-        return _rebuild_mapping(value, {key: map_leaves(function, item, leaf) for key, item in value.items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value)]
-        copy = object.__new__(type(value))
-        for name in fields:
-            object.__setattr__(copy, name, map_leaves(function, getattr(value, name), leaf))
-        return copy
-    return value if isinstance(value, (*_PLAIN, Omitted, Tensor)) else Omitted(type(value).__name__)
-
-
-def read(value: Any, key: str) -> Any:
-    """Returns what was kept, its Held tensors read."""
-    return map_leaves(lambda held: held.read(key), value, Held)
-
-
-def _rebuild_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    if type(original) is dict:
-        return items
-    try:
-        return type(original)(**items) if dataclasses.is_dataclass(original) else type(original)(items)  # type: ignore[call-arg]
-    except Exception:
-        return items
-
-
-def walk_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of a structure with its path in it: ``""``, ``"0"``, ``"hidden.1"``."""
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        pairs = zip(names, value, strict=True)
-    elif isinstance(value, Mapping):
-        pairs = ((str(key), item) for key, item in value.items())  # type: ignore[assignment]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))  # type: ignore[assignment]
-    else:
-        return
-    for name, item in pairs:
-        yield from walk_tensors(item, f"{path}.{name}" if path else str(name))
-
-
-class Held:
-    """A tensor that must be asked for: reading it may wait, or refuse."""
-
-    __slots__ = ()
-
-    def read(self, key: str) -> Tensor:
-        """Returns the tensor; ``key`` names its call in an error."""
-        raise NotImplementedError
 
 
 class Alias(Held):
@@ -238,15 +125,18 @@ class Policy:
             tensor = tensor.detach()
         return snapshot(tensor) if self.copy else alias(tensor)
 
-    def swaps(self, output: Tensor, inputs: Any) -> bool:
-        """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it."""
+    def swaps(self, output: Any, inputs: Any) -> bool:
+        """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
+
+        Not where that would part tensors that share memory: an output and an input, or two tensors of one output.
+        """
+        if self.detach or not self.copy or self.transforms:
+            return False
+        tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
-            not self.detach
-            and self.copy
-            and not self.transforms
-            and output.requires_grad
-            and type(output) is Tensor
-            and not shares_memory(output, inputs)
+            any(tensor.requires_grad for tensor in tensors)
+            and all(type(tensor) is Tensor for tensor in tensors)
+            and are_separate([*tensors, *{id(tensor): tensor for _, tensor in walk_tensors(inputs)}.values()], tensors)
         )
 
     def _transform(self, tensor: Tensor) -> Tensor:
@@ -278,41 +168,3 @@ def own(result: Tensor) -> Tensor:
     if key is not None and tensor_bytes(result) < key[1]:
         return result.clone(memory_format=torch.contiguous_format)
     return snapshot(result)
-
-
-def shares_memory(output: Tensor, inputs: Any) -> bool:
-    """Whether an output lies in the memory of one of the inputs (a view, or the input itself)."""
-    try:
-        mine = output.untyped_storage()._cdata
-        return any(mine == tensor.untyped_storage()._cdata for _, tensor in walk_tensors(inputs))
-    except (RuntimeError, NotImplementedError):
-        return True
-
-
-_UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def parse_bytes(value: Any, name: str) -> int:
-    """Reads a number of bytes: an int, or text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary).
-
-    Raises:
-        InvalidType: neither a number nor text.
-        InvalidValue: no such unit, or less than one byte.
-    """
-    hint = f"Write for example {name}=2_000_000_000, '2GB' or '512MiB'."
-    if isinstance(value, str):
-        digits = value.strip()
-        number = digits.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-        unit = digits[len(number) :].strip().upper()
-        unit = unit[:-1] if len(unit) > 1 and unit.endswith("B") else unit
-        try:
-            size = int(float(number.replace("_", "")) * _UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            raise InvalidValue(f"{name}={value!r} is no number of bytes. {hint}") from None
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-        size = int(value) if abs(value) != float("inf") else 0
-    else:
-        raise InvalidType(f"{name} is a {type(value).__name__}, and it must be a number of bytes. {hint}")
-    if size < 1:
-        raise InvalidValue(f"{name}={value!r} leaves no room for any output. {hint}")
-    return size

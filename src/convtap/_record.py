@@ -15,8 +15,9 @@ from convtap._errors import ConvtapError
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
-from convtap._policy import Alias, Policy, map_leaves, snapshot
+from convtap._policy import Alias, Policy, snapshot
 from convtap._process import Token, open_tokens
+from convtap._structure import map_leaves
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.
@@ -41,7 +42,8 @@ class Recorder:
         failure: the error that kept an output from being recorded, if the model swallowed it.
         elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
-        reached: how many of the selected modules were captured at least once.
+        reached: how many of the selected layers were captured at least once.
+        reads: whether the weight of a selected layer was read by something that is no convolution.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
@@ -62,6 +64,7 @@ class Recorder:
         self.elsewhere: dict[str, str] = {}
         self.recomputed = 0
         self.reached = 0
+        self.reads = False
         self.muted = False
         self._token = token
         self._log = log
@@ -106,13 +109,13 @@ class Recorder:
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
-        if tally.bypassed is None:
-            tally.bypassed = by
+        self.reads = True
+        tally.read_by(by, self._passes.current())
 
     def seen_as_function(self, name: str) -> None:
         """Notes that a convolution was seen whose weight was computed from a layer's weight."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
-        tally.computed = True
+        tally.computed, tally.pending, tally.last_pass = True, None, self._passes.current()
 
     def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
         """Runs what keeps an output, unseen by the taps; an error in it names the layer."""
@@ -129,10 +132,8 @@ class Recorder:
 
     def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
         policy = self._policy
-        if isinstance(output, Tensor):
-            if self._offloader is None and policy.swaps(output, inputs):
-                return Alias(output), snapshot(output)
-            return self._move(policy.keep_output(output)), None
+        if self._offloader is None and policy.swaps(output, inputs):
+            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
         return self._move(map_leaves(policy.keep_output, output)), None
 
     def _move(self, value: Any) -> Any:
@@ -153,8 +154,10 @@ class Recorder:
     def _store(self, name: str, value: Any, via: str) -> None:
         log = self._log
         tally = log.tallies.get(name) or self._open_tally(name)
-        call = Call(tally, next(tally.numbers), self._passes.current(), via, value)
-        if not tally.captured and name in self._modules:
+        forward = self._passes.current()
+        call = Call(tally, next(tally.numbers), forward, via, value)
+        tally.pending, tally.last_pass = None, forward
+        if not tally.captured and name in log.selected:
             self.reached += 1
         tally.captured += 1
         if self._last:
@@ -190,3 +193,11 @@ class Recorder:
         except ConvtapError as error:
             self.failure = error
             raise
+
+
+def _kept_upstream(output: Tensor) -> Any:
+    return Alias(output) if output.requires_grad else snapshot(output)
+
+
+def _gone_on_with(output: Tensor) -> Tensor:
+    return snapshot(output) if output.requires_grad else output

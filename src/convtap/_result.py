@@ -13,11 +13,11 @@ from convtap._call import Call, held_bytes, separate
 from convtap._coverage import Coverage
 from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
 from convtap._log import Log
-from convtap._policy import map_leaves
 from convtap._samples import Samples
-from convtap._select import resolve_name
 from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics, to_numpy
+from convtap._structure import map_leaves
 from convtap._table import Table, human_bytes
+from convtap._tree import resolve_name
 
 
 class Activations(Mapping[str, Any]):

@@ -7,7 +7,7 @@ from torch import Tensor
 from convtap._call import Call
 from convtap._errors import OutOfRange, Unsupported, plural
 from convtap._log import Log
-from convtap._policy import walk_tensors
+from convtap._structure import walk_tensors
 
 
 class _Pass:

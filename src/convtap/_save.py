@@ -15,7 +15,7 @@ from torch import Tensor
 from convtap._call import Call
 from convtap._errors import StoreError
 from convtap._log import Log
-from convtap._policy import Omitted
+from convtap._structure import Omitted
 
 if TYPE_CHECKING:
     from convtap._result import Activations
@@ -34,7 +34,7 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [[s.name, s.captured, s.bypassed, s.computed] for s in log.states()],
+        "layers": [[s.name, s.captured, s.bypassed, s.bypasses, s.computed] for s in log.states()],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
@@ -99,10 +99,10 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
         notes=list(content["notes"]),
     )
-    for name, captured, bypassed, computed in content["layers"]:
-        if captured or bypassed or computed:
+    for name, captured, bypassed, bypasses, computed in content["layers"]:
+        if captured or bypasses or computed:
             tally = log.tally(name)
-            tally.captured, tally.bypassed, tally.computed = captured, bypassed, computed
+            tally.captured, tally.bypassed, tally.bypasses, tally.computed = captured, bypassed, bypasses, computed
     for saved in content["calls"]:
         tally = log.tally(saved["name"])
         tally.kind = saved["kind"]

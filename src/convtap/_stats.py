@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._policy import walk_tensors
+from convtap._structure import walk_tensors
 
 STATISTICS = ("min", "mean", "max", "std", "zeros", "nan", "inf")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from convtap._coverage import LayerCoverage
 from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, plural
 from convtap._log import Log
 from convtap._passes import Passes
@@ -26,32 +27,44 @@ def conclude(
     if error is not None:
         if strict:
             raise error from None
-        warnings.warn(str(error), CoverageWarning, stacklevel=3)
-    elif not functional:
-        idle = [state.name for state in log.states() if state.state == "idle"]
-        if idle:
-            warnings.warn(_idle(idle, len(log.selected)), CoverageWarning, stacklevel=3)
+        _warn(str(error))
+        return
+    states = log.states()
+    partly = [state for state in states if state.captured and state.bypasses]
+    if partly:
+        _warn(_bypassed(partly))
+    idle = [] if functional else [state.name for state in states if state.state == "idle"]
+    if idle:
+        _warn(_idle(idle, len(log.selected)))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, CoverageWarning, stacklevel=5)  # at the user's with statement
 
 
 def _missing(
     log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool
 ) -> ConvtapError | None:
     states = log.states()
-    bypassed = [state for state in states if state.state == "bypassed"]
+    bypassed = [state for state in states if state.state == "bypassed" and not state.computed]
     if bypassed:
-        by = listed([f"{state.name} (by {state.bypassed})" for state in bypassed])
-        return NotCaptured(
-            f"{plural(len(bypassed), 'selected layer')} used its weight without a convolution that could be seen: {by}. "
-            f"A fused kernel computes it, so there is no output to capture: switch the kernel off in the model, or "
-            f"capture the input of the block around it. {_USED}"
-        )
+        return NotCaptured(_bypassed(bypassed))
     if not any(state.captured for state in states):
         return NotCaptured(f"nothing was captured: {_why_nothing(recorder, passes, selection)}")
-    exact = [state.name for state in states if state.name in log.exact and not state.captured]
+    exact = [state.name for state in states if state.state == "idle" and state.name in log.exact]
     if exact:
         hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
         return NotCaptured(f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder)}{hint} {_USED}")
     return None
+
+
+def _bypassed(states: list[LayerCoverage]) -> str:
+    by = listed([f"{state.name} ({state})" for state in states])
+    return (
+        f"the weight of {plural(len(states), 'selected layer')} was used without a convolution that could be seen: {by}. "
+        "A fused kernel or a product computes it, so there is no output to capture: switch that path off in the model, or "
+        f"capture the block around the layer by its name. {_USED}"
+    )
 
 
 def _why_nothing(recorder: Recorder, passes: Passes, selection: Selection) -> str:

@@ -12,21 +12,25 @@ from torch import Tensor, nn
 
 from convtap import _process
 from convtap._frames import module_calls
+from convtap._memory import data_address
 from convtap._passes import Passes
-from convtap._policy import data_address, walk_tensors
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
+from convtap._structure import walk_tensors
 
 _aten = torch.ops.aten
 
 #: What runs a 1-D convolution when its weight has three axes, and which of its arguments says that it is transposed.
 _CONVOLUTIONS: dict[Any, int | None] = {
     torch.conv1d: None,
+    _aten.conv1d: None,
     _aten.conv1d.default: None,
     _aten.conv1d.padding: None,
     torch.convolution: 6,
     torch._convolution: 6,
+    _aten.convolution: 6,
     _aten.convolution.default: 6,
+    _aten._convolution: 6,
     _aten._convolution.default: 6,
     _aten._convolution.deprecated: 6,
 }
@@ -92,18 +96,23 @@ class FunctionTap:
             return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
         weights = self._weights
-        for arg in args:
+        for arg in (*args, *kwargs.values()) if kwargs else args:
             if id(arg) in weights:
                 self._read(weights[id(arg)], func, result)
+            elif type(arg) is list or type(arg) is tuple:
+                for item in arg:
+                    if id(item) in weights:
+                        self._read(weights[id(item)], func, result)
         return result
 
     # -- convolutions
 
     def _convolution(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if not isinstance(weight, Tensor) or self._is_inside() or not _is_one_dimensional(func, weight, args, kwargs):
+        if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
-        name = self._name(weight)
+        enclosing = self._enclosing()
+        name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)
         if self._at == "input":
@@ -113,18 +122,22 @@ class FunctionTap:
         replacement = self._recorder.emit(name, output, "function", (args, kwargs))
         return output if replacement is None else replacement
 
-    def _is_inside(self) -> bool:
-        """Whether the call is part of a tapped convolution's own forward, whose hook emits it."""
+    def _enclosing(self) -> list[str] | None:
+        """Returns the selected modules around the call, or None if one of them is a convolution: its hook emits it."""
+        found = []
         modules = self._modules
         root = self._selection.tree.model
         for module, _ in module_calls(sys._getframe(3)):
-            if id(module) in modules and isinstance(module, CONV1D):
-                return True
+            name = modules.get(id(module))
+            if name is not None:
+                if isinstance(module, CONV1D):
+                    return None
+                found.append(name)
             if module is root:
                 break
-        return False
+        return found
 
-    def _name(self, weight: Tensor) -> str | None:
+    def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
         """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
         name = self._owner(weight)
         if name is None:
@@ -134,6 +147,8 @@ class FunctionTap:
             derived = self._derived.get(id(weight))
             if derived is not None:
                 self._recorder.seen_as_function(derived[1])
+        elif name in enclosing:  # the owner's own forward, and its hook emits what it returns
+            return None
         wanted = self._wanted.get(name)
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)

@@ -1,0 +1,78 @@
+"""What tensors weigh: their memory and who shares it, and sizes as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue
+
+
+def data_address(tensor: Tensor) -> int:
+    """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
+    try:
+        return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def storage_key(tensor: Tensor) -> tuple[int, int] | None:
+    """Returns what identifies the memory under a tensor (start address, bytes), or None if it has no plain storage.
+
+    Copy-on-write siblings have the same key for as long as they share memory.
+    """
+    try:
+        address = data_address(tensor)
+        size = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return None
+    if address == 0:
+        return (0, 0)
+    return (address - int(tensor.storage_offset()) * tensor.element_size(), size)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor's own elements (indices and values for a sparse one)."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor_bytes(tensor._indices()) + tensor_bytes(tensor._values())
+    return tensor.numel() * tensor.element_size()
+
+
+def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:
+    """Whether none of ``these`` lies in the same memory as another one of ``tensors``."""
+    try:
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return all(storages.count(tensor.untyped_storage()._cdata) == 1 for tensor in these)
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+_UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(value: Any, name: str) -> int:
+    """Reads a number of bytes: an int, or text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary).
+
+    Raises:
+        InvalidType: neither a number nor text.
+        InvalidValue: no such unit, or less than one byte.
+    """
+    hint = f"Write for example {name}=2_000_000_000, '2GB' or '512MiB'."
+    if isinstance(value, str):
+        digits = value.strip()
+        number = digits.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = digits[len(number) :].strip().upper()
+        unit = unit[:-1] if len(unit) > 1 and unit.endswith("B") else unit
+        try:
+            size = int(float(number.replace("_", "")) * _UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            raise InvalidValue(f"{name}={value!r} is no number of bytes. {hint}") from None
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        size = int(value) if abs(value) != float("inf") else 0
+    else:
+        raise InvalidType(f"{name} is a {type(value).__name__}, and it must be a number of bytes. {hint}")
+    if size < 1:
+        raise InvalidValue(f"{name}={value!r} leaves no room for any output. {hint}")
+    return size

@@ -1,0 +1,121 @@
+"""The modules of a model under clean names: each once, without the prefixes of wrappers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = "(root)"
+# Wrappers that run another module and add their attribute to its names, by where their class is defined: importing
+# the classes themselves would cost more than a second.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+}
+
+
+@cache
+def _wrapped_attribute(kind: type[Any]) -> str | None:
+    """Returns the attribute under which a wrapper class keeps the wrapped module, or None for any other class."""
+    for base in kind.__mro__:
+        attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
+        if attribute is not None:
+            return attribute
+    return None
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, str]]) -> str | None:
+    """Returns the clean form of a name: its prefixes replaced by what they are aliases of, until it is in ``names``."""
+    longest_first = sorted(aliases, key=lambda pair: -len(pair[0]))
+    for _ in range(len(aliases) + 8):
+        if name in names:
+            return name
+        for alias, clean in longest_first:
+            if name == alias or name.startswith(alias + "."):
+                name = (clean + name[len(alias) :]).lstrip(".") or ROOT
+                break
+        else:
+            return None
+    return None
+
+
+class ModuleTree:
+    """The modules of a model under clean names: definition order, each module once, wrappers left out.
+
+    A module that is reachable under two names has the first one; the others, and the names with a wrapper's
+    attribute in them, are known to ``resolve``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[str, nn.Module] = {}
+        self._name_of: dict[int, str] = {}
+        self.aliases: list[tuple[str, str]] = []
+        self._walk(model, "")
+
+    def _walk(self, model: nn.Module, root: str) -> None:
+        stack: list[tuple[nn.Module, str]] = [(model, root)]
+        while stack:
+            module, prefix = stack.pop()
+            known = self._name_of.get(id(module))
+            if known is not None:
+                if known != prefix:
+                    self.aliases.append((prefix, known))
+                continue
+            self._name_of[id(module)] = prefix
+            attribute = _wrapped_attribute(type(module))  # type: ignore[arg-type]
+            inner = module._modules.get(attribute) if attribute is not None else None
+            if attribute is not None and inner is not None:
+                self.aliases.append((_join(prefix, attribute), prefix))
+                stack.append((inner, prefix))
+                continue
+            self.names[prefix or ROOT] = module
+            if module._modules:
+                children = [
+                    (child, _join(prefix, name)) for name, child in module._modules.items() if child is not None
+                ]
+                stack.extend(reversed(children))
+
+    def resolve(self, name: str) -> str | None:
+        """Returns the clean name of a module, from any of its names, or None if there is no such module."""
+        return resolve_name(name or ROOT, self.names, self.aliases)
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """Returns the clean name of a module instance, or None if the model does not contain it."""
+        name = self._name_of.get(id(module))
+        return name if name is None else name or ROOT
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields each parameter and buffer under its owner's name: ``<module>.weight`` is named as the module."""
+        for name, module in self.names.items():
+            prefix = "" if name == ROOT else name
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    yield (name if key == "weight" else _join(prefix, key)), tensor
+
+    def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+        """Returns the names of the outermost modules of some types."""
+        if not any(issubclass(kind, kinds) for kind in {type(module) for module in self.names.values()}):
+            return []
+        found: list[str] = []
+        for name, module in self.names.items():
+            if isinstance(module, kinds) and not any(name.startswith(outer + ".") for outer in found):
+                found.append(name)
+        return found
+
+    def census(self) -> str:
+        """Counts the leaf modules by type, most frequent first: ``4 Conv2d, 2 Linear``."""
+        kinds = Counter(type(module).__name__ for module in self.names.values() if not module._modules)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no modules"

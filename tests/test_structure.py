@@ -1,0 +1,148 @@
+"""What holds the package together: its public names, what imports what, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import convtap
+from tests.process import run_python
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "convtap"
+
+#: A module may import only modules above it.
+ORDER = (
+    "_errors",
+    "_table",
+    "_structure",
+    "_memory",
+    "_tree",
+    "_select",
+    "_policy",
+    "_stats",
+    "_coverage",
+    "_call",
+    "_log",
+    "_samples",
+    "_result",
+    "_example",
+    "_offload",
+    "_hooks",
+    "_frames",
+    "_process",
+    "_passes",
+    "_budget",
+    "_record",
+    "taps.module",
+    "taps.function",
+    "_verdict",
+    "_capture",
+    "_layers",
+    "_save",
+    "_demo",
+    "cli",
+)
+
+#: Deferred, inside a function: what a method of the result hands over to.
+DEFERRED = {("_result", "_save")}
+
+
+def imports(path: Path) -> set[tuple[str, bool]]:
+    """The modules of the package that a file imports, each with whether only inside a function."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if (
+            id(node) in typing_only
+            or not isinstance(node, ast.ImportFrom)
+            or not (node.module or "").startswith("convtap")
+        ):
+            continue
+        module = (node.module or "").removeprefix("convtap").removeprefix(".")
+        names = [module] if module else [alias.name for alias in node.names]
+        found.update((name, id(node) in inside) for name in names)
+    return found
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            found[name] = path
+    return found
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_modules_above_it(name):
+    for imported, deferred in imports(modules()[name]):
+        if deferred and (name, imported) in DEFERRED:
+            continue
+        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_says_its_one_idea_in_its_first_line_and_stays_small(name):
+    text = modules()[name].read_text()
+    first = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+    assert first.endswith("."), name
+    assert len(text.splitlines()) <= 310, name
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= 45, f"{name}.{node.name} has {lines} lines"
+
+
+def test_all_is_sorted_and_complete():
+    assert sorted(convtap.__all__) == convtap.__all__
+    public = {name for name in vars(convtap) if not name.startswith("_") and name not in ("annotations", "taps", "cli")}
+    assert set(convtap.__all__) == {name for name in public if not isinstance(getattr(convtap, name), type(ast))}
+
+
+IMPORT = """
+import sys
+import torch
+before = set(sys.modules)
+import {module}
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(sorted(name for name in new if name not in sys.stdlib_module_names))
+"""
+
+
+def test_importing_convtap_imports_torch_and_the_standard_library_only():
+    done = run_python(IMPORT.format(module="convtap"))
+    assert done.stdout.strip() == "['convtap']", done.stderr
+
+
+def test_the_import_check_can_fail():
+    done = run_python(IMPORT.format(module="safetensors"))
+    assert done.stdout.strip() != "['convtap']"
+
+
+def test_importing_convtap_does_not_import_dynamo_and_prints_nothing():
+    done = run_python("import convtap, sys; assert 'torch._dynamo' not in sys.modules")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").exists()
