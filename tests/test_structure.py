@@ -42,12 +42,29 @@ ORDER = (
     "_capture",
     "_layers",
     "_save",
+    "_lengths",
+    "_shards",
+    "_reading",
+    "_place",
+    "_writer",
+    "_index",
+    "_account",
+    "_store",
+    "_views",
+    "_identity",
+    "_plan",
+    "_rows",
+    "_forward",
+    "_interrupt",
+    "_forecast",
+    "_job",
+    "_extract",
     "_demo",
     "cli",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save")}
+DEFERRED = {("_result", "_save"), ("_store", "_views")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

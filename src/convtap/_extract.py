@@ -15,9 +15,10 @@ from convtap._forward import Runner, module_mode
 from convtap._identity import check_same, function_identity, model_identity
 from convtap._job import Job, set_bad_aside
 from convtap._lengths import ValidLengths
+from convtap._memory import parse_bytes
 from convtap._place import RankFolder, check_part, create
 from convtap._plan import IterPlan, MapPlan, plan
-from convtap._policy import Policy, parse_bytes
+from convtap._policy import Policy
 from convtap._rows import RowMaker
 from convtap._select import CONV1D, Layers, Types
 from convtap._shards import Id

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from convtap._capture import Capture
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, listed
 from convtap._lengths import ValidLengths
-from convtap._policy import walk_tensors
 from convtap._rows import Calls, values_of
 from convtap._select import Selection, select
+from convtap._structure import walk_tensors
 from convtap._verdict import conclude
 
 

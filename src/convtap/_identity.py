@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convtap._errors import StoreError, Unsupported, listed
-from convtap._select import ModuleTree
+from convtap._tree import ModuleTree
 
 
 def _digest(parts: Iterable[bytes]) -> str:

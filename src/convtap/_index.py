@@ -11,7 +11,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from convtap._errors import StoreError
@@ -65,12 +64,14 @@ class Index:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
     layers: dict[str, LayerSummary] = field(default_factory=dict)
-    batches: Any = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    present: Any = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
-    ids: Any = field(default_factory=lambda: np.zeros(0, np.int64))
-    duplicates: Any = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    batches: Any = field(default_factory=lambda: _empty("int64", 0, 4))
+    present: Any = field(default_factory=lambda: _empty("bool", 0, 0))
+    ids: Any = field(default_factory=lambda: _empty("int64", 0))
+    duplicates: Any = field(default_factory=lambda: _empty("int64", 0, 2))
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         self.names = list(self.files)
         self.starts = np.concatenate([[0], np.cumsum(self.batches[:, 1])])
 
@@ -81,9 +82,15 @@ class Index:
 
     def locate(self, position: int) -> tuple[int, str, int, int]:
         """Returns where a sample lies: line of its batch, shard, the batch's place in it, row in the batch."""
-        line = int(np.searchsorted(self.starts, position, "right")) - 1
+        line = int(self.starts.searchsorted(position, "right")) - 1
         _, _, shard, place = self.batches[line].tolist()
         return line, self.names[shard], place, position - int(self.starts[line])
+
+
+def _empty(dtype: str, *shape: int) -> Any:
+    import numpy as np
+
+    return np.zeros(shape, dtype)
 
 
 def read_index(path: Path) -> Index:
@@ -109,6 +116,8 @@ def read_index(path: Path) -> Index:
 
 
 def _extended(old: Index, shards: dict[str, Shard], files: dict[str, tuple[int, int]]) -> Index:
+    import numpy as np
+
     layers = dict(old.layers)
     lines, ids = [old.batches], [old.ids] if len(old.ids) else []
     runs: list[tuple[int, str, list[int]]] = []  # which lines have which layer
@@ -116,7 +125,8 @@ def _extended(old: Index, shards: dict[str, Shard], files: dict[str, tuple[int, 
     for shard in shards.values():
         places = len(shard.batches)
         lines.append(np.array([(n, rows, number, place) for place, (n, rows) in enumerate(shard.batches)], np.int64))
-        ids.append(np.array(shard.ids()))
+        if names := shard.ids():
+            ids.append(np.array(names))
         for key, about in shard.columns.items():
             _merge(layers, key, shard)
             runs.append((line, key, about.get("present") or list(range(places))))
@@ -127,7 +137,17 @@ def _extended(old: Index, shards: dict[str, Shard], files: dict[str, tuple[int, 
     for first, key, places_present in runs:
         present[[first + place for place in places_present], place_of[key]] = True
     known = {**old.files, **{name: files[name] for name in shards}}
-    return _ordered(known, layers, np.concatenate(lines), present, np.concatenate(ids), old.duplicates)
+    return _ordered(known, layers, np.concatenate(lines), present, _joined(ids), old.duplicates)
+
+
+def _joined(ids: list[Any]) -> Any:
+    import numpy as np
+
+    if len({array.dtype.kind for array in ids}) > 1:
+        raise StoreError(
+            "some shards have int ids and others str, so they are not of one extraction. Remove the ranks that do not belong."
+        )
+    return np.concatenate(ids) if ids else _empty("int64", 0)
 
 
 def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
@@ -146,6 +166,8 @@ def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
 
 def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, duplicates: Any) -> Index:
     """Brings batches into the order of their numbers; of those that are there twice, the first counts."""
+    import numpy as np
+
     order = np.argsort(batches[:, 0], kind="stable")
     first = np.ones(len(order), np.bool_)
     first[1:] = np.diff(batches[order, 0]) != 0
@@ -159,6 +181,8 @@ def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, dupl
 
 
 def _dump(index: Index) -> bytes:
+    import numpy as np
+
     layers = [[key, layer.dtype, layer.shape, layer.elements] for key, layer in index.layers.items()]
     content = {"version": _VERSION, "files": list(index.files.items()), "layers": layers}
     buffer = io.BytesIO()
@@ -175,6 +199,8 @@ def _dump(index: Index) -> bytes:
 
 def _load(file: Path) -> Index:
     """Reads the file, or returns an empty index: whatever is wrong with it, the shards know better."""
+    import numpy as np
+
     try:
         with np.load(file, allow_pickle=False) as saved:
             content = json.loads(saved["content"].tobytes())

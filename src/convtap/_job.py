@@ -19,10 +19,10 @@ from convtap._interrupt import Terminated, Termination
 from convtap._lengths import checked_lengths
 from convtap._place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
 from convtap._plan import IterPlan, MapPlan
-from convtap._policy import walk_tensors
 from convtap._reading import Shard
 from convtap._rows import RowMaker
 from convtap._shards import Batch, Id
+from convtap._structure import walk_tensors
 from convtap._table import human_bytes
 from convtap._writer import Writer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convtap._errors import InvalidType, InvalidValue, Unsupported, listed
 from convtap._hooks import Hooks
-from convtap._select import ModuleTree
+from convtap._tree import ModuleTree
 
 
 @dataclass(frozen=True)

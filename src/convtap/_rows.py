@@ -11,8 +11,8 @@ from torch import Tensor
 
 from convtap._errors import ConvtapError, InvalidType, Unsupported
 from convtap._lengths import ValidLengths
-from convtap._policy import Omitted
 from convtap._shards import Rows
+from convtap._structure import Omitted
 
 #: (layer, number of the call, value) of each call of one forward pass, in execution order.
 Calls = list[tuple[str, int, Any]]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from convtap._account import layer_of, missing, stem, summary, unreadable, verify
 from convtap._errors import (
     AmbiguousCall,
     CoverageWarning,
@@ -21,13 +21,12 @@ from convtap._errors import (
     StoreError,
     did_you_mean,
     listed,
-    plural,
 )
 from convtap._index import read_index
-from convtap._place import rank_folders, read_description, read_finished
+from convtap._place import read_description
 from convtap._reading import Shard
 from convtap._shards import Id
-from convtap._table import Table, human_bytes
+from convtap._table import Table
 
 if TYPE_CHECKING:
     from convtap._views import LayerView, StoreDataset
@@ -64,15 +63,15 @@ class Store:
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._order: Any = None
         if self._index.bad:
-            warnings.warn(self._bad_text(), CoverageWarning, stacklevel=2)
+            warnings.warn(unreadable(self._index), CoverageWarning, stacklevel=2)
 
     def _shown_names(self) -> dict[str, str]:
         """By the name to show, the key in the shards; they differ where ``calls="keys"`` saw a single call."""
         keys = list(self._index.layers)
         if self._identity.get("calls") != "keys":
             return {key: key for key in keys}
-        stems = [_stem(key) for key in keys]
-        return {(_stem(key) if stems.count(_stem(key)) == 1 else key): key for key in keys}
+        stems = [stem(key) for key in keys]
+        return {(stem(key) if stems.count(stem(key)) == 1 else key): key for key in keys}
 
     # -- what is here
 
@@ -188,70 +187,16 @@ class Store:
         Returns:
             ``(shard, what is wrong)`` for each bad one; empty if all is well.
         """
-        from tqdm import tqdm
-
-        found = [(name, problem) for name, problem in read_index(self.path).bad.items()]
-        for name in tqdm(self._index.files, desc="verify", unit="shard", disable=not progress):
-            try:
-                problem = Shard(self.path / name).problem()
-            except StoreError as error:
-                problem = str(error)
-            if problem is not None and name not in dict(found):
-                found.append((name, problem))
-        found.sort()
-        checked = plural(len({*self._index.files, *dict(found)}), "shard")
-        title = f"{checked}, {len(found)} bad" if found else f"{checked}, all whole"
-        remedy = "extract(..., resume=True) with the same arguments sets them aside and computes their batches again."
-        return Table(("shard", "what is wrong"), found, title, [remedy] if found else [])
+        return verify(self.path, self._index, progress)
 
     @property
     def missing(self) -> list[int] | None:
         """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
-        count = self._identity["data"].get("batches")
-        if count is None:
-            count = read_finished(self.path)
-        if count is None:
-            return None
-        here = self._index.numbers
-        return [] if len(here) == count else [number for number in range(count) if number not in here]
+        return missing(self.path, self._identity, self._index)
 
     def summary(self) -> Table:
         """Returns a table with one line a layer, and what is missing, double or unreadable."""
-        index = self._index
-        rows = []
-        for shown, key in self._names.items():
-            view = self[shown]
-            size = index.layers[key].elements * torch.empty(0, dtype=view.dtype).element_size()
-            rows.append(
-                (shown, len(view), _shape_text(index.layers[key].shape), index.layers[key].dtype, human_bytes(size))
-            )
-        never = [name for name in self._identity["layers"] if name not in {_layer_of(key) for key in index.layers}]
-        rows.extend((name, 0, "", "did not run", "") for name in never if index.names)
-        total = human_bytes(sum(size for size, _ in index.files.values()))
-        title = f"{self.path}: {plural(len(self), 'sample')}, {plural(len(index.files), 'shard')}, {total}"
-        return Table(("layer", "samples", "shape", "dtype", "bytes"), rows, title, self._notes())
-
-    def _notes(self) -> list[str]:
-        notes = []
-        ranks = rank_folders(self.path)
-        if len(ranks) > 1:
-            notes.append(f"written by {len(ranks)} ranks")
-        missing = self.missing
-        if missing is None:
-            notes.append("incomplete: the extraction has not reached the end of its data; run it again to go on")
-        elif missing:
-            total = len(missing) + len(self._index.batches)
-            notes.append(
-                f"incomplete: {len(missing)} of {_batches(total)} missing ({_ranges(missing)}); run the extraction "
-                "again to compute them"
-            )
-        double = len(self._index.duplicates)
-        if double:
-            shards = sorted({self._index.names[shard] for _, shard in self._index.duplicates.tolist()})
-            notes.append(f"{_batches(double)} twice; the ones in {listed(shards, 3)} are not used")
-        if self._index.bad:
-            notes.append(self._bad_text())
-        return notes
+        return summary(self.path, self._identity, self._index, self._names)
 
     def __repr__(self) -> str:
         return str(self.summary())
@@ -279,17 +224,10 @@ class Store:
     def _first(self) -> str:
         return next(iter(self._names), "name")
 
-    def _bad_text(self) -> str:
-        bad = listed([f"{name} ({problem})" for name, problem in self._index.bad.items()], 3)
-        return (
-            f"{len(self._index.bad)} of {plural(len(self._index.bad) + len(self._index.files), 'shard')} cannot be read, and "
-            f"their samples are missing here: {bad}. extract(..., resume=True) computes them again."
-        )
-
     def _unknown(self, id: Any) -> str:
         some = listed([repr(known) for known in self._index.ids[:3].tolist()])
         hint = (
-            f" {self._bad_text()}"
+            f" {unreadable(self._index)}"
             if self._index.bad
             else " The extraction is incomplete."
             if self.missing != []
@@ -298,7 +236,7 @@ class Store:
         return f"no sample has the id {id!r}. There are {len(self)}: {some}, … Positions are slices: view[0:10].{hint}"
 
     def _missing(self, layer: str) -> LayerNotFound | AmbiguousCall:
-        parts = [name for name in self._names if _layer_of(name) == layer]
+        parts = [name for name in self._names if layer_of(name) == layer]
         if parts and "#" in parts[0]:
             return AmbiguousCall(
                 f"{layer!r} ran several times, and each call has its own key here: {listed(parts)}. "
@@ -312,37 +250,3 @@ class Store:
             )
         near = did_you_mean(layer, list(self._names))
         return LayerNotFound(f"no layer is named {layer!r} here. There are: {listed(self._names)}.{near}")
-
-
-def _stem(key: str) -> str:
-    """A key without the number of its call; the path in a structure stays."""
-    name, mark, path = key.partition("[")
-    return name.rpartition("#")[0] + mark + path
-
-
-def _batches(count: int) -> str:
-    return f"{count} batch{'' if count == 1 else 'es'}"
-
-
-def _layer_of(key: str) -> str:
-    name = key.partition("[")[0]
-    stem, mark, number = name.rpartition("#")
-    return stem if mark and number.isdigit() else name
-
-
-def _shape_text(shape: list[int | None] | None) -> str:
-    if shape is None:
-        return "varies"
-    return "(" + ", ".join("…" if size is None else str(size) for size in shape) + ")"
-
-
-def _ranges(numbers: list[int], limit: int = 6) -> str:
-    """Writes numbers as ranges: ``3, 7–9``."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    texts = [str(first) if first == last else f"{first}–{last}" for first, last in found]
-    return ", ".join(texts[:limit]) + (", …" if len(texts) > limit else "")
