@@ -423,7 +423,7 @@ def test_what_is_no_whole_store_is_refused_when_it_is_opened(tmp_path):
     with pytest.raises(StoreError, match="is damaged, or convtap did not write it"):
         Store(path)
     (path / "store.json").unlink()
-    with pytest.raises(StoreError, match=r"has rank-00000 and no store\.json: half of a store"):
+    with pytest.raises(StoreError, match=r"has rank-00000/shard-000000\.safetensors and no store\.json: half"):
         Store(path)
 
 
@@ -482,3 +482,11 @@ def test_an_error_that_is_not_ours_is_not_hidden_by_the_flush(tmp_path, monkeypa
         extract(Raises(2, ValueError("mine")), Ragged(), tmp_path, batch_size=3, collate_fn=padded, progress=False)
     with pytest.raises(ConvtapError, match="it cannot be written"):
         run(tmp_path / "b")
+
+
+def test_a_call_that_failed_before_it_wrote_anything_binds_nobody(tmp_path):
+    with pytest.raises(ConvtapError, match="reduce failed"):
+        run(tmp_path, reduce=lambda t: t[99])
+    with pytest.raises(StoreError, match=r"has no store\.json"):
+        Store(tmp_path)
+    assert_whole(run(tmp_path))

@@ -16,7 +16,7 @@ from convtap._identity import check_same, function_identity, model_identity
 from convtap._job import Job, set_bad_aside
 from convtap._lengths import ValidLengths
 from convtap._memory import parse_bytes
-from convtap._place import RankFolder, check_part, create
+from convtap._place import RankFolder, check_part, describe, prepare
 from convtap._plan import IterPlan, MapPlan, plan
 from convtap._policy import Policy
 from convtap._rows import RowMaker
@@ -118,8 +118,7 @@ def extract(
     Policy(reduce=reduce, dtype=dtype)  # checks both
     rule = None if lengths is None else ValidLengths(model)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
-    where: dict[str, Any] = {"device": device, "autocast": autocast}
-    runner = Runner(model, layers, capture, compile=compile, stop=stop, rule=rule, **where)
+    runner = Runner(model, layers, capture, device=device, autocast=autocast, compile=compile, stop=stop, rule=rule)
     planned = plan(data, batch_size, num_workers, collate_fn)
     shard_size = parse_bytes(shard_bytes, "shard_bytes")
     i, n = _part(part, planned, ids)
@@ -137,12 +136,17 @@ def extract(
         "model": model_identity(model),
     }
     path = Path(into)
-    description = create(path, identity, resume=resume)
-    check_same(description["identity"], identity, repr(str(path)) if n == 1 else f"rank {i} of {n}: {str(path)!r}")
+    where = repr(str(path)) if n == 1 else f"rank {i} of {n}: {str(path)!r}"
+    check_same(prepare(path, resume=resume), identity, where)
+
+    def settle() -> None:
+        check_same(describe(path, identity), identity, where)
+
     with RankFolder(path, i) as folder, module_mode(model, mode):
         set_bad_aside(path, folder, i, n, progress)
         job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype), i, n, **functions)
-        job.run(shard_size, progress)
+        job.run(shard_size, settle, progress)
+        settle()
     return Store(path)
 
 

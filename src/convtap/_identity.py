@@ -139,12 +139,14 @@ _WHAT: dict[str, Callable[[Any], str]] = {
 }
 
 
-def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Compares what a store was begun with and what is asked for now.
+def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: str) -> None:
+    """Compares what a store was begun with (None: it is not begun yet) and what is asked for now.
 
     Raises:
         StoreError: something differs; the message names each thing that does.
     """
+    if stored is None:
+        return
     differences = []
     for key in dict.fromkeys([*stored, *now]):
         before, after = stored.get(key), now.get(key)

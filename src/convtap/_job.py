@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class Job:
     def _wanted(self, number: int) -> bool:
         return self._mine(number) and number not in self._done
 
-    def run(self, shard_bytes: int, show: bool) -> None:
-        """Computes what is missing."""
+    def run(self, shard_bytes: int, settle: Callable[[], None], show: bool) -> None:
+        """Computes what is missing. ``settle`` is called before a shard is written."""
         if isinstance(self._plan, IterPlan) and self._is_complete():
             return
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
@@ -82,7 +82,12 @@ class Job:
         everything = self._plan.count(lambda number: number not in self._done)
         done = self._stored if total is None or left is None else total - left
         bar = Progress(self._path, total=total, done=done, missing=everything, even=self._plan.even, show=show)
-        writer = Writer(self._folder, shard_bytes, bar.check_room)
+
+        def before(batches: Sequence[Batch]) -> None:
+            bar.check_room(batches)
+            settle()
+
+        writer = Writer(self._folder, shard_bytes, before)
         try:
             with Termination() as termination, bar:
                 try:
@@ -98,6 +103,8 @@ class Job:
                 f"{human_bytes(writer.written)} were written; the same call goes on from there."
             ) from None
         if isinstance(self._plan, IterPlan) and self._plan.seen is not None:
+            if not self._plan.seen:
+                raise InvalidValue("the data has length 0: its iterator gave no batch, so there is nothing to extract.")
             write_finished(self._folder.path, self._plan.seen)
         self._warn_of_idle()
 

@@ -75,10 +75,10 @@ def read_description(path: Path) -> dict[str, Any]:
         found = json.loads(file.read_bytes())
         kind, version = found["kind"], found["version"]
     except FileNotFoundError:
-        ranks = [entry.name for entry in path.iterdir() if _RANK.fullmatch(entry.name)]
-        if ranks:
+        shards = list(shard_files(path))
+        if shards:
             raise StoreError(
-                f"{str(path)!r} has {listed(ranks)} and no {DESCRIPTION}: half of a store. Copy the whole directory."
+                f"{str(path)!r} has {listed(shards, 2)} and no {DESCRIPTION}: half of a store. Copy the whole directory."
             ) from None
         raise StoreError(
             f"{str(path)!r} is no store: it has no {DESCRIPTION}. extract(...) fills a directory."
@@ -92,8 +92,8 @@ def read_description(path: Path) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def create(path: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Makes a directory a store with an identity, or returns the description that it has already.
+def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Makes a directory for a store. Returns the identity of the store that is there already, or None.
 
     Raises:
         StoreError: the path is a file, holds something else, cannot be written, or (``resume=False``) is a store.
@@ -103,15 +103,15 @@ def create(path: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, A
         raise StoreError(f"into={shown!r} is a file. Give the path of a directory; it is made if it does not exist.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / DESCRIPTION).exists():
-            others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+        names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+        if DESCRIPTION not in names:
+            # a run that failed before it wrote anything leaves a rank's empty folder
+            others = [name for name in names if not _RANK.fullmatch(name)] or list(shard_files(path))
             if others and not (path / DESCRIPTION).exists():
                 raise StoreError(
                     f"into={shown!r} is no store and not empty: it holds {listed(others)}. Give a new or empty directory."
                 )
-            content = {"kind": _KIND, "version": VERSION, "identity": identity}
-            if write_whole(path / DESCRIPTION, json.dumps(content, indent=1).encode(), replace=False):
-                return content
+            return None
     except OSError as error:
         raise StoreError(f"into={shown!r} cannot be written: {error}. Give a writable directory.") from error
     if not resume:
@@ -119,7 +119,17 @@ def create(path: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, A
             f"into={shown!r} is a store already, and resume=False begins a new one. Give another directory, delete this "
             "one, or pass resume=True to compute only what is missing."
         )
-    return read_description(path)
+    identity: dict[str, Any] = read_description(path)["identity"]
+    return identity
+
+
+def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Gives a directory an identity, once and for all. Returns the one it has: another process may have been first."""
+    content = {"kind": _KIND, "version": VERSION, "identity": identity}
+    if not (path / DESCRIPTION).exists():
+        write_whole(path / DESCRIPTION, json.dumps(content, indent=1).encode(), replace=False)
+    found: dict[str, Any] = read_description(path)["identity"]
+    return found
 
 
 def shard_files(path: Path) -> dict[str, tuple[int, int]]:

@@ -214,10 +214,11 @@ def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
 
 def _settled_order(sampler: Any) -> list[int]:
     """Returns a sampler's own order if it has one, and the order of the data set if it shuffles."""
-    first, second = list(sampler), list(sampler)
-    if first == second:
+    first = list(sampler)
+    others = [list(sampler) for _ in range(_trials(first))]
+    if all(first == other for other in others):
         return first
-    if sorted(first) != sorted(second):
+    if any(sorted(first) != sorted(other) for other in others):
         raise InvalidValue(
             f"the {type(sampler).__name__} draws other samples each time, so a resume could not tell what is missing. Give "
             "the samples once each: DataLoader(Subset(dataset, indices), ...)."
@@ -227,15 +228,21 @@ def _settled_order(sampler: Any) -> list[int]:
 
 def _settled_batches(sampler: Any) -> list[list[int]]:
     """Returns a batch sampler's batches, in their own order if it has one, else in the order of their first samples."""
-    first, second = [list(group) for group in sampler], [list(group) for group in sampler]
-    if first == second:
+    first = [list(group) for group in sampler]
+    others = [[list(group) for group in sampler] for _ in range(_trials(first))]
+    if all(first == other for other in others):
         return first
-    if sorted(first) != sorted(second):
+    if any(sorted(first) != sorted(other) for other in others):
         raise InvalidValue(
             f"the {type(sampler).__name__} makes other batches each time it is read, and the batches of a store must stay "
             "the same: fix its seed, or let it shuffle whole batches only."
         )
     return sorted(first)
+
+
+def _trials(order: Sequence[Any]) -> int:
+    """How often to read a sampler again, to see whether it shuffles: few items come in the same order by chance."""
+    return 1 if len(order) > 20 else 24
 
 
 def _digest_of(groups: Sequence[list[int]]) -> str:
