@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 
 import pytest
 import torch
 
+from benchmarks.harness import declare_torchvision_operators
+
 torch.set_num_threads(1)
 
 
-def declare_torchvision_operators() -> None:
-    """Declares the two operators that torchvision's Python part expects and its wheel for CUDA brings compiled."""
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        library.define(schema)
-    _kept.append(library)
-
-
-_kept: list[object] = []
 declare_torchvision_operators()
 
 

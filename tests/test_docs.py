@@ -7,6 +7,7 @@ import doctest
 import importlib
 import io
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,23 +20,38 @@ PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+def shown_and_printed(page: Path) -> list[tuple[str, str]]:
+    """Runs a page's ``python`` blocks. Returns each ``text`` block with what the block before it really printed."""
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": "page"}
+    printed, pairs = "", []
+    for kind, body in BLOCK.findall(page.read_text()):
+        if kind == "text":
+            pairs.append((body, printed))
+        elif kind == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(body, f"{page.name}: {body.splitlines()[0]}", "exec"), namespace)
+            printed = out.getvalue()
+    return pairs
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_python_block_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
-    """A ``text`` block right after a ``python`` block is what that block prints."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    blocks = [(kind, body) for kind, body in BLOCK.findall(page.read_text()) if kind in ("python", "text")]
-    assert any(kind == "python" for kind, _ in blocks)
-    namespace: dict[str, object] = {"__name__": "page"}
-    printed = ""
-    for kind, body in blocks:
-        if kind == "text":
-            assert printed.strip() == body.strip()
-            continue
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(body, f"{page.name}: {body.splitlines()[0]}", "exec"), namespace)
-        printed = out.getvalue()
+    for shown, printed in shown_and_printed(page):
+        assert printed.strip() == shown.strip()
+
+
+def rewrite() -> None:
+    """Puts what the blocks really print into the pages: ``python -m tests.test_docs``."""
+    for page in PAGES:
+        text = page.read_text()
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            pairs = shown_and_printed(page)
+        for shown, printed in pairs:
+            text = text.replace(f"```text\n{shown}```", f"```text\n{printed.rstrip()}\n```", 1)
+        page.write_text(text)
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -43,3 +59,7 @@ def test_docstring_examples_run(name):
     module = importlib.import_module(f"convtap.{name}")
     torch.manual_seed(0)
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+if __name__ == "__main__":
+    rewrite()

@@ -16,32 +16,20 @@ from convtap._structure import Held, map_leaves, read, walk_tensors
 class Tally:
     """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed."""
 
-    __slots__ = (
-        "bypassed",
-        "bypasses",
-        "captured",
-        "computed",
-        "held",
-        "kind",
-        "last_pass",
-        "name",
-        "numbers",
-        "pending",
-        "separator",
-    )
+    # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
+    captured = 0
+    held = 0
+    last_pass = -1
+    bypassed: str | None = None
+    bypasses = 0
+    pending: tuple[int, str] | None = None
+    computed = False
+    separator = "#"
 
-    def __init__(self, name: str, kind: str = "") -> None:
+    def __init__(self, name: str, is_conv1d: bool) -> None:
         self.name = name
-        self.kind = kind
-        self.captured = 0
-        self.held = 0
-        self.last_pass = -1
-        self.bypassed: str | None = None
-        self.bypasses = 0
-        self.pending: tuple[int, str] | None = None
-        self.computed = False
+        self.is_conv1d = is_conv1d
         self.numbers = itertools.count()
-        self.separator = "#"
 
     def read_by(self, reader: str, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -58,7 +46,7 @@ class Tally:
             self.pending = None
 
     def __getstate__(self) -> Any:  # the counter cannot be pickled, and nothing is counted in a copy
-        return None, {slot: getattr(self, slot) for slot in self.__slots__ if slot != "numbers"}
+        return {key: value for key, value in self.__dict__.items() if key != "numbers"}
 
 
 class Call:

@@ -10,9 +10,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convtap import _process
+from convtap import _eager, _process
 from convtap._budget import Budget
-from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, listed
+from convtap._eager import INSIDE_COMPILED
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
 from convtap._log import Log
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
@@ -24,6 +25,7 @@ from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._verdict import conclude
 from convtap.taps.function import FunctionTap
 from convtap.taps.module import ModuleTap
+from convtap.taps.script import ScriptTap
 
 
 class Capture:
@@ -89,6 +91,8 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
+        if torch.compiler.is_compiling():
+            raise Unsupported(INSIDE_COMPILED)
         self._types = check_arguments(model, layers, types)
         _check_choice("at", at, ("output", "input"))
         _check_choice("keep", keep, ("all", "last"))
@@ -156,8 +160,7 @@ class _Block:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
-        if slowed:
-            log.notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
+        self._note(slowed)
         token = self.token = _process.Token()
         self.passes = passes = Passes(capture._model, token)
         log.inputs = passes.inputs
@@ -171,16 +174,40 @@ class _Block:
             offloader=capture._offloader,
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
             stop_after=set(selection.names) if capture._stop else None,
+            watched=self.functional,
         )
-        parts: list[Any] = [
-            passes,
-            ModuleTap(selection.modules, self.recorder, at=capture._at, detach=capture._policy.detach),
-        ]
+        self._open([passes, *self._taps(capture)])
+
+    def _note(self, slowed: list[str]) -> None:
+        notes = self.log.notes
+        if slowed:
+            notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
+        if self.selection.tree.is_compiled:
+            notes.append("the compiled model ran eagerly in this block; convtap.tapped(model) can be compiled")
+
+    def _taps(self, capture: Capture) -> list[Any]:
+        selection, recorder, passes, token, at = self.selection, self.recorder, self.passes, self.token, capture._at
+        taps: list[Any] = []
+        scripted = set(selection.scripted)
+        if selection.tree.has_script:
+            _check_script(capture, sorted(scripted))
+            taps.append(ScriptTap(selection, recorder, passes, token, at=at))
+        modules = (
+            {name: m for name, m in selection.modules.items() if name not in scripted}
+            if scripted
+            else selection.modules
+        )
+        taps.append(ModuleTap(modules, recorder, at=at, detach=capture._policy.detach))
         if self.functional:
-            parts.append(FunctionTap(selection, self.recorder, passes, token, at=capture._at))
+            taps.append(FunctionTap(selection, recorder, passes, token, at=at))
+        return taps
+
+    def _open(self, parts: list[Any]) -> None:
         with ExitStack() as stack:
-            _process.enter(token)
-            stack.callback(_process.leave, token)
+            _eager.enter()
+            stack.callback(_eager.leave)
+            _process.enter(self.token)
+            stack.callback(_process.leave, self.token)
             for part in parts:
                 stack.callback(part.close)
                 part.open()
@@ -206,6 +233,16 @@ class _Block:
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.tallies)
         return everything and recorder.failure is None and not recorder.reads
+
+
+def _check_script(capture: Capture, scripted: list[str]) -> None:
+    """Refuses what TorchScript makes impossible."""
+    for option, asked, instead in (
+        ("detach=False", not capture._policy.detach, "values there carry no autograd graph: capture the Python model"),
+        ("stop=True", capture._stop, "no exception passes through TorchScript: leave stop out"),
+    ):
+        if asked and scripted:
+            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

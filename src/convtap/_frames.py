@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 
 from torch import nn
 
 # Every call of a module, ``module(x)``, runs this function, and its local ``self`` is the module.
 _CALL = nn.Module._wrapped_call_impl.__code__
+
+_CONV_FORWARD = nn.Conv1d._conv_forward.__code__
+_FORWARD = nn.Conv1d.forward.__code__
+_IMPL = nn.Module._call_impl.__code__
+_HOOKED = next((c for c in _IMPL.co_consts if isinstance(c, CodeType) and c.co_name == "inner"), _IMPL)
+
+
+def called_conv1d(frame: FrameType | None) -> object:
+    """Returns the module whose convolution a frame is, if it is a plain Conv1d that was called; else None.
+
+    The short way for the common case: it looks at three frames, and not at the whole stack.
+    """
+    if frame is None or frame.f_code is not _CONV_FORWARD:
+        return None
+    forward = frame.f_back
+    if forward is None or forward.f_code is not _FORWARD:
+        return None
+    caller = forward.f_back
+    if caller is None or (caller.f_code is not _HOOKED and caller.f_code is not _IMPL):
+        return None  # forward itself was called, so that no hook will see it
+    return forward.f_locals["self"]
 
 
 def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, FrameType]]:

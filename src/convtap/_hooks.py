@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 class Hook(partial):  # type: ignore[type-arg]
     """A bound hook that turns into one that does nothing when it is copied. See Note: [Hooks and copies]."""
 
+    __slots__ = ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
@@ -34,7 +36,8 @@ class Hooks:
         # One number of torch's own sequence, so that no other hook has it. Registering each hook through
         # ``register_forward_hook`` costs as much as all the rest of a block.
         self._key = RemovableHandle(OrderedDict()).id
-        self._modules: list[nn.Module] = []
+        self._after: list[nn.Module] = []
+        self._flagged: list[nn.Module] = []
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *bound: Any, always: bool = False, kwargs: bool = False
@@ -45,30 +48,30 @@ class Hooks:
             always: also if the forward raises an Exception.
             kwargs: call ``function(*bound, module, args, kwargs, output)``.
         """
+        self._after.append(module)
         module._forward_hooks[self._key] = Hook(function, *bound)
-        if kwargs:
-            module._forward_hooks_with_kwargs[self._key] = True
+        if always or kwargs:
+            self._flagged.append(module)
         if always:
             module._forward_hooks_always_called[self._key] = True
-        self._modules.append(module)
+        if kwargs:
+            module._forward_hooks_with_kwargs[self._key] = True
 
     def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any) -> None:
         """Calls ``function(*bound, module, args, kwargs)`` before the module's forward."""
+        self._flagged.append(module)
         module._forward_pre_hooks[self._key] = Hook(function, *bound)
         module._forward_pre_hooks_with_kwargs[self._key] = True
-        self._modules.append(module)
 
     def remove(self) -> None:
         """Takes every hook off its module."""
         key = self._key
-        for module in self._modules:
+        for module in self._after:
             module._forward_hooks.pop(key, None)
+        for module in self._flagged:
             module._forward_pre_hooks.pop(key, None)
-            for flags in (
-                module._forward_hooks_always_called,
-                module._forward_hooks_with_kwargs,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                if flags:
-                    flags.pop(key, None)
-        self._modules.clear()
+            module._forward_hooks_always_called.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        self._after.clear()
+        self._flagged.clear()

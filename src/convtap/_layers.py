@@ -117,7 +117,9 @@ def _row(name: str, module: nn.Module) -> LayerRow:
     lazy = any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own)
     return LayerRow(
         name,
-        type(module).__name__,
+        f"{module.original_name} (TorchScript)"
+        if isinstance(module, torch.jit.ScriptModule)
+        else type(module).__name__,
         None if lazy else sum(parameter.numel() for parameter in own),
         *(_single(getattr(module, key, None)) for key in ("kernel_size", "stride", "dilation")),
     )

@@ -47,13 +47,6 @@ class Log:
         self.changes += 1
         self.cleared += 1
 
-    def tally(self, name: str, kind: str = "") -> Tally:
-        """Opens a layer's account, or returns the one there is."""
-        found = self.tallies.get(name)
-        if found is None:
-            found = self.tallies[name] = Tally(name, kind)
-        return found
-
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))

@@ -22,11 +22,15 @@ _BODY = object()
 
 
 class _Here(threading.local):
-    """The pass that this thread is in."""
+    """The pass that this thread is in: its number while a marked call runs (else -1), and how many of those do.
+
+    ``outside`` is the unmarked part of the model that ran last, and ``outside_number`` its pass.
+    """
 
     depth = 0
     number = -1
     outside: object = None
+    outside_number = -1
 
 
 class Passes:
@@ -63,8 +67,8 @@ class Passes:
 
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""
-        here = self._here
-        return here.number if here.depth else self._outside(here)
+        number = self._here.number
+        return number if number >= 0 else self._outside()
 
     def _member_ids(self) -> set[int]:
         if self._members is None:
@@ -86,34 +90,38 @@ class Passes:
             here.depth += 1
             return
         here.depth = 1
-        self._begin(here, args, kwargs)
+        here.outside = None
+        here.number = self._begin(args, kwargs)
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._here
         if here.depth and self._token in open_tokens():
             here.depth -= 1
+            if not here.depth:
+                here.number = -1
 
     def _is_nested(self) -> bool:
         """Whether a marked call other than this one is on the stack (one that was interrupted never said it ended)."""
         marked = sum(1 for module, _ in module_calls() if id(module) in self._marked)
         return marked > 1
 
-    def _begin(self, here: _Here, args: Any, kwargs: Any) -> None:
-        here.number = next(self._numbers)
-        here.outside = None
-        self.inputs[here.number] = _input_shape((args, kwargs))
+    def _begin(self, args: Any, kwargs: Any) -> int:
+        number = next(self._numbers)
+        self.inputs[number] = _input_shape((args, kwargs))
+        return number
 
-    def _outside(self, here: _Here) -> int:
+    def _outside(self) -> int:
         """The pass of a layer that runs while no marked call does."""
+        here = self._here
         found: tuple[nn.Module, FrameType] | None = outermost_call(self._member_ids())
         caller: object = _BODY if found is None else found[0]
         if here.outside is not caller:
             values = found[1].f_locals if found else {}
-            self._begin(here, values.get("args", ()), values.get("kwargs", {}))
+            here.outside_number = self._begin(values.get("args", ()), values.get("kwargs", {}))
             here.outside = caller
             if found:
                 self._mark(found[0])
-        return here.number
+        return here.outside_number
 
 
 def _input_shape(inputs: Any) -> tuple[int, ...] | None:

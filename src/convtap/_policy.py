@@ -20,34 +20,26 @@ from convtap._structure import Held, walk_tensors
 #   mkldnn tensors raise, and so does memory that torch did not allocate (``torch.from_numpy``); Dynamo cannot
 #   trace it, so what is traced (``tapped``) clones.
 # Choice: an allow-list (exactly ``torch.Tensor``, strided, not quantized, not nested), and ``clone`` for all else.
-_lazy_clone: Callable[[Tensor], Tensor] | None = getattr(torch, "_lazy_clone", None)
 
 
-def _works() -> bool:
-    """Probes once whether copy-on-write does what Note: [Copy-on-write snapshots] assumes."""
-    if _lazy_clone is None:
-        return False
+def _copy_on_write() -> Callable[[Tensor], Tensor]:
+    """Returns ``torch._lazy_clone`` if it does what the note assumes, probed once; else ``clone``."""
+    lazy: Callable[[Tensor], Tensor] = getattr(torch, "_lazy_clone", torch.clone)
     original = torch.zeros(2)
-    kept = _lazy_clone(original)
+    kept = lazy(original)
     original.view(-1).add_(1)
-    return kept.tolist() == [0.0, 0.0] and original.tolist() == [1.0, 1.0]
+    return lazy if kept.tolist() == [0.0, 0.0] and original.tolist() == [1.0, 1.0] else torch.clone
 
 
-_COPY_ON_WRITE = _works()
+_lazy_clone = _copy_on_write()
 _strided = torch.strided
 
 
 def snapshot(tensor: Tensor) -> Tensor:
     """Returns a tensor with the value of ``tensor`` now, whatever is written into ``tensor`` later."""
-    if (
-        _COPY_ON_WRITE
-        and type(tensor) is Tensor
-        and tensor.layout is _strided
-        and not tensor.is_quantized
-        and not tensor.is_nested
-    ):
+    if type(tensor) is Tensor and tensor.layout is _strided and not (tensor.is_quantized or tensor.is_nested):
         try:
-            return _lazy_clone(tensor)  # type: ignore[misc]
+            return _lazy_clone(tensor)
         except RuntimeError:  # memory that torch did not allocate itself
             pass
     return tensor.clone()

@@ -17,6 +17,7 @@ from convtap._offload import Offloader
 from convtap._passes import Passes
 from convtap._policy import Alias, Policy, snapshot
 from convtap._process import Token, open_tokens
+from convtap._select import CONV1D
 from convtap._structure import map_leaves
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
@@ -59,6 +60,7 @@ class Recorder:
         offloader: Offloader | None,
         budget: Budget | None,
         stop_after: set[str] | None,
+        watched: bool,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
@@ -76,6 +78,7 @@ class Recorder:
         self._offloader = offloader
         self._budget = budget
         self._stop_after = stop_after
+        self._watched = watched
 
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
@@ -87,16 +90,24 @@ class Recorder:
             return False
         return True
 
+    def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
+        """Records what a module returned; the hook itself, so that nothing is called in between."""
+        # A shallow copy of a module shares its hooks. See Note: [Hooks and copies]
+        return self.emit(name, output, "module", args) if module is tapped else None
+
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
-        if not self.is_here(name):
+        if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None
         if self._plain and type(output) is Tensor:
-            with _outside_modes():
+            if self._watched:
+                with _outside_modes():
+                    value = snapshot(output.detach() if output.requires_grad else output)
+            else:
                 value = snapshot(output.detach() if output.requires_grad else output)
-            self._store(name, value, via)
-            return None
-        value, replacement = self._guarded(self._keep, name, output, inputs)
+            replacement = None
+        else:
+            value, replacement = self._guarded(self._keep, name, output, inputs)
         self._store(name, value, via)
         return replacement
 
@@ -153,13 +164,12 @@ class Recorder:
 
     def _store(self, name: str, value: Any, via: str) -> None:
         log = self._log
-        tally = log.tallies.get(name) or self._open_tally(name)
         forward = self._passes.current()
+        tally = log.tallies.get(name) or self._open_tally(name)
+        tally.last_pass = forward
+        if tally.pending is not None:
+            tally.pending = None
         call = Call(tally, next(tally.numbers), forward, via, value)
-        tally.pending, tally.last_pass = None, forward
-        if not tally.captured and name in log.selected:
-            self.reached += 1
-        tally.captured += 1
         if self._last:
             self._replace(name, call)
         else:
@@ -168,14 +178,17 @@ class Recorder:
             tally.held += 1
             log.changes += 1
             log.calls[log.changes] = call
+        if tally.captured == 0 and name in log.selected:
+            self.reached += 1
+        tally.captured += 1
         if self._stop_after is not None:
             self._stop_after.discard(name)
             if not self._stop_after:
                 raise StopForward(self._token)
 
     def _open_tally(self, name: str) -> Tally:
-        module = self._modules.get(name)
-        return self._log.tally(name, "" if module is None else type(module).__name__)
+        tally = self._log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D))
+        return tally
 
     def _replace(self, name: str, call: Call) -> None:
         log = self._log

@@ -77,7 +77,7 @@ def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
     convolutions = [
         tensor
         for call in calls
-        if call._tally.kind.endswith("Conv1d") or call.via == "function"
+        if call._tally.is_conv1d or call.via == "function"
         for _, tensor in walk_tensors(call._shown)
     ]
     if len(shape) > 2 or not convolutions:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convtap._call import Call
+from convtap._call import Call, Tally
 from convtap._errors import StoreError
 from convtap._log import Log
 from convtap._structure import Omitted
@@ -31,10 +31,13 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     calls = [_describe(call, tensors) for call in acts.calls()]
     log = acts._log
+    is_conv1d = {name: tally.is_conv1d for name, tally in log.tallies.items()}
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [[s.name, s.captured, s.bypassed, s.bypasses, s.computed] for s in log.states()],
+        "layers": [
+            [s.name, is_conv1d.get(s.name, False), s.captured, s.bypassed, s.bypasses, s.computed] for s in log.states()
+        ],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
@@ -99,13 +102,12 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
         notes=list(content["notes"]),
     )
-    for name, captured, bypassed, bypasses, computed in content["layers"]:
+    for name, is_conv1d, captured, bypassed, bypasses, computed in content["layers"]:
         if captured or bypasses or computed:
-            tally = log.tally(name)
+            tally = log.tallies[name] = Tally(name, is_conv1d)
             tally.captured, tally.bypassed, tally.bypasses, tally.computed = captured, bypassed, bypasses, computed
     for saved in content["calls"]:
-        tally = log.tally(saved["name"])
-        tally.kind = saved["kind"]
+        tally = log.tallies[saved["name"]]
         tally.held += 1
         log.changes += 1
         value = _decode(saved["value"], tensors)
@@ -117,7 +119,6 @@ def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
     value = _encode(call.output, tensors, call.key)
     return {
         "name": call.name,
-        "kind": call._tally.kind,
         "index": call.index,
         "forward": call.forward,
         "via": call.via,

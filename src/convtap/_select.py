@@ -14,7 +14,7 @@ import torch.ao.nn.quantized as nnq
 from torch import nn
 
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
-from convtap._tree import ModuleTree
+from convtap._tree import ModuleTree, is_kind
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -40,6 +40,8 @@ class Selection:
         self.tree = tree
         self.types = types
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
+        if tree.has_script:
+            self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
@@ -61,6 +63,14 @@ class Selection:
     def takes_conv1d(self) -> bool:
         """Whether ``types`` includes Conv1d, so that a convolution without a module is selected as well."""
         return any(issubclass(nn.Conv1d, kind) for kind in self.types)
+
+    @property
+    def scripted(self) -> list[str]:
+        """The selected convolutions that TorchScript runs."""
+        if not self.tree.has_script:
+            return []
+        script = torch.jit.ScriptModule
+        return [name for name, m in self.modules.items() if isinstance(m, script) and is_kind(m, CONV1D)]
 
     @property
     def takes_functions(self) -> bool:
@@ -129,7 +139,7 @@ class Selection:
     def _by_type(self, kind: type) -> Iterable[str]:
         if not issubclass(kind, nn.Module):
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
-        found = [name for name, module in self.tree.names.items() if isinstance(module, kind)]
+        found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
             raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from functools import cache
@@ -51,6 +52,16 @@ def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, 
     return None
 
 
+def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of one of some types; a scripted one, whether it was made from such a module."""
+    if isinstance(module, types):
+        return True
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    original = getattr(module, "original_name", None)
+    return any(original == kind.__name__ for kind in types)
+
+
 class ModuleTree:
     """The modules of a model under clean names: definition order, each module once, wrappers left out.
 
@@ -63,7 +74,10 @@ class ModuleTree:
         self.names: dict[str, nn.Module] = {}
         self._name_of: dict[int, str] = {}
         self.aliases: list[tuple[str, str]] = []
+        self.wrappers: list[nn.Module] = []
         self._walk(model, "")
+        self._kinds = {type(module) for module in self.names.values()}
+        self.has_script = any(issubclass(kind, torch.jit.ScriptModule) for kind in self._kinds)
 
     def _walk(self, model: nn.Module, root: str) -> None:
         stack: list[tuple[nn.Module, str]] = [(model, root)]
@@ -79,6 +93,7 @@ class ModuleTree:
             inner = module._modules.get(attribute) if attribute is not None else None
             if attribute is not None and inner is not None:
                 self.aliases.append((_join(prefix, attribute), prefix))
+                self.wrappers.append(module)
                 stack.append((inner, prefix))
                 continue
             self.names[prefix or ROOT] = module
@@ -91,6 +106,15 @@ class ModuleTree:
     def resolve(self, name: str) -> str | None:
         """Returns the clean name of a module, from any of its names, or None if there is no such module."""
         return resolve_name(name or ROOT, self.names, self.aliases)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model, or a part of it, is compiled: by ``torch.compile``, or in place by ``compile()``."""
+        if "torch._dynamo" not in sys.modules:
+            return False
+        return any(type(wrapper).__name__ == "OptimizedModule" for wrapper in self.wrappers) or any(
+            module._compiled_call_impl is not None for module in (*self.names.values(), *self.wrappers)
+        )
 
     def name_of(self, module: nn.Module) -> str | None:
         """Returns the clean name of a module instance, or None if the model does not contain it."""
@@ -107,7 +131,7 @@ class ModuleTree:
 
     def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         """Returns the names of the outermost modules of some types."""
-        if not any(issubclass(kind, kinds) for kind in {type(module) for module in self.names.values()}):
+        if not any(issubclass(kind, kinds) for kind in self._kinds):
             return []
         found: list[str] = []
         for name, module in self.names.items():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convtap import _process
-from convtap._frames import module_calls
-from convtap._memory import data_address
+from convtap._frames import called_conv1d, module_calls
+from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
@@ -34,6 +34,8 @@ _CONVOLUTIONS: dict[Any, int | None] = {
     _aten._convolution.default: 6,
     _aten._convolution.deprecated: 6,
 }
+
+_SEQUENCES = (list, tuple)
 
 # Note: [What reads a weight]
 # Assumption: a kernel that computes a convolution by itself takes the weight through some torch call first (squeeze, to,
@@ -70,8 +72,7 @@ class FunctionTap:
         self._passes = passes
         self._at = at
         self._modules = {id(module): name for name, module in selection.modules.items()}
-        self._owners: dict[int, str] | None = None
-        self._addresses: dict[int, str] | None = None
+        self._owners = Owners(selection.tree)
         self._wanted: dict[str, bool] = {}
         self._weights: dict[int, str] = {}
         self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
@@ -79,31 +80,40 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
+        weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
-                for weight in _weights_of(module):
-                    self._weights[id(weight)] = name
-        self._thread = _process.watch(self._token, self._watch)
+                weight = module._parameters.get("weight")
+                if weight is not None:
+                    weights[id(weight)] = name
+                else:
+                    weights.update((id(source), name) for source in _sources_of_weight(module))
+        self._thread = _process.functions.begin(self._token, self._watch)
 
     def close(self) -> None:
         """Ends it."""
         if self._thread is not None:
-            _process.unwatch(self._token, self._thread)
+            _process.functions.end(self._token, self._thread)
         self._derived.clear()
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS and not self._recorder.muted:
+            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._modules:
+                return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
             return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
-        weights = self._weights
-        for arg in (*args, *kwargs.values()) if kwargs else args:
-            if id(arg) in weights:
-                self._read(weights[id(arg)], func, result)
-            elif type(arg) is list or type(arg) is tuple:
-                for item in arg:
-                    if id(item) in weights:
-                        self._read(weights[id(item)], func, result)
+        # All this runs once a torch call, so it must be next to nothing where no selected weight is among the arguments.
+        seen = self._weights.keys()
+        if not seen.isdisjoint(map(id, args)) or (args and args[0].__class__ in _SEQUENCES) or kwargs:
+            self._look_for_reads(func, args, kwargs, result)
         return result
+
+    def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for arg in (*args, *kwargs.values()):
+            for item in arg if arg.__class__ in _SEQUENCES else (arg,):
+                name = self._weights.get(id(item))
+                if name is not None:
+                    self._read(name, func, result)
 
     # -- convolutions
 
@@ -123,11 +133,18 @@ class FunctionTap:
         return output if replacement is None else replacement
 
     def _enclosing(self) -> list[str] | None:
-        """Returns the selected modules around the call, or None if one of them is a convolution: its hook emits it."""
-        found = []
+        """Returns the selected modules around the call, or None if another tap emits it.
+
+        That is the hook of a selected convolution around it, or the TorchScript tap if the innermost module is scripted.
+        """
+        found: list[str] = []
         modules = self._modules
         root = self._selection.tree.model
+        innermost = True
         for module, _ in module_calls(sys._getframe(3)):
+            if innermost and isinstance(module, torch.jit.ScriptModule):
+                return None
+            innermost = False
             name = modules.get(id(module))
             if name is not None:
                 if isinstance(module, CONV1D):
@@ -139,7 +156,7 @@ class FunctionTap:
 
     def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
         """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
-        name = self._owner(weight)
+        name = self._owners.find(weight)
         if name is None:
             if not self._passes.in_forward():
                 return None
@@ -153,22 +170,6 @@ class FunctionTap:
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)
         return name if wanted else None
-
-    def _owner(self, weight: Tensor) -> str | None:
-        """Returns the name of the parameter that a weight is, or is a view of."""
-        if self._owners is None or self._addresses is None:
-            parameters = list(self._selection.tree.parameters())
-            self._owners = {id(tensor): name for name, tensor in reversed(parameters)}
-            self._addresses = {}
-            for name, tensor in reversed(parameters):
-                address = data_address(tensor)
-                if address:
-                    self._addresses[address] = name
-        found = self._owners.get(id(weight))
-        if found is None:
-            address = data_address(weight)
-            found = self._addresses.get(address) if address else None
-        return found
 
     # -- reads
 
@@ -193,14 +194,11 @@ class FunctionTap:
             self._weights[key] = name
 
 
-def _weights_of(module: nn.Module) -> list[Tensor]:
-    """The tensors that a convolution's weight is, or is computed from by a parametrization."""
-    own = module._parameters.get("weight")
-    if own is not None:
-        return [own]
+def _sources_of_weight(module: nn.Module) -> list[Tensor]:
+    """The parameters that a convolution without a ``weight`` of its own computes it from."""
     parametrizations = module._modules.get("parametrizations")
-    if parametrizations is not None:
-        return list(parametrizations["weight"].parameters()) if "weight" in parametrizations else []  # type: ignore[index,operator]
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
     return [tensor for key, tensor in module._parameters.items() if key.startswith("weight") and tensor is not None]
 
 

@@ -28,7 +28,7 @@ class ModuleTap:
                 self._hooks.before(module, self._emit_input, name, module)
             return
         # Without detach the output may be swapped, and then what it must not alias includes the keyword arguments.
-        emit = self._emit if self._detach else self._emit_with_kwargs
+        emit = self._recorder.emit_module if self._detach else self._emit_with_kwargs
         after = self._hooks.after
         for name, module in self._modules.items():
             after(module, emit, name, module, kwargs=not self._detach)
@@ -37,18 +37,13 @@ class ModuleTap:
         """Takes the hooks off."""
         self._hooks.remove()
 
-    def _emit(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
-        if module is tapped:  # not so for a shallow copy, which shares the hooks. See Note: [Hooks and copies]
-            return self._recorder.emit(name, output, "module", args)
-        return None
-
     def _emit_with_kwargs(
         self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
-        return self._emit(name, tapped, module, (args, kwargs), output)
+        return self._recorder.emit_module(name, tapped, module, (args, kwargs), output)
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is tapped:
+        if module is tapped:  # see Note: [Hooks and copies]
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
 
 

@@ -1,0 +1,117 @@
+"""Makes compiled models run eagerly while a block is open, so that their hooks fire."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+from convtap._errors import Unsupported
+
+# Note: [Compiled models run eagerly inside a block]
+# Assumption: Dynamo asks its process-wide stance at every compiled call; "force_eager" runs the Python code.
+# Failure: a hook added after compilation is silently skipped; set and restored by each block, the stance of overlapping
+#   blocks would stay on; Dynamo imported inside a block would trace the hooks; importing it takes over a second.
+# Choice: one count of open blocks for the process: the first one sets the stance and the last one restores it. Where
+#   Dynamo is not imported, an import hook sets the stance as soon as it is.
+
+_DYNAMO = "torch._dynamo"
+
+INSIDE_COMPILED = (
+    "a capture cannot be opened inside a function that is being compiled: its hooks would be traced, not run. Open the "
+    "block around the compiled call (it then runs eagerly), or compile convtap.tapped(model), which returns "
+    "(output, {name: tensor}) and traces with fullgraph=True."
+)
+
+_lock = threading.Lock()
+_blocks = 0
+_stance: Any = None
+
+
+def enter() -> None:
+    """Counts a block in.
+
+    Raises:
+        Unsupported: a function that is being compiled runs here.
+    """
+    global _blocks
+    with _lock:
+        if _blocks == 0:
+            _force()
+        _blocks += 1
+
+
+def leave() -> None:
+    """Counts a block out."""
+    global _blocks
+    with _lock:
+        _blocks -= 1
+        if _blocks == 0:
+            _restore()
+
+
+def is_forced() -> bool:
+    """Whether compiled models run eagerly now because of a block."""
+    return _stance is not None
+
+
+def _force() -> None:
+    global _stance
+    if _DYNAMO not in sys.modules:
+        sys.meta_path.insert(0, _WAITS_FOR_DYNAMO)
+        return
+    import torch
+
+    try:
+        _stance = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise Unsupported(INSIDE_COMPILED) from error
+
+
+def _restore() -> None:
+    global _stance
+    if _WAITS_FOR_DYNAMO in sys.meta_path:
+        sys.meta_path.remove(_WAITS_FOR_DYNAMO)
+    if _stance is not None:
+        stance, _stance = _stance, None
+        from torch._dynamo import eval_frame
+
+        if getattr(eval_frame, "_stance", stance.stance) is stance.stance:  # else somebody set another one since
+            stance.__exit__(None, None, None)
+
+
+class _WaitsForDynamo(MetaPathFinder):
+    """Sets the stance once Dynamo has been imported. See Note: [Compiled models run eagerly inside a block]."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _DYNAMO:
+            return None
+        with _lock:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            _then_force(spec.loader)
+        return spec
+
+
+_WAITS_FOR_DYNAMO = _WaitsForDynamo()
+
+
+def _then_force(loader: Any) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        with _lock:
+            if _blocks and _stance is None:
+                _force()
+
+    loader.exec_module = exec_module
