@@ -45,7 +45,7 @@ ORDER = (
     "_capture",
     "_layers",
     "_save",
-    "_lengths",
+    "_chain",
     "_shards",
     "_reading",
     "_place",

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convtap._chain import ValidLengths
 from convtap._errors import InvalidType, InvalidValue
 from convtap._forward import Runner, module_mode
 from convtap._identity import check_same, function_identity, model_identity
 from convtap._job import Job, set_bad_aside
-from convtap._lengths import ValidLengths
 from convtap._memory import parse_bytes
 from convtap._place import RankFolder, check_part, describe, prepare
 from convtap._plan import IterPlan, MapPlan, plan
@@ -142,7 +142,7 @@ def extract(
     def settle() -> None:
         check_same(describe(path, identity), identity, where)
 
-    with RankFolder(path, i) as folder, module_mode(model, mode):
+    with RankFolder(path, i) as folder, module_mode(model, mode), runner:
         set_bad_aside(path, folder, i, n, progress)
         job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype), i, n, **functions)
         job.run(shard_size, settle, progress)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convtap._capture import Capture
+from convtap._chain import ValidLengths
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, listed
-from convtap._lengths import ValidLengths
 from convtap._rows import Calls, values_of
 from convtap._select import Selection, select
 from convtap._structure import walk_tensors
@@ -142,20 +142,29 @@ class Runner:
         self._autocast = autocast
         self._stop = stop
         self._rule = rule
-        self._compiled: Any = self._compile(layers) if compile else None
+        self._tapped: Any = self._tap(layers) if compile else None
+        self._compiled = torch.compile(self._tapped) if compile else None
         self._early: Capture | None = None
         self._settled: set[Any] = set()
         self.fresh = True
         self.ran: set[str] = set()
 
-    def _compile(self, layers: Any) -> Any:
+    def _tap(self, layers: Any) -> Any:
         try:
             tapped = importlib.import_module("convtap._tapped").tapped
         except ImportError:
             raise Unsupported(
                 "compile=True is not there yet in this convtap. Leave it out: the model runs eagerly."
             ) from None
-        return torch.compile(tapped(self._model, layers, **self._options))
+        return tapped(self._model, layers, **self._options)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Takes off the model what compiled running has put on it."""
+        if self._tapped is not None:
+            self._tapped.close()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
@@ -189,13 +198,16 @@ class Runner:
             with self._rule.watch():
                 self._model(*args, **kwargs)
         _, outputs = self._compiled(*args, **kwargs)
-        calls: Calls = []
-        for key, value in outputs.items():
-            name, mark, number = key.rpartition("#")
-            numbered = key not in self.selection.tree.names and mark and number.isdigit()
-            calls.append((name, int(number), value) if numbered else (key, 0, value))
+        calls = [(*self._split(key), value) for key, value in outputs.items()]
         self.ran.update(name for name, _, _ in calls)
         return calls
+
+    def _split(self, key: str) -> tuple[str, int]:
+        """Splits the key of a call into the layer's name and the number of the call."""
+        name, mark, number = key.rpartition("#")
+        if key in self.selection.modules or not mark:
+            return key, 0
+        return name if name in self.selection.modules else name.removesuffix("#"), int(number)
 
     def _judge(self, block: Any, acts: Any) -> None:
         """Raises for what was not captured though it ran; a layer that did not run is no error here."""

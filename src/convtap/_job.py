@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._chain import checked_lengths
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._forecast import Progress
 from convtap._forward import Runner, checked_inputs
 from convtap._index import Index, read_index
 from convtap._interrupt import Terminated, Termination
-from convtap._lengths import checked_lengths
 from convtap._place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
 from convtap._plan import IterPlan, MapPlan
 from convtap._reading import Shard

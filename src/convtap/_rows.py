@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._chain import ValidLengths
 from convtap._errors import ConvtapError, InvalidType, Unsupported
-from convtap._lengths import ValidLengths
 from convtap._shards import Rows
 from convtap._structure import Omitted
 
