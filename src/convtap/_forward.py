@@ -142,23 +142,19 @@ class Runner:
         self._autocast = autocast
         self._stop = stop
         self._rule = rule
-        self._tapped: Any = self._tap(layers) if compile else None
-        self._compiled = torch.compile(self._tapped) if compile else None
+        self._layers = layers
+        self._tapped: Any = None
+        self._compiled: Any = None
+        self._tap = _find_tapped() if compile else None
         self._early: Capture | None = None
         self._settled: set[Any] = set()
         self.fresh = True
         self.ran: set[str] = set()
 
-    def _tap(self, layers: Any) -> Any:
-        try:
-            tapped = importlib.import_module("convtap._tapped").tapped
-        except ImportError:
-            raise Unsupported(
-                "compile=True is not there yet in this convtap. Leave it out: the model runs eagerly."
-            ) from None
-        return tapped(self._model, layers, **self._options)
-
     def __enter__(self) -> Runner:
+        if self._tap is not None:
+            self._tapped = self._tap(self._model, self._layers, **self._options)
+            self._compiled = torch.compile(self._tapped)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -234,6 +230,15 @@ class Runner:
             self._early_names = set(names)
         if set(names) == self._early_names:
             self._settled.add(shape)
+
+
+def _find_tapped() -> Any:
+    try:
+        return importlib.import_module("convtap._tapped").tapped
+    except ImportError:
+        raise Unsupported(
+            "compile=True is not there yet in this convtap. Leave it out: the model runs eagerly."
+        ) from None
 
 
 def _quiet(capture: Capture) -> Capture:
