@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+
 from benchmarks.harness import declare_torchvision_operators
 
 torch.set_num_threads(1)
