@@ -188,8 +188,11 @@ def test_an_iterable_of_batches_is_counted(make, tmp_path):
     assert store.missing == []
     (tmp_path / "rank-00000" / "shard-000001.safetensors").unlink()
     (tmp_path / "rank-00000" / "finished.json").unlink()
-    assert Store(tmp_path).missing is None
-    assert "has not reached the end of its data" in repr(Store(tmp_path))
+    if isinstance(make(), list):
+        assert Store(tmp_path).missing == [1]
+    else:
+        assert Store(tmp_path).missing is None
+        assert "has not reached the end of its data" in repr(Store(tmp_path))
     store = extract(model, make(), tmp_path)
     assert store.ids == list(range(10))
     assert torch.equal(store["2"][5], by_hand(model, X.split(4))[1]["2"][1])

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +20,7 @@ from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange
 from convtap._extract import extract
 from convtap._reading import Shard
 from convtap._shards import Batch, write_shard
+from tests.reference import same
 
 X = torch.randn(23, 1, 20, generator=torch.Generator().manual_seed(1))
 
@@ -303,3 +309,41 @@ def test_rows_with_different_numbers_of_axes_are_kept(tmp_path):
 def test_what_has_no_form_on_disk_is_said(make, tmp_path):
     with pytest.raises(StoreError, match=r"the output of 'x' is .*which a shard has no form for.*dequantize"):
         write_shard(tmp_path / "s", [Batch(0, [0], {"x": make()})])
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_is_written_comes_back(data):
+    """Batches of any sizes, with layers that come and go, of one shape or ragged."""
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    sizes = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
+    dtypes = {key: data.draw(st.sampled_from(DTYPES)) for key in ("a", "b[0]", "layer:c")}
+    batches = []
+    for number, size in enumerate(sizes):
+        columns = {}
+        for key, dtype in dtypes.items():
+            kind = data.draw(st.sampled_from(["absent", "stacked", "ragged"]))
+            lengths = [data.draw(st.integers(0, 5)) for _ in range(size)]
+            if kind == "stacked":
+                columns[key] = torch.randn(size, 2, 3, generator=draw).to(dtype)
+            elif kind == "ragged" and size:
+                columns[key] = [torch.randn(2, length, generator=draw).to(dtype) for length in lengths]
+        batches.append(Batch(number, [10 * number + row for row in range(size)], columns))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "shard"
+        write_shard(file, batches)
+        shard = Shard(file)
+        assert shard.problem() is None
+        assert shard.ids() == [id for batch in batches for id in batch.ids]
+        for place, batch in enumerate(batches):
+            for key in dtypes:
+                assert (place in shard.starts(key) if key in shard.columns else False) == (key in batch.columns)
+                if key in batch.columns:
+                    rows = shard.rows(key, place, 0, len(batch.ids))
+                    assert len(rows) == len(batch.ids)
+                    assert all(same(read, row) for read, row in zip(rows, batch.columns[key], strict=True))
+        with safe_open(file, framework="pt") as other:
+            assert set(other.keys()) == set(shard._parts)

@@ -15,11 +15,12 @@ from convtap._reading import Shard
 from convtap._table import Table, human_bytes
 
 
-def verify(path: Path, index: Index, progress: bool) -> Table:
-    """Reads every shard of a store. Returns ``(shard, what is wrong)`` for each bad one."""
+def verify(path: Path, progress: bool) -> Table:
+    """Reads every shard that is in a store now. Returns ``(shard, what is wrong)`` for each bad one."""
     from tqdm import tqdm
 
-    bad = dict(read_index(path).bad)
+    index = read_index(path)
+    bad = dict(index.bad)
     for name in tqdm(index.files, desc="verify", unit="shard", disable=not progress):
         if name not in bad:
             try:

@@ -163,8 +163,8 @@ class RankFolder:
     def __enter__(self) -> RankFolder:
         self.path.mkdir(exist_ok=True)
         self._handle = self._lock()
-        for entry in self.path.iterdir():
-            if entry.name.endswith(".part"):
+        for entry in self.path.glob(".*.part"):
+            with contextlib.suppress(OSError):
                 entry.unlink()
         return self
 

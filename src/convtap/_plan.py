@@ -111,7 +111,8 @@ class IterPlan:
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
-        self.identity: dict[str, Any] = {"length": None, "batches": None, "batch_size": None, "composition": None}
+        count = len(batches) if isinstance(batches, Sequence) else None
+        self.identity: dict[str, Any] = {"length": None, "batches": count, "batch_size": None, "composition": None}
 
     def count(self, wanted: Wanted) -> int | None:
         """Nobody knows."""

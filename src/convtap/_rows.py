@@ -57,7 +57,9 @@ class RowMaker:
             else:
                 self.rule.check(layer, full, tensor.shape[-1])
                 frames = [self.rule.frames(layer, length) for length in lengths]
-                columns[key] = [self._cut(key, row[..., :count]) for row, count in zip(tensor, frames, strict=True)]
+                columns[key] = _stacked(
+                    [self._cut(key, row[..., :count]) for row, count in zip(tensor, frames, strict=True)]
+                )
         return columns
 
     def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, Tensor]]:
@@ -95,6 +97,13 @@ class RowMaker:
             row = row.to(self.dtype)
         # its own memory: a part of the batch would keep all of it alive
         return row.detach().to("cpu", copy=True).contiguous()
+
+
+def _stacked(rows: list[Tensor]) -> Rows:
+    """Puts rows of one shape into one tensor: thousands of small ones would weigh more than their numbers."""
+    if rows and all(row.shape == rows[0].shape and row.dtype == rows[0].dtype for row in rows):
+        return torch.stack(rows)
+    return rows
 
 
 def _own(tensor: Tensor) -> Tensor:

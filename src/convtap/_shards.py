@@ -40,6 +40,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+#: What is written at once, at least: a row of its own for each sample would be a system call a row.
+_WRITE_BYTES = 1 << 20
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
@@ -87,9 +89,21 @@ class _Part:
     pieces: list[Tensor]
 
     def buffers(self) -> Iterator[memoryview]:
+        group: list[Tensor] = []
+        size = 0
         for piece in self.pieces:
-            if piece.numel():
-                yield memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            group.append(piece.reshape(-1))
+            size += piece.nbytes
+            if size >= _WRITE_BYTES:
+                yield _bytes_of(group)
+                group, size = [], 0
+        if size:
+            yield _bytes_of(group)
+
+
+def _bytes_of(pieces: list[Tensor]) -> memoryview:
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return memoryview(joined.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _int_part(name: str, values: Sequence[Any], shape: list[int]) -> _Part:
@@ -114,6 +128,8 @@ def _storable(tensor: Tensor, key: str) -> Tensor:
 
 def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str, Any]]:
     shapes = list(chain.from_iterable(row_shapes(rows) for rows in columns))
+    if not shapes:  # batches without samples
+        return _column_of_nothing(key, columns)
     tensors = list(chain.from_iterable(as_list(rows) for rows in columns))
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     if len(dtypes) != 1:
@@ -137,8 +153,15 @@ def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str,
     ], about
 
 
+def _column_of_nothing(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str, Any]]:
+    first = next((rows for rows in columns if isinstance(rows, Tensor)), torch.empty(0))
+    stored = _storable(first, key)
+    about = {"dtype": str(first.dtype).removeprefix("torch."), "flat": False}
+    return [_Part(f"layer:{key}", stored.dtype, list(stored.shape), [stored])], about
+
+
 def _id_parts(ids: list[Id]) -> list[_Part]:
-    if isinstance(ids[0], int):
+    if not ids or isinstance(ids[0], int):
         return [_int_part("ids", ids, [len(ids)])]
     texts = [str(name).encode() for name in ids]
     ends = list(accumulate(map(len, texts), initial=0))

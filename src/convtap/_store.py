@@ -187,7 +187,7 @@ class Store:
         Returns:
             ``(shard, what is wrong)`` for each bad one; empty if all is well.
         """
-        return verify(self.path, self._index, progress)
+        return verify(self.path, progress)
 
     @property
     def missing(self) -> list[int] | None:
