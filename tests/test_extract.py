@@ -552,16 +552,16 @@ def test_labels_are_stored_with_their_samples(tmp_path):
     assert found == [(i, 3 * i) for i in range(10)]
 
 
-def test_compile_without_tapped_is_said_or_gives_close_values(tmp_path):
-    try:
-        import convtap._tapped  # noqa: F401
-    except ImportError:
-        with pytest.raises(Unsupported, match="compile=True is not there yet"):
-            extract(two_convs(), [X], tmp_path, compile=True)
-        return
-    model = two_convs()
-    store = extract(model, [X], tmp_path, compile=True)
-    torch.testing.assert_close(torch.stack(list(store["2"])), by_hand(model, [X])[0]["2"])
+def test_compiled_the_same_layers_are_stored_and_nothing_stays_on_the_model(tmp_path):
+    model = Repeats()
+    before = snapshot_of(model)
+    batches = list(X.split(5))
+    store = extract(model, batches, tmp_path / "a", compile=True, calls="keys")
+    eager = extract(model, batches, tmp_path / "b", calls="keys")
+    assert store.layers == eager.layers == ["conv#0", "conv#1", "conv#2", "last"]
+    for layer in store.layers:
+        torch.testing.assert_close(torch.stack(list(store[layer])), torch.stack(list(eager[layer])))
+    assert snapshot_of(model) == before
 
 
 def test_uninitialized_parameters_are_named(tmp_path):

@@ -32,6 +32,7 @@ ORDER = (
     "_offload",
     "_hooks",
     "_frames",
+    "_functorch",
     "_process",
     "_eager",
     "_passes",
@@ -41,8 +42,11 @@ ORDER = (
     "_owners",
     "taps.function",
     "taps.script",
+    "taps.keras",
     "_verdict",
     "_capture",
+    "_sink",
+    "_tapped",
     "_layers",
     "_save",
     "_chain",
@@ -62,12 +66,31 @@ ORDER = (
     "_forecast",
     "_job",
     "_extract",
+    "_labels",
+    "_cells",
+    "_timeaxis",
+    "_choose",
+    "_signal",
+    "_pictures",
+    "_spread",
+    "_figure",
+    "_draw",
+    "_spread_figure",
+    "_multiples",
+    "plot",
+    "_png",
+    "_svg",
+    "_page",
+    "_report_table",
+    "_outline",
+    "_gallery",
+    "report",
     "_demo",
     "cli",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save"), ("_store", "_views")}
+DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report"), ("_store", "_views")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

@@ -18,6 +18,7 @@ from convtap._errors import (
 from convtap._layers import list_layers
 from convtap._result import Activations
 from convtap._save import load
+from convtap._tapped import Tapped, tapped
 
 __version__ = "0.1.0"
 
@@ -35,8 +36,10 @@ __all__ = [
     "NonFiniteOutput",
     "NotCaptured",
     "StoreError",
+    "Tapped",
     "Unsupported",
     "capture",
     "list_layers",
     "load",
+    "tapped",
 ]

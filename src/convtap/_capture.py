@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from convtap import _eager, _process
 from convtap._budget import Budget
-from convtap._eager import INSIDE_COMPILED
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
 from convtap._log import Log
 from convtap._memory import parse_bytes
@@ -22,8 +21,10 @@ from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.function import FunctionTap
+from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap
 from convtap.taps.script import ScriptTap
 
@@ -91,8 +92,7 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
-        if torch.compiler.is_compiling():
-            raise Unsupported(INSIDE_COMPILED)
+        _eager.refuse_inside_compiled()
         self._types = check_arguments(model, layers, types)
         _check_choice("at", at, ("output", "input"))
         _check_choice("keep", keep, ("all", "last"))
@@ -121,6 +121,7 @@ class Capture:
             raise ConvtapError(
                 "this capture is open already, and one object holds one block. Open a second one with capture(model)."
             )
+        _eager.refuse_inside_compiled()
         block = _Block(self)
         self._open = block
         return Activations(block.log)
@@ -153,6 +154,7 @@ class _Block:
 
     def __init__(self, capture: Capture) -> None:
         selection = select(capture._model, capture._layers, capture._types)
+        _check_replicas(selection.tree)
         functional = capture._functional
         slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
         self.functional = (not slowed if functional is None else functional) and selection.takes_functions
@@ -192,11 +194,12 @@ class _Block:
         if selection.tree.has_script:
             _check_script(capture, sorted(scripted))
             taps.append(ScriptTap(selection, recorder, passes, token, at=at))
-        modules = (
-            {name: m for name, m in selection.modules.items() if name not in scripted}
-            if scripted
-            else selection.modules
-        )
+        keras = selection.keras
+        if selection.tree.has_keras:
+            taps.append(KerasTap(capture._model, keras, recorder, passes, at=at))
+        modules = selection.modules
+        if scripted or keras:
+            modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
         taps.append(ModuleTap(modules, recorder, at=at, detach=capture._policy.detach))
         if self.functional:
             taps.append(FunctionTap(selection, recorder, passes, token, at=at))
@@ -233,6 +236,17 @@ class _Block:
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.tallies)
         return everything and recorder.failure is None and not recorder.reads
+
+
+def _check_replicas(tree: ModuleTree) -> None:
+    """Refuses what runs copies of the model in threads of its own."""
+    for wrapper in tree.wrappers:
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise Unsupported(
+                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
+                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
+                "DistributedDataParallel, one process a device."
+            )
 
 
 def _check_script(capture: Capture, scripted: list[str]) -> None:

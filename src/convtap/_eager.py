@@ -11,6 +11,8 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from convtap._errors import Unsupported
 
 # Note: [Compiled models run eagerly inside a block]
@@ -22,7 +24,7 @@ from convtap._errors import Unsupported
 
 _DYNAMO = "torch._dynamo"
 
-INSIDE_COMPILED = (
+_INSIDE_COMPILED = (
     "a capture cannot be opened inside a function that is being compiled: its hooks would be traced, not run. Open the "
     "block around the compiled call (it then runs eagerly), or compile convtap.tapped(model), which returns "
     "(output, {name: tensor}) and traces with fullgraph=True."
@@ -33,12 +35,24 @@ _blocks = 0
 _stance: Any = None
 
 
-def enter() -> None:
-    """Counts a block in.
+def refuse_inside_compiled() -> None:
+    """Refuses to work inside a function that is being compiled, or that Dynamo runs piece by piece.
 
     Raises:
-        Unsupported: a function that is being compiled runs here.
+        Unsupported: that is so here.
     """
+    if torch.compiler.is_compiling():
+        raise Unsupported(_INSIDE_COMPILED)
+    if _DYNAMO in sys.modules:
+        from torch._C._dynamo import eval_frame
+
+        callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)()
+        if callback is not None and callback is not False:
+            raise Unsupported(_INSIDE_COMPILED)
+
+
+def enter() -> None:
+    """Counts a block in."""
     global _blocks
     with _lock:
         if _blocks == 0:
@@ -55,22 +69,12 @@ def leave() -> None:
             _restore()
 
 
-def is_forced() -> bool:
-    """Whether compiled models run eagerly now because of a block."""
-    return _stance is not None
-
-
 def _force() -> None:
     global _stance
     if _DYNAMO not in sys.modules:
         sys.meta_path.insert(0, _WAITS_FOR_DYNAMO)
         return
-    import torch
-
-    try:
-        _stance = torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:
-        raise Unsupported(INSIDE_COMPILED) from error
+    _stance = torch.compiler.set_stance("force_eager")
 
 
 def _restore() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from convtap._capture import Capture
 from convtap._chain import ValidLengths
-from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, listed
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
 from convtap._rows import Calls, values_of
 from convtap._select import Selection, select
 from convtap._structure import walk_tensors
+from convtap._tapped import tapped
 from convtap._verdict import conclude
 
 
@@ -145,15 +145,15 @@ class Runner:
         self._layers = layers
         self._tapped: Any = None
         self._compiled: Any = None
-        self._tap = _find_tapped() if compile else None
+        self._compile = compile
         self._early: Capture | None = None
         self._settled: set[Any] = set()
         self.fresh = True
         self.ran: set[str] = set()
 
     def __enter__(self) -> Runner:
-        if self._tap is not None:
-            self._tapped = self._tap(self._model, self._layers, **self._options)
+        if self._compile:
+            self._tapped = tapped(self._model, self._layers, **self._options)
             self._compiled = torch.compile(self._tapped)
         return self
 
@@ -230,15 +230,6 @@ class Runner:
             self._early_names = set(names)
         if set(names) == self._early_names:
             self._settled.add(shape)
-
-
-def _find_tapped() -> Any:
-    try:
-        return importlib.import_module("convtap._tapped").tapped
-    except ImportError:
-        raise Unsupported(
-            "compile=True is not there yet in this convtap. Leave it out: the model runs eagerly."
-        ) from None
 
 
 def _quiet(capture: Capture) -> Capture:

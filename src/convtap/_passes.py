@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convtap._frames import module_calls, outermost_call
+from convtap._functorch import unwrapped
 from convtap._hooks import Hooks
 from convtap._process import Token, open_tokens
 from convtap._structure import walk_tensors
+from convtap._tree import is_keras
 
 # Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
 FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -54,8 +58,25 @@ class Passes:
         self._marked: set[int] = set()
 
     def open(self) -> None:
-        """Marks the root."""
-        self._mark(self._model)
+        """Marks the root (a Keras model is marked by its own tap)."""
+        if not is_keras(type(self._model)):
+            self._mark(self._model)
+
+    @contextmanager
+    def inside(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """Marks a call of the root that no hook sees."""
+        here = self._here
+        if self._token not in open_tokens():
+            yield
+            return
+        before = here.depth, here.number
+        if not here.depth:
+            here.number = self._begin(args, kwargs)
+        here.depth += 1
+        try:
+            yield
+        finally:
+            here.depth, here.number = before
 
     def close(self) -> None:
         """Takes every mark off."""
@@ -126,5 +147,5 @@ class Passes:
 
 def _input_shape(inputs: Any) -> tuple[int, ...] | None:
     """The shape of the first input tensor that has a batch axis and another (else of the first one)."""
-    shapes = [tuple(tensor.shape) for _, tensor in walk_tensors(inputs) if isinstance(tensor, Tensor) and tensor.dim()]
+    shapes = [tuple(unwrapped(tensor).shape) for _, tensor in walk_tensors(inputs) if tensor.dim()]
     return next((shape for shape in shapes if len(shape) > 1), shapes[0] if shapes else None)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from convtap._budget import Budget
 from convtap._call import Call, Tally
-from convtap._errors import ConvtapError
+from convtap._errors import ConvtapError, Unsupported
+from convtap._functorch import is_wrapped, unwrapped
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
 from convtap._policy import Alias, Policy, snapshot
 from convtap._process import Token, open_tokens
 from convtap._select import CONV1D
-from convtap._structure import map_leaves
+from convtap._structure import map_leaves, walk_tensors
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.
@@ -45,6 +46,7 @@ class Recorder:
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
+        claimed: how many layers are running whose own tap emits them, so that no other tap is to.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
@@ -67,6 +69,7 @@ class Recorder:
         self.recomputed = 0
         self.reached = 0
         self.reads = False
+        self.claimed = 0
         self.muted = False
         self._token = token
         self._log = log
@@ -99,7 +102,7 @@ class Recorder:
         """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None
-        if self._plain and type(output) is Tensor:
+        if self._plain and type(output) is Tensor and not is_wrapped(output):
             if self._watched:
                 with _outside_modes():
                     value = snapshot(output.detach() if output.requires_grad else output)
@@ -116,6 +119,14 @@ class Recorder:
         if not self.is_here(name):
             return
         self._store(name, self._guarded(self._keep_input, name, value), via)
+
+    def claiming(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a layer whose own tap emits it: the convolution in it is not a second one."""
+        self.claimed += 1
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.claimed -= 1
 
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
@@ -139,13 +150,25 @@ class Recorder:
             self.muted = False
 
     def _keep_input(self, value: Any) -> Any:
-        return self._move(map_leaves(self._policy.keep_input, value))
+        return self._move(map_leaves(self._policy.keep_input, self._outside_transforms(value)))
 
     def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
         policy = self._policy
+        output = self._outside_transforms(output)
         if self._offloader is None and policy.swaps(output, inputs):
             return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
         return self._move(map_leaves(policy.keep_output, output)), None
+
+    def _outside_transforms(self, value: Any) -> Any:
+        """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
+        if not any(is_wrapped(tensor) for _, tensor in walk_tensors(value)):
+            return value
+        if not self._policy.detach:
+            raise Unsupported(
+                "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
+                "transform. Leave detach=True, or take gradients with torch.autograd.grad."
+            )
+        return map_leaves(unwrapped, value)
 
     def _move(self, value: Any) -> Any:
         return value if self._offloader is None else map_leaves(self._offloader.move, value)

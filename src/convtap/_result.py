@@ -210,6 +210,34 @@ class Activations(Mapping[str, Any]):
 
         save(self, path)
 
+    def plot(
+        self,
+        sample: int = 0,
+        layers: Any = None,
+        signal: Any = None,
+        sample_rate: float | None = None,
+        timeline: Any = None,
+        channels: int = 64,
+    ) -> Any:
+        """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from convtap.plot import plot
+
+        return plot(self, sample, layers, signal, sample_rate, timeline, channels)
+
+    def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
+        """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        from convtap.report import report
+
+        report(self, path, model, **options)
+
     def summary(self, stats: bool = False) -> Table:
         """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
 

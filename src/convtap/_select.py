@@ -13,8 +13,8 @@ import torch
 import torch.ao.nn.quantized as nnq
 from torch import nn
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
-from convtap._tree import ModuleTree, is_kind
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._tree import ModuleTree, is_keras, is_kind
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -40,7 +40,7 @@ class Selection:
         self.tree = tree
         self.types = types
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
-        if tree.has_script:
+        if tree.has_script or tree.has_keras:
             self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
@@ -71,6 +71,11 @@ class Selection:
             return []
         script = torch.jit.ScriptModule
         return [name for name, m in self.modules.items() if isinstance(m, script) and is_kind(m, CONV1D)]
+
+    @property
+    def keras(self) -> dict[str, nn.Module]:
+        """The selected Keras layers."""
+        return {name: m for name, m in self.modules.items() if is_keras(type(m))} if self.tree.has_keras else {}
 
     @property
     def takes_functions(self) -> bool:
@@ -222,6 +227,11 @@ def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module
         InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
     """
     if not isinstance(model, nn.Module):
+        if is_keras(type(model)):
+            raise Unsupported(
+                "this Keras model runs on another backend than torch, so PyTorch never sees its convolutions. Set the "
+                "environment variable KERAS_BACKEND=torch before keras is imported, and build the model then."
+            )
         raise InvalidType(
             f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
             "Write: with capture(model) as acts: model(x)"

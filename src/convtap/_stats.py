@@ -19,7 +19,7 @@ def statistics(output: Any) -> tuple[Any, ...]:
     tensors = [tensor.detach() for _, tensor in walk_tensors(output) if tensor.device.type != "meta"]
     if not tensors:
         return (None,) * len(STATISTICS)
-    values = torch.cat([_real(tensor).reshape(-1) for tensor in tensors])
+    values = torch.cat([real_values(tensor).reshape(-1) for tensor in tensors])
     finite = values[values.isfinite()]
     if not values.numel():
         return (None, None, None, None, None, 0, 0)
@@ -32,7 +32,7 @@ def statistics(output: Any) -> tuple[Any, ...]:
     return (wide.min().item(), wide.mean().item(), wide.max().item(), spread.item(), zeros, nan, inf)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real_values(tensor: Tensor) -> Tensor:
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
     return tensor.abs() if tensor.is_complex() else tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -20,17 +20,39 @@ _WRAPPERS = {
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+    ("convtap._tapped", "Tapped"): "model",
 }
 
 
 @cache
-def _wrapped_attribute(kind: type[Any]) -> str | None:
+def _wrapped_attribute(kind: Any) -> str | None:
     """Returns the attribute under which a wrapper class keeps the wrapped module, or None for any other class."""
     for base in kind.__mro__:
         attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
         if attribute is not None:
             return attribute
     return None
+
+
+@cache
+def _derives(kind: Any, module: str, name: str) -> bool:
+    return any(base.__module__ == module and base.__name__ == name for base in kind.__mro__)
+
+
+def is_keras(kind: type) -> bool:
+    """Whether a class is a Keras 3 layer (or model); on the torch backend those are modules."""
+    return _derives(kind, "keras.src.layers.layer", "Layer")
+
+
+def _is_keras_conv1d(kind: type) -> bool:
+    return _derives(kind, "keras.src.layers.convolutional.conv1d", "Conv1D")
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts of a module by name. Keras keeps its layers where PyTorch does not look for them."""
+    if is_keras(type(module)):
+        return [(layer.name, layer) for layer in getattr(module, "_layers", ())]
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _join(prefix: str, name: str) -> str:
@@ -53,9 +75,14 @@ def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, 
 
 
 def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module is of one of some types; a scripted one, whether it was made from such a module."""
+    """Whether a module is of one of some types.
+
+    A scripted module is of the type it was made from, and a Keras Conv1D counts as a Conv1d.
+    """
     if isinstance(module, types):
         return True
+    if _is_keras_conv1d(type(module)):
+        return any(issubclass(nn.Conv1d, kind) for kind in types)
     if not isinstance(module, torch.jit.ScriptModule):
         return False
     original = getattr(module, "original_name", None)
@@ -77,6 +104,7 @@ class ModuleTree:
         self.wrappers: list[nn.Module] = []
         self._walk(model, "")
         self._kinds = {type(module) for module in self.names.values()}
+        self.has_keras = any(is_keras(kind) for kind in self._kinds)
         self.has_script = any(issubclass(kind, torch.jit.ScriptModule) for kind in self._kinds)
 
     def _walk(self, model: nn.Module, root: str) -> None:
@@ -89,7 +117,8 @@ class ModuleTree:
                     self.aliases.append((prefix, known))
                 continue
             self._name_of[id(module)] = prefix
-            attribute = _wrapped_attribute(type(module))  # type: ignore[arg-type]
+            kind: Any = type(module)
+            attribute = _wrapped_attribute(kind)
             inner = module._modules.get(attribute) if attribute is not None else None
             if attribute is not None and inner is not None:
                 self.aliases.append((_join(prefix, attribute), prefix))
@@ -98,10 +127,7 @@ class ModuleTree:
                 continue
             self.names[prefix or ROOT] = module
             if module._modules:
-                children = [
-                    (child, _join(prefix, name)) for name, child in module._modules.items() if child is not None
-                ]
-                stack.extend(reversed(children))
+                stack.extend((child, _join(prefix, name)) for name, child in reversed(_children(module)))
 
     def resolve(self, name: str) -> str | None:
         """Returns the clean name of a module, from any of its names, or None if there is no such module."""

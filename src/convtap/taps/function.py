@@ -121,7 +121,7 @@ class FunctionTap:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
-        enclosing = self._enclosing()
+        enclosing = None if self._recorder.claimed else self._enclosing()
         name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)

@@ -1,0 +1,69 @@
+"""Interleaved rounds in one process: medians, spreads and ratios, printed as a Markdown table."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+_declared: list[object] = []
+
+
+def declare_torchvision_operators() -> None:
+    """Declares the two operators that torchvision's Python part expects and its wheel for CUDA brings compiled.
+
+    Over a CPU build of torch torchvision, and what imports it, does not import without them.
+    """
+    if _declared or importlib.util.find_spec("torchvision") is None:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, setup: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Times each case once a round, in turn, so that a drift of the machine's speed falls on all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(warmup + rounds):
+        for name, case in cases.items():
+            if setup is not None:
+                setup()
+            start = time.perf_counter()
+            case()
+            elapsed = time.perf_counter() - start
+            if i >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return low, middle, high
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Returns the median of the ratios a / b, round by round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Writes a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def environment() -> str:
+    """Says what was measured on: versions, processor, threads."""
+    return (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )

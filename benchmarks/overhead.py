@@ -1,0 +1,108 @@
+"""What a capture costs: the plain forward, the hand-written hook idiom and ``capture``, interleaved in one process.
+
+``python -m benchmarks.overhead`` prints two Markdown tables: 64 tiny Conv1d layers, entered anew for each forward, and
+wav2vec2-base on one second of audio.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import declare_torchvision_operators, environment, interleave, markdown, paired_ratio, quartiles
+from convtap import capture
+
+
+def by_hand(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
+    """The idiom that people write: register, collect, remove. Later in-place operations spoil what it collects."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            outputs[name] = output.detach()
+
+        return keep
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def cases(model: nn.Module, run: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """What is measured, by the name of its row."""
+
+    def captured(**options: object) -> Callable[[], object]:
+        def case() -> object:
+            with capture(model, **options) as acts:  # type: ignore[arg-type]
+                run()
+            return acts
+
+        return case
+
+    return {
+        "plain forward": run,
+        "hooks by hand (not safe from in-place)": lambda: by_hand(model, run),
+        "capture": captured(),
+        "capture, functional=False": captured(functional=False),
+    }
+
+
+def table(model: nn.Module, run: Callable[[], object], rounds: int) -> str:
+    """Measures one model. The last column is the added time, as a multiple of what the hooks by hand add."""
+    seconds = interleave(cases(model, run), rounds)
+    names = list(seconds)
+    plain, hand = seconds[names[0]], seconds[names[1]]
+    added_by_hand = statistics.median(b - a for a, b in zip(plain, hand, strict=True))
+    rows = []
+    for name, values in seconds.items():
+        low, middle, high = quartiles(values)
+        added = statistics.median(b - a for a, b in zip(plain, values, strict=True))
+        relative = f"{added / added_by_hand:.2f}" if name != names[0] else ""
+        unit, scale = ("µs", 1e6) if middle < 5e-3 else ("ms", 1e3)
+        spread = f"{low * scale:.1f} – {high * scale:.1f}"
+        rows.append((name, f"{middle * scale:.1f} {unit}", spread, f"{paired_ratio(values, plain):.3f}", relative))
+    return markdown(("", "median", "quartiles", "÷ plain", "added, ÷ by hand"), rows)
+
+
+def micro_stack() -> tuple[nn.Module, Callable[[], object]]:
+    """64 × Conv1d(8, 8, 3) on (1, 8, 64): nothing but overhead."""
+    model = nn.Sequential(*(nn.Conv1d(8, 8, 3, padding=1) for _ in range(64))).eval()
+    x = torch.randn(1, 8, 64)
+    return model, lambda: model(x)
+
+
+def wav2vec2_base() -> tuple[nn.Module, Callable[[], object]]:
+    """wav2vec2-base with random weights on one second at 16 kHz."""
+    declare_torchvision_operators()
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    model = Wav2Vec2Model(Wav2Vec2Config()).eval()
+    x = torch.randn(1, 16000)
+    return model, lambda: model(x)
+
+
+def main() -> None:
+    """Prints both tables."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"{environment()}\n")
+    with torch.no_grad():
+        print("64 × Conv1d(8, 8, 3) on (1, 8, 64), the block entered for each forward, 500 rounds\n")
+        print(table(*micro_stack(), rounds=500))
+        print("\nwav2vec2-base, one second of audio, 30 rounds\n")
+        print(table(*wav2vec2_base(), rounds=30))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Takes the wrappers of ``torch.func`` transforms off a tensor, so that it outlives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Note: [Tensors inside torch.func transforms]
+# Assumption: under vmap, grad or jvp the output at a hook is a wrapper, one a level, around a tensor of the whole batch.
+# Failure: a wrapper dies with its level, and reading it later raises or gives nonsense.
+# Choice: unwrap every level, and put a batched level's axis first, so that nested vmaps give (outer, inner, C, T).
+
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Returns the tensor of the whole batch that is inside all wrappers."""
+    while is_wrapped(tensor):
+        functorch = torch._C._functorch
+        axis = functorch.maybe_get_bdim(tensor) if functorch.is_batchedtensor(tensor) else 0
+        tensor = functorch.get_unwrapped(tensor)
+        if axis:
+            tensor = tensor.movedim(axis, 0)
+    return tensor

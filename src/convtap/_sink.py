@@ -1,0 +1,85 @@
+"""Where the hooks of a tapped module write, and what they write: clones, reduced and cast, all of it traceable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from convtap._errors import ConvtapError, InvalidType
+from convtap._policy import Policy
+from convtap._structure import map_leaves
+from convtap.taps.module import _as_input
+
+
+class Sink(threading.local):
+    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs."""
+
+    # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] | None = None
+
+
+def keep_output(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: keeps what the layer gave."""
+    calls = sink.calls
+    if calls is not None:
+        calls.append((name, _kept(output, name, policy)))
+
+
+def keep_input(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook: keeps what the layer is given."""
+    calls = sink.calls
+    if calls is not None:
+        calls.append((name, _kept(_as_input(args, kwargs), name, policy)))
+
+
+def _kept(value: Any, name: str, policy: Policy) -> Any:
+    if policy.reduce is None or torch.compiler.is_compiling():
+        return map_leaves(lambda tensor: _transformed(tensor, policy), value)
+    try:
+        # Activation checkpointing counts the tensors saved for backward through its own hooks, and its recomputation
+        # does not reduce: what ``reduce`` saves must not go through them.
+        with saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+            return map_leaves(lambda tensor: _transformed(tensor, policy), value)
+    except Exception as error:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        text = str(error) if isinstance(error, ConvtapError) else f"reduce failed on the value{shape}: {error!r}"
+        kind = type(error) if isinstance(error, ConvtapError) else ConvtapError
+        raise kind(f"layer {name!r}: {text}") from error
+
+
+def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
+    """Clones, reduces and casts. Plain clones, which a compiler fuses; see Note: [Copy-on-write snapshots]."""
+    value = tensor.clone()
+    if policy.reduce is not None:
+        value = policy.reduce(value)
+        if not isinstance(value, Tensor):
+            raise InvalidType(
+                f"reduce returned a {type(value).__name__}, and it must return a tensor. "
+                "Write for example reduce=lambda t: t.mean(-1)."
+            )
+    if policy.dtype is not None and (value.is_floating_point() or value.is_complex()):
+        value = value.to(policy.dtype)
+    return value if policy.reduce is None else value.clone()  # reduce may return a small view of a large clone
+
+
+def separator(name: str, names: Iterable[str]) -> str:
+    """What comes before the number of a call: ``#``, unless ``name#0`` could also be the name of another layer."""
+    return "##" if any(other.startswith(name + "#") for other in names) else "#"
+
+
+def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
+    """Gives each call its key: the layer's name if it ran once, else the name with the call's number."""
+    names = [name for name, _ in calls]
+    numbers = dict.fromkeys(names, 0)
+    found: dict[str, Any] = {}
+    for name, value in calls:
+        number = numbers[name]
+        numbers[name] = number + 1
+        found[name if names.count(name) == 1 else f"{name}{separators[name]}{number}"] = value
+    return found

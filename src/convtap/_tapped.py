@@ -1,0 +1,259 @@
+"""The capture that can be traced: a module whose forward returns the output and what the selected layers gave."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Collection
+from types import FunctionType, TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from convtap._errors import (
+    ConvtapError,
+    InvalidValue,
+    LayerNotFound,
+    NotCaptured,
+    Unsupported,
+    listed,
+    plural,
+)
+from convtap._hooks import Hook, Hooks
+from convtap._policy import Policy
+from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._sink import Sink, keep_input, keep_output, keyed, separator
+
+# Note: [Tracing hooks]
+# Assumption: torch.compile and torch.export trace the hooks that are on the model while they trace, as part of it.
+# Failure: Dynamo keeps what it compiled by code object, and does not look at hooks again. All instances of a class share
+#   the code of its forward, so one that was compiled with other hooks, or with none, would be run instead, silently.
+# Choice: the hooks are put on once, before anything is traced, and write into a sink that is there only while this
+#   module's own forward runs. Each instance is of a class of its own, whose forward is a code object of its own (on the
+#   instance itself it would be a cycle, and a property a frame that Dynamo looks at), and what that calls is traced into
+#   it. Where it is not (a graph break, a part compiled by itself), a layer may be missing: that is an error.
+
+
+class Tapped(nn.Module):
+    """A model that also returns what its selected layers gave, and can be compiled and exported.
+
+    ``forward`` takes what the model takes and returns ``(output, {name: tensor})``, keys as in ``Activations``: a
+    layer's name if it ran once, ``name#0``, ``name#1``, … if it ran several times, in execution order. The tensors are
+    clones, right whatever the model does in place, and part of the autograd graph. Running the model by itself records
+    nothing. The model is the submodule ``model``, so the keys of the state dict begin with ``model.``.
+
+    Unlike ``capture`` it sees only layers that run as modules, and keeps its hooks until ``close``, the end of its
+    ``with`` block, or until it is dropped. Copies and pickles of it have hooks of their own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import tapped
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv1d(4, 8, 3, padding=1))
+        >>> y, acts = tapped(model)(torch.zeros(2, 1, 50))
+        >>> {name: tuple(output.shape) for name, output in acts.items()}
+        {'0': (2, 4, 50), '2': (2, 8, 50)}
+
+    Args:
+        model: any PyTorch model; compile or export what this returns, not the model before.
+        layers: what to capture, as in ``capture``; None for every 1-D convolution.
+        types: the module types to choose from; Conv1d and its quantized forms by default.
+        at: ``"output"``, or ``"input"`` for what the layer was given.
+        dtype: what to cast floating-point outputs to.
+        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``.
+
+    Raises:
+        LayerNotFound: a selector matches nothing.
+        Unsupported: the model cannot be tapped in this way; the message says how it can.
+        NotCaptured: in the forward pass: a selected layer did not run as a module, or the compiler left its hook out. In
+            a compiled forward the compiler wraps the error in its own, with the same text.
+        ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Makes each instance of a class of its own. See Note: [Tracing hooks]."""
+        return super().__new__(_own_class(cls))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        types: Types = CONV1D,
+        at: Literal["output", "input"] = "output",
+        dtype: torch.dtype | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        selection = select(model, layers, check_arguments(model, layers, types))
+        _check_at(at)
+        _check_model(model, selection.modules.values())
+        if selection.function_names:
+            raise Unsupported(_function_only(selection.function_names))
+        if not selection.modules:
+            raise LayerNotFound(selection.nothing())
+        self.model = model
+        self.training = model.training
+        self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        self._at = at
+        self._layers = dict(selection.modules)
+        self._separators = {name: separator(name, self._layers) for name in self._layers}
+        self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        type(self).forward.__signature__ = _signature(self.model)  # type: ignore[attr-defined]
+        self._sink = sink = Sink()
+        self._hooks = hooks = Hooks()
+        for name, module in self._layers.items():
+            if self._at == "input":
+                hooks.before(module, keep_input, sink, name, self._policy)
+            else:
+                hooks.after(module, keep_output, sink, name, self._policy)
+        self._finalizer = weakref.finalize(self, hooks.remove)
+        self._finalizer.atexit = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Runs the model, and returns its output and what the layers gave.
+
+        Raises:
+            NotCaptured: a selected layer did not come out.
+            ConvtapError: it is closed.
+        """
+        if self._closed:
+            self._refuse_closed()
+        sink = self._sink
+        calls: list[tuple[str, Any]] = []
+        sink.calls = calls
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            sink.calls = None
+        names = [name for name, _ in calls]
+        missing = [name for name in self._layers if name not in names]
+        if missing:
+            self._missing(missing)
+        return output, keyed(calls, self._separators)
+
+    def close(self) -> None:
+        """Takes the hooks off the model. The model stays as it is; this module cannot run any more."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        if self._closed:
+            self._refuse_closed()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def extra_repr(self) -> str:
+        """Names the layers."""
+        return f"{plural(len(self._layers), 'layer')}: {listed(self._layers)}"
+
+    # -- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_sink", "_finalizer"):
+            del state[name]
+        return state
+
+    def __reduce__(self) -> Any:
+        return _blank, (type(self).__base__,), self.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In a deep copy the old hooks are there, and do nothing. A shallow copy shares the model with its original,
+        # whose hooks still work. See Note: [Hooks and copies].
+        hooks = "_forward_pre_hooks" if self._at == "input" else "_forward_hooks"
+        first = next(iter(self._layers.values()))
+        if not isinstance(getattr(first, hooks).get(self._hooks._key), Hook):
+            self._hooks.remove()
+        self._open()
+        if self._closed:
+            self.close()
+
+    # -- what goes wrong; called in a trace, Dynamo runs these while it traces, so that their messages are what one sees
+
+    def _missing(self, missing: list[str]) -> None:
+        raise NotCaptured(
+            f"{len(missing)} of {plural(len(self._layers), 'selected layer')} did not come out of this forward: "
+            f"{listed(missing)}. A layer comes out if it runs as a module; one that is idle, or whose convolution is "
+            "called as a function (F.conv1d), does not (capture(model) sees those as well). If it does run, a part of the "
+            "model was compiled by itself before the hooks were on: tap first, then compile the whole, "
+            "torch.compile(tapped(model), fullgraph=True). To select what runs as a module: tapped(model, [row.name for "
+            "row in list_layers(model, example=x) if row.used.startswith('module')])."
+        )
+
+    def _refuse_closed(self) -> None:
+        raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
+
+    # The mark is what torch.compiler.assume_constant_result sets; calling that would import Dynamo, for over a second.
+    _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+tapped = Tapped
+
+
+_T = TypeVar("_T", bound=nn.Module)
+
+
+def _own_class(kind: type[_T]) -> type[_T]:
+    """Makes a class for one instance, the same but for the code object of its forward. See Note: [Tracing hooks]."""
+    own = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    shared = kind.forward
+    # The name must differ as well: Dynamo keeps its guesses about dynamic shapes by file, line and name.
+    code = shared.__code__.replace(co_name=f"forward_{id(own):x}")
+    own.forward = FunctionType(code, shared.__globals__, "forward", shared.__defaults__, shared.__closure__)  # type: ignore[attr-defined]
+    own.forward.__doc__ = shared.__doc__  # type: ignore[attr-defined]
+    return own
+
+
+def _blank(kind: type[_T]) -> _T:
+    return kind.__new__(kind)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """The parameters of a model's forward, behind a ``self``: exporters name the inputs after them."""
+    first = inspect.Parameter("_tapped", inspect.Parameter.POSITIONAL_ONLY)
+    try:
+        return inspect.Signature([first, *inspect.signature(model.forward).parameters.values()])
+    except (TypeError, ValueError):  # not written in Python
+        return inspect.signature(Tapped.forward)
+
+
+def _check_at(at: Any) -> None:
+    if at == "activation":
+        raise Unsupported(
+            "at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types=nn.ReLU)."
+        )
+    if at not in ("output", "input"):
+        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
+
+
+def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(layer, torch.jit.ScriptModule) for layer in layers):
+        raise Unsupported(
+            "TorchScript runs no Python hooks, so a scripted model cannot be tapped: tap the Python model that it was made "
+            "from, or run it in a block, with capture(model) as acts: model(x)"
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise Unsupported(
+            f"nn.DataParallel runs copies of the model on {len(model.device_ids)} devices, and their hooks would mix: "
+            "tap the model inside, tapped(model.module)."
+        )
+
+
+def _function_only(names: Collection[str]) -> str:
+    return (
+        f"{listed(sorted(names))} runs as a function (F.conv1d), and tapped sees only layers that run as modules. "
+        "Use a block, with capture(model) as acts: model(x), or select layers that list_layers(model, example=x) shows "
+        "as modules."
+    )

@@ -1,0 +1,120 @@
+"""The time axis of a picture: where the frames of each layer lie, in input samples or seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from convtap._errors import ConvtapError, InvalidType, InvalidValue
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the frames of one call lie.
+
+    Attributes:
+        entry: what the timeline has of the call, or None.
+        dim: which axis of the output is time, counted from the end.
+        path: which tensor of a structure that is about; None for any.
+    """
+
+    entry: Any = None
+    dim: int = -1
+    path: str | None = None
+
+    def dim_of(self, path: str) -> int:
+        """Which axis of one of the call's tensors is time; the last one, where nothing else is known."""
+        return self.dim if self.path in (None, path) else -1
+
+
+class TimeAxis:
+    """The unit of a picture's time axis, and each layer's place on it.
+
+    Args:
+        timeline: what ``convtap.timeline`` gives, or None. ``timeline[layer]`` has a ``stride`` in input samples and
+            ``centre(t)``, the input sample at the centre of frame t; it may have ``dim``, the axis that is time.
+        sample_rate: input samples a second, or None to count in samples.
+
+    Attributes:
+        scale: seconds an input sample, or 1.
+        bounds: the ends of the axis, once they are known.
+
+    Raises:
+        InvalidType: ``timeline`` cannot be asked for a layer, or ``sample_rate`` is no number.
+        InvalidValue: ``sample_rate`` is not positive, or there is nothing that it could be applied to.
+    """
+
+    def __init__(self, timeline: Any, sample_rate: float | None, *, has_signal: bool) -> None:
+        if timeline is not None and not hasattr(type(timeline), "__getitem__"):
+            raise InvalidType(
+                f"timeline is a {type(timeline).__name__}, and it must be what convtap.timeline(model, x) gives."
+            )
+        self._timeline = timeline
+        self.has_timeline = timeline is not None
+        self.scale = 1.0 if sample_rate is None else 1.0 / _checked(sample_rate)
+        if sample_rate is not None and timeline is None and not has_signal:
+            raise InvalidValue(
+                f"sample_rate={sample_rate}: nothing here is counted in input samples. Pass the input as signal=x, or "
+                "timeline=convtap.timeline(model, x) to place the layers' frames."
+            )
+        self.unit = "input samples" if sample_rate is None else "seconds"
+        self.bounds: tuple[float, float] | None = None
+
+    def place(self, name: str, number: int | None, separator: str) -> Place:
+        """What the timeline knows of a call: a layer's only one in its pass, or the one of some number.
+
+        A layer that ran several times in a pass has no one place by its name, so that only ``name#0``, … is asked for.
+        """
+        if self._timeline is None:
+            return Place()
+        try:
+            entry = self._timeline[name if number is None else f"{name}{separator}{number}"]
+        except (LookupError, ConvtapError):
+            return Place()
+        dim = getattr(entry, "dim", -1)
+        return Place(entry, -1 if dim is None else dim, getattr(entry, "path", None))
+
+    def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
+        """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""
+        entry = place.entry
+        if entry is None or place.path not in (None, path):
+            return None
+        try:
+            if getattr(entry, "segments", 1) != 1:  # time is cut into segments, which lie in another axis
+                return None
+            half = entry.stride / 2
+            first, last = float(entry.centre(0) - half), float(entry.centre(frames - 1) + half)
+        except (TypeError, ConvtapError):  # the timeline says that it is unknown
+            return None
+        if not (math.isfinite(first) and math.isfinite(last) and first < last):
+            return None
+        return first * self.scale, last * self.scale
+
+    def signal_extent(self, samples: int) -> tuple[float, float]:
+        """Where a signal begins and ends; sample n is drawn around n."""
+        return -0.5 * self.scale, (samples - 0.5) * self.scale
+
+    def columns_for(self, extent: tuple[float, float] | None, columns: int) -> int:
+        """How many of the full width's columns a map has: fewer, if it covers only a part of the axis."""
+        if extent is None or self.bounds is None:
+            return columns
+        share = (extent[1] - extent[0]) / (self.bounds[1] - self.bounds[0])
+        return max(2, min(columns, math.floor(columns * share)))
+
+    def widen(self, *extents: tuple[float, float] | None) -> None:
+        """Makes the axis long enough for what is drawn on it."""
+        ends = [extent for extent in (self.bounds, *extents) if extent is not None]
+        if ends:
+            self.bounds = min(first for first, _ in ends), max(last for _, last in ends)
+
+
+def _checked(sample_rate: Any) -> float:
+    hint = "Pass input samples a second: sample_rate=16000."
+    try:
+        rate = float(sample_rate)
+    except (TypeError, ValueError):
+        raise InvalidType(f"sample_rate is {sample_rate!r}, and it must be a number. {hint}") from None
+    if isinstance(sample_rate, bool) or not (math.isfinite(rate) and rate > 0):
+        raise InvalidValue(f"sample_rate={sample_rate!r} is no rate. {hint}")
+    return rate

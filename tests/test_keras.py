@@ -1,0 +1,174 @@
+"""Keras 3 on the torch backend: what a second Keras model with several outputs gives, without building it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["KERAS_BACKEND"] = "torch"
+keras = pytest.importorskip("keras", reason="keras comes with the test extra")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from convtap import LayerNotFound, Unsupported, capture, list_layers  # noqa: E402
+from tests.reference import same  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")
+X = np.random.default_rng(0).standard_normal((6, 40, 2)).astype("float32")
+
+
+def five_convs():
+    inputs = keras.Input((40, 2))
+    x = inputs
+    for i in range(1, 6):
+        x = keras.layers.Conv1D(3 + i, 5, padding="same", activation="relu", name=f"conv{i}")(x)
+    return keras.Model(inputs, keras.layers.Dense(2, name="head")(keras.layers.GlobalAveragePooling1D()(x)))
+
+
+def with_several_outputs(model, names):
+    """The way people do it: a second model that returns the layers' outputs."""
+    return keras.Model(model.inputs, [model.get_layer(name).output for name in names])
+
+
+NAMES = [f"conv{i}" for i in range(1, 6)]
+
+
+def test_the_call_gives_what_a_model_with_several_outputs_gives():
+    model = five_convs()
+    expected = [output.detach() for output in with_several_outputs(model, NAMES)(X)]
+    plain = model(X).detach()
+    before = {layer.name: set(layer.__dict__) for layer in model.layers}
+    with capture(model) as acts:
+        y = model(X)
+    assert torch.equal(y.detach(), plain)
+    assert same(list(acts.items()), list(zip(NAMES, expected, strict=True)))
+    assert {call.via for call in acts.calls()} == {"keras"}
+    assert {layer.name: set(layer.__dict__) for layer in model.layers} == before
+    assert same(acts.sample(2), {name: output[2] for name, output in zip(NAMES, expected, strict=True)})
+
+
+def test_predict_gives_it_batch_by_batch():
+    model = five_convs()
+    expected = with_several_outputs(model, NAMES).predict(X, verbose=0, batch_size=4)
+    plain = model.predict(X, verbose=0, batch_size=4)
+    with capture(model) as acts:
+        predicted = model.predict(X, verbose=0, batch_size=4)
+    np.testing.assert_array_equal(predicted, plain)
+    for name, output in zip(NAMES, expected, strict=True):
+        np.testing.assert_array_equal(acts.cat(name).numpy(), output)
+    assert [call.forward for call in acts.calls("conv1")] == [0, 1]
+    assert len(acts.samples()) == 6
+
+
+def test_layers_that_run_twice_nested_models_and_sequential_models():
+    shared = keras.layers.Conv1D(2, 3, padding="same", name="shared")
+    inner = keras.Sequential([keras.Input((40, 2)), keras.layers.Conv1D(4, 3, name="deep")], name="inner")
+    inputs = keras.Input((40, 2))
+    model = keras.Model(inputs, inner(shared(shared(inputs))))
+    with capture(model) as acts:
+        y = model(X)
+    assert list(acts) == ["shared#0", "shared#1", "inner.deep"]
+    assert torch.equal(acts["shared#0"], shared(X).detach())
+    assert torch.equal(acts["inner.deep"], y.detach())
+    sequential = keras.Sequential(
+        [keras.Input((40, 2)), keras.layers.Conv1D(4, 3, name="a"), keras.layers.ReLU(name="r")]
+    )
+    with capture(sequential) as acts:
+        y = sequential(X)
+    assert list(acts) == ["a"]
+    assert torch.equal(acts["a"].relu(), y.detach())
+
+
+def test_selection_by_name_glob_type_and_position():
+    model = five_convs()
+    for layers, expected in (("conv3", ["conv3"]), ("conv[12]", NAMES[:2]), (-1, NAMES[4:]), ("head", ["head"])):
+        with capture(model, layers) as acts:
+            model(X)
+        assert list(acts) == expected
+    with capture(model, types=keras.layers.Dense) as acts:
+        model(X)
+    assert list(acts) == ["head"]
+    with pytest.raises(
+        LayerNotFound, match=r"no layer is named 'conv9'. The Conv1d layers here: conv1, .*Did you mean 'conv"
+    ):
+        capture(model, "conv9")
+    assert [row.type for row in list_layers(model)] == ["Conv1D"] * 5
+    assert list_layers(model, example=torch.from_numpy(X))[0].used == "Keras × 1"
+
+
+def test_inputs_gradients_and_stop():
+    model = five_convs()
+    expected = with_several_outputs(model, NAMES)(X)
+    with capture(model, "conv2", at="input") as acts:
+        model(X)
+    assert torch.equal(acts["conv2"], expected[0].detach())
+    with capture(model, detach=False) as acts:
+        loss = model(X).sum()
+    gradients = torch.autograd.grad(loss, [acts[name] for name in NAMES])
+    assert [tuple(g.shape) for g in gradients] == [tuple(e.shape) for e in expected]
+    assert all(g.abs().sum() > 0 for g in gradients)
+    with capture(model, "conv2", stop=True) as acts:
+        model(X)
+        pytest.fail("the model went on")
+    assert list(acts) == ["conv2"]
+
+
+def test_overlapping_blocks_and_errors_leave_the_layers_as_they_were():
+    model = five_convs()
+    before = {layer.name: set(layer.__dict__) for layer in model.layers}
+    a, b = capture(model), capture(model, "conv2")
+    in_a, in_b = a.__enter__(), b.__enter__()
+    model(X)
+    a.__exit__(None, None, None)
+    model(X)
+    b.__exit__(None, None, None)
+    assert (len(in_a), len(in_b)) == (5, 2)
+    assert {layer.name: set(layer.__dict__) for layer in model.layers} == before
+    with pytest.raises(ZeroDivisionError), capture(model):
+        model(X)
+        raise ZeroDivisionError
+    assert {layer.name: set(layer.__dict__) for layer in model.layers} == before
+
+
+def test_a_model_built_inside_a_block_records_no_symbolic_call():
+    model = five_convs()
+    with capture(model) as acts:
+        with_several_outputs(model, NAMES)
+        fresh = keras.Input((40, 2))
+        keras.Model(fresh, model(fresh))
+        model(X)
+    assert len(acts) == 5
+
+
+def test_a_keras_layer_inside_a_torch_model():
+    layer = keras.layers.Conv1D(3, 3, name="k")
+    layer.build((None, 40, 2))
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = layer
+            self.conv = nn.Conv1d(3, 2, 3)
+
+        def forward(self, x):
+            return self.conv(self.k(x).transpose(1, 2))
+
+    model = Mixed()
+    with capture(model) as acts:
+        y = model(torch.from_numpy(X))
+    assert list(acts) == ["k", "conv"]
+    assert torch.equal(acts["conv"], y)
+
+
+def test_keras_on_another_backend_is_refused_with_the_environment_variable():
+    # A layer of another backend has the same Layer class at the same place, and no torch module among its bases; the
+    # other backends themselves need half a gigabyte of packages.
+    layer = type("Layer", (), {"__module__": "keras.src.layers.layer"})
+    model = type("Functional", (layer,), {"__module__": "keras.src.models.functional"})()
+    with pytest.raises(
+        Unsupported, match="runs on another backend than torch.*KERAS_BACKEND=torch before keras is imported"
+    ):
+        capture(model)

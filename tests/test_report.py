@@ -1,0 +1,383 @@
+"""The report: one page that needs nothing but itself, says what was captured and what was not, and escapes every name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from convtap import LayerNotFound, StoreError, capture
+from convtap._errors import InvalidType, InvalidValue, OutOfRange
+
+VOID = {"meta", "img", "br", "path", "rect"}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '" onload="alert(1)',
+    "' onclick='x",
+    "</title></style><b>",
+    "line\nbreak\x00",
+    "right\u202eleft",
+    "&amp;",
+]
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its tags, their attributes and its text; an unbalanced page is an error."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def written(self):
+        return "".join(self.text)
+
+
+class Entry:
+    def __init__(self, start, stride, receptive_field):
+        self.start, self.stride, self.receptive_field = start, stride, receptive_field
+
+    def centre(self, t):
+        return self.start + t * self.stride + Fraction(self.receptive_field - 1, 2)
+
+
+def small():
+    return nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+
+
+class Together(nn.ModuleDict):
+    """Runs each of its layers on the input."""
+
+    def forward(self, x):
+        return [layer(x) for layer in self.values()]
+
+
+def read(acts, path, **options):
+    acts.report(path, **options)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def image_of(attrs):
+    data = attrs["src"].removeprefix("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+@pytest.fixture
+def acts():
+    model = small()
+    with capture(model) as found:
+        model(torch.randn(2, 1, 50))
+    return found
+
+
+# -- self-contained
+
+
+def test_the_page_refers_to_nothing_outside_itself(acts, tmp_path):
+    page = read(acts, tmp_path / "r.html", model=small(), signal=torch.randn(2, 1, 50))
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
+        assert not any(name.startswith("on") for name in attrs)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|@import|url\(|<link|<iframe|fetch\(|XMLHttp", text)
+    assert len(page.all("script")) == 1
+    policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+    assert any(attrs.get("name") == "viewport" for attrs in page.all("meta"))
+
+
+def test_the_page_needs_no_matplotlib(tmp_path):
+    code = (
+        "import sys, torch; sys.modules['matplotlib'] = None\n"
+        "from torch import nn\n"
+        "from convtap import capture\n"
+        "model = nn.Sequential(nn.Conv1d(1, 4, 3))\n"
+        "with capture(model) as acts: model(torch.randn(1, 1, 50))\n"
+        f"acts.report({str(tmp_path / 'r.html')!r}, model=model)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src", "PATH": ""})
+    assert (tmp_path / "r.html").stat().st_size > 1000
+
+
+def test_hostile_names_are_only_ever_text(tmp_path):
+    def page_of(names, **options):
+        model = Together({name: nn.Conv1d(1, 2, 1) for name in names})
+        with capture(model) as acts:
+            model(torch.zeros(1, 1, 9))
+        return read(acts, tmp_path / "r.html", **dict.fromkeys(options, model))
+
+    harmless = [f"layer{i}" for i in range(len(HOSTILE))]
+    for options in ({"model": ...}, {}):
+        page = page_of(HOSTILE, **options)
+        assert [tag for tag, _ in page.tags] == [tag for tag, _ in page_of(harmless, **options).tags]
+        assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+        written = page.written()
+        for name in HOSTILE[:4] + HOSTILE[6:]:
+            assert written.count(name) == 3  # in the table, above its picture, in the tree
+        assert written.count("line\\nbreak\\x00") == 3
+        assert written.count("right\\u202eleft") == 3
+        assert not re.search("[\x00\u202e]", written)
+
+
+def test_74_layers_of_noise_stay_under_5_mb(tmp_path):
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv1d(2, 64, 1) for _ in range(74))
+
+        def forward(self, x):
+            for conv in self.convs:
+                conv(torch.randn(1, 2, 1500))
+
+    model = Noise()
+    with capture(model) as acts:
+        model(torch.randn(1, 2, 1500))
+    page = read(acts, tmp_path / "r.html", model=model)
+    assert len(page.all("img")) == 74
+    assert (tmp_path / "r.html").stat().st_size < 5e6
+
+
+def test_pictures_are_limited_and_the_page_says_so(tmp_path):
+    conv = nn.Conv1d(1, 1, 1)
+    model = nn.Sequential(*[conv] * 310)
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 6))
+    page = read(acts, tmp_path / "r.html")
+    assert len(page.all("img")) == 300
+    assert "The first 300 of 310 calls" in page.written()
+
+
+def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
+    monkeypatch.setattr("convtap._report_table.MAX_ROWS", 1)
+    page = read(acts, tmp_path / "r.html")
+    assert len(page.all("tr")) == 2  # the headings and one call
+    assert "The first 1 of 2 calls; acts.summary() has all." in page.written()
+
+
+# -- what it says
+
+
+def test_the_table_has_the_statistics_that_numpy_computes(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 4, 3))
+    with capture(model) as acts:
+        values = model(torch.randn(2, 1, 50)).detach().numpy()
+    page = read(acts, tmp_path / "r.html")
+    numbers = [attrs["data-value"] for attrs in page.all("td") if "data-value" in attrs]
+    size, low, mean, high, std, zeros, nan, inf, dead, median = map(float, numbers)
+    assert size == 2 * 4 * 48 * 4
+    expected = [
+        values.min(),
+        values.mean(dtype=np.float64),
+        values.max(),
+        values.std(dtype=np.float64),
+        np.median(values),
+    ]
+    np.testing.assert_allclose([low, mean, high, std, median], expected, rtol=1e-5)
+    assert (zeros, nan, inf, dead) == (0, 0, 0, 0)
+
+
+def test_every_heading_sorts(acts, tmp_path):
+    page = read(acts, tmp_path / "r.html")
+    assert len(page.all("th")) == len(page.all("button")) == 13
+    assert {attrs["type"] for attrs in page.all("button")} == {"button"}
+
+
+def test_a_map_of_the_page_has_the_pixels_of_the_values(tmp_path):
+    values = torch.tensor([[[0.0, 1.0, -1.0, float("nan"), float("inf"), 0.5]] * 2])
+
+    class Given(nn.Conv1d):
+        def forward(self, x):
+            return values * 1
+
+    model = nn.Sequential(Given(1, 1, 1))
+    with capture(model) as acts:
+        model(torch.zeros(1, 1, 6))
+    page = read(acts, tmp_path / "r.html")
+    row = [tuple(pixel) for pixel in image_of(page.all("img")[0])[0]]
+    assert row[:5] == [(255, 255, 255), (168, 32, 46), (23, 88, 159), (0, 0, 0), (255, 205, 0)]
+    assert row[5] == (240, 160, 124)  # the anchor half-way to red
+    assert "2 NaN, 2 Inf" in page.written()
+    assert page.written().count("▼") == 2
+
+
+def test_pictures_lie_on_the_time_axis(acts, tmp_path):
+    line = {"0": Entry(0, 1, 3), "2": Entry(0, 2, 3)}
+    page = read(acts, tmp_path / "r.html", timeline=line, signal=torch.randn(2, 1, 100), sample_rate=10)
+    # the axis: 100 samples from -0.5 to 99.5. 48 frames around 1 … 48: from 0.5 to 48.5. 46 frames around 1, 3 … 91: 0 to 92
+    places = [attrs["style"] for attrs in page.all("img")]
+    assert places == ["left:1.000%;width:48.000%", "left:0.500%;width:92.000%"]
+    assert "time in seconds" in page.written()
+
+
+def test_what_was_not_captured_is_named_with_its_reason(tmp_path):
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle, self.fused = nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1)
+
+        def forward(self, x):
+            return self.used(x) + self.fused.weight.squeeze(1).sum()
+
+    model = Part()
+    with pytest.warns(match="fused"), capture(model, strict=False) as acts:
+        model(torch.randn(1, 1, 9))
+    page = read(acts, tmp_path / "r.html", model=model)
+    written = page.written()
+    assert "3 layers: 1 captured, 1 idle, 1 bypassed" in written
+    assert "weight read by torch.Tensor.squeeze" in written
+    marks = [attrs["class"] for attrs in page.all("span") if attrs.get("class") in ("captured", "idle", "bypassed")]
+    assert marks == ["captured", "idle", "bypassed"]
+
+
+def test_the_tree_is_the_models_with_the_captured_marked(tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU()), nn.Sequential(nn.Linear(5, 5)))
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 5))
+    page = read(acts, tmp_path / "r.html", model=model)
+    opened = [("open" in attrs) for attrs in page.all("details")]
+    assert opened == [True, True, False]  # the root, 0 (a layer of it was captured), 1 (none)
+    tree = page.written().split("Layer tree")[-1]
+    assert (
+        re.sub(r"\s+", " ", tree).strip()
+        == "Sequential0 Sequential0 Conv1d ● captured 1 time1 ReLU1 Sequential0 Linear"
+    )
+
+
+def test_functions_and_loose_parameters_are_in_the_tree(tmp_path):
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(1, 1, 3))
+
+        def forward(self, x):
+            return nn.functional.conv1d(x, self.kernel) + nn.functional.conv1d(x, self.kernel * 2)
+
+    model = Loose()
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 9))
+    tree = read(acts, tmp_path / "r.html", model=model).written().split("Layer tree")[-1]
+    assert "kernel ● captured 1 time" in tree
+    assert "F.conv1d ● captured 1 time" in tree
+
+
+def test_an_empty_capture_still_makes_a_page(acts, tmp_path):
+    acts.clear()
+    written = read(acts, tmp_path / "r.html", model=small()).written()
+    assert "No outputs were captured." in written
+    assert "There is nothing to draw." in written
+
+
+def test_bars_and_structures_are_on_the_page(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 7)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    model = Recurrent()
+    with capture(model, types=(nn.LSTM, nn.Linear)) as acts:
+        model(torch.randn(2, 9, 3))
+    page = read(acts, tmp_path / "r.html")
+    written = page.written()
+    assert "lstm.0 (9, 5) · its last axis taken as time" in written
+    assert "axis 0 is 1 and the input batch is 2" in written
+    assert "no time axis: one bar a channel" in written
+    assert len([attrs for attrs in page.all("rect") if attrs["fill"] in ("#17589f", "#a8202e")]) == 7
+
+
+def test_calls_of_other_passes_are_counted(tmp_path):
+    model = small()
+    with capture(model) as acts:
+        model(torch.randn(1, 1, 9))
+        model(torch.randn(1, 1, 9))
+    assert (
+        "2 calls of other forward passes: choose another input with sample=."
+        in read(acts, tmp_path / "r.html").written()
+    )
+
+
+def test_a_signal_with_gaps_is_drawn(acts, tmp_path):
+    signal = torch.randn(2, 3, 5000)
+    signal[0, 1, 100] = float("nan")
+    page = read(acts, tmp_path / "r.html", signal=signal)
+    assert len([attrs for attrs in page.all("path") if attrs.get("stroke") == "#b00000" and "v100" in attrs["d"]]) == 1
+    assert "(3, 5,000) 1 NaN" in page.written()
+
+
+# -- writing
+
+
+def test_the_file_is_replaced_whole_and_nothing_else_is_left(acts, tmp_path):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    acts.report(str(path))
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [file.name for file in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_the_page_is_the_same_every_time(acts, tmp_path):
+    acts.report(tmp_path / "a.html")
+    acts.report(tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_an_error_leaves_the_old_file(acts, tmp_path):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    with pytest.raises(OutOfRange):
+        acts.report(path, sample=9)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "message"),
+    [
+        ("no/such/r.html", {}, StoreError, "cannot write to .*Give a path in an existing, writable folder"),
+        (".", {}, StoreError, "cannot write to"),
+        ("r.html", {"model": 3}, InvalidType, "model is a int, not a torch.nn.Module"),
+        ("r.html", {"layers": "nope"}, LayerNotFound, "no captured layer matches 'nope'"),
+        ("r.html", {"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),
+    ],
+)
+def test_a_bad_argument_is_named(acts, tmp_path, path, options, error, message):
+    with pytest.raises(error, match=message):
+        acts.report(tmp_path / path, **options)
+
+
+def test_a_path_that_is_none_is_named(acts):
+    with pytest.raises(InvalidType, match="path is a BytesIO, and it must name a file"):
+        acts.report(io.BytesIO())
