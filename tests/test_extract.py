@@ -552,6 +552,7 @@ def test_labels_are_stored_with_their_samples(tmp_path):
     assert found == [(i, 3 * i) for i in range(10)]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # torch's own, in Dynamo
 def test_compiled_the_same_layers_are_stored_and_nothing_stays_on_the_model(tmp_path):
     model = Repeats()
     before = snapshot_of(model)
