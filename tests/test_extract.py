@@ -565,6 +565,18 @@ def test_compiled_the_same_layers_are_stored_and_nothing_stays_on_the_model(tmp_
     assert snapshot_of(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "scripted", [torch.jit.script, lambda model: torch.jit.trace(model, X[:2])], ids=["script", "trace"]
+)
+def test_scripted_models_are_extracted_as_a_whole_and_in_part(scripted, tmp_path):
+    model = two_convs().eval()
+    reference = torch.cat([batch["2"] for batch in by_hand(model, X.split(4))])
+    for layer, net in (("2", scripted(model)), ("0.2", nn.Sequential(scripted(model), nn.Conv1d(6, 2, 1)))):
+        store = extract(net, list(X.split(4)), tmp_path / layer, layer)
+        assert torch.equal(torch.stack(list(store[layer])), reference)
+
+
 def test_uninitialized_parameters_are_named(tmp_path):
     with pytest.raises(Unsupported, match=r"0\.weight is not initialized yet"):
         extract(nn.Sequential(nn.LazyConv1d(2, 3)), [X], tmp_path)

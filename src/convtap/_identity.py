@@ -36,7 +36,8 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}".replace("__main__.", "")
+    # without the Python module: a script that is run is ``__main__``, and imported by a worker it is something else
+    return type(module).__qualname__
 
 
 def _settings(module: nn.Module) -> str:
@@ -83,8 +84,8 @@ def function_identity(function: Any) -> str | None:
 def _name(function: Any) -> str:
     if isinstance(function, functools.partial):
         return f"partial({_name(function.func)})"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}".replace("__main__.", "")
+    name: str = function.__qualname__ if hasattr(function, "__qualname__") else type(function).__qualname__
+    return name
 
 
 def _code(function: Any) -> Iterable[bytes]:
@@ -116,6 +117,8 @@ def _constant(value: Any) -> Iterable[bytes]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _constant(item)
+    elif isinstance(value, (set, frozenset)):
+        yield from sorted(repr(item).encode() for item in value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield repr(key).encode()

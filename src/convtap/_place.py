@@ -49,13 +49,25 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> bool:
         if replace:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)
+            _link(temporary, path)
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a file its name, unless another process was first (FileExistsError)."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: the moment between looking and renaming stays open
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.replace(temporary, path)
 
 
 def read_description(path: Path) -> dict[str, Any]:
