@@ -314,7 +314,7 @@ def test_what_has_no_form_on_disk_is_said(make, tmp_path):
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_whatever_is_written_comes_back(data):
     """Batches of any sizes, with layers that come and go, of one shape or ragged."""
