@@ -172,3 +172,16 @@ def test_keras_on_another_backend_is_refused_with_the_environment_variable():
         Unsupported, match="runs on another backend than torch.*KERAS_BACKEND=torch before keras is imported"
     ):
         capture(model)
+
+
+def test_at_activation_gives_the_built_in_activation_or_the_one_that_follows():
+    inputs = keras.Input((40, 2))
+    x = keras.layers.Conv1D(3, 5, activation="relu", name="built_in")(inputs)
+    x = keras.layers.ReLU(name="after")(keras.layers.Conv1D(3, 5, name="plain")(x))
+    model = keras.Model(inputs, keras.layers.Conv1D(2, 3, name="none")(x))
+    expected = with_several_outputs(model, ["built_in", "after"])(X)
+    with capture(model, at="activation") as acts:
+        model(X)
+    assert list(acts) == ["built_in", "plain"]
+    assert same(list(acts.values()), [output.detach() for output in expected])
+    assert acts.coverage.unactivated == ["none"]

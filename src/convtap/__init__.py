@@ -2,6 +2,7 @@
 
 from convtap._call import Call
 from convtap._capture import Capture, capture
+from convtap._compare import compare
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,
@@ -15,6 +16,7 @@ from convtap._errors import (
     StoreError,
     Unsupported,
 )
+from convtap._finite import finite
 from convtap._layers import list_layers
 from convtap._result import Activations
 from convtap._save import load
@@ -39,6 +41,8 @@ __all__ = [
     "Tapped",
     "Unsupported",
     "capture",
+    "compare",
+    "finite",
     "list_layers",
     "load",
     "tapped",

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from convtap._errors import NotCaptured
+from convtap._grad import Gradient
 from convtap._memory import storage_key, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
@@ -18,6 +20,7 @@ class Tally:
 
     # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
     captured = 0
+    ran = 0  # counted only where captured cannot be: when an activation is looked for
     held = 0
     last_pass = -1
     bypassed: str | None = None
@@ -58,14 +61,17 @@ class Call:
         via: how it was seen: ``"module"``, ``"function"``, ``"script"`` or ``"keras"``.
     """
 
-    __slots__ = ("_tally", "_value", "forward", "index", "via")
+    __slots__ = ("_gradient", "_tally", "_value", "forward", "index", "via")
 
-    def __init__(self, tally: Tally, index: int, forward: int, via: str, value: Any) -> None:
+    def __init__(
+        self, tally: Tally, index: int, forward: int, via: str, value: Any, gradient: Gradient | None = None
+    ) -> None:
         self._tally = tally
         self.index = index
         self.forward = forward
         self.via = via
         self._value = value
+        self._gradient = gradient
 
     @property
     def name(self) -> str:
@@ -87,6 +93,23 @@ class Call:
         """
         value = self._value
         return value if type(value) is Tensor else read(value, self.key)
+
+    @property
+    def grad(self) -> Any:
+        """d(loss)/d(output), of the shape of the output, or None if no backward pass has reached the layer.
+
+        It is of the last backward pass that did, and of the whole output also where ``reduce`` keeps less of that. It is
+        there once ``loss.backward()`` or ``torch.autograd.grad`` has run, inside the block or after it.
+
+        Raises:
+            NotCaptured: the block was not opened with ``grads=True``, or the output has no autograd graph.
+        """
+        if self._gradient is None:
+            raise NotCaptured(
+                f"no gradients were collected here, so there is none of {self.key!r} (a saved file holds none either). "
+                "Write: with capture(model, grads=True) as acts: …"
+            )
+        return read(self._gradient.read(self.key), self.key)
 
     @property
     def _shown(self) -> Any:
@@ -127,6 +150,8 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
                 found[("", id(tensor))] = tensor_bytes(tensor)
             elif key[1]:
                 found[(str(tensor.device), key[0])] = key[1]
+        if call._gradient is not None and call._gradient.nbytes:
+            found[("gradient", id(call._gradient))] = call._gradient.nbytes
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from convtap import _eager, _process
 from convtap._budget import Budget
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
+from convtap._grad import Gradients
 from convtap._log import Log
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
+from convtap._owners import Owners
 from convtap._passes import FAST_PATHS, Passes
 from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
@@ -23,6 +25,7 @@ from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
+from convtap.taps.activation import Follower, check_activations
 from convtap.taps.function import FunctionTap
 from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap
@@ -51,7 +54,8 @@ class Capture:
             among the layers of ``types``), a function ``(name, module) -> bool``. An exact name or a module selects
             whatever type it has; the others choose among modules of ``types``.
         types: the module types to choose from; Conv1d and its quantized forms by default.
-        at: ``"output"``, or ``"input"`` for what the layer was given.
+        at: ``"output"``; ``"input"`` for what the layer was given; or ``"activation"`` for the output of the first
+            activation that consumes the layer's output, through normalization, dropout, reshaping and an added bias.
         detach: keep no autograd graph. With False the captured tensor is upstream of the loss, so that
             ``torch.autograd.grad(loss, acts[name])`` works.
         copy: the captured value survives later in-place operations. With False an alias is kept, and reading one that was
@@ -61,7 +65,10 @@ class Capture:
         reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
         max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
+        grads: also collect d(loss)/d(output) of every call, as ``Call.grad``, when a backward pass runs, inside the block
+            or after it. ``dtype`` and ``offload`` apply to it, ``reduce`` does not; ``max_bytes`` counts it beforehand.
         stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
+        activations: module types that count as activations, besides the ones that PyTorch brings.
         functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
             owner. None: yes, unless the model contains a module whose own fast path watching functions would switch off
             (``nn.TransformerEncoder``, ``nn.MultiheadAttention``).
@@ -80,7 +87,7 @@ class Capture:
         layers: Layers = None,
         *,
         types: Types = CONV1D,
-        at: Literal["output", "input"] = "output",
+        at: Literal["output", "input", "activation"] = "output",
         detach: bool = True,
         copy: bool = True,
         offload: str | torch.device | None = None,
@@ -88,18 +95,25 @@ class Capture:
         reduce: Callable[[Tensor], Tensor] | None = None,
         keep: Literal["all", "last"] = "all",
         max_bytes: int | str | None = None,
+        grads: bool = False,
         stop: bool = False,
+        activations: Sequence[type[nn.Module]] = (),
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
         _eager.refuse_inside_compiled()
         self._types = check_arguments(model, layers, types)
-        _check_choice("at", at, ("output", "input"))
+        _check_choice("at", at, ("output", "input", "activation"))
         _check_choice("keep", keep, ("all", "last"))
         if stop and layers is None:
             raise InvalidValue(
                 "stop=True needs layers: without them nobody can say which layer is the last. "
                 "Write for example capture(model, 'encoder.conv3', stop=True)."
+            )
+        if grads and at == "input":
+            raise InvalidValue(
+                "grads=True collects gradients of outputs, and at='input' captures none. Leave at= out, or capture "
+                "with detach=False and take torch.autograd.grad(loss, acts[name])."
             )
         self._model = model
         self._layers = layers
@@ -108,7 +122,11 @@ class Capture:
         self._offloader = None if offload is None else Offloader(offload)
         self._last = keep == "last"
         self._max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
+        self._grads = grads
         self._stop = stop
+        self._activations = check_activations(activations)
+        if self._activations and at != "activation":
+            raise InvalidValue(f"activations= says what counts as one with at='activation', and at is {at!r}.")
         self._functional = functional
         self._strict = strict
         self._judges = True
@@ -177,6 +195,7 @@ class _Block:
             budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
             stop_after=set(selection.names) if capture._stop else None,
             watched=self.functional,
+            grads=_gradients(capture),
         )
         self._open([passes, *self._taps(capture)])
 
@@ -200,10 +219,25 @@ class _Block:
         modules = selection.modules
         if scripted or keras:
             modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
-        taps.append(ModuleTap(modules, recorder, at=at, detach=capture._policy.detach))
+        follower = self._follower(capture) if at == "activation" else None
+        if follower is not None:
+            taps.append(follower)
+        # what may be replaced by a snapshot is compared with the keyword arguments as well
+        alone = capture._policy.detach and not capture._grads
+        taps.append(ModuleTap(modules, recorder, at=at, detach=alone))
         if self.functional:
-            taps.append(FunctionTap(selection, recorder, passes, token, at=at))
+            taps.append(FunctionTap(selection, recorder, passes, token, at=at, follower=follower))
         return taps
+
+    def _follower(self, capture: Capture) -> Follower:
+        if not self.functional:
+            raise Unsupported(
+                "at='activation' follows the outputs through the functions that the model calls, and those are not watched "
+                "here (functional=False, or a module whose fast path that would switch off). Pass functional=True."
+            )
+        tree = self.selection.tree
+        self.recorder.follower = Follower(tree.names, Owners(tree), self.recorder, capture._activations)
+        return self.recorder.follower
 
     def _open(self, parts: list[Any]) -> None:
         with ExitStack() as stack:
@@ -238,6 +272,13 @@ class _Block:
         return everything and recorder.failure is None and not recorder.reads
 
 
+def _gradients(capture: Capture) -> Gradients | None:
+    if not capture._grads:
+        return None
+    offloader = capture._offloader
+    return Gradients(capture._policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)
+
+
 def _check_replicas(tree: ModuleTree) -> None:
     """Refuses what runs copies of the model in threads of its own."""
     for wrapper in tree.wrappers:
@@ -253,6 +294,8 @@ def _check_script(capture: Capture, scripted: list[str]) -> None:
     """Refuses what TorchScript makes impossible."""
     for option, asked, instead in (
         ("detach=False", not capture._policy.detach, "values there carry no autograd graph: capture the Python model"),
+        ("at='activation'", capture._at == "activation", "its functions are not seen: use at='output'"),
+        ("grads=True", capture._grads, "values there carry no autograd graph: capture the Python model"),
         ("stop=True", capture._stop, "no exception passes through TorchScript: leave stop out"),
     ):
         if asked and scripted:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from convtap._errors import plural
 from convtap._table import Table
 
+_STATES = ("captured", "not activated", "idle", "bypassed")
+
 
 @dataclass(frozen=True)
 class LayerCoverage:
@@ -18,6 +20,7 @@ class LayerCoverage:
         captured: how many of its calls were captured.
         bypassed: what used its weight without a convolution that could be seen, or None.
         bypasses: in how many forward passes that happened.
+        unactivated: with ``at="activation"``, how often it ran and no activation consumed its output.
         computed: whether a convolution ran with a weight computed from this layer's; its output is under ``F.conv1d``.
     """
 
@@ -26,19 +29,24 @@ class LayerCoverage:
     bypassed: str | None = None
     bypasses: int = 0
     computed: bool = False
+    unactivated: int = 0
 
     @property
     def state(self) -> str:
-        """One of ``"captured"``, ``"bypassed"`` and ``"idle"``."""
+        """One of ``"captured"``, ``"not activated"``, ``"bypassed"`` and ``"idle"``."""
         if self.captured:
             return "captured"
+        if self.unactivated:
+            return "not activated"
         return "bypassed" if self.bypasses else "idle"
 
     def __str__(self) -> str:
         missed = f"bypassed in {plural(self.bypasses, 'pass')}: weight read by {self.bypassed}" if self.bypasses else ""
+        alone = f"ran {plural(self.unactivated, 'time')} without an activation after it" if self.unactivated else ""
         if self.captured:
-            captured = f"captured {plural(self.captured, 'time')}"
-            return f"{captured}, {missed}" if missed else captured
+            return ", ".join(part for part in (f"captured {plural(self.captured, 'time')}", alone, missed) if part)
+        if alone:
+            return alone
         if self.computed:
             return "idle; a convolution with a weight computed from its own is under 'F.conv1d'"
         return missed or "idle"
@@ -74,14 +82,18 @@ class Coverage(Mapping[str, LayerCoverage]):
         return self._in_state("idle")
 
     @property
+    def unactivated(self) -> list[str]:
+        """With ``at="activation"``: the layers that ran, some time, without an activation after them."""
+        return [name for name, layer in self._layers.items() if layer.unactivated]
+
+    @property
     def bypassed(self) -> list[str]:
         """The layers whose weight was used, in some pass, without a convolution that could be seen."""
         return [name for name, layer in self._layers.items() if layer.bypasses]
 
     def _line(self) -> str:
-        counts = [
-            f"{len(names)} {state}" for state in ("captured", "idle", "bypassed") if (names := self._in_state(state))
-        ]
+        named = ((state, self._in_state(state)) for state in _STATES)
+        counts = [f"{len(names)} {state}" for state, names in named if names]
         return f"{plural(len(self), 'layer')}: " + (", ".join(counts) or "none selected")
 
     def _table(self) -> Table:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._errors import InvalidType
+from convtap._structure import map_leaves
 
 #: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
 Example: TypeAlias = "Tensor | tuple[Any, ...] | dict[str, Any]"
@@ -50,3 +51,16 @@ def run_once(model: nn.Module, example: Any) -> Any:
     args, kwargs = arguments(example)
     with eval_mode(model), torch.random.fork_rng(), torch.no_grad():
         return model(*args, **kwargs)
+
+
+def fitted(example: Any, model: nn.Module) -> Any:
+    """Gives a model an example in the model's own floating type, and on its device."""
+    arguments(example)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else None
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+
+    def fit(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return map_leaves(fit, example, other=lambda value: value) if tensors else example

@@ -65,6 +65,7 @@ class Log:
             if tally is None:
                 found.append(LayerCoverage(name, 0))
             else:
-                state = (tally.captured, tally.bypassed, tally.bypasses, tally.computed)
+                unactivated = max(0, tally.ran - tally.captured)
+                state = (tally.captured, tally.bypassed, tally.bypasses, tally.computed, unactivated)
                 found.append(LayerCoverage(name, *state))
         return found

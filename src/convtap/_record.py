@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from convtap._budget import Budget
 from convtap._call import Call, Tally
 from convtap._errors import ConvtapError, Unsupported
 from convtap._functorch import is_wrapped, unwrapped
+from convtap._grad import Gradient, Gradients
 from convtap._log import Log
 from convtap._offload import Offloader
 from convtap._passes import Passes
@@ -37,6 +38,13 @@ class StopForward(BaseException):
         self.token = token
 
 
+class Follower(Protocol):
+    """Follows outputs to what is to be recorded instead of them."""
+
+    def emit(self, name: str, output: Any, via: str) -> None:
+        """Begins to follow an output."""
+
+
 class Recorder:
     """Records the outputs that taps emit into a log.
 
@@ -46,6 +54,7 @@ class Recorder:
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
+        follower: what follows outputs to their activations, if those are asked for.
         claimed: how many layers are running whose own tap emits them, so that no other tap is to.
         muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
@@ -63,12 +72,14 @@ class Recorder:
         budget: Budget | None,
         stop_after: set[str] | None,
         watched: bool,
+        grads: Gradients | None,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
         self.recomputed = 0
         self.reached = 0
         self.reads = False
+        self.follower: Follower | None = None
         self.claimed = 0
         self.muted = False
         self._token = token
@@ -76,7 +87,8 @@ class Recorder:
         self._modules = modules
         self._passes = passes
         self._policy = policy
-        self._plain = policy.is_plain and offloader is None
+        self._plain = policy.is_plain and offloader is None and grads is None
+        self._grads = grads
         self._last = last
         self._offloader = offloader
         self._budget = budget
@@ -96,12 +108,30 @@ class Recorder:
     def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
         """Records what a module returned; the hook itself, so that nothing is called in between."""
         # A shallow copy of a module shares its hooks. See Note: [Hooks and copies]
-        return self.emit(name, output, "module", args) if module is tapped else None
+        if module is not tapped:
+            return None
+        if self.follower is not None:
+            return self._follow(self.follower, name, output, "module")
+        return self.record(name, output, "module", args)
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
-        """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
+        """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
+        if self.follower is not None:
+            return self._follow(self.follower, name, output, via)
+        return self.record(name, output, via, inputs)
+
+    def _follow(self, follower: Follower, name: str, output: Any, via: str) -> None:
+        """Hands an output on to what follows it to its activation, which records that."""
+        if self.is_here(name):
+            tally = self._log.tallies.get(name) or self._open_tally(name)
+            tally.ran += 1
+            follower.emit(name, output, via)
+
+    def record(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
+        """Records an output; returns as ``emit`` does."""
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
-            return None
+            return None if self._grads is None else self._grads.recomputed(name, output, inputs)
+        gradient = None
         if self._plain and type(output) is Tensor and not is_wrapped(output):
             if self._watched:
                 with _outside_modes():
@@ -111,7 +141,10 @@ class Recorder:
             replacement = None
         else:
             value, replacement = self._guarded(self._keep, name, output, inputs)
-        self._store(name, value, via)
+            if self._grads is not None:
+                with _outside_modes():
+                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+        self._store(name, value, via, gradient)
         return replacement
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
@@ -185,14 +218,14 @@ class Recorder:
         self.failure = kind(f"layer {name!r}: {text}")
         return self.failure
 
-    def _store(self, name: str, value: Any, via: str) -> None:
+    def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
         forward = self._passes.current()
         tally = log.tallies.get(name) or self._open_tally(name)
         tally.last_pass = forward
         if tally.pending is not None:
             tally.pending = None
-        call = Call(tally, next(tally.numbers), forward, via, value)
+        call = Call(tally, next(tally.numbers), forward, via, value, gradient)
         if self._last:
             self._replace(name, call)
         else:

@@ -118,7 +118,12 @@ class Activations(Mapping[str, Any]):
         name = self._resolve(key)
         if name is not None:
             state = self.coverage[name]
-            why = "its outputs were cleared" if state.captured else f"it is {state}: no output of it was seen"
+            if state.captured:
+                why = "its outputs were cleared"
+            elif state.unactivated:
+                why = f"it {state}. Capture it with at='output', or name its activation's type with activations=(...)"
+            else:
+                why = f"it is {state}: no output of it was seen"
             return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
         known = list(dict.fromkeys([*self._index(), *self._log.names()]))
         return LayerNotFound(
@@ -178,9 +183,22 @@ class Activations(Mapping[str, Any]):
 
     # -- per input
 
-    def samples(self) -> list[dict[str, Tensor]]:
-        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``."""
-        return Samples(self._log).all()
+    def samples(self, lengths: Any = None, timeline: Any = None) -> list[dict[str, Tensor]]:
+        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``.
+
+        Args:
+            lengths: the samples of each input before it was padded, (B,), over all forward passes. Each output is then cut
+                to the frames that the input makes by itself.
+            timeline: ``convtap.timeline(model, example)`` of the model, which says how many frames those are.
+
+        Raises:
+            InvalidValue: only one of the two is given; there are not as many lengths as inputs; a length is longer than
+                its input; the timeline is of another model.
+            Unsupported: an output has no axis of the size of the input batch, or its time axis is unknown.
+        """
+        if lengths is None and timeline is None:
+            return Samples(self._log).all()
+        return Samples(self._log).valid(lengths, timeline)
 
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
@@ -256,7 +274,7 @@ class Activations(Mapping[str, Any]):
         log = self._log
         calls = f"{plural(len(log.calls), 'call')}, {human_bytes(self.nbytes)}"
         coverage = self.coverage
-        missing = [name for state in (coverage.idle, coverage.bypassed) for name in state]
+        missing = [name for state in (coverage.idle, coverage.bypassed, coverage.unactivated) for name in state]
         rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
         return [calls + rest, *log.notes]
 

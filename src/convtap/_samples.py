@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
 from torch import Tensor
 
 from convtap._call import Call
-from convtap._errors import OutOfRange, Unsupported, plural
+from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, plural
 from convtap._log import Log
 from convtap._structure import walk_tensors
+
+#: Cuts one tensor of a call: given the call, the path of the tensor in it, the tensor without batch axis, and the input.
+Cut: TypeAlias = "Callable[[Call, str, Tensor, int], Tensor]"
 
 
 class _Pass:
@@ -15,6 +22,7 @@ class _Pass:
 
     def __init__(self, calls: list[Call], shape: tuple[int, ...] | None) -> None:
         self.calls = calls
+        self.shape = shape
         self.single = shape is not None and _is_single(calls, shape)
         self.unsqueezed = shape is not None and len(shape) == 1
         if self.single:
@@ -25,13 +33,14 @@ class _Pass:
             tensors = (tensor for call in calls for _, tensor in walk_tensors(call._shown))
             self.size = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 0)
 
-    def row(self, row: int) -> dict[str, Tensor]:
+    def row(self, row: int, cut: Cut | None = None) -> dict[str, Tensor]:
         """Returns one input's outputs, each with its own memory."""
         found: dict[str, Tensor] = {}
         for call in self.calls:
             for path, tensor in walk_tensors(call.output):
                 key = f"{call.key}.{path}" if path else call.key
-                found[key] = self._cut(key, tensor, row).clone()
+                one = self._cut(key, tensor, row)
+                found[key] = (one if cut is None else cut(call, path, one, row)).clone()
         return found
 
     def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:
@@ -59,6 +68,30 @@ class Samples:
         """Returns every input's outputs."""
         return [found.row(row) for found in self._passes for row in range(found.size)]
 
+    def valid(self, lengths: Any, timeline: Any) -> list[dict[str, Tensor]]:
+        """Returns every input's outputs, each cut to the frames that its input makes by itself."""
+        if lengths is None or timeline is None:
+            raise InvalidValue(
+                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
+                "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
+            )
+        if not hasattr(timeline, "_cutter"):
+            raise InvalidType(
+                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
+            )
+        numbers = whole_numbers(lengths, "lengths")
+        total = sum(found.size for found in self._passes)
+        if len(numbers) != total:
+            raise InvalidValue(
+                f"lengths has {plural(len(numbers), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
+                "samples of each, over all forward passes."
+            )
+        rows: list[dict[str, Tensor]] = []
+        for found in self._passes:
+            cut = timeline._cutter(numbers[len(rows) : len(rows) + found.size], found.shape)
+            rows.extend([found.row(row, cut) for row in range(found.size)])
+        return rows
+
     def one(self, i: int) -> dict[str, Tensor]:
         """Returns one input's outputs; a negative position counts from the end."""
         total = sum(found.size for found in self._passes)
@@ -85,3 +118,30 @@ def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
     if all(tensor.dim() == 2 for tensor in convolutions):
         return True
     return len(shape) == 1 and all(tensor.dim() == 3 and tensor.shape[0] == 1 for tensor in convolutions)
+
+
+def whole_numbers(values: Any, name: str) -> list[int]:
+    """Reads a (B,) tensor, array or sequence of lengths.
+
+    Raises:
+        InvalidType: it holds something else than whole numbers.
+        InvalidValue: a number is negative, or there is more than one axis.
+    """
+    hint = f"Pass one whole number an input, such as {name}=[16000, 12000]."
+    if isinstance(values, (str, bytes)) or not (isinstance(values, Iterable) or hasattr(values, "__array__")):
+        raise InvalidType(f"{name} is a {type(values).__name__}. {hint}")
+    if getattr(values, "ndim", 1) != 1:
+        raise InvalidValue(f"{name} has shape {tuple(values.shape)}, and it must have one axis. {hint}")
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    numbers: list[int] = []
+    for value in found:
+        if isinstance(value, Tensor) and value.dim() == 0:
+            value = value.item()
+        whole = isinstance(value, float) and value.is_integer()
+        try:
+            numbers.append(int(value) if whole else operator.index(value))
+        except TypeError:
+            raise InvalidType(f"{name} holds {value!r}, which is no whole number. {hint}") from None
+        if isinstance(value, bool) or numbers[-1] < 0:
+            raise InvalidValue(f"{name} holds {value!r}, and an input cannot have that many samples. {hint}")
+    return numbers

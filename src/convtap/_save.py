@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,7 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [
-            [s.name, is_conv1d.get(s.name, False), s.captured, s.bypassed, s.bypasses, s.computed] for s in log.states()
-        ],
+        "layers": [{**asdict(state), "is_conv1d": is_conv1d.get(state.name, False)} for state in log.states()],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
@@ -97,15 +96,18 @@ def _content(path: Any, metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     log = Log(
-        selected=tuple(name for name, *_ in content["layers"]),
+        selected=tuple(layer["name"] for layer in content["layers"]),
         inputs={number: None if shape is None else tuple(shape) for number, shape in content["inputs"]},
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
         notes=list(content["notes"]),
     )
-    for name, is_conv1d, captured, bypassed, bypasses, computed in content["layers"]:
-        if captured or bypasses or computed:
+    for layer in content["layers"]:
+        name, is_conv1d = layer.pop("name"), layer.pop("is_conv1d")
+        if any(layer.values()):
             tally = log.tallies[name] = Tally(name, is_conv1d)
-            tally.captured, tally.bypassed, tally.bypasses, tally.computed = captured, bypassed, bypasses, computed
+            tally.ran = layer["captured"] + layer.pop("unactivated")
+            for key, value in layer.items():
+                setattr(tally, key, value)
     for saved in content["calls"]:
         tally = log.tallies[saved["name"]]
         tally.held += 1

@@ -50,7 +50,7 @@ def _missing(
     if bypassed:
         return NotCaptured(_bypassed(bypassed))
     if not any(state.captured for state in states):
-        return NotCaptured(f"nothing was captured: {_why_nothing(recorder, passes, selection)}")
+        return NotCaptured(f"nothing was captured: {_why_nothing(log, recorder, passes, selection)}")
     exact = [state.name for state in states if state.state == "idle" and state.name in log.exact]
     if exact:
         hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
@@ -67,7 +67,7 @@ def _bypassed(states: list[LayerCoverage]) -> str:
     )
 
 
-def _why_nothing(recorder: Recorder, passes: Passes, selection: Selection) -> str:
+def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Selection) -> str:
     if recorder.elsewhere:
         return _elsewhere(recorder).strip()
     if not selection.modules:
@@ -76,6 +76,12 @@ def _why_nothing(recorder: Recorder, passes: Passes, selection: Selection) -> st
         return (
             "the selected layers ran only during a backward pass (activation checkpointing recomputes them there). "
             "Put the forward pass inside the block: with capture(model) as acts: model(x)"
+        )
+    unactivated = [state.name for state in log.states() if state.unactivated]
+    if unactivated:
+        return (
+            f"the selected layers ran, but no activation followed them: {listed(unactivated)}. Capture them with "
+            "at='output', or name the types that count as activations with activations=(...)."
         )
     if not passes.inputs:
         return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+from convtap._commands import add_commands
 from convtap._errors import ConvtapError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns 0, or 2 after one line on standard error for a user's mistake."""
-    args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        args = _parser().parse_args(argv)
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except ConvtapError as error:
-        print(f"convtap: {error}", file=sys.stderr)
+        print(f"convtap: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130  # what shells give for Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. {self.prog} --help shows an example.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convtap", description="Taps the 1-D convolutions of PyTorch models.")
+    parser = _Parser(prog="convtap", description="Taps the 1-D convolutions of PyTorch models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -32,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("sound", nargs="?", metavar="FILE.wav", help="your own sound (default: a short recording)")
     demo.add_argument("--out", type=Path, default=Path("convtap-demo"), help="folder for the outputs (%(default)s)")
     demo.set_defaults(run=_demo)
+    add_commands(commands)
     return parser
 
 

@@ -17,6 +17,7 @@ from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
 from convtap._structure import walk_tensors
+from convtap.taps.activation import Follower
 
 _aten = torch.ops.aten
 
@@ -64,13 +65,21 @@ class FunctionTap:
     """Emits the convolutions that are called as functions, and notices weights that something else reads."""
 
     def __init__(
-        self, selection: Selection, recorder: Recorder, passes: Passes, token: _process.Token, *, at: str
+        self,
+        selection: Selection,
+        recorder: Recorder,
+        passes: Passes,
+        token: _process.Token,
+        *,
+        at: str,
+        follower: Follower | None,
     ) -> None:
         self._token = token
         self._selection = selection
         self._recorder = recorder
         self._passes = passes
         self._at = at
+        self._follower = follower
         self._modules = {id(module): name for name, module in selection.modules.items()}
         self._owners = Owners(selection.tree)
         self._wanted: dict[str, bool] = {}
@@ -80,6 +89,7 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
+        watcher = self._watch if self._follower is None else self._watch_and_follow
         weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
@@ -88,7 +98,7 @@ class FunctionTap:
                     weights[id(weight)] = name
                 else:
                     weights.update((id(source), name) for source in _sources_of_weight(module))
-        self._thread = _process.functions.begin(self._token, self._watch)
+        self._thread = _process.functions.begin(self._token, watcher)
 
     def close(self) -> None:
         """Ends it."""
@@ -107,6 +117,15 @@ class FunctionTap:
         if not seen.isdisjoint(map(id, args)) or (args and args[0].__class__ in _SEQUENCES) or kwargs:
             self._look_for_reads(func, args, kwargs, result)
         return result
+
+    def _watch_and_follow(
+        self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = self._watch(call, func, args, kwargs)
+        if self._follower is None or self._recorder.muted:
+            return result
+        replacement = self._follower.see(func, args, kwargs, result)
+        return result if replacement is None else replacement
 
     def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         for arg in (*args, *kwargs.values()):

@@ -49,6 +49,7 @@ class KerasTap:
         self._recorder = recorder
         self._passes = passes
         self._at = at
+        self._is_activated = {name: _has_activation(layer) for name, layer in layers.items()}
         self._placed: list[tuple[nn.Module, Any]] = []
 
     def open(self) -> None:
@@ -90,8 +91,15 @@ class KerasTap:
             recorder.emit_input(name, args[0] if len(args) == 1 else args, "keras")
             return recorder.claiming(call, args, kwargs)
         output = recorder.claiming(call, args, kwargs)
-        replacement = recorder.emit(name, output, "keras", (args, kwargs))
+        # A layer with an activation of its own returns what comes after it.
+        record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
+        replacement = record(name, output, "keras", (args, kwargs))
         return output if replacement is None else replacement
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    activation = getattr(layer, "activation", None)
+    return activation is not None and getattr(activation, "__name__", "") != "linear"
 
 
 def _is_symbolic(args: tuple[Any, ...]) -> bool:

@@ -1,0 +1,50 @@
+"""What ``finite`` costs: wav2vec2-base on one second of audio, plain and inside the block, interleaved in one process.
+
+``python -m benchmarks.finite`` prints a Markdown table. The bar is 1.2 times the plain forward, with every module watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks.harness import environment, interleave, markdown, paired_ratio, quartiles
+from benchmarks.overhead import wav2vec2_base
+from convtap import finite
+
+
+def inside(model: nn.Module, run: Callable[[], object], **options: object) -> Callable[[], object]:
+    """The forward inside a block."""
+
+    def case() -> object:
+        with finite(model, **options):  # type: ignore[arg-type]
+            return run()
+
+    return case
+
+
+def main() -> None:
+    """Prints the table."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"{environment()}\n")
+    model, run = wav2vec2_base()
+    cases = {
+        "plain forward": run,
+        "finite": inside(model, run),
+        "finite, types=nn.Conv1d": inside(model, run, types=nn.Conv1d),
+    }
+    with torch.no_grad():
+        seconds = interleave(cases, rounds=20)
+    plain = seconds["plain forward"]
+    rows = []
+    for name, values in seconds.items():
+        low, middle, high = (value * 1e3 for value in quartiles(values))
+        rows.append((name, f"{middle:.1f} ms", f"{low:.1f} – {high:.1f}", f"{paired_ratio(values, plain):.3f}"))
+    print(markdown(("", "median", "quartiles", "÷ plain"), rows))
+
+
+if __name__ == "__main__":
+    main()

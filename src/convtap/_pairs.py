@@ -1,0 +1,144 @@
+"""Which layer is compared with which: by a map, by name, by order; and a fused layer with the last one it replaces."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from convtap._errors import InvalidType, LayerNotFound, did_you_mean, listed
+from convtap._example import run_once
+from convtap._hooks import Hooks
+from convtap._tree import ModuleTree
+
+# Note: [Fused layers]
+# Assumption: fusing folds a BatchNorm, and a ReLU, into the convolution before it; what is left of them is an Identity, or
+#   nothing. The fused layer's output is then that of the last one that went into it.
+# Failure: compared with the convolution of the model before, a right fusion looks wrong at every layer.
+# Choice: one pass of each model says which BatchNorm and ReLU modules follow a convolution (by the identity of the tensors
+#   that they pass on; not by their order in the definition, which need not be that of execution). Those that follow in one
+#   model and not in the other were folded, and the last of them is the partner. A plain Conv1d can hold a BatchNorm only.
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_RELUS = (nn.ReLU, nn.ReLU6)
+
+
+@dataclass
+class Flow:
+    """How one model runs: which layers, and what follows each of them.
+
+    Attributes:
+        ran: the names of the modules that ran, in execution order.
+        followers: by layer, the names and kinds (``"norm"``, ``"relu"``) of the modules that its output goes through next.
+        kinds: by name, the class of the module.
+    """
+
+    ran: list[str] = field(default_factory=list)
+    followers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: Any) -> Flow:
+    """Runs a model once, and follows the output of each layer through normalization and activation modules."""
+    flow = Flow()
+    heads: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    hooks = Hooks()
+    wanted = set(layers)
+    for name, module in tree.names.items():
+        flow.kinds[name] = type(module).__name__
+        if name in wanted or isinstance(module, (*_NORMS, *_RELUS, nn.Identity)):
+            hooks.after(module, partial(_follow, flow, heads, wanted), name)
+    try:
+        run_once(model, example)
+    finally:
+        hooks.remove()
+    return flow
+
+
+def _follow(
+    flow: Flow, heads: dict[int, Any], wanted: set[str], name: str, module: Any, args: Any, output: Any
+) -> None:
+    flow.ran.append(name)
+    if not isinstance(output, Tensor):
+        return
+    if name in wanted and name not in flow.followers:
+        flow.followers[name] = []
+        heads[id(output)] = (weakref.ref(output), name)
+        return
+    reference, head = heads.get(id(args[0]) if args else 0, (None, None))
+    if reference is None or head is None or reference() is not args[0]:
+        return
+    if isinstance(module, (*_NORMS, *_RELUS)):
+        flow.followers[head].append((name, "norm" if isinstance(module, _NORMS) else "relu"))
+    heads[id(output)] = (weakref.ref(output), head)
+
+
+def folded(layer: str, flow: Flow, partner: str, other: Flow) -> str:
+    """Returns the module whose output a fused ``partner`` gives: the layer itself, or the last one that was folded in."""
+    mine, theirs = flow.followers.get(layer, []), other.followers.get(partner, [])
+    gone = len(mine) - len(theirs)
+    if gone <= 0 or [kind for _, kind in mine[gone:]] != [kind for _, kind in theirs]:
+        return layer
+    members = mine[:gone]
+    if "ReLU" not in other.kinds.get(partner, ""):
+        members = [member for member in members if member[1] == "norm"]
+    return members[-1][0] if members else layer
+
+
+def match(a: Mapping[str, Any], b: Mapping[str, Any], given: Mapping[str, str] | None) -> tuple[dict[str, str], str]:
+    """Pairs the layers of two sides.
+
+    By ``given``; then by name, if all names are the same or the structures are not; else by order.
+
+    Args:
+        a: the layers of one side in order, with what must be equal for their structures to match.
+        b: those of the other side.
+        given: partners by the caller's word: names in ``a`` to names in ``b``.
+
+    Returns:
+        The pairs, and a note if names did not decide.
+
+    Raises:
+        InvalidType: ``given`` is no dict.
+        LayerNotFound: ``given`` has a name that a side does not have.
+    """
+    pairs = _checked(a, b, given)
+    left = [name for name in a if name not in pairs]
+    taken = set(pairs.values())
+    right = [name for name in b if name not in taken]
+    if set(left) != set(right) and [a[name] for name in left] == [b[name] for name in right]:
+        pairs.update(zip(left, right, strict=True))
+        return pairs, "paired by order: the names differ, the structures match"
+    pairs.update({name: name for name in left if name in right})
+    return pairs, ""
+
+
+def _checked(a: Mapping[str, Any], b: Mapping[str, Any], given: Any) -> dict[str, str]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InvalidType(
+            f"map is a {type(given).__name__}, and it must be a dict from names in a to names in b: "
+            "map={'conv1': 'stem.conv'}."
+        )
+    for side, names, known in (("a", list(given), a), ("b", list(given.values()), b)):
+        for name in names:
+            if name not in known:
+                raise LayerNotFound(
+                    f"map: side {side} has no layer {name!r}. It has {listed(known)}.{did_you_mean(str(name), list(known))}"
+                )
+    return dict(given)
+
+
+def signature(module: nn.Module) -> Any:
+    """What two layers must have in common to be paired by order: kind of operation, channels and kernel."""
+    shape = tuple(str(getattr(module, key, None)) for key in ("in_channels", "out_channels", "kernel_size", "stride"))
+    kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _KINDS), type(module).__name__)
+    return (kind, *shape)
+
+
+_KINDS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "Linear")

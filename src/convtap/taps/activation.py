@@ -1,0 +1,176 @@
+"""Follows what the other taps emit to the first activation that consumes it, through normalization and the like."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from convtap._errors import InvalidType
+from convtap._hooks import Hooks
+from convtap._owners import Owners
+from convtap._record import Recorder
+from convtap._structure import walk_tensors
+
+#: Functions that are activations, by name: ``F.relu``, ``torch.relu``, ``Tensor.relu_`` and ``aten.relu`` are one.
+ACTIVATIONS = frozenset(
+    (  # noqa: SIM905 (forty quoted words read worse)
+        "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish glu hardtanh hardswish hardsigmoid hardshrink "
+        "softshrink tanhshrink threshold softplus softsign softmax softmin log_softmax sigmoid tanh logsigmoid log_sigmoid "
+        "clamp clamp_min clip"
+    ).split()
+)
+
+#: Functions that leave a convolution's output what it is: normalized, thinned out, reshaped, cut, cast.
+TRANSPARENT = frozenset(
+    (  # noqa: SIM905
+        "batch_norm layer_norm group_norm instance_norm rms_norm normalize local_response_norm native_batch_norm "
+        "native_layer_norm native_group_norm dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d native_dropout "
+        "feature_dropout transpose t permute movedim moveaxis swapaxes swapdims contiguous view reshape view_as reshape_as "
+        "flatten unflatten squeeze unsqueeze clone detach to type float half bfloat16 double type_as expand __getitem__ "
+        "narrow slice pad constant_pad_nd unbind chunk split requires_grad mT T"
+    ).split()
+)
+_ADDITIONS = frozenset(("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__isub__"))
+
+# Note: [Following a tensor]
+# Assumption: a tensor goes from one call to the next as the same Python object, and every call shows its arguments to the
+#   function mode; modules that are named as activations, and modules without parts of a type called ...Norm, show theirs
+#   to hooks.
+# Failure: identity is a number that Python uses again, and what consumes a tensor need not be an activation.
+# Choice: tensors are known by identity for as long as a weak reference to them lives. What consumes one makes its result
+#   another name of it (TRANSPARENT, an added parameter or number), ends the search (an activation), or is a branch that
+#   goes elsewhere. A call that no activation ends is counted as such.
+
+
+class _Search:
+    """One convolution's output on its way to an activation."""
+
+    __slots__ = ("done", "name", "via")
+
+    def __init__(self, name: str, via: str) -> None:
+        self.name = name
+        self.via = via
+        self.done = False
+
+
+class Follower:
+    """Ends each search that a tap begins, or leaves it open: then no activation followed."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        owners: Owners,
+        recorder: Recorder,
+        activations: tuple[type[nn.Module], ...],
+    ) -> None:
+        self._modules = modules
+        self._owners = owners
+        self._recorder = recorder
+        self._activations = activations
+        self._hooks = Hooks()
+        self._followed: dict[int, tuple[weakref.ref[Tensor], _Search]] = {}
+        self._inside = 0
+
+    def open(self) -> None:
+        """Puts hooks on the modules that are followed as a whole."""
+        for module in self._modules.values():
+            is_activation = isinstance(module, self._activations)
+            kind = type(module)
+            own_norm = "Norm" in kind.__name__ and not module._modules and not kind.__module__.startswith("torch.nn.")
+            if is_activation or own_norm:
+                self._hooks.before(module, self._enter)
+                self._hooks.after(module, self._leave, is_activation, always=True)
+
+    def close(self) -> None:
+        """Takes them off."""
+        self._hooks.remove()
+        self._followed.clear()
+
+    def emit(self, name: str, output: Any, via: str) -> None:
+        """Begins to follow the output of a convolution (of a structure, its first tensor)."""
+        search = _Search(name, via)
+        for _, tensor in walk_tensors(output):
+            self._follow(tensor, search)
+            break
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Looks at one torch call. Returns what its caller is to get instead of its result, or None."""
+        given = (*args, *kwargs.values()) if kwargs else args
+        if self._inside or self._followed.keys().isdisjoint(map(id, given)):
+            return None
+        search = self._search(given)
+        if search is None:
+            return None
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        name = name.partition(".")[0]
+        name = name if name.startswith("__") else name.rstrip("_")
+        if name in ACTIVATIONS:
+            return self._found(search, result, (args, kwargs))
+        if name in TRANSPARENT or (name in _ADDITIONS and self._is_bias(args)):
+            self._follow_all(result, search)
+        return None
+
+    def _found(self, search: _Search, output: Any, inputs: Any) -> Any:
+        search.done = True
+        return self._recorder.record(search.name, output, search.via, inputs)
+
+    def _search(self, args: Any) -> _Search | None:
+        for arg in args:
+            entry = self._followed.get(id(arg))
+            if entry is not None and entry[0]() is arg and not entry[1].done:
+                return entry[1]
+        return None
+
+    def _follow_all(self, result: Any, search: _Search) -> None:
+        for _, tensor in walk_tensors(result):
+            self._follow(tensor, search)
+
+    def _follow(self, tensor: Tensor, search: _Search) -> None:
+        key = id(tensor)
+        followed = self._followed
+
+        def forget(reference: Any) -> None:
+            if followed.get(key, (None,))[0] is reference:
+                del followed[key]
+
+        followed[key] = (weakref.ref(tensor, forget), search)
+
+    def _is_bias(self, args: tuple[Any, ...]) -> bool:
+        """Whether what is added is a number or a parameter."""
+        others = [arg for arg in args[:2] if id(arg) not in self._followed]
+        return all(not isinstance(other, Tensor) or self._owners.find(other) is not None for other in others) and bool(
+            others
+        )
+
+    # -- modules that are followed as a whole
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, is_activation: bool, module: nn.Module, args: Any, output: Any) -> Any:
+        self._inside = max(0, self._inside - 1)
+        search = self._search(args)
+        if search is None:
+            return None
+        if is_activation:
+            return self._found(search, output, args)
+        self._follow_all(output, search)
+        return None
+
+
+def check_activations(activations: Any) -> tuple[type[nn.Module], ...]:
+    """Returns the module types that a user names as activations.
+
+    Raises:
+        InvalidType: one of them is no module type.
+    """
+    types = tuple(activations) if isinstance(activations, (list, tuple, set, frozenset)) else (activations,)
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise InvalidType(f"activations holds {kind!r}, which is no module type. Write activations=(Snake1d,).")
+    return types

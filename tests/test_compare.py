@@ -1,0 +1,591 @@
+"""``compare``: differences that were planted, and numbers that NumPy computes from plain runs of both models."""
+
+import contextlib
+import copy
+import gc
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.ao.nn.quantized.dynamic as nnqd
+import torch.ao.quantization as quantization
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from convtap._capture import capture
+from convtap._compare import compare
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported
+from convtap._finite import finite
+from convtap._save import load
+
+# torch itself warns at every step of its own quantization that it will move to another package
+quantizing = pytest.mark.filterwarnings("ignore:.*(quantiz|reduce_range|observer).*")
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm and ReLU, twice, and one more convolution."""
+
+    def __init__(self, bn=True):
+        super().__init__()
+        self.conv1 = nn.Conv1d(1, 8, 5, padding=2)
+        self.bn1 = nn.BatchNorm1d(8)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv1d(8, 8, 5, padding=2)
+        self.bn2 = nn.BatchNorm1d(8)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv1d(8, 4, 5, padding=2)
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        return self.conv3(x)
+
+
+def net():
+    """A Net in eval mode, whose running statistics are not the trivial ones."""
+    model = Net()
+    for _ in range(3):
+        model(torch.randn(8, 1, 64) * 2 + 1)
+    return model.eval()
+
+
+def plain(depth=3, names=None):
+    names = names or [f"conv{i}" for i in range(depth)]
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Conv1d(2, 2, 3, padding=1))
+    return model.eval()
+
+
+def outputs_by_hand(model, x, types=nn.Conv1d):
+    """Clones of all outputs of a type, by torch's own hooks."""
+    found = {}
+    handles = [
+        module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.detach().clone()))
+        for name, module in model.named_modules()
+        if isinstance(module, types)
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+X = torch.linspace(-2, 2, 2 * 2 * 40).reshape(2, 2, 40).sin()
+SIGNAL = torch.linspace(-20, 20, 4 * 64).reshape(4, 1, 64).sin()
+
+
+def test_the_numbers_are_those_of_numpy():
+    a, b = plain(), plain()
+    hand_a, hand_b = outputs_by_hand(a, X), outputs_by_hand(b, X)
+    result = compare(a, b, example=X)
+    for row in result.rows[:-1]:
+        x, y = hand_a[row.name].double().numpy(), hand_b[row.name].double().numpy()
+        norm = np.linalg.norm
+        assert row.max_abs == pytest.approx(np.abs(x - y).max())
+        assert row.relative == pytest.approx(norm(x - y) / norm(x))
+        assert row.sqnr_db == pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()))
+        assert row.cosine == pytest.approx((x * y).sum() / norm(x) / norm(y))
+        assert row.shape == (2, 2, 40)
+
+
+def test_equal_models_agree_and_their_noise_is_nothing():
+    a = plain()
+    result = compare(a, copy.deepcopy(a), example=X)
+    assert [row.name for row in result] == ["conv0", "conv1", "conv2", "<output>"]
+    assert result.agrees
+    assert result.first is None
+    assert {(row.max_abs, row.relative, row.sqnr_db) for row in result} == {(0.0, 0.0, math.inf)}
+
+
+def test_the_planted_wrong_layer_is_the_first_over():
+    a = plain(5)
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b[2].weight[1, 0, 1] += 0.1
+    result = compare(a, b, example=X)
+    assert result.first.name == "conv2"
+    assert [row.over for row in result] == [False, False, True, True, True, True]
+    assert "4 of 6 over" in str(result)
+    lines = str(result).splitlines()
+    assert [line.split()[0] for line in lines if "← first over" in line] == ["conv2"]
+    assert "← first over" in result._repr_html_()
+
+
+def test_atol_and_rtol_are_elementwise_against_a():
+    a = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False))
+    b = copy.deepcopy(a)
+    x = torch.tensor([[[1.0, 100.0]]])
+    with torch.no_grad():
+        a[0].weight.fill_(1.0)
+        b[0].weight.fill_(1.01)  # errors 0.01 and 1
+    for atol, rtol, over in ((1.01, None, False), (0.9, None, True), (None, 0.0101, False), (None, 0.009, True)):
+        assert (compare(a, b, example=x, atol=atol, rtol=rtol).first is not None) is over
+    assert (
+        compare(a, b, example=x, atol=0.005, rtol=0.005).first is not None
+    )  # 0.01 against 0.005 + 0.005 · 1, 1 against 0.505
+    assert compare(a, b, example=x, sqnr_db=39).first is None  # 20 · log10(100) = 40 dB
+    assert compare(a, b, example=x, sqnr_db=41).first is not None
+
+
+def test_bfloat16_agrees_with_float32_at_its_own_precision():
+    a = net()
+    b = copy.deepcopy(a).bfloat16()
+    result = compare(a, b, example=SIGNAL)
+    assert result.first is None
+    assert {row.dtypes for row in result} == {("float32", "bfloat16")}
+    with torch.no_grad():
+        b.conv2.weight[3] += 1
+    assert compare(a, b, example=SIGNAL).first.name == "conv2"
+
+
+def test_a_folded_batchnorm_is_compared_with_the_batchnorm():
+    a = net()
+    b = copy.deepcopy(a)
+    b.conv1, b.bn1 = fuse_conv_bn_eval(b.conv1, b.bn1), nn.Identity()
+    b.conv2, b.bn2 = fuse_conv_bn_eval(b.conv2, b.bn2), nn.Identity()
+    result = compare(a, b, example=SIGNAL)
+    assert [(row.name, row.partner) for row in result] == [
+        ("bn1", "conv1"),
+        ("bn2", "conv2"),
+        ("conv3", "conv3"),
+        ("<output>", "<output>"),
+    ]
+    assert result.agrees
+    assert "b fuses conv1 … bn1" in str(result)
+    back = compare(b, a, example=SIGNAL)
+    assert [(row.name, row.partner) for row in back][:2] == [("conv1", "bn1"), ("conv2", "bn2")]
+    assert back.agrees
+    with torch.no_grad():
+        b.conv2.bias[0] += 1
+    assert compare(a, b, example=SIGNAL).first.name == "bn2"
+
+
+def test_a_batchnorm_defined_elsewhere_is_found_by_what_it_is_given():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
+            self.convs = nn.ModuleList([nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3)])
+
+        def forward(self, x):
+            for conv, norm in zip(self.convs, reversed(self.norms), strict=True):
+                x = norm(conv(x))
+            return x
+
+    a = Apart()
+    a(torch.randn(8, 2, 30) + 3)
+    a.eval()
+    b = copy.deepcopy(a)
+    for i in (0, 1):
+        b.convs[i] = fuse_conv_bn_eval(b.convs[i], b.norms[1 - i])
+    b.norms = nn.ModuleList([nn.Identity(), nn.Identity()])
+    result = compare(a, b, example=X)
+    assert [(row.name, row.partner) for row in result][:2] == [("norms.1", "convs.0"), ("norms.0", "convs.1")]
+    assert result.agrees
+
+
+def test_a_functional_relu_after_a_folded_convolution_is_no_member():
+    class Functional(Net):
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            return self.conv3(F.relu(self.bn2(self.conv2(x))))
+
+    a = net()
+    b = Functional().eval()
+    b.load_state_dict(a.state_dict())
+    b.conv1, b.bn1 = fuse_conv_bn_eval(b.conv1, b.bn1), nn.Identity()
+    result = compare(a, b, example=SIGNAL)
+    assert (result.rows[0].name, result.rows[0].partner) == ("bn1", "conv1")
+    assert result.agrees
+
+
+@quantizing
+def test_fused_modules_are_compared_with_the_relu():
+    a = net()
+    b = quantization.fuse_modules(copy.deepcopy(a), [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"]])
+    result = compare(a, b, example=SIGNAL)
+    assert [(row.name, row.partner) for row in result][:3] == [
+        ("relu1", "conv1"),
+        ("relu2", "conv2"),
+        ("conv3", "conv3"),
+    ]
+    assert result.agrees
+
+
+class Quantizable(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.quant, self.net, self.dequant = quantization.QuantStub(), net, quantization.DeQuantStub()
+
+    def forward(self, x):
+        return self.dequant(self.net(self.quant(x)))
+
+
+@contextlib.contextmanager
+def engine():
+    before = torch.backends.quantized.engine
+    supported = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "x86" if "x86" in supported else "qnnpack"
+    try:
+        yield torch.backends.quantized.engine
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@quantizing
+def test_static_quantization_is_dequantized_and_compared_with_the_fused_members():
+    a = net()
+    b = quantization.fuse_modules(copy.deepcopy(a), [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"]])
+    with engine() as name:
+        b = Quantizable(b).eval()
+        b.qconfig = quantization.get_default_qconfig(name)
+        b = quantization.prepare(b)
+        b(SIGNAL)
+        b = quantization.convert(b)
+        result = compare(a, b, example=SIGNAL)
+        wrong = copy.deepcopy(a)
+        with torch.no_grad():
+            wrong.conv2.weight[0] += 1
+        planted = compare(wrong, b, example=SIGNAL)
+    assert [(row.name, row.partner) for row in result][:3] == [
+        ("relu1", "net.conv1"),
+        ("relu2", "net.conv2"),
+        ("conv3", "net.conv3"),
+    ]
+    assert result.first is None
+    assert result.rows[0].dtypes == ("float32", "quint8")
+    assert 20 < result.rows[2].sqnr_db < 60
+    assert planted.first.name == "relu2"
+
+
+@quantizing
+def test_dynamic_quantization_has_the_tolerance_of_eight_bits():
+    # Inputs of both signs: torch 2.13's dynamic Conv1d is itself far off (0.8 of its output) where they have one only.
+    a = plain(3)
+    for layer in a:
+        nn.init.zeros_(layer.bias)
+    with engine():
+        b = quantization.quantize_dynamic(
+            copy.deepcopy(a), {nn.Conv1d: quantization.default_dynamic_qconfig}, mapping={nn.Conv1d: nnqd.Conv1d}
+        )
+        assert isinstance(b[1], nnqd.Conv1d)
+        result = compare(a, b, example=X)
+        wrong = copy.deepcopy(a)
+        with torch.no_grad():
+            wrong[1].weight[0] += 1
+        planted = compare(wrong, b, example=X)
+    assert result.first is None
+    assert result.rows[0].relative > 1e-3  # so float32's own tolerance would have called it wrong
+    assert planted.first.name == "conv1"
+
+
+# -- captures
+
+
+def test_captures_and_loaded_captures(tmp_path):
+    a, b = plain(), plain()
+    b.load_state_dict(a.state_dict())
+    with torch.no_grad():
+        b[1].bias += 0.5
+    with capture(a) as one:
+        a(X)
+    with capture(b) as two:
+        b(X)
+    one.save(tmp_path / "a.safetensors")
+    result = compare(load(tmp_path / "a.safetensors"), two)
+    assert [row.name for row in result] == ["conv0", "conv1", "conv2"]
+    assert result.first.name == "conv1"
+
+
+def test_repeated_calls_are_compared_one_by_one():
+    conv = plain(1)
+    with capture(conv) as one:
+        conv(X)
+        conv(X)
+    with capture(conv) as two:
+        conv(X)
+        conv(2 * X)
+        conv(X)
+    result = compare(one, two)
+    assert [(row.name, row.partner, row.over) for row in result] == [
+        ("conv0#0", "conv0#0", False),
+        ("conv0#1", "conv0#1", True),
+    ]
+    assert result.only_b == ["conv0#2"]
+    assert not result.agrees
+    assert "only in b: conv0#2" in str(result)
+
+
+def test_names_may_be_mapped():
+    a, b = plain(2, ["one", "two"]), plain(2, ["two", "one"])
+    b.two.load_state_dict(a.one.state_dict())
+    b.one.load_state_dict(a.two.state_dict())
+    assert compare(a, b, example=X, map={"one": "two", "two": "one"}).agrees
+    assert compare(a, b, example=X).first is not None  # by name, which is another pairing
+
+
+def test_other_names_are_paired_by_order_if_the_structures_match():
+    a, b = plain(3), plain(3, ["x", "y", "z"])
+    b.load_state_dict(
+        {f"{new}.{key}": a.state_dict()[f"conv{i}.{key}"] for i, new in enumerate("xyz") for key in ("weight", "bias")}
+    )
+    result = compare(a, b, example=X)
+    assert [(row.name, row.partner) for row in result][:3] == [("conv0", "x"), ("conv1", "y"), ("conv2", "z")]
+    assert result.agrees
+    assert "paired by order" in str(result)
+
+
+def test_what_has_no_partner_is_listed():
+    a, b = plain(3), plain(2)
+    b.add_module("other", nn.Conv1d(2, 2, 5, padding=2))
+    b.load_state_dict({**a.state_dict(), **b.other.state_dict(prefix="other.")}, strict=False)
+    result = compare(a, b, example=X)
+    assert result.only_a == ["conv2"]
+    assert result.only_b == ["other"]
+    assert [row.name for row in result] == ["conv0", "conv1", "<output>"]
+
+
+def test_nothing_in_common_is_an_error_that_lists_both():
+    a = plain(2)
+    b = nn.Sequential(nn.Conv1d(2, 3, 3))
+    with pytest.raises(InvalidValue, match=r"no layer of a has a partner in b. a ran conv0, conv1; b ran 0. .*map="):
+        compare(a, b, example=X)
+
+
+def test_different_shapes_are_listed_and_not_fatal():
+    a, b = plain(2), plain(2)
+    b[0] = nn.Conv1d(2, 2, 3)
+    result = compare(a, b, example=X)
+    assert result.first.name == "conv0"
+    assert result.first.max_abs is None
+    assert "shapes differ: (2, 2, 40) and (2, 2, 38)" in str(result)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_on_one_side_only_is_over_and_on_both_is_no_difference(value):
+    a = plain(1)
+    b = copy.deepcopy(a)
+    x = X.clone()
+    x[0, 0, 5] = value
+    assert compare(a, b, example=x).agrees
+    with torch.no_grad():
+        b[0].bias[1] = value
+    row = compare(a, b, example=X, atol=1e9).first
+    assert row.max_abs == math.inf
+    assert row.note == "not finite: 0 in a, 80 in b"  # one channel of two samples
+
+
+def test_to_dict_is_plain():
+    a, b = plain(2), plain(2)
+    found = compare(a, b, example=X, sqnr_db=30).to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["first"] == "conv0"
+    assert found["tolerance"] == {"atol": None, "rtol": None, "sqnr_db": 30.0}
+
+
+# -- streaming
+
+
+def test_models_are_compared_layer_by_layer(monkeypatch):
+    import convtap._comparison as module
+
+    held = []
+    a, b = plain(12), plain(12)
+    original = module.difference
+
+    def watching(*args):
+        gc.collect()
+        held.append(sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (2, 2, 40)))
+        return original(*args)
+
+    monkeypatch.setattr(module, "difference", watching)
+    x = X.clone()
+    compare(a, b, example=x)
+    assert len(held) == 13
+    assert max(held[2:-1]) <= min(held[2:-1]) + 2  # the same at every layer: nothing piles up
+
+
+def test_both_runs_see_the_same_random_numbers_and_leave_none_used():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv1d(2, 2, 3)
+            self.two = nn.Conv1d(2, 2, 3)
+
+        def forward(self, x):
+            x = self.one(x + torch.randn_like(x))
+            return self.two(x + torch.randn_like(x)) + torch.randn(1)
+
+    a = Noisy()
+    b = copy.deepcopy(a)
+    before = torch.get_rng_state()
+    assert compare(a, b, example=X).agrees
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_modes_are_restored_also_if_modules_are_shared():
+    a = net().train()
+    b = copy.deepcopy(a)
+    b.conv1 = a.conv1
+    b.bn2.eval()
+    statistics = a.bn1.running_mean.clone()
+    compare(a, b, example=SIGNAL)
+    compare(a, a, example=SIGNAL)
+    assert a.training
+    assert all(module.training for module in a.modules())
+    assert [name for name, module in b.named_modules() if not module.training] == ["bn2"]
+    assert torch.equal(a.bn1.running_mean, statistics)
+    assert all(module._forward_hooks == {} for module in a.modules())
+
+
+def test_a_model_that_fails_halfway_says_so_and_leaves_no_thread():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv1d(2, 2, 3)
+            self.two = nn.Conv1d(3, 2, 3)
+            self.broken = False
+
+        def forward(self, x):
+            x = self.one(x)
+            return self.two(x) if self.broken else x
+
+    a, b = Fails(), Fails()
+    a.broken = True
+    with pytest.raises(RuntimeError, match="channels"):
+        compare(a, b, example=X)
+    assert not [thread for thread in threading.enumerate() if thread.name == "convtap-compare"]
+    assert a.one._forward_hooks == b.one._forward_hooks == {}
+
+
+def test_an_error_while_comparing_ends_both_runs(monkeypatch):
+    import convtap._comparison as module
+
+    def fails(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "difference", fails)
+    a = plain()
+    with pytest.raises(ZeroDivisionError):
+        compare(a, copy.deepcopy(a), example=X)
+    assert not [thread for thread in threading.enumerate() if thread.name == "convtap-compare"]
+    assert all(module._forward_hooks == {} for module in a.modules())
+
+
+def test_autocast_is_taken_along():
+    a = plain()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = compare(a, copy.deepcopy(a), example=X)
+    assert {row.dtypes for row in result} == {("bfloat16", "bfloat16")}
+
+
+def test_functional_convolutions_are_compared_by_their_weight_s_owner():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 3)
+            self.kernel = nn.Parameter(torch.randn(2, 2, 3))
+
+        def forward(self, x):
+            return F.conv1d(F.conv1d(x, self.conv.weight), self.kernel)
+
+    a = Functional()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b.kernel += 0.1
+    result = compare(a, b, example=X)
+    assert [row.name for row in result] == ["conv", "kernel", "<output>"]
+    assert result.first.name == "kernel"
+
+
+def test_layers_choose_and_keyword_examples_work():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = plain()
+
+        def forward(self, *, audio):
+            return {"logits": self.net(audio), "none": None}
+
+    a = Keyword()
+    result = compare(a, copy.deepcopy(a), example={"audio": X}, layers="net.conv1")
+    assert [row.name for row in result] == ["net.conv1", "<output>.logits"]
+
+
+# -- compiled
+
+
+def test_a_compiled_side_runs_compiled_and_its_wrong_layer_is_found():
+    a = plain(4)
+    b = torch.compile(copy.deepcopy(a), backend="aot_eager")
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    result = compare(a, b, example=X)
+    assert frames["ok"] > before
+    assert [row.name for row in result] == ["conv0", "conv1", "conv2", "conv3", "<output>"]
+    assert result.agrees
+    assert "compiled: b" in str(result)
+    with torch.no_grad():
+        b._orig_mod[2].bias += 1
+    assert compare(a, b, example=X).first.name == "conv2"
+    assert compare(b, a, example=X).first.name == "conv2"
+    assert compare(b, b, example=X).agrees
+
+
+def test_a_fault_that_only_the_compiler_makes_is_found():
+    def wrong(graph, inputs):  # a backend that leaves out the last convolution's bias
+        node = [n for n in graph.graph.nodes if "conv" in str(n.target) or n.op == "call_module"][-1]
+        with graph.graph.inserting_after(node):
+            shifted = graph.graph.call_function(torch.add, (node, 1.0))
+        node.replace_all_uses_with(shifted, delete_user_cb=lambda user: user is not shifted)
+        graph.recompile()
+        return graph
+
+    a = plain(3)
+    result = compare(a, torch.compile(a, backend=wrong), example=X)
+    assert result.first.name in ("conv2", "<output>")
+    assert not result.agrees
+
+
+def test_a_compiled_side_is_never_quietly_eager():
+    a = plain(2)
+    b = torch.compile(copy.deepcopy(a), backend="eager")
+    with pytest.raises(Unsupported, match=r"side b is compiled.*run eagerly now"), finite(a):
+        compare(a, b, example=X)
+    part = copy.deepcopy(a)
+    part[1].compile(backend="eager")
+    with pytest.raises(Unsupported, match=r"in side b parts are compiled by themselves: conv1"):
+        compare(a, part, example=X)
+
+
+# -- bad input
+
+
+def test_bad_input_says_what_to_write():
+    a = plain(1)
+    with capture(a) as acts:
+        a(X)
+    with pytest.raises(InvalidValue, match=r"compare\(a, b, example=x\)"):
+        compare(a, a)
+    with pytest.raises(InvalidType, match="got Sequential and Activations"):
+        compare(a, acts)
+    with pytest.raises(InvalidType, match="got Tensor and Tensor"):
+        compare(X, X)
+    with pytest.raises(LayerNotFound, match=r"map: side b has no layer 'conv9'. It has conv0. Did you mean 'conv0'\?"):
+        compare(a, a, example=X, map={"conv0": "conv9"})
+    with pytest.raises(InvalidType, match="map is a list"):
+        compare(acts, acts, map=["conv0"])
+    with pytest.raises(InvalidValue, match=r"atol=-1 is no tolerance"):
+        compare(acts, acts, atol=-1)
+    with pytest.raises(InvalidType, match="sqnr_db is a str"):
+        compare(acts, acts, sqnr_db="30")
+    with pytest.raises(LayerNotFound, match="Did you mean 'conv0'"):
+        compare(a, a, example=X, layers="conv")
+    with pytest.raises(InvalidType, match="example is a list"):
+        compare(a, a, example=[X])
