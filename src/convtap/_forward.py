@@ -170,13 +170,14 @@ class Runner:
         """
         args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
         with torch.inference_mode(), self._casting():
+            if self._rule is not None:
+                self._rule.learn(args, kwargs)
             if self._compiled is not None:
                 return self._run_compiled(args, kwargs)
             shape = tuple(tuple(tensor.shape) for _, tensor in walk_tensors((args, kwargs)))
             early = self._early if shape in self._settled else None
-            watching = self._rule.watch() if self._rule is not None and not self._rule.known else nullcontext()
             block: Any = early or self._whole
-            with watching, block as acts:
+            with block as acts:
                 opened = block._open
                 self._model(*args, **kwargs)
             self._judge(opened, acts)
@@ -193,9 +194,6 @@ class Runner:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, dtype=self._autocast)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
-        if self._rule is not None and not self._rule.known:
-            with self._rule.watch():
-                self._model(*args, **kwargs)
         _, outputs = self._compiled(*args, **kwargs)
         calls = [(*self._split(key), value) for key, value in outputs.items()]
         self.ran.update(name for name, _, _ in calls)

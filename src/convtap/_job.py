@@ -225,10 +225,11 @@ class _Names:
 
 
 def _last_axis(inputs: Any) -> int:
-    shape = next((tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1), None)
-    if shape is None:
+    shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
+    shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
+    if not shapes:
         raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return int(shape[-1])
+    return int(shapes[0][-1])
 
 
 def _checked_labels(found: Any, size: int) -> Tensor:

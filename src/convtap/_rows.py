@@ -55,10 +55,11 @@ class RowMaker:
             if self.rule is None or lengths is None:
                 columns[key] = _own(tensor.detach())
             else:
-                self.rule.check(layer, full, tensor.shape[-1])
+                axis = self.rule.axis(layer)
+                self.rule.check(layer, full, tensor.shape[axis])
                 frames = [self.rule.frames(layer, length) for length in lengths]
                 columns[key] = _stacked(
-                    [self._cut(key, row[..., :count]) for row, count in zip(tensor, frames, strict=True)]
+                    [self._cut(key, row.narrow(axis, 0, count)) for row, count in zip(tensor, frames, strict=True)]
                 )
         return columns
 
