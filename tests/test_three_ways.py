@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from examples.three_ways import FunctionalNetwork, ModuleListNetwork, captured, keras_network, main
 from tests.reference import same
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")  # inside keras
 X = torch.randn(3, 1, 200)
 
 
