@@ -157,10 +157,9 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def separate(tallies: Iterable[Tally]) -> None:
+def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    tallies = list(tallies)
-    names = [tally.name for tally in tallies if "#" in tally.name]
-    for tally in tallies if names else ():
-        if any(name.startswith(tally.name + "#") for name in names):
+    numbered = [name for name in names if "#" in name]
+    for tally in list(tallies) if numbered else ():
+        if any(name.startswith(tally.name + "#") for name in numbered):
             tally.separator = "##"
