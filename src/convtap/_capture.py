@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from convtap import _eager, _process
 from convtap._budget import Budget
-from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, OffloadWarning, Unsupported, listed
 from convtap._log import Log
 from convtap._memory import parse_bytes
-from convtap._offload import Offloader
+from convtap._offload import Offloader, first_failure
 from convtap._passes import FAST_PATHS, Passes
 from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
@@ -56,7 +57,8 @@ class Capture:
             ``torch.autograd.grad(loss, acts[name])`` works.
         copy: the captured value survives later in-place operations. With False an alias is kept, and reading one that was
             changed since raises ``ModifiedInPlace``.
-        offload: a device to move what is kept to, such as ``"cpu"``.
+        offload: a device to move what is kept to, such as ``"cpu"``. From CUDA the copies run beside the model; reading an
+            output waits for its own copy, and leaving the block waits for all.
         dtype: what to cast floating-point outputs to.
         reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
@@ -161,6 +163,7 @@ class _Block:
         if not selection.modules and not self.functional:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
+        self.offloader = capture._offloader
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         self._note(slowed)
         token = self.token = _process.Token()
@@ -221,15 +224,30 @@ class _Block:
 
         If it ended well, what is missing is an error (``strict``), a warning, or (None) for the caller to see.
         """
-        self.stack.close()
+        try:
+            self.stack.close()
+        finally:
+            self._land()
         log, selection = self.log, self.selection
         if self.recorder.reads:
             log.settle()
         log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
         stopped = isinstance(error, StopForward) and error.token is self.token
-        if strict is not None and (error is None or stopped) and not self._is_complete():
-            conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
+        if strict is not None and (error is None or stopped):
+            self._warn()
+            if not self._is_complete():
+                conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped
+
+    def _land(self) -> None:
+        """Waits for what is still being copied. One that failed makes the block fail, and raises whenever it is read."""
+        if self.offloader is not None and not self.offloader.drain():
+            self.recorder.failure = self.recorder.failure or first_failure(self.log.calls.values())
+
+    def _warn(self) -> None:
+        message = None if self.offloader is None else self.offloader.warning()
+        if message is not None:
+            warnings.warn(message, OffloadWarning, stacklevel=4)  # at the user's with statement
 
     def _is_complete(self) -> bool:
         """Whether all is well, found out without a look at each layer."""

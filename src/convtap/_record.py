@@ -76,7 +76,7 @@ class Recorder:
         self._modules = modules
         self._passes = passes
         self._policy = policy
-        self._plain = policy.is_plain and offloader is None
+        self._plain = policy.is_plain
         self._last = last
         self._offloader = offloader
         self._budget = budget
@@ -102,7 +102,8 @@ class Recorder:
         """Records an output. Returns what the model is to go on with instead, or None to leave its output alone."""
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None
-        if self._plain and type(output) is Tensor and not is_wrapped(output):
+        here = self._offloader is None or self._stays(output)
+        if self._plain and here and type(output) is Tensor and not is_wrapped(output):
             if self._watched:
                 with _outside_modes():
                     value = snapshot(output.detach() if output.requires_grad else output)
@@ -150,14 +151,14 @@ class Recorder:
             self.muted = False
 
     def _keep_input(self, value: Any) -> Any:
-        return self._move(map_leaves(self._policy.keep_input, self._outside_transforms(value)))
+        return map_leaves(self._keeper(self._policy.keep_input), self._outside_transforms(value))
 
     def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
         policy = self._policy
         output = self._outside_transforms(output)
-        if self._offloader is None and policy.swaps(output, inputs):
+        if policy.swaps(output, inputs) and self._stays(output):
             return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
-        return self._move(map_leaves(policy.keep_output, output)), None
+        return map_leaves(self._keeper(policy.keep_output), output), None
 
     def _outside_transforms(self, value: Any) -> Any:
         """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
@@ -170,8 +171,22 @@ class Recorder:
             )
         return map_leaves(unwrapped, value)
 
-    def _move(self, value: Any) -> Any:
-        return value if self._offloader is None else map_leaves(self._offloader.move, value)
+    def _stays(self, output: Any) -> bool:
+        """Whether what is kept stays on its device."""
+        offloader = self._offloader
+        return offloader is None or all(offloader.is_home(tensor) for _, tensor in walk_tensors(output))
+
+    def _keeper(self, keep: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """What keeps a tensor and, where it is on another device, moves it."""
+        offloader, policy = self._offloader, self._policy
+        if offloader is None:
+            return keep
+
+        def kept(tensor: Tensor) -> Any:
+            value = keep(tensor) if offloader.is_home(tensor) else policy.keep_moving(tensor, keep)
+            return offloader.move(value) if isinstance(value, Tensor) else value
+
+        return kept
 
     def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
         if isinstance(error, ConvtapError):
