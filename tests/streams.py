@@ -18,6 +18,10 @@ from torch import Tensor
 GARBAGE = 0xAB
 
 
+class Broken(BaseException):
+    """What no device may be asked for. No Exception, so that nothing takes it for an error of a copy."""
+
+
 class FakeEvent:
     """Passes when every recording of it was reached by its stream."""
 
@@ -69,8 +73,10 @@ class FakeStreams:
         self.fail_launch_at: set[int] = set()
         self.pinned_sizes: list[int] = []
         self.refuse_after = 10**9
+        self.attempts = 0
         self.capturing = False
         self.eager = 0.3
+        self.streams: list[FakeStream] = []
         self.sides: dict[torch.device, FakeStream] = {}
         self.computing: dict[torch.device, FakeStream] = {}
 
@@ -87,10 +93,14 @@ class FakeStreams:
 
     def current(self, device: torch.device) -> FakeStream:
         self.log.append("current")
-        return self.computing.setdefault(device, FakeStream(f"compute {device}"))
+        if device not in self.computing:
+            self.computing[device] = self.stream(f"compute {device}")
+        return self.computing[device]
 
     def side(self, device: torch.device) -> FakeStream:
-        return self.sides.setdefault(device, FakeStream(f"side {device}"))
+        if device not in self.sides:
+            self.sides[device] = self.stream(f"side {device}")
+        return self.sides[device]
 
     def event(self) -> FakeEvent:
         self.log.append("event")
@@ -130,9 +140,10 @@ class FakeStreams:
             if number in self.fail_at:
                 stream.error = RuntimeError(f"copy {number} went wrong on the device")
             elif destination is None:
-                raise AssertionError("a copy writes to memory that was freed")
+                raise Broken("a copy writes to memory that was freed")
             elif source is not None:
-                destination.copy_(source)
+                with torch.no_grad():
+                    destination.detach().copy_(source.detach())
 
         stream.queue.append((lambda: True, run))
 
@@ -144,12 +155,14 @@ class FakeStreams:
     def synchronize(self, event: FakeEvent) -> None:
         number = event.recorded
         while event.reached < number:
-            assert self.advance(), "nothing can go on: a deadlock"
+            if not self.advance():
+                raise Broken("nothing can go on: a deadlock")
         if event.error is not None:
             error, event.error = event.error, None
             raise error
 
     def pinned(self, size: int) -> Tensor:
+        self.attempts += 1
         if len(self.pinned_sizes) >= self.refuse_after:
             raise RuntimeError("CUDA error: out of memory\nmore lines")
         self.pinned_sizes.append(size)
@@ -159,11 +172,15 @@ class FakeStreams:
 
     def advance(self) -> bool:
         """One step of a stream chosen at random among those that can go on."""
-        streams = [*self.sides.values(), *self.computing.values()]
-        self.random.shuffle(streams)
-        return any(stream.step() for stream in streams)
+        order = self.random.sample(self.streams, len(self.streams))
+        return any(stream.step() for stream in order)
 
     def compute(self, kernel: Callable[[], Any], device: int = 0) -> None:
         """Gives the compute stream something to do."""
-        stream = self.computing.setdefault(torch.device("cuda", device), FakeStream("compute"))
-        stream.queue.append((lambda: True, kernel))
+        self.current(torch.device("cuda", device)).queue.append((lambda: True, kernel))
+
+    def stream(self, name: str) -> FakeStream:
+        """A new stream."""
+        stream = FakeStream(name)
+        self.streams.append(stream)
+        return stream

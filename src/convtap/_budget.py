@@ -75,9 +75,9 @@ class Budget:
 
     def _message(self, call: Call, replaced: Call | None, needed: int, free: int) -> str:
         who = _holders(self._log.calls.values())
-        instead = " in place of its last output" if replaced is not None else ""
+        instead = "more" if replaced is None else "in place of its last output"
         return (
-            f"the output of {call.name!r} needs {human_bytes(needed)} more{instead}, and max_bytes={self._limit} "
+            f"the output of {call.name!r} needs {human_bytes(needed)} {instead}, and max_bytes={self._limit} "
             f"({human_bytes(self._limit)}) is all but {human_bytes(max(0, free))} used. "
             f"Held now: {who}. Keep less of each output with reduce=lambda t: t.mean(-1) or dtype=torch.float16, select "
             "fewer layers, keep only the last call of each with keep='last', call acts.clear() between passes, or give a "

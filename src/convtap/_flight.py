@@ -141,7 +141,7 @@ class Flight:
         self._land(copy)
 
     def _fail(self, copy: Copy, error: Exception) -> None:
-        copy.error = error
+        copy.error = error.with_traceback(None)  # its frames would keep the model's tensors alive
         self.failed = True
 
     def _land(self, copy: Copy) -> None:

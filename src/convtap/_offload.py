@@ -173,14 +173,10 @@ class Offloader:
             return self._start(_dense(tensor))
 
     def drain(self) -> bool:
-        """Waits for every copy. Returns whether all of them succeeded since the last time."""
-        flights = list(self._flights.values())
-        for flight in flights:
+        """Waits for every copy. Returns whether all of them succeeded."""
+        for flight in self._flights.values():
             flight.drain()
-        failed = [flight for flight in flights if flight.failed]
-        for flight in failed:
-            flight.failed = False
-        return not failed
+        return not any(flight.failed for flight in self._flights.values())
 
     def warning(self) -> str | None:
         """Says once what did not go through pinned memory."""

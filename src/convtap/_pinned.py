@@ -124,7 +124,8 @@ class Pool:
         try:
             slab = Slab(self._allocate(size))
         except RuntimeError as error:
-            self.refusal, self.limit = error, self.total
+            # Without its traceback, whose frames would keep alive what they hold.
+            self.refusal, self.limit = error.with_traceback(None), self.total
             return None
         slab.number = next(self._numbers)
         self._slabs.append(slab)
