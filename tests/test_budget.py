@@ -62,6 +62,23 @@ def test_keep_last_frees_what_it_replaces():
     assert acts.nbytes == sum(SIZES)
 
 
+def test_keep_last_does_not_add_up_over_many_passes():
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1))
+    runs_once = nn.Conv1d(1, 1, 1)
+    model.append(runs_once)
+    first = torch.randn(3, 1, 4)
+    with torch.no_grad(), capture(model, keep="last", functional=False) as acts:
+        model(first)
+        for _ in range(1000):
+            model[:2](torch.randn(2, 1, 4))
+    assert len(acts._log.inputs) < 400
+    # The layer that ran in the first pass only still has that pass's three inputs: numbers 0, 1, 2.
+    assert torch.equal(acts.sample(2)["2"], acts["2"][2])
+    assert (
+        len(acts.samples()) == 3 + 2 + 2
+    )  # a slice is no part of the model, so each layer in it ran in a pass of its own
+
+
 def test_clear_makes_room():
     model = FiveConvs()
     with capture(model, max_bytes=sum(SIZES)) as acts:

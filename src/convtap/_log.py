@@ -47,6 +47,14 @@ class Log:
         self.changes += 1
         self.cleared += 1
 
+    def forget_passes(self) -> None:
+        """Forgets the inputs of passes of which no call is kept, so that they do not add up; not of the newest 64."""
+        if len(self.inputs) > 2 * len(self.calls) + 256:
+            kept = {call.forward for call in self.calls.values()}
+            for number in list(self.inputs)[:-64]:  # what runs in another thread may still give outputs
+                if number not in kept:
+                    self.inputs.pop(number, None)
+
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))

@@ -14,7 +14,7 @@ from convtap._call import Call
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, plural
 from convtap._flight import Copy, Flight
 from convtap._memory import tensor_bytes
-from convtap._pinned import Pool, pinned_limit
+from convtap._pinned import Pool, Slab, pinned_limit
 from convtap._streams import CudaStreams, Streams
 from convtap._structure import Held, map_leaves
 from convtap._table import human_bytes
@@ -217,17 +217,29 @@ class Offloader:
         slab.tenants.append(weakref.ref(held))
         return held
 
-    def _make_room(self, size: int) -> Any:
+    def _make_room(self, size: int) -> Slab | None:
         """Moves results out of the slabs that were filled first until so many bytes fit. See Note: [Where results live]."""
         for slab in self._pool.by_age():
-            tenants = [held for held in (tenant() for tenant in slab.tenants) if held is not None]
-            if all(held.can_leave() for held in tenants):
-                for held in tenants:
-                    held.leave()
+            if _vacate(slab):
                 found = self._pool.take(size)
                 if found is not None:
                     return found
         return None
+
+
+def _vacate(slab: Slab) -> bool:
+    """Moves what is in a slab to pageable memory, or nothing of it if something has to stay."""
+    for i, tenant in enumerate(slab.tenants):
+        held = tenant()
+        if held is not None and not held.can_leave():
+            slab.tenants.insert(0, slab.tenants.pop(i))  # the next look finds it first
+            return False
+    for tenant in slab.tenants:
+        held = tenant()
+        if held is not None:
+            held.leave()
+    slab.tenants.clear()
+    return True
 
 
 def first_failure(calls: Iterable[Call]) -> ConvtapError | None:

@@ -236,6 +236,7 @@ class Recorder:
         log.calls[name] = call
         log.tallies[name].held = 1
         log.changes += 1
+        log.forget_passes()
 
     def _admit(self, call: Call, replaced: Call | None) -> None:
         assert self._budget is not None
