@@ -40,11 +40,31 @@ def storage_key(tensor: Tensor) -> tuple[int, int] | None:
     return (address, int(size))
 
 
+def parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the plain tensors that a tensor consists of: itself, or the indices and values of a sparse one."""
+    layout = tensor.layout
+    if layout is torch.strided:
+        return [tensor]
+    if layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """Returns the bytes of a tensor's own elements (indices and values for a sparse one)."""
-    if tensor.layout is torch.sparse_coo:
-        return tensor_bytes(tensor._indices()) + tensor_bytes(tensor._values())
-    return tensor.numel() * tensor.element_size()
+    return sum(part.numel() * part.element_size() for part in parts(tensor))
+
+
+def is_copy_on_write(value: Any) -> bool:
+    """Whether a value is a tensor whose memory is copied when it is next written."""
+    try:
+        return isinstance(value, Tensor) and bool(torch._C._is_cow_tensor(value))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def shares_memory(value: Any, tensors: list[Tensor]) -> bool:

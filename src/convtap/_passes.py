@@ -108,7 +108,11 @@ class Passes:
 
     def in_forward(self) -> bool:
         """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
-        return self._here.depth > 0 or is_method_of(self._member_ids())
+        return self._here.depth > 0 or outermost_call(self._member_ids()) is not None
+
+    def in_method(self) -> bool:
+        """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
+        return self.in_forward() or is_method_of(self._member_ids())
 
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""

@@ -127,6 +127,16 @@ class Policy:
             tensor = tensor.detach()
         return snapshot(tensor) if self.copy else alias(tensor)
 
+    def keep_moving(self, tensor: Tensor, keep: Callable[[Tensor], Any]) -> Any:
+        """Keeps what is about to be copied to another device, with its graph if it has one.
+
+        Never an alias, whatever ``copy`` says: a later kernel could write into it under the copy.
+        """
+        if self.transforms:
+            return keep(tensor)
+        tensor = tensor.detach() if self.detach else tensor
+        return tensor.clone() if keep == self.keep_input else snapshot(tensor)
+
     def swaps(self, output: Any, inputs: Any) -> bool:
         """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
 

@@ -69,6 +69,11 @@ class Samples:
             by_pass.setdefault(call.forward, []).append(call)
         self._passes = [_Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
 
+    @property
+    def count(self) -> int:
+        """How many inputs there are."""
+        return sum(found.size for found in self._passes)
+
     def all(self) -> list[dict[str, Tensor]]:
         """Returns every input's outputs."""
         return [found.row(row) for found in self._passes for row in range(found.size)]
@@ -99,7 +104,7 @@ class Samples:
 
     def one(self, i: int) -> dict[str, Tensor]:
         """Returns one input's outputs; a negative position counts from the end."""
-        total = sum(found.size for found in self._passes)
+        total = self.count
         if not -total <= i < total:
             raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
         rest = i % total

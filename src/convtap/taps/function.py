@@ -202,7 +202,7 @@ class FunctionTap:
             if is_own and isinstance(self._selection.modules[around], CONV1D):
                 return None
         if name is None:
-            if not self._passes.in_forward():
+            if not self._passes.in_method():
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
