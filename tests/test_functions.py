@@ -60,6 +60,22 @@ def test_a_parameters_name_that_did_not_run_is_not_silent():
         capture(model, "kernell")
 
 
+def test_a_parameter_that_no_convolution_used_is_named_in_the_message():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 3)
+            self.scale = nn.Parameter(torch.ones(1, 1, 3))
+
+        def forward(self, x):
+            return self.conv(x) * self.scale.sum()
+
+    model = Scaled()
+    with pytest.raises(NotCaptured, match=r"none of the selected layers did: scale\."):
+        with capture(model, "scale"):
+            model(torch.ones(1, 1, 9))
+
+
 def test_functional_false_sees_modules_only_and_warns_of_what_did_not_run():
     model = FunctionalConvs()
     model.extra = nn.Conv1d(1, 1, 1)
