@@ -81,7 +81,7 @@ def list_layers(
         0      Conv1d          16       3       1         1
         2      Conv1d         168       5       2         1
     """
-    kinds = check_arguments(model, layers, types)
+    kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
     rows = {name: _row(name, module) for name, module in selection.modules.items()}
     if example is None:

@@ -220,8 +220,15 @@ def _selectors(layers: Layers) -> list[Any]:
     return selectors
 
 
-def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module], ...]:
+def check_arguments(
+    model: Any,
+    layers: Any,
+    types: Any,
+    instead: str = "run the model inside: with capture(model) as acts: model(x)",
+) -> tuple[type[nn.Module], ...]:
     """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
+
+    ``instead`` is what to write where an input was given as layers.
 
     Raises:
         InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
@@ -237,10 +244,7 @@ def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module
             "Write: with capture(model) as acts: model(x)"
         )
     if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(
-            f"the second argument is a {type(layers).__name__}, and it selects layers; "
-            "run the model inside: with capture(model) as acts: model(x)"
-        )
+        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
