@@ -73,10 +73,21 @@ def test_clear_makes_room():
 
 
 def test_shared_memory_counts_once():
-    model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Identity(), nn.Identity())
-    with capture(model, types=(nn.Conv1d, nn.Identity), max_bytes=SIZES[0]) as acts:
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Conv1d(1, 4, 3, padding=1))))
+    with capture(model, types=(nn.Conv1d, nn.Sequential), max_bytes=SIZES[0]) as acts:
         model(X)
-    assert len(acts) == 3
+    assert len(acts) == 4  # each container returns what its last layer returned
+    assert acts.nbytes == SIZES[0]
+
+
+def test_parts_of_one_storage_count_once():
+    class Halves(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x).chunk(2, 1)
+
+    model = nn.ModuleDict({"halves": Halves(1, 4, 3, padding=1)})
+    with capture(model, max_bytes=SIZES[0]) as acts:
+        model["halves"](X)
     assert acts.nbytes == SIZES[0]
 
 

@@ -204,3 +204,35 @@ def test_at_activation_gives_the_built_in_activation_or_the_one_that_follows():
     assert list(acts) == ["built_in", "plain"]
     assert same(list(acts.values()), [output.detach() for output in expected])
     assert acts.coverage.unactivated == ["none"]
+
+
+def test_unbuilt_models_layers_of_one_name_and_torch_modules_inside_keras():
+    unbuilt = keras.Sequential([keras.layers.Conv1D(3, 3, name="first"), keras.layers.Conv1D(2, 3, name="second")])
+    with capture(unbuilt) as acts:
+        unbuilt(torch.from_numpy(X))
+    assert list(acts) == ["first", "second"]
+
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = keras.layers.Conv1D(2, 3, name="c", padding="same")
+            self.two = keras.layers.Conv1D(2, 3, name="c", padding="same")
+
+        def call(self, x):
+            return self.two(self.one(x))
+
+    model = Twice()
+    model(torch.from_numpy(X))
+    with capture(model) as acts:
+        y = model(torch.from_numpy(X))
+    assert list(acts) == ["c", "c_1"]
+    assert torch.equal(acts["c_1"], y.detach())
+
+
+def test_training_records_no_symbolic_call():
+    model = keras.Sequential([keras.Input((40, 2)), keras.layers.Conv1D(3, 3, name="a")])
+    model.compile(loss="mse", optimizer="sgd")
+    y = np.zeros((6, 38, 3), "float32")
+    with capture(model) as acts:
+        model.fit(X, y, epochs=1, batch_size=3, verbose=0)
+    assert [(call.name, call.via, str(call.device)) for call in acts.calls()] == [("a", "keras", "cpu")] * 2

@@ -22,7 +22,7 @@ from convtap._passes import FAST_PATHS, Passes
 from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.activation import Follower, check_activations
@@ -102,7 +102,11 @@ class Capture:
         strict: bool = True,
     ) -> None:
         _eager.refuse_inside_compiled()
+        layers = as_selection(layers)
         self._types = check_arguments(model, layers, types)
+        for option, value in (("detach", detach), ("copy", copy), ("stop", stop), ("strict", strict), ("grads", grads)):
+            _check_choice(option, value, (True, False))
+        _check_choice("functional", functional, (None, True, False))
         _check_choice("at", at, ("output", "input", "activation"))
         _check_choice("keep", keep, ("all", "last"))
         if stop and layers is None:
@@ -248,6 +252,7 @@ class _Block:
             for part in parts:
                 stack.callback(part.close)
                 part.open()
+            self.passes.open_end()
             self.stack = stack.pop_all()
 
     def close(self, error: BaseException | None, strict: bool | None) -> bool:
@@ -261,6 +266,8 @@ class _Block:
             log.settle()
         log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
         stopped = isinstance(error, StopForward) and error.token is self.token
+        if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
+            raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it
         if strict is not None and (error is None or stopped) and not self._is_complete():
             conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
         return stopped
@@ -269,7 +276,7 @@ class _Block:
         """Whether all is well, found out without a look at each layer."""
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.tallies)
-        return everything and recorder.failure is None and not recorder.reads
+        return everything and recorder.failure is None and not (recorder.reads or recorder.elsewhere)
 
 
 def _gradients(capture: Capture) -> Gradients | None:
@@ -302,6 +309,6 @@ def _check_script(capture: Capture, scripted: list[str]) -> None:
             raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
         raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")

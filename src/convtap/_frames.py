@@ -43,6 +43,17 @@ def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, Fr
         frame = frame.f_back
 
 
+def is_method_of(members: Container[int]) -> bool:
+    """Whether a method of a module whose id is in ``members`` is running: ``forward``, or any other, called directly."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and id(frame.f_locals.get(code.co_varnames[0])) in members:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | None:
     """Returns the outermost call of a module whose id is in ``members``, or None if there is none."""
     found = None

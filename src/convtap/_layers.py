@@ -13,7 +13,7 @@ from convtap._capture import Capture
 from convtap._errors import LayerNotFound
 from convtap._example import Example, arguments, run_once
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
 from convtap._stats import dtype_text, shapes_text
 from convtap._table import Table, human_bytes
 
@@ -81,6 +81,7 @@ def list_layers(
         0      Conv1d          16       3       1         1
         2      Conv1d         168       5       2         1
     """
+    layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
     rows = {name: _row(name, module) for name, module in selection.modules.items()}

@@ -40,6 +40,11 @@ class _Pass:
             for path, tensor in walk_tensors(call.output):
                 key = f"{call.key}.{path}" if path else call.key
                 one = self._cut(key, tensor, row)
+                if key in found:
+                    raise Unsupported(
+                        f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
+                        "output. Read them with acts.calls()."
+                    )
                 found[key] = (one if cut is None else cut(call, path, one, row)).clone()
         return found
 
