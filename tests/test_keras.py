@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 
@@ -141,6 +142,24 @@ def test_a_model_built_inside_a_block_records_no_symbolic_call():
         keras.Model(fresh, model(fresh))
         model(X)
     assert len(acts) == 5
+
+
+def test_shapes_that_keras_asks_for_in_a_first_fit_are_no_calls():
+    model = five_convs()
+    y = np.zeros(model(X).shape)
+    model.compile(loss="mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy's, about what Keras itself calls
+        with capture(model, keep="last") as acts:
+            model.fit(np.asarray(X), y, batch_size=len(X), verbose=0)
+    assert list(acts) == NAMES
+    assert {output.device.type for output in acts.values()} == {"cpu"}
+
+
+def test_a_keras_layer_is_listed_with_its_geometry():
+    model = keras.Sequential([keras.Input((40, 2)), keras.layers.Conv1D(3, 5, strides=2, name="k")])
+    row = list_layers(model)[0]
+    assert (row.kernel, row.stride, row.dilation) == (5, 2, 1)
 
 
 def test_a_keras_layer_inside_a_torch_model():

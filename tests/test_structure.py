@@ -124,6 +124,7 @@ ORDER = (
     "_inputs",
     "_commands",
     "cli",
+    "__main__",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.

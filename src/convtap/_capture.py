@@ -154,6 +154,11 @@ class Capture:
             "Run the model inside a block: with capture(model) as acts: model(x)"
         )
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise InvalidType(
+            "a capture is not called; the model is, inside its block: with capture(model) as acts: model(x)"
+        )
+
     def __getattr__(self, name: str) -> NoReturn:
         hint = ""
         if hasattr(Activations, name):

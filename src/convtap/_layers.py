@@ -88,7 +88,7 @@ def list_layers(
         2      Conv1d         168       5       2         1
     """
     layers = as_selection(layers)
-    kinds = check_arguments(model, layers, types)
+    kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
     rows = {name: _row(name, module) for name, module in selection.modules.items()}
     if example is None:
@@ -111,6 +111,10 @@ def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dty
     return acts
 
 
+#: What a layer calls its kernel size, stride and dilation: in PyTorch, and in Keras.
+_GEOMETRY = (("kernel_size", "kernel_size"), ("stride", "strides"), ("dilation", "dilation_rate"))
+
+
 def _row(name: str, module: nn.Module) -> LayerRow:
     own = list(module.parameters())
     lazy = any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own)
@@ -120,7 +124,7 @@ def _row(name: str, module: nn.Module) -> LayerRow:
         if isinstance(module, torch.jit.ScriptModule)
         else type(module).__name__,
         None if lazy else sum(parameter.numel() for parameter in own),
-        *(_single(getattr(module, key, None)) for key in ("kernel_size", "stride", "dilation")),
+        *(_single(getattr(module, key, getattr(module, keras, None))) for key, keras in _GEOMETRY),
     )
 
 

@@ -61,7 +61,7 @@ class Alias(Held):
             raise ModifiedInPlace(
                 f"{key!r} was kept as an alias and the model changed it in place since "
                 f"({changes} {'time' if changes == 1 else 'times'}), so the value it had is lost. "
-                "Capture with copy=True (the default) to keep the value."
+                "Capture with copy=True and detach=True, the defaults, to keep the value."
             )
         return self.tensor
 

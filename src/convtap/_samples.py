@@ -104,6 +104,10 @@ class Samples:
 
     def one(self, i: int) -> dict[str, Tensor]:
         """Returns one input's outputs; a negative position counts from the end."""
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise InvalidType(f"sample({i!r}): it must be the number of one input: sample(0) for the first.") from None
         total = self.count
         if not -total <= i < total:
             raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")

@@ -230,8 +230,15 @@ def as_selection(layers: Any) -> Any:
     return list(layers) if isinstance(layers, Iterator) else layers
 
 
-def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module], ...]:
+def check_arguments(
+    model: Any,
+    layers: Any,
+    types: Any,
+    instead: str = "run the model inside: with capture(model) as acts: model(x)",
+) -> tuple[type[nn.Module], ...]:
     """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
+
+    ``instead`` is what to write where an input was given as layers.
 
     Raises:
         InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
@@ -249,10 +256,7 @@ def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module
     if isinstance(layers, (bytes, bytearray)):
         raise InvalidType(f"layers is {layers!r}, and a name is text: write {layers.decode(errors='replace')!r}.")
     if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(
-            f"the second argument is a {type(layers).__name__}, and it selects layers; "
-            "run the model inside: with capture(model) as acts: model(x)"
-        )
+        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

@@ -98,7 +98,7 @@ def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Select
         return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"
     return (
         f"the model ran ({plural(len(passes.inputs), 'pass')}), but none of the selected layers did: "
-        f"{listed(selection.modules)}. {_USED}"
+        f"{listed(selection.names)}. {_USED}"
     )
 
 
