@@ -53,7 +53,7 @@ class Fake:
 
 
 class Cuda:
-    """A CUDA device, with deterministic convolutions."""
+    """A CUDA device, with deterministic convolutions in full precision."""
 
     def __init__(self, seed: int = 0) -> None:
         self.streams = CudaStreams()
@@ -77,7 +77,10 @@ BACKENDS = [Fake, Cuda] if torch.cuda.is_available() else [Fake]
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda kind: kind.__name__.lower())
-def backend(request):
+def backend(request, monkeypatch):
+    if request.param is Cuda:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param()
 
 
@@ -110,7 +113,8 @@ def test_a_thousand_captures_equal_a_synchronized_reference(backend):
     model = backend.put(FiveConvs(inplace=True))
     with torch.no_grad(), cloning_hooks(model) as seen, offloading(model, backend) as acts:
         for i in range(200):
-            backend.lag() if i % 50 == 0 else None
+            if i % 50 == 0:
+                backend.lag()
             model(backend.put(torch.randn(2, 1, 30)))
     assert len(acts) == 1000
     assert all(output.device.type == "cpu" for output in acts.values())
@@ -284,7 +288,8 @@ def test_the_device_needs_no_more_memory_than_the_window(backend):
     window = 4 << 20
     sizes = {"window": window, "pinned": 64 << 20, "slab": 8 << 20}
     with torch.no_grad():
-        plain = peak_memory(backend, lambda: model(x))
+        model(x)  # the first run may need more than the others
+        plain = 0 if isinstance(backend, Fake) else peak_memory(backend, lambda: model(x))
         with offloading(model, backend, sizes=sizes):
             backend.lag()
             tapped = peak_memory(backend, lambda: model(x))
@@ -341,9 +346,8 @@ def test_a_copy_of_the_activations_has_the_values(backend, copied):
     assert same(list(twin.values()), on_cpu(seen))
 
 
-def test_views_wait_for_nothing(backend):
-    if not isinstance(backend, Fake):
-        return  # only the fake can say that nobody waited; the values are checked everywhere else
+def test_views_wait_for_nothing():
+    backend = Fake()  # only the fake can say that nobody waited
     model = FiveConvs()
     with torch.no_grad(), offloading(model, backend) as acts:
         backend.lag()
@@ -468,6 +472,69 @@ def test_a_copy_into_memory_that_was_freed_is_an_error_in_the_fake():
     streams.record(event, side)
     with pytest.raises(Broken, match="memory that was freed"):
         streams.synchronize(event)
+
+
+class Locked(FakeStreams):
+    """The fake for several threads: one at a time does something, and the time goes on between."""
+
+    def __init__(self, seed: int) -> None:
+        self.lock = threading.RLock()
+        super().__init__(seed)
+
+    def copy(self, *args):
+        with self.lock:
+            super().copy(*args)
+
+    def record(self, *args):
+        with self.lock:
+            super().record(*args)
+
+    def wait_for(self, *args):
+        with self.lock:
+            super().wait_for(*args)
+
+    def current(self, *args):
+        with self.lock:
+            return super().current(*args)
+
+    def has_passed(self, *args):
+        with self.lock:
+            return super().has_passed(*args)
+
+    def synchronize(self, *args):
+        with self.lock:
+            super().synchronize(*args)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_threads_may_move_and_read_at_once(seed):
+    streams = Locked(seed)
+    sizes = {"window": 6000, "pinned": 1 << 14, "slab": 1 << 12}
+    offloader = Offloader("cpu", streams=streams, **sizes)
+    wrong: list[object] = []
+    shared: list[tuple[object, Tensor]] = []
+
+    def work(number: int) -> None:
+        try:
+            for i in range(60):
+                value = torch.full((100 + 10 * i,), float(1000 * number + i))
+                shared.append((offloader.move(value.clone()), value))
+                held, expected = shared[(7 * i + number) % len(shared)]
+                if i % 3 == 0 and not torch.equal(held.read("x") if hasattr(held, "read") else held, expected):
+                    wrong.append((number, i))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert offloader.drain()
+    assert not wrong
+    assert len(shared) == 240
+    assert all(torch.equal(held.read("x") if hasattr(held, "read") else held, value) for held, value in shared)
+    assert sum(streams.pinned_sizes) <= sizes["pinned"]
 
 
 def test_a_result_that_is_replaced_while_it_is_copied_keeps_its_memory_until_the_copy_is_done():
