@@ -16,16 +16,17 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convtap import ConvtapError, ModifiedInPlace, Unsupported, capture
+from convtap import ConvtapError, MemoryLimitExceeded, ModifiedInPlace, Unsupported, capture
 from convtap._errors import OffloadWarning
 from convtap._flight import Flight
 from convtap._memory import data_address
 from convtap._offload import Offloader
 from convtap._streams import CudaStreams
 from tests.models import AfterConv, FiveConvs, RaisesHalfway, ReusedConv
-from tests.reference import cloning_hooks, same
+from tests.reference import cloning_hooks, patched_conv1d, same
 from tests.streams import Broken, FakeStreams, garble
 
 SMALL = {"pinned": 1 << 20, "slab": 1 << 14}
@@ -270,6 +271,61 @@ def test_inference_mode_works(backend):
         model(x)
         model(x)
     assert same([call.output for call in acts.calls()], on_cpu(seen))
+
+
+def test_convolutions_called_as_functions_are_offloaded_too(backend):
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(4, 1, 3)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return F.conv1d(F.conv1d(x, self.a).relu_(), self.b.weight.unsqueeze(-1)).relu_()
+
+    model, x = backend.put(Loose()), backend.put(torch.randn(2, 1, 12))
+    with torch.no_grad(), patched_conv1d() as seen:
+        model(x)
+    with torch.no_grad(), offloading(model, backend) as acts:
+        backend.lag()
+        model(x)
+    assert list(acts) == ["a", "b"]
+    assert same([call.output for call in acts.calls()], [value.cpu() for value in seen])
+
+
+def test_convolutions_inside_torchscript_are_offloaded_too(backend):
+    model, x = backend.put(FiveConvs().eval()), backend.put(torch.randn(2, 1, 30))
+    with torch.no_grad(), cloning_hooks(model) as seen:
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(model, x)
+    with torch.no_grad(), offloading(scripted, backend) as acts:
+        backend.lag()
+        scripted(x)
+    assert same([call.output for call in acts.calls()], on_cpu(seen))
+
+
+def test_a_default_device_of_the_user_does_not_reach_the_copies(backend):
+    model, x = backend.put(FiveConvs(inplace=True)), backend.put(torch.randn(2, 1, 30))
+    with torch.no_grad(), cloning_hooks(model) as seen, offloading(model, backend) as acts, torch.device("meta"):
+        model(x)
+    assert same(list(acts.values()), on_cpu(seen))
+
+
+def test_max_bytes_counts_what_offloading_keeps_and_moving_on_does_not_disturb_it(backend):
+    model, a_pass = backend.put(FiveConvs()), 2 * (4 + 4 + 8 + 8 + 8) * 30 * 4
+    sizes = {"pinned": 1 << 14, "slab": 1 << 14}  # two passes are pinned, the others move on
+    with torch.no_grad(), offloading(model, backend, sizes=sizes, max_bytes=6 * a_pass) as acts:
+        for _ in range(6):
+            model(backend.put(torch.randn(2, 1, 30)))
+        acts.clear()
+        for _ in range(6):
+            model(backend.put(torch.randn(2, 1, 30)))
+    assert acts.nbytes == 6 * a_pass
+    with torch.no_grad(), pytest.raises(MemoryLimitExceeded, match=r"'convs.0' needs 960 B more"):
+        with offloading(model, backend, sizes=sizes, max_bytes=6 * a_pass):
+            for _ in range(7):
+                model(backend.put(torch.randn(2, 1, 30)))
 
 
 def test_the_copy_leaves_the_snapshot_shared_with_the_model(backend):
