@@ -143,6 +143,22 @@ def test_writing_into_an_output_does_not_make_the_account_wrong():
         del y
 
 
+def test_memory_that_an_output_left_counts_for_what_comes_there_next():
+    memory = torch.zeros(64)  # 256 bytes, at one address all the time
+
+    class Returns(nn.Module):
+        def forward(self, x):
+            return memory
+
+    model = nn.Sequential(Returns())
+    with torch.no_grad(), pytest.raises(MemoryLimitExceeded, match=r"'0' needs 256 B more.*all but 88 B used"):
+        with capture(model, "0", max_bytes=600) as acts:
+            for i in range(3):
+                model(X)
+                acts.calls()[i].output.add_(1)  # leaves the memory that it shared
+    assert acts.nbytes == 2 * 256
+
+
 def test_memory_that_was_freed_since_is_not_counted_when_the_limit_is_met():
     model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1))
     with torch.no_grad(), capture(model, max_bytes=2 * SIZES[0]) as acts:

@@ -14,8 +14,9 @@ from convtap._table import human_bytes
 # Assumption: a call's memory is found by its address, and counted when the call is stored.
 # Failure: the address of what is kept can change afterwards: the user writes into an output and copy-on-write gives it
 #   memory of its own, or an offloaded result moves to pageable memory. Taking off what a call has then would leave what it
-#   had counted for ever.
-# Choice: each call is taken off as it was put on. And before the limit stops a forward pass, everything is counted anew.
+#   had counted for ever; and the next output at the old address would pass for a sharer, and not count at all.
+# Choice: each call is taken off as it was put on. Where a new call has an address that others were counted for, those that
+#   are elsewhere now are counted anew. And before the limit stops a forward pass, everything is.
 
 
 class Budget:
@@ -56,20 +57,27 @@ class Budget:
     def _forget(self) -> None:
         self._cleared = self._log.cleared
         self._counted: dict[Call, dict[Any, int]] = {}
-        self._users: dict[Any, int] = {}
+        self._users: dict[Any, dict[Call, None]] = {}
         self._total = 0
 
     def _add(self, call: Call) -> None:
         counted = self._counted[call] = held_bytes([call])
+        moved: dict[Call, None] = {}
         for key, size in counted.items():
-            users = self._users[key] = self._users.get(key, 0) + 1
-            if users == 1:
+            users = self._users.setdefault(key, {})
+            moved.update((user, None) for user in users if key not in held_bytes([user]))
+            if not users:
                 self._total += size
+            users[call] = None
+        for user in moved:
+            self._remove(user)
+            self._add(user)
 
     def _remove(self, call: Call) -> None:
         for key, size in self._counted.pop(call, {}).items():
-            self._users[key] -= 1
-            if not self._users[key]:
+            users = self._users[key]
+            del users[call]
+            if not users:
                 del self._users[key]
                 self._total -= size
 
