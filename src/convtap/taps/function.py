@@ -177,7 +177,7 @@ class FunctionTap:
         """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
         name = self._owners.find(weight)
         if name is None:
-            if not self._passes.in_forward():
+            if not self._passes.in_forward() or self._is_inside_conv1d():
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
@@ -190,13 +190,23 @@ class FunctionTap:
             wanted = self._wanted[name] = self._selection.wants(name)
         return name if wanted else None
 
+    def _is_inside_conv1d(self) -> bool:
+        """Whether a Conv1d that is not selected is being called: what it computes its weight for is its own affair."""
+        return any(isinstance(module, CONV1D) for module, _ in module_calls(sys._getframe(4)))
+
+    def _is_called(self, name: str) -> bool:
+        """Whether a selected layer is being called: then its hook emits what it returns, or it raises."""
+        layer = self._selection.modules.get(name)
+        return any(module is layer for module, _ in module_calls(sys._getframe(4)))
+
     # -- reads
 
     def _read(self, name: str, func: Any, result: Any) -> None:
         recorder = self._recorder
         if recorder.muted or not _reads_values(func) or not self._passes.in_forward() or not recorder.is_here(name):
             return
-        recorder.weight_read(name, _function_name(func))
+        if not self._is_called(name):
+            recorder.weight_read(name, _function_name(func))
         for _, tensor in walk_tensors(result):
             self._derive(tensor, name)
 
