@@ -100,7 +100,8 @@ class Passes:
         if isinstance(module, FAST_PATHS) or id(module) in self._marked:
             return
         self._marked.add(id(module))
-        self._hooks.before(module, self._entered)
+        # first, because a part that is marked late has the hook already that emits its input
+        self._hooks.before(module, self._entered, first=True)
         self._hooks.after(module, self._left, always=True)
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
