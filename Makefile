@@ -31,7 +31,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.plain: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) -e .
+	$(PIP) -e '.[plot]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch

@@ -73,6 +73,16 @@ def test_keep_last_keeps_the_last_call_under_the_plain_name():
     assert acts.coverage["conv"].captured == 6
 
 
+def test_keep_last_keeps_nothing_of_passes_that_are_gone():
+    model, x = TwoParts(), torch.randn(2, 1, 20)
+    with capture(model, keep="last") as acts:
+        for _ in range(200):
+            model(x)
+    assert len(acts._log.inputs) < 30
+    assert {call.forward for call in acts.calls()} == {199}
+    assert len(acts.samples()) == 2
+
+
 def test_passes_are_numbered_and_their_calls_kept_apart():
     model, x = TwoParts(), torch.randn(2, 1, 20)
     with capture(model) as acts:

@@ -67,6 +67,23 @@ ORDER = (
     "_hit",
     "_top",
     "_save",
+    "_chain",
+    "_shards",
+    "_reading",
+    "_place",
+    "_writer",
+    "_index",
+    "_account",
+    "_store",
+    "_views",
+    "_identity",
+    "_plan",
+    "_rows",
+    "_forward",
+    "_interrupt",
+    "_forecast",
+    "_job",
+    "_extract",
     "_probe",
     "_finding",
     "_watch",
@@ -104,7 +121,7 @@ ORDER = (
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report"), ("_commands", "_store")}
+DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report"), ("_store", "_views")}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

@@ -26,7 +26,9 @@ from convtap._save import load
 
 if TYPE_CHECKING:
     from convtap._compare import compare
+    from convtap._extract import extract
     from convtap._finite import finite
+    from convtap._store import Store
     from convtap._tapped import Tapped, tapped
     from convtap._timeline import timeline
     from convtap._top import top
@@ -46,11 +48,13 @@ __all__ = [
     "ModifiedInPlace",
     "NonFiniteOutput",
     "NotCaptured",
+    "Store",
     "StoreError",
     "Tapped",
     "Unsupported",
     "capture",
     "compare",
+    "extract",
     "finite",
     "list_layers",
     "load",
@@ -61,8 +65,10 @@ __all__ = [
 
 # Imported when they are first asked for: a block needs none of them, and together they take as long as all the rest.
 _WHEN_ASKED = {
+    "Store": "_store",
     "Tapped": "_tapped",
     "compare": "_compare",
+    "extract": "_extract",
     "finite": "_finite",
     "tapped": "_tapped",
     "timeline": "_timeline",

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from convtap._capture import capture
-from convtap._errors import InvalidValue
+from convtap._errors import InvalidValue, MissingExtra
 from convtap._layers import list_layers
 from convtap._result import Activations
 from convtap._stats import shapes_text, statistics
 from convtap._table import Table, human_bytes
+from convtap._timeline import timeline
 
 SPEECH = Path(__file__).parent / "data" / "speech.wav"
 
@@ -122,6 +123,7 @@ def _five(out: Path) -> list[str]:
         model(x)
     path = out / "five_layers.safetensors"
     acts.save(path)
+    pictures = _pictures(acts, out / "five_layers", model, x, 250)
     return [
         f"1. Five Conv1d layers, {len(x)} ECG-like inputs of shape {tuple(x.shape)}",
         "",
@@ -135,6 +137,7 @@ def _five(out: Path) -> list[str]:
         str(per_input(acts)),
         "",
         *_saved(path, "conv5"),
+        *pictures,
     ]
 
 
@@ -147,6 +150,7 @@ def _sound(out: Path, path: Path) -> list[str]:
         model(waveform)
     saved = out / "audio_encoder.safetensors"
     acts.save(saved)
+    pictures = _pictures(acts, out / "audio_encoder", model, waveform, rate)
     seconds = waveform.shape[-1] / rate
     return [
         f"2. An audio encoder on {path.name}: {len(waveform)} channel(s), {seconds:.2f} s at {rate} Hz",
@@ -156,7 +160,21 @@ def _sound(out: Path, path: Path) -> list[str]:
         str(acts.summary(stats=True)),
         "",
         *_saved(saved, "position"),
+        *pictures,
     ]
+
+
+def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, rate: int) -> list[str]:
+    """Writes the feature maps of the first input, and the report. Returns what to say of them."""
+    times = timeline(model, signal)
+    report, picture = path.with_suffix(".html"), path.with_suffix(".png")
+    acts.report(report, model=model)
+    lines = ["", f"The report: {report} (open it in a browser)"]
+    try:
+        acts.plot(signal=signal, sample_rate=rate, timeline=times).savefig(picture)
+    except MissingExtra as error:
+        return [*lines, f"No picture of the feature maps: {error}"]
+    return [*lines, f"The feature maps of the first input: {picture}"]
 
 
 def _saved(path: Path, key: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +42,27 @@ class Log:
         self.inputs.clear()
         for tally in self.tallies.values():
             tally.held = 0
-            tally.numbers = itertools.count()
+            tally.cleared = tally.captured
         self.changes += 1
         self.cleared += 1
+
+    def trim(self) -> None:
+        """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
+        if len(self.inputs) > 2 * len(self.calls) + 16:
+            needed = {call.forward for call in self.calls.values()} | {max(self.inputs)}
+            for number in [number for number in self.inputs if number not in needed]:
+                del self.inputs[number]
 
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))
+
+    def renumber(self) -> None:
+        """Numbers the calls of each layer in order: two threads that run a layer at once may have taken one number."""
+        counts: dict[str, int] = {}
+        for call in list(self.calls.values()):
+            call.index = counts.get(call.name, 0)
+            counts[call.name] = call.index + 1
 
     def settle(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""

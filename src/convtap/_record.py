@@ -19,7 +19,6 @@ from convtap._offload import Offloader
 from convtap._passes import Passes
 from convtap._policy import Alias, Policy, snapshot
 from convtap._process import Token, open_tokens
-from convtap._select import CONV1D
 from convtap._structure import map_leaves, walk_tensors
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
@@ -94,6 +93,7 @@ class Recorder:
         self._budget = budget
         self._stop_after = stop_after
         self._watched = watched
+        self._usual = self._plain and not last and budget is None and stop_after is None
 
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
@@ -106,13 +106,30 @@ class Recorder:
         return True
 
     def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
-        """Records what a module returned; the hook itself, so that nothing is called in between."""
-        # A shallow copy of a module shares its hooks. See Note: [Hooks and copies]
-        if module is not tapped:
+        """Records what a module returned: the hook itself, and for the usual options all of the way, in one function."""
+        if module is not tapped:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
             return None
-        if self.follower is not None:
-            return self._follow(self.follower, name, output, "module")
-        return self.record(name, output, "module", args)
+        usual = self._usual and type(output) is Tensor and self._token in open_tokens() and _backward_task() == -1
+        if not usual or self.follower is not None or is_wrapped(output):
+            return self.emit(name, output, "module", args)
+        if self._watched:
+            with _outside_modes():
+                value = snapshot(output.detach() if output.requires_grad else output)
+        else:
+            value = snapshot(output.detach() if output.requires_grad else output)
+        log = self._log
+        tally = log.tallies.get(name) or self._open_tally(name)
+        tally.last_pass = forward = self._passes.current()
+        if tally.pending is not None:
+            tally.pending = None
+        number = tally.captured
+        if number == 0:
+            self.reached += 1  # a module that is tapped was selected
+        tally.captured = number + 1
+        tally.held += 1
+        log.changes = serial = log.changes + 1
+        log.calls[serial] = Call(tally, number - tally.cleared, forward, "module", value)
+        return None
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
@@ -225,7 +242,7 @@ class Recorder:
         tally.last_pass = forward
         if tally.pending is not None:
             tally.pending = None
-        call = Call(tally, next(tally.numbers), forward, via, value, gradient)
+        call = Call(tally, tally.captured - tally.cleared, forward, via, value, gradient)
         if self._last:
             self._replace(name, call)
         else:
@@ -243,7 +260,7 @@ class Recorder:
                 raise StopForward(self._token)
 
     def _open_tally(self, name: str) -> Tally:
-        tally = self._log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D))
+        tally = self._log.tallies[name] = Tally(name, type(self._modules.get(name)))
         return tally
 
     def _replace(self, name: str, call: Call) -> None:
@@ -253,6 +270,7 @@ class Recorder:
         log.calls.pop(name, None)
         log.calls[name] = call
         log.tallies[name].held = 1
+        log.trim()
         log.changes += 1
 
     def _admit(self, call: Call, replaced: Call | None) -> None:

@@ -39,6 +39,9 @@ class Activations(Mapping[str, Any]):
             calls = list(self._log.calls.values())
             separate(self._log.tallies.values())
             index = {call.key: call for call in calls}
+            if len(index) < len(calls):
+                self._log.renumber()
+                index = {call.key: call for call in calls}
             self._keys = (changes, index)
         return index
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convtap._call import Call, Tally
 from convtap._errors import StoreError
@@ -104,7 +104,7 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     for layer in content["layers"]:
         name, is_conv1d = layer.pop("name"), layer.pop("is_conv1d")
         if any(layer.values()):
-            tally = log.tallies[name] = Tally(name, is_conv1d)
+            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
                 setattr(tally, key, value)

@@ -28,10 +28,11 @@ class ModuleTap:
                 self._hooks.before(module, self._emit_input, name, module)
             return
         # Without detach the output may be swapped, and then what it must not alias includes the keyword arguments.
-        emit = self._recorder.emit_module if self._detach else self._emit_with_kwargs
-        after = self._hooks.after
+        if self._detach:
+            self._hooks.after_each(self._modules, self._recorder.emit_module)
+            return
         for name, module in self._modules.items():
-            after(module, emit, name, module, kwargs=not self._detach)
+            self._hooks.after(module, self._emit_with_kwargs, name, module, kwargs=True)
 
     def close(self) -> None:
         """Takes the hooks off."""

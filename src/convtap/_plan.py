@@ -1,0 +1,264 @@
+"""From data to numbered batches with ids, in an order that depends on the data and its loader only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from convtap._errors import InvalidType, InvalidValue
+
+#: Says whether a batch is to be computed, from its number.
+Wanted = Callable[[int], bool]
+
+
+class Even(Sequence[list[int]]):
+    """The samples 0 to ``length`` in order, ``size`` a batch; the last batch holds the rest."""
+
+    def __init__(self, length: int, size: int) -> None:
+        self.samples = length
+        self.size = size
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.size)
+
+    def rows(self, number: int) -> int:
+        """Returns how many samples a batch has."""
+        return min(self.size, self.samples - number * self.size)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return list(range(number * self.size, min((number + 1) * self.size, self.samples)))
+
+
+class MapPlan:
+    """Batches of a map-style data set, loaded by a ``DataLoader``.
+
+    Attributes:
+        even: whether the batches are equal parts of the data set in its own order.
+        identity: what a resume must find again.
+    """
+
+    def __init__(self, dataset: Any, groups: Sequence[list[int]], settings: dict[str, Any]) -> None:
+        self._dataset = dataset
+        self._groups = groups
+        self._settings = settings
+        even = isinstance(groups, Even)
+        twice = None if even else repeated(groups)
+        if twice is not None:
+            raise InvalidValue(
+                f"sample {twice} is in the data loader's batches more than once, and a store holds each id once."
+            )
+        self.even = even
+        self.identity = {
+            "length": len(dataset),
+            "batches": len(groups),
+            "batch_size": groups.size if isinstance(groups, Even) else None,
+            "composition": None if even else _digest_of(groups),
+        }
+
+    def count(self, wanted: Wanted) -> int | None:
+        """Counts the samples in the wanted batches."""
+        groups = self._groups
+        if isinstance(groups, Even):
+            return sum(groups.rows(number) for number in range(len(groups)) if wanted(number))
+        return sum(len(group) for number, group in enumerate(groups) if wanted(number))
+
+    def batches(self, wanted: Wanted) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields the number, the indices and the content of each wanted batch."""
+        loader: DataLoader[Any] = DataLoader(
+            self._dataset, batch_sampler=_Chosen(self._groups, wanted), **self._settings
+        )
+        numbers = (number for number in range(len(self._groups)) if wanted(number))
+        for number, batch in zip(numbers, loader, strict=True):
+            yield number, self._groups[number], batch
+
+
+class _Chosen:
+    """The batch sampler of what is wanted."""
+
+    def __init__(self, groups: Sequence[list[int]], wanted: Wanted) -> None:
+        self._groups = groups
+        self._wanted = wanted
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._groups[number] for number in range(len(self._groups)) if self._wanted(number))
+
+    def __len__(self) -> int:
+        return sum(1 for number in range(len(self._groups)) if self._wanted(number))
+
+
+class IterPlan:
+    """Any iterable of batches; what is not wanted is passed over.
+
+    Attributes:
+        seen: how many batches there are, once the end was reached.
+    """
+
+    even = False
+    seen: int | None = None
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        count = len(batches) if isinstance(batches, Sequence) else None
+        self.identity: dict[str, Any] = {"length": None, "batches": count, "batch_size": None, "composition": None}
+
+    def count(self, wanted: Wanted) -> int | None:
+        """Nobody knows."""
+        return None
+
+    def batches(self, wanted: Wanted) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields the number and the content of each wanted batch."""
+        number = -1
+        for number, batch in enumerate(self._batches):
+            if wanted(number):
+                yield number, None, batch
+        self.seen = number + 1
+
+
+def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] | None) -> MapPlan | IterPlan:
+    """Decides how data is read.
+
+    Raises:
+        InvalidType: it is neither a data set, nor a loader, nor an iterable of batches.
+        InvalidValue: it is empty, or its batches are others each time.
+    """
+    if isinstance(data, DataLoader):
+        if (batch_size, num_workers, collate_fn) != (1, 0, None):
+            raise InvalidValue("the DataLoader has its own batch_size, num_workers and collate_fn: set them there.")
+        return _from_loader(data)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidValue(f"batch_size={batch_size!r} must be a positive number of samples, such as 16.")
+    settings = {"num_workers": num_workers, "collate_fn": collate_fn}
+    if isinstance(data, IterableDataset):
+        return IterPlan(DataLoader(data, batch_size=batch_size, **settings))  # type: ignore[arg-type]
+    if _is_map_style(data):
+        return MapPlan(data, _nonempty(Even(_length(data), batch_size)), settings)
+    if isinstance(data, (Tensor, str, bytes, dict)) or hasattr(data, "__array__") or not isinstance(data, Iterable):
+        raise InvalidType(
+            f"data is a {type(data).__name__}. Pass a map-style Dataset, a DataLoader, or an iterable of batches; a tensor "
+            "with samples on axis 0 is TensorDataset(x), or [x] as a single batch."
+        )
+    if batch_size != 1 or num_workers or collate_fn is not None:
+        raise InvalidValue(
+            f"data is a {type(data).__name__}, an iterable of batches already, so batch_size, num_workers and collate_fn "
+            "mean nothing for it. For single samples pass a Dataset or a DataLoader."
+        )
+    if isinstance(data, Sequence):
+        _nonempty(data)
+    return IterPlan(data)
+
+
+def _is_map_style(data: Any) -> bool:
+    if isinstance(data, Dataset):
+        return True
+    plain = isinstance(data, (list, tuple, range, dict, str, bytes, Tensor)) or hasattr(data, "__array__")
+    return not plain and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except TypeError:
+        raise InvalidType(
+            f"the {type(data).__name__} has no length, so its samples cannot be numbered. Give it __len__, or make it an "
+            "IterableDataset."
+        ) from None
+
+
+def _nonempty(groups: Any) -> Any:
+    if not len(groups):
+        raise InvalidValue("the data has length 0: there is nothing to extract.")
+    return groups
+
+
+def _from_loader(loader: DataLoader[Any]) -> MapPlan | IterPlan:
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return IterPlan(loader)
+    settings = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers",
+            "collate_fn",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "generator",
+            "prefetch_factor",
+            "pin_memory_device",
+        )
+    }
+    return MapPlan(loader.dataset, _nonempty(_groups(loader)), settings)
+
+
+def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
+    batching: Any = loader.batch_sampler
+    if type(batching) is not BatchSampler:
+        return _settled_batches(batching)
+    if type(batching.sampler) in (SequentialSampler, RandomSampler):
+        return Even(_length(loader.dataset), batching.batch_size)
+    order = _settled_order(batching.sampler)
+    return [order[start : start + batching.batch_size] for start in range(0, len(order), batching.batch_size)]
+
+
+def _settled_order(sampler: Any) -> list[int]:
+    """Returns a sampler's own order if it has one, and the order of the data set if it shuffles."""
+    first = list(sampler)
+    others = [list(sampler) for _ in range(_trials(first))]
+    if all(first == other for other in others):
+        return first
+    if any(sorted(first) != sorted(other) for other in others):
+        raise InvalidValue(
+            f"the {type(sampler).__name__} draws other samples each time, so a resume could not tell what is missing. Give "
+            "the samples once each: DataLoader(Subset(dataset, indices), ...)."
+        )
+    return sorted(first)
+
+
+def _settled_batches(sampler: Any) -> list[list[int]]:
+    """Returns a batch sampler's batches, in their own order if it has one, else in the order of their first samples."""
+    first = [list(group) for group in sampler]
+    others = [[list(group) for group in sampler] for _ in range(_trials(first))]
+    if all(first == other for other in others):
+        return first
+    if any(sorted(first) != sorted(other) for other in others):
+        raise InvalidValue(
+            f"the {type(sampler).__name__} makes other batches each time it is read, and the batches of a store must stay "
+            "the same: fix its seed, or let it shuffle whole batches only."
+        )
+    return sorted(first)
+
+
+def _trials(order: Sequence[Any]) -> int:
+    """How often to read a sampler again, to see whether it shuffles: few items come in the same order by chance."""
+    return 1 if len(order) > 20 else 24
+
+
+def _digest_of(groups: Sequence[list[int]]) -> str:
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(repr(group).encode())
+    return digest.hexdigest()[:24]
+
+
+def repeated(groups: Iterable[Iterable[Any]]) -> Any:
+    """Returns the first thing that is there twice, or None."""
+    seen: set[Any] = set()
+    for group in groups:
+        for item in group:
+            if item in seen:
+                return item
+            seen.add(item)
+    return None
