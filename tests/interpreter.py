@@ -26,7 +26,8 @@ class Box:
     def write(self, value: Tensor) -> Box:
         old = self.value
         if old.requires_grad and not value.requires_grad:  # written under no_grad: the history stays the old one
-            value = _Rewritten.apply(old, value)
+            with torch.enable_grad():
+                value = _Rewritten.apply(old, value)
         self.value = value
         self.writes += 1
         return self
