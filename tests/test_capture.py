@@ -384,3 +384,14 @@ def test_a_layer_named_like_a_numbered_call_stays_apart():
         first, second, third = model.a(x), model.a(2 * x), model._modules["a#1"](x)
     assert list(acts) == ["a##0", "a##1", "a#1"]
     assert same([acts["a##0"], acts["a##1"], acts["a#1"]], [first, second, third])
+
+
+def test_each_direct_call_of_a_layer_is_a_pass_of_its_own_also_for_inputs():
+    model = FiveConvs()
+    first, second = torch.randn(2, 1, 9), torch.randn(3, 1, 9)
+    with capture(model, at="input") as acts:
+        model.convs[0](first)
+        model.convs[0](second)
+    assert [call.forward for call in acts.calls()] == [0, 1]
+    assert [len(acts.calls(forward=i)) for i in (0, 1)] == [1, 1]
+    assert torch.equal(acts.sample(4)["convs.0#1"], second[2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from convtap import CoverageWarning, LayerNotFound, NotCaptured, capture, list_layers
 from tests.models import FunctionalConvs, PaddedConv, UsesFusedKernel
@@ -393,3 +394,35 @@ def test_a_transformer_that_is_called_directly_is_not_marked():
             for _ in range(2):
                 assert torch.equal(model.encoder(source, src_key_padding_mask=padding), plain)
     assert list(acts) == ["conv"]
+
+
+def test_the_convolution_of_a_layer_that_is_not_selected_is_its_own_and_no_bare_function():
+    model = nn.Sequential(weight_norm(nn.Conv1d(1, 2, 3)), nn.Conv1d(2, 2, 3), FreeKernel())
+    with capture(model, ["1", "F.conv1d"]) as acts:
+        model(X)
+    assert list(acts) == ["1", "F.conv1d"]
+    assert tuple(acts["F.conv1d"].shape) == (2, 2, 8)  # 12 - 2 - 2
+
+
+class FreeKernel(nn.Module):
+    def forward(self, x):
+        return F.conv1d(x, torch.ones(2, 2, 1))
+
+
+def test_a_computed_weight_whose_layer_raised_is_no_bypass():
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.normed = nn.Conv1d(1, 2, 3), weight_norm(nn.Conv1d(2, 2, 3))
+
+        def forward(self, x):
+            try:
+                return self.normed(x)
+            except RuntimeError:  # too few channels
+                return self.first(x)
+
+    model = Catches()
+    with capture(model) as acts:
+        model(X)
+    assert list(acts) == ["first"]
+    assert acts.coverage["normed"].state == "idle"

@@ -64,10 +64,16 @@ class Hooks:
             module._forward_hooks[key] = Hook(function, name, module)
         self._after.extend(modules.values())
 
-    def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any) -> None:
-        """Calls ``function(*bound, module, args, kwargs)`` before the module's forward."""
+    def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any, first: bool = False) -> None:
+        """Calls ``function(*bound, module, args, kwargs)`` before the module's forward.
+
+        Args:
+            first: before all other hooks that are there.
+        """
         self._flagged.append(module)
         module._forward_pre_hooks[self._key] = Hook(function, *bound)
+        if first:
+            module._forward_pre_hooks.move_to_end(self._key, last=False)  # type: ignore[attr-defined]
         module._forward_pre_hooks_with_kwargs[self._key] = True
 
     def remove(self) -> None:

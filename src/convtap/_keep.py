@@ -69,8 +69,12 @@ class Keeper:
         policy = self._policy
         output = self._outside_transforms(output)
         if alone and fresh and policy.swaps(output, inputs) and self.stays(output):
-            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=_unchanged)
-        return map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output), None
+            instead = map_leaves(_gone_on_with, output, other=_unchanged)
+            _known.settle(output, instead, None)
+            return map_leaves(_kept_upstream, output), instead
+        kept = map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output)
+        _known.settle(output, None, kept)
+        return kept, None
 
     def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
         """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
@@ -141,7 +145,41 @@ def _gone_on_with(output: Tensor) -> Tensor:
 # Assumption: a layer returns its output to nobody but the caller, so that the caller may be given another tensor instead.
 # Failure: a layer that keeps its last output, or a user's hook that does, would no longer have what the model works on.
 # Choice: count the references to the output at the hook. The count without any other holder depends on Python and on
-#   torch's way to call hooks, so it is measured once, on a module that keeps nothing.
+#   torch's way to call hooks, so it is measured once, on a module that keeps nothing. What another block's hook has just
+#   given the model instead, torch still has in a variable of its own: that is one more.
+
+
+class _Known(threading.local):
+    """The references to one output that blocks of this library and torch itself are known to hold."""
+
+    identity = 0
+    aliases = 0
+    replaced = False
+
+    def count(self, output: Any) -> int:
+        if self.identity != id(output):
+            self.identity, self.aliases, self.replaced = id(output), 0, False
+        return self.aliases + self.replaced
+
+    def settle(self, output: Any, replacement: Any, kept: Any) -> None:
+        """Notes what a hook has just done: torch holds what it returned, and an alias holds the output."""
+        self.replaced = replacement is not None
+        if replacement is not None:
+            self.identity, self.aliases = id(replacement), 0
+        elif isinstance(kept, Alias) and kept.tensor is output:
+            self.aliases += 1
+
+
+_known = _Known()
+
+
+def is_held_elsewhere(count: int, output: Any) -> bool:
+    """Whether so many references to an output, counted in a hook, are more than there are if nobody keeps it."""
+    if count > references() + _known.count(output):
+        return True
+    parts = output.values() if type(output) is dict else output if type(output) in (tuple, list) else ()
+    # the structure, the loop, and the count itself
+    return any(isinstance(part, Tensor) and sys.getrefcount(part) > 3 for part in parts)
 
 
 class _Probe(nn.Module):

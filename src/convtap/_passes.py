@@ -127,7 +127,8 @@ class Passes:
     def _mark_begin(self, module: nn.Module) -> None:
         if not isinstance(module, FAST_PATHS):
             self._marked.add(id(module))
-            self._hooks.before(module, self._entered)
+            # first, because a part that is marked late has the hook already that emits its input
+            self._hooks.before(module, self._entered, first=True)
 
     def _mark_end(self, module: nn.Module) -> None:
         if not isinstance(module, FAST_PATHS):

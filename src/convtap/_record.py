@@ -15,7 +15,7 @@ from convtap._call import Call, Tally
 from convtap._errors import ConvtapError
 from convtap._functorch import is_wrapped
 from convtap._grad import Gradient, Gradients
-from convtap._keep import Keeper, is_fake, outside_modes, references
+from convtap._keep import Keeper, is_fake, is_held_elsewhere, outside_modes
 from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
@@ -138,7 +138,7 @@ class Recorder:
         """Records what a module returned whose output may be a view of what somebody else has, or be held by somebody."""
         if module is not tapped:
             return None
-        alone = sys.getrefcount(output) <= references()
+        alone = not is_held_elsewhere(sys.getrefcount(output), output)
         inputs = (args, kwargs)
         if self.follower is not None:
             return self._follow(self.follower, name, output, "module")

@@ -202,7 +202,7 @@ class FunctionTap:
             if is_own and isinstance(self._selection.modules[around], CONV1D):
                 return None
         if name is None:
-            if not self._passes.in_method():
+            if not self._passes.in_method() or self._is_inside_conv1d():
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
@@ -213,6 +213,15 @@ class FunctionTap:
             wanted = self._wanted[name] = self._selection.wants(name)
         return name if wanted else None
 
+    def _is_inside_conv1d(self) -> bool:
+        """Whether a Conv1d that is not selected is being called: what it computes its weight for is its own affair."""
+        return any(isinstance(module, CONV1D) for module, _ in module_calls(sys._getframe(4)))
+
+    def _is_called(self, name: str) -> bool:
+        """Whether a selected layer is being called: then its hook emits what it returns, or it raises."""
+        layer = self._selection.modules.get(name)
+        return any(module is layer for module, _ in module_calls(sys._getframe(4)))
+
     # -- reads
 
     def _read(self, name: str, func: Any, result: Any) -> None:
@@ -220,7 +229,7 @@ class FunctionTap:
         if recorder.muted or not _reads_values(func) or not self._passes.in_forward() or not recorder.is_here(name):
             return
         reader = _function_name(func)
-        if reader.rpartition(".")[2] not in _PASSING_ON:
+        if reader.rpartition(".")[2] not in _PASSING_ON and not self._is_called(name):
             recorder.weight_read(name, reader)
         for _, tensor in walk_tensors(result):
             self._derive(tensor, name)
