@@ -84,6 +84,7 @@ ORDER = (
     "_forecast",
     "_job",
     "_extract",
+    "ray",
     "_probe",
     "_finding",
     "_watch",

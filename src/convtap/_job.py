@@ -130,7 +130,7 @@ class Job:
         names = self._names.of(number, indices, batch, (args, kwargs))
         full, lengths = 0, None
         if self._lengths is not None:
-            full = _last_axis((args, kwargs))
+            full = last_axis((args, kwargs))
             lengths = checked_lengths(self._lengths, batch, len(names), full)
         calls = self._runner.run(args, kwargs)
         with torch.inference_mode():
@@ -224,7 +224,12 @@ class _Names:
         return names
 
 
-def _last_axis(inputs: Any) -> int:
+def last_axis(inputs: Any) -> int:
+    """Returns the length of the padded input: the last axis of the first input tensor that has more than one.
+
+    Raises:
+        InvalidValue: there is none.
+    """
     shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
     shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
     if not shapes:
