@@ -90,7 +90,8 @@ def features(sounds: Path, into: Path, actors: int = 2) -> Any:
             "keep": ["name", "length"],
         },
         batch_size=8,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        # it grows with the blocks that wait: an actor without one would hold a GPU for nothing
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     ).write_parquet(str(into))
     return ray.data.read_parquet(str(into))
 

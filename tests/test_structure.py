@@ -71,6 +71,7 @@ ORDER = (
     "_shards",
     "_reading",
     "_place",
+    "_beginning",
     "_writer",
     "_index",
     "_account",
