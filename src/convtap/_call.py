@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
-from convtap._memory import storage_key, tensor_bytes
+from convtap._memory import parts, storage_key, tensor_bytes
+from convtap._select import CONV1D
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
 
@@ -22,6 +22,7 @@ class Tally:
     captured = 0
     ran = 0  # counted only where captured cannot be: when an activation is looked for
     held = 0
+    cleared = 0
     last_pass = -1
     bypassed: str | None = None
     bypasses = 0
@@ -29,10 +30,14 @@ class Tally:
     computed = False
     separator = "#"
 
-    def __init__(self, name: str, is_conv1d: bool) -> None:
+    def __init__(self, name: str, kind: type) -> None:
         self.name = name
-        self.is_conv1d = is_conv1d
-        self.numbers = itertools.count()
+        self.kind = kind
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the layer is a Conv1d module."""
+        return issubclass(self.kind, CONV1D)
 
     def read_by(self, reader: str, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -47,9 +52,6 @@ class Tally:
             self.bypasses += 1
             self.bypassed = self.bypassed or self.pending[1]
             self.pending = None
-
-    def __getstate__(self) -> Any:  # the counter cannot be pickled, and nothing is counted in a copy
-        return {key: value for key, value in self.__dict__.items() if key != "numbers"}
 
 
 class Call:
@@ -144,7 +146,7 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for _, tensor in walk_tensors(call._shown):
+        for tensor in (part for _, whole in walk_tensors(call._shown) for part in parts(whole)):
             key = storage_key(tensor)
             if key is None:
                 found[("", id(tensor))] = tensor_bytes(tensor)
@@ -155,10 +157,9 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def separate(tallies: Iterable[Tally]) -> None:
+def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    tallies = list(tallies)
-    names = [tally.name for tally in tallies if "#" in tally.name]
-    for tally in tallies if names else ():
-        if any(name.startswith(tally.name + "#") for name in names):
+    numbered = [name for name in names if "#" in name]
+    for tally in list(tallies) if numbered else ():
+        if any(name.startswith(tally.name + "#") for name in numbered):
             tally.separator = "##"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,13 @@ class Hooks:
             module._forward_hooks_always_called[self._key] = True
         if kwargs:
             module._forward_hooks_with_kwargs[self._key] = True
+
+    def after_each(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
+        """Calls ``function(name, module, module, args, output)`` after the forward of every module, by name."""
+        key = self._key
+        for name, module in modules.items():
+            module._forward_hooks[key] = Hook(function, name, module)
+        self._after.extend(modules.values())
 
     def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any) -> None:
         """Calls ``function(*bound, module, args, kwargs)`` before the module's forward."""

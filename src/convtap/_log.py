@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from convtap._call import Call, Tally
+from convtap._call import Call, Tally, separate
 from convtap._coverage import LayerCoverage
 
 
@@ -43,7 +42,7 @@ class Log:
         self.inputs.clear()
         for tally in self.tallies.values():
             tally.held = 0
-            tally.numbers = itertools.count()
+            tally.cleared = tally.captured
         self.changes += 1
         self.cleared += 1
 
@@ -57,6 +56,17 @@ class Log:
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""
         return dict.fromkeys((*self.selected, *self.tallies))
+
+    def renumber(self) -> None:
+        """Numbers the calls of each layer in order: two threads that run a layer at once may have taken one number."""
+        counts: dict[str, int] = {}
+        for call in list(self.calls.values()):
+            call.index = counts.get(call.name, 0)
+            counts[call.name] = call.index + 1
+
+    def tell_apart(self) -> None:
+        """Sees to it that no numbered call has a key that is also another layer's."""
+        separate(self.tallies.values(), self.names())
 
     def settle(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""

@@ -126,6 +126,7 @@ class Watch:
         self._make, self._push, self._pop, self._depth = make, push, pop, depth
         self._watchers: dict[Token, Watcher] = {}
         self._blocks_of_thread: dict[int, int] = {}
+        self._threads_of_block: dict[Token, int] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
 
@@ -134,6 +135,7 @@ class Watch:
         thread = threading.get_ident()
         with self._lock:
             self._watchers[token] = watcher
+            self._threads_of_block[token] = self._threads_of_block.get(token, 0) + 1
             self._blocks_of_thread[thread] = self._blocks_of_thread.get(thread, 0) + 1
         mode = getattr(self._here, "mode", None)
         if mode is None:
@@ -145,7 +147,9 @@ class Watch:
     def end(self, token: Token, thread: int) -> None:
         """Ends ``begin``. From another thread, the mode stays on its own, idle, until a block of that thread ends."""
         with self._lock:
-            self._watchers.pop(token, None)
+            self._threads_of_block[token] -= 1
+            if not self._threads_of_block[token]:
+                del self._threads_of_block[token], self._watchers[token]
             self._blocks_of_thread[thread] -= 1
             last = not self._blocks_of_thread[thread]
             if last:

@@ -48,10 +48,16 @@ _METADATA = frozenset(
     (  # noqa: SIM905 (thirty quoted words read worse)
         "size dim ndimension numel nelement stride storage_offset is_contiguous element_size is_floating_point is_complex "
         "is_signed is_conj is_neg is_inference is_pinned is_shared is_set_to get_device has_names type dim_order "
+        "new_ones new_zeros new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like "
+        "type_as result_type expand_as view_as reshape_as storage untyped_storage "
         "register_hook register_post_accumulate_grad_hook retain_grad backward _is_view "
         "__len__ __hash__ __repr__ __format__ __bool__ __deepcopy__ __reduce_ex__ __setstate__ __set__ __delete__"
     ).split()
 )
+
+
+# These alone are no use of the values, but what they give may be used.
+_PASSING_ON = frozenset(("detach", "cpu", "data"))
 
 
 def _reads_values(func: Any) -> bool:
@@ -86,25 +92,37 @@ class FunctionTap:
         self._weights: dict[int, str] = {}
         self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._thread: int | None = None
+        self._kept: list[Tensor] = []
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
-        watcher = self._watch if self._follower is None else self._watch_and_follow
         weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
                 weight = module._parameters.get("weight")
-                if weight is not None:
-                    weights[id(weight)] = name
-                else:
-                    weights.update((id(source), name) for source in _sources_of_weight(module))
-        self._thread = _process.functions.begin(self._token, watcher)
+                sources = [weight] if weight is not None else _sources_of_weight(module)
+                self._kept.extend(sources)  # so that no identity is used again
+                for source in sources:
+                    weights[id(source)] = name
+        self._passes.companion = self
+        self._thread = self.visit()
 
     def close(self) -> None:
         """Ends it."""
+        self._passes.companion = None
         if self._thread is not None:
             _process.functions.end(self._token, self._thread)
         self._derived.clear()
+        self._kept.clear()
+
+    def visit(self) -> int:
+        """Begins to watch another thread, in which a pass of this block runs."""
+        watcher = self._watch if self._follower is None else self._watch_and_follow
+        return _process.functions.begin(self._token, watcher)
+
+    def leave(self, visit: int) -> None:
+        """Ends that."""
+        _process.functions.end(self._token, visit)
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS and not self._recorder.muted:
@@ -141,6 +159,8 @@ class FunctionTap:
         if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
         enclosing = None if self._recorder.claimed else self._enclosing()
+        if self._selection.tree.has_keras and weight.device.type == "meta":
+            enclosing = None  # Keras asks for shapes
         name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)
@@ -152,10 +172,7 @@ class FunctionTap:
         return output if replacement is None else replacement
 
     def _enclosing(self) -> list[str] | None:
-        """Returns the selected modules around the call, or None if another tap emits it.
-
-        That is the hook of a selected convolution around it, or the TorchScript tap if the innermost module is scripted.
-        """
+        """Returns the selected modules around the call, innermost first, or None if the TorchScript tap emits it."""
         found: list[str] = []
         modules = self._modules
         root = self._selection.tree.model
@@ -166,25 +183,31 @@ class FunctionTap:
             innermost = False
             name = modules.get(id(module))
             if name is not None:
-                if isinstance(module, CONV1D):
-                    return None
                 found.append(name)
             if module is root:
                 break
         return found
 
     def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
-        """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
-        name = self._owners.find(weight)
+        """Returns the name to record a convolution under, or None if it is not selected or not the model's.
+
+        Nor if a module around it emits it: the owner of the weight, or a convolution that computes the weight itself or
+        takes one of its own parameters.
+        """
+        name = self._owners.find(weight, self._passes.number)
+        if name in enclosing:
+            return None
+        for around in enclosing:
+            is_own = name is None or (name.rpartition(".")[0] == around and name not in self._selection.tree.names)
+            if is_own and isinstance(self._selection.modules[around], CONV1D):
+                return None
         if name is None:
-            if not self._passes.in_forward():
+            if not self._passes.in_method():
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
             if derived is not None:
                 self._recorder.seen_as_function(derived[1])
-        elif name in enclosing:  # the owner's own forward, and its hook emits what it returns
-            return None
         wanted = self._wanted.get(name)
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)
@@ -196,7 +219,9 @@ class FunctionTap:
         recorder = self._recorder
         if recorder.muted or not _reads_values(func) or not self._passes.in_forward() or not recorder.is_here(name):
             return
-        recorder.weight_read(name, _function_name(func))
+        reader = _function_name(func)
+        if reader.rpartition(".")[2] not in _PASSING_ON:
+            recorder.weight_read(name, reader)
         for _, tensor in walk_tensors(result):
             self._derive(tensor, name)
 
