@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from convtap._errors import StoreError, listed, plural
 from convtap._index import Index, read_index
-from convtap._place import rank_folders, read_finished
+from convtap._place import rank_folders, read_finished, read_parts
 from convtap._reading import Shard
 from convtap._table import Table, human_bytes
 
@@ -63,9 +64,10 @@ def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mappin
 
 def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
     notes = []
-    ranks = rank_folders(path)
+    ranks = _ranks(path, index)
     if len(ranks) > 1:
-        notes.append(f"written by {len(ranks)} ranks")
+        fewest, most = min(ranks.values()), max(ranks.values())
+        notes.append(f"written by {len(ranks)} ranks, {f'{fewest} to ' if fewest < most else ''}{_batches(most)} each")
     absent = missing(path, identity, index)
     if absent is None:
         notes.append("incomplete: the extraction has not reached the end of its data; run it again to go on")
@@ -74,13 +76,47 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         notes.append(
             f"incomplete: {len(absent)} of {total} missing ({_ranges(absent)}); run the extraction again to compute them"
         )
+        notes.extend(_undone(absent, read_parts(path), ranks))
     double = len(index.duplicates)
     if double:
         shards = sorted({index.names[shard] for _, shard in index.duplicates.tolist()})
         notes.append(f"{_batches(double)} twice: the later copies, in {listed(shards, 3)}, are not used")
+    if "ids" in identity.get("given", ()) and (several := _several(index)):
+        notes.append(f"{plural(len(several), 'id')} of several samples each: {listed(map(repr, several), 3)}")
     if index.bad:
         notes.append(unreadable(index))
     return notes
+
+
+def _ranks(path: Path, index: Index) -> dict[int, int]:
+    """By rank, how many batches are read from its folder."""
+    import numpy as np
+
+    counts = np.bincount(index.batches[:, 2], minlength=len(index.names)).tolist()
+    ranks = {int(folder[5:]): 0 for folder in rank_folders(path)}
+    for name, count in zip(index.names, counts, strict=True):
+        ranks[int(name[5:].partition("/")[0])] += count
+    return ranks
+
+
+def _undone(absent: list[int], parts: int, ranks: Mapping[int, int]) -> list[str]:
+    """Says which ranks the missing batches are of, if the latest run had several."""
+    if parts == 1:
+        return []
+    owners = Counter(number % parts for number in absent)
+    said = [
+        f"rank {rank} ({_batches(count)}{'' if ranks.get(rank) else ', nothing written'})"
+        for rank, count in sorted(owners.items())
+    ]
+    return [f"of {parts} ranks, {len(said)} {'is' if len(said) == 1 else 'are'} not done: {listed(said, 6)}"]
+
+
+def _several(index: Index) -> list[Any]:
+    """The ids that more than one sample has: each rank sees its own, and cannot know."""
+    import numpy as np
+
+    ids = np.sort(index.ids)
+    return np.unique(ids[1:][ids[1:] == ids[:-1]]).tolist()  # type: ignore[no-any-return]
 
 
 def unreadable(index: Index) -> str:

@@ -16,7 +16,7 @@ from convtap._forward import Runner, module_mode
 from convtap._identity import check_same, function_identity, model_identity
 from convtap._job import Job, set_bad_aside
 from convtap._memory import parse_bytes
-from convtap._place import RankFolder, check_part, describe, prepare
+from convtap._place import RankFolder, check_part, describe, note_part, prepare, rank_folders
 from convtap._plan import IterPlan, MapPlan, plan
 from convtap._policy import Policy
 from convtap._rows import RowMaker
@@ -143,6 +143,8 @@ def extract(
         check_same(describe(path, identity), identity, where)
 
     with RankFolder(path, i) as folder, module_mode(model, mode), runner:
+        if n > 1 or len(rank_folders(path)) > 1:
+            note_part(folder, i, n)
         set_bad_aside(path, folder, i, n, progress)
         job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype), i, n, **functions)
         job.run(shard_size, settle, progress)

@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -99,45 +99,65 @@ def read_index(path: Path) -> Index:
     index = _load(path / _FILE)
     if any(files.get(name) != state for name, state in index.files.items()):
         index = Index()
-    shards, bad = {}, {}
-    for name in files:
-        if name not in index.files:
-            try:
-                shards[name] = Shard(path / name)
-            except StoreError as error:
-                bad[name] = str(error)
-    if shards:
-        index = _extended(index, shards, files)
-        if len(shards) >= _WORTH_KEEPING:
+    bad: dict[str, str] = {}
+    fresh = [name for name in files if name not in index.files]
+    if fresh:
+        known = len(index.files)
+        index = _extended(index, _opened(path, fresh, bad), files)
+        if len(index.files) - known >= _WORTH_KEEPING:
             with contextlib.suppress(OSError):  # the store may be read-only
                 write_whole(path / _FILE, _dump(index))
     index.bad = bad
     return index
 
 
-def _extended(old: Index, shards: dict[str, Shard], files: dict[str, tuple[int, int]]) -> Index:
+def _opened(path: Path, names: list[str], bad: dict[str, str]) -> Iterator[tuple[str, Shard]]:
+    """Opens shards one after the other, so that only one header is in memory; notes in ``bad`` what cannot be read."""
+    for name in names:
+        try:
+            shard = Shard(path / name)
+        except StoreError as error:
+            bad[name] = str(error)
+        else:
+            yield name, shard
+
+
+def _extended(old: Index, shards: Iterable[tuple[str, Shard]], files: dict[str, tuple[int, int]]) -> Index:
     import numpy as np
 
     layers = dict(old.layers)
     lines, ids = [old.batches], [old.ids] if len(old.ids) else []
-    runs: list[tuple[int, str, list[int]]] = []  # which lines have which layer
+    runs: list[tuple[slice | list[int], str]] = []  # which lines have which layer
     line, number = len(old.batches), len(old.names)
-    for shard in shards.values():
+    known = dict(old.files)
+    for name, shard in shards:
+        known[name] = files[name]
         places = len(shard.batches)
-        lines.append(np.array([(n, rows, number, place) for place, (n, rows) in enumerate(shard.batches)], np.int64))
-        if names := shard.ids():
-            ids.append(np.array(names))
+        lines.append(_lines(shard, number))
+        names = shard.id_array()
+        if len(names):
+            ids.append(names)
         for key, about in shard.columns.items():
             _merge(layers, key, shard)
-            runs.append((line, key, about.get("present") or list(range(places))))
+            some = about.get("present")
+            runs.append((slice(line, line + places) if some is None else [line + place for place in some], key))
         line, number = line + places, number + 1
     present = np.zeros((line, len(layers)), np.bool_)
     present[: old.present.shape[0], : old.present.shape[1]] = old.present
     place_of = {key: place for place, key in enumerate(layers)}
-    for first, key, places_present in runs:
-        present[[first + place for place in places_present], place_of[key]] = True
-    known = {**old.files, **{name: files[name] for name in shards}}
+    for found, key in runs:
+        present[found, place_of[key]] = True
     return _ordered(known, layers, np.concatenate(lines), present, _joined(ids), old.duplicates)
+
+
+def _lines(shard: Shard, number: int) -> Any:
+    """The batches of a shard, one line each: number, rows, shard, place in the shard."""
+    import numpy as np
+
+    lines = np.empty((len(shard.batches), 4), np.int64)
+    lines[:, :2] = np.array(shard.batches, np.int64).reshape(-1, 2)
+    lines[:, 2], lines[:, 3] = number, np.arange(len(lines))
+    return lines
 
 
 def _joined(ids: list[Any]) -> Any:
@@ -153,7 +173,9 @@ def _joined(ids: list[Any]) -> Any:
 def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
     shapes = shard.row_shapes(key)
     shape: list[int | None] | None = []
-    if len(shapes) and shapes.numel():
+    if not shard.columns[key]["flat"] and len(shapes):
+        shape = shapes[0].tolist()
+    elif len(shapes) and shapes.numel():
         low, high = torch.aminmax(shapes, dim=0)
         shape = [a if a == b else None for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         shape = None if (low < 0).any() else shape
@@ -174,8 +196,10 @@ def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, dupl
     duplicates = np.concatenate([duplicates, batches[order[~first]][:, [0, 2]]])
     kept = order[first]
     if len(kept) != len(order) or (kept != np.arange(len(kept))).any():
-        starts = np.array(list(accumulate(batches[:, 1].tolist(), initial=0)))
-        ids = np.concatenate([ids[starts[line] : starts[line + 1]] for line in kept.tolist()])
+        rows = batches[kept, 1]
+        starts = np.cumsum(batches[:, 1]) - batches[:, 1]
+        # of each sample, where it was: its batch's old start, and its place in the batch
+        ids = ids[np.repeat(starts[kept] - (np.cumsum(rows) - rows), rows) + np.arange(rows.sum())]
         batches, present = batches[kept], present[kept]
     return Index(files, {}, layers, batches, present, ids, duplicates)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._beginning import Beginning
 from convtap._chain import checked_lengths
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._forecast import Progress
@@ -62,7 +63,11 @@ class Job:
         self._labels = labels
         index = read_index(path)
         self._done = _Done(index)
-        self._names = _Names(ids, index)
+        self._names = _Names(ids, index, counts=ids is None and isinstance(planned, IterPlan))
+        self._beginning = None
+        if ids is not None and isinstance(planned, IterPlan):
+            self._beginning = Beginning(path, f"rank {part} of {parts}: " if parts > 1 else "", ids)
+            planned.look = self._beginning.look
         self._stored = len(index.ids)
         runner.fresh = not index.layers
 
@@ -86,6 +91,8 @@ class Job:
         def before(batches: Sequence[Batch]) -> None:
             bar.check_room(batches)
             settle()
+            if self._beginning is not None:
+                self._beginning.settle()
 
         writer = Writer(self._folder, shard_bytes, before)
         try:
@@ -130,7 +137,7 @@ class Job:
         names = self._names.of(number, indices, batch, (args, kwargs))
         full, lengths = 0, None
         if self._lengths is not None:
-            full = _last_axis((args, kwargs))
+            full = last_axis((args, kwargs))
             lengths = checked_lengths(self._lengths, batch, len(names), full)
         calls = self._runner.run(args, kwargs)
         with torch.inference_mode():
@@ -156,23 +163,26 @@ class _Done:
     """Which batches are stored already."""
 
     def __init__(self, index: Index) -> None:
-        numbers = torch.from_numpy(index.batches[:, 0].copy())
-        self._bits = torch.zeros(int(numbers.max()) + 1 if len(numbers) else 0, dtype=torch.bool)
-        self._bits[numbers] = True
+        import numpy as np
+
+        numbers = index.batches[:, 0]
+        here = np.zeros(int(numbers.max()) + 1 if len(numbers) else 0, np.bool_)
+        here[numbers] = True
+        self._here = here.tobytes()  # a byte each: asked of every batch of the data, so it has to be quick
 
     def __contains__(self, number: int) -> bool:
-        return number < len(self._bits) and bool(self._bits[number])
+        return number < len(self._here) and self._here[number] == 1
 
 
 class _Names:
     """Gives the samples of each batch their ids: the user's, the indices of the data set, or a running count."""
 
-    def __init__(self, ids: Callable[[Any], Any] | None, index: Index) -> None:
+    def __init__(self, ids: Callable[[Any], Any] | None, index: Index, *, counts: bool) -> None:
         self._ids = ids
         self._kind: type | None = None
         self._seen: set[Id] = set()
         # of every batch so far, how many samples: where the running count stands when a batch is the next
-        self._sizes = dict(zip(index.batches[:, 0].tolist(), index.batches[:, 1].tolist(), strict=True))
+        self._sizes = dict(index.batches[:, :2].tolist()) if counts else {}
         self._counted = (0, 0)
         if ids is not None:
             self._seen.update(index.ids.tolist())
@@ -224,7 +234,12 @@ class _Names:
         return names
 
 
-def _last_axis(inputs: Any) -> int:
+def last_axis(inputs: Any) -> int:
+    """Returns the length of the padded input: the last axis of the first input tensor that has more than one.
+
+    Raises:
+        InvalidValue: there is none.
+    """
     shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
     shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
     if not shapes:

@@ -206,7 +206,8 @@ class RankFolder:
     def _refusal(self, owner: str) -> StoreError:
         return StoreError(
             f"{owner} is extracting into {str(self.path)!r}, and a rank's folder takes one process at a time. Wait for it, "
-            "give another directory, or give each process its part: extract(..., part=(i, n))."
+            "give another directory, or give each process its part: extract(..., part=(i, n)), or under torchrun "
+            "torch.distributed.init_process_group() first."
         )
 
     def next_number(self) -> int:
@@ -242,6 +243,23 @@ def check_part(part: Any) -> tuple[int, int]:
             f"part={part!r} must be (i, n) with 0 <= i < n: the i-th of n parts, as in part=(3, 100) for the fourth of 100."
         )
     return part[0], part[1]
+
+
+def note_part(folder: RankFolder, part: int, parts: int) -> None:
+    """Notes in a rank's folder which part of how many its process computes."""
+    write_whole(folder.path / "part.json", json.dumps({"part": part, "parts": parts}).encode())
+
+
+def read_parts(path: Path) -> int:
+    """Returns how many parts the latest run was divided into."""
+    latest, parts = -1, 1
+    for rank in rank_folders(path):
+        file = path / rank / "part.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            time, found = file.stat().st_mtime_ns, int(json.loads(file.read_bytes())["parts"])
+            if (time, found) > (latest, parts):
+                latest, parts = time, found
+    return parts
 
 
 def write_finished(folder: Path, batches: int) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from convtap._errors import InvalidType, InvalidValue
 
@@ -104,10 +105,12 @@ class IterPlan:
 
     Attributes:
         seen: how many batches there are, once the end was reached.
+        look: called with the first batch, wanted or not.
     """
 
     even = False
     seen: int | None = None
+    look: Callable[[Any], None] | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -122,6 +125,8 @@ class IterPlan:
         """Yields the number and the content of each wanted batch."""
         number = -1
         for number, batch in enumerate(self._batches):
+            if number == 0 and self.look is not None:
+                self.look(batch)
             if wanted(number):
                 yield number, None, batch
         self.seen = number + 1
@@ -207,7 +212,8 @@ def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
     batching: Any = loader.batch_sampler
     if type(batching) is not BatchSampler:
         return _settled_batches(batching)
-    if type(batching.sampler) in (SequentialSampler, RandomSampler):
+    # a DistributedSampler deals single samples to ranks, some of them twice; here whole batches are dealt
+    if type(batching.sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
         return Even(_length(loader.dataset), batching.batch_size)
     order = _settled_order(batching.sampler)
     return [order[start : start + batching.batch_size] for start in range(0, len(order), batching.batch_size)]

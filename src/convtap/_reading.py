@@ -89,6 +89,12 @@ class Shard:
         text = self._tensor("ids.text").numpy().tobytes()
         return [text[start:end].decode() for start, end in pairwise(ends)]
 
+    def id_array(self) -> Any:
+        """Returns the id of every row as a NumPy array; ints are not made one by one."""
+        import numpy as np
+
+        return self._tensor("ids").numpy().copy() if "ids" in self._parts else np.array(self.ids())
+
     def labels(self) -> Tensor | None:
         """Returns the label of every row, or None if there are none."""
         return self._tensor("labels").clone() if "labels" in self._parts else None

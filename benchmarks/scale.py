@@ -1,0 +1,151 @@
+"""What a store of very many samples costs beside their bytes: files, index, opening, and finding out what is missing.
+
+Outputs are as small as they can be, so that everything else shows. Run: ``python -m benchmarks.scale``. The figures of
+``docs/scale.md`` are from here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import environment, markdown
+from convtap._extract import extract
+from convtap._index import read_index
+from convtap._job import _Done
+from convtap._place import describe, shard_files
+from convtap._plan import Even, MapPlan
+from convtap._shards import Batch, write_shard
+from convtap._store import Store
+
+
+class Zeros:
+    """A data set of the smallest samples; a batch is made at once."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return torch.zeros(len(indices), 1, 1)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.zeros(1, 1)
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _index_bytes(index: Any) -> int:
+    return int(sum(array.nbytes for array in (index.batches, index.present, index.ids, index.starts)))
+
+
+def samples(length: int, batch: int) -> list[str]:
+    """One layer with one float16 number a sample, extracted."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        run = lambda: extract(  # noqa: E731
+            nn.Conv1d(1, 1, 1),
+            Zeros(length),
+            folder,
+            batch_size=batch,
+            collate_fn=lambda rows: rows,
+            dtype=torch.float16,
+            progress=False,
+        )
+        seconds = _seconds(run)
+        disk = sum(size for size, _ in shard_files(folder).values())
+        return [
+            f"{length:,}",
+            f"{batch}",
+            f"{disk / length:.2f}",
+            f"{_index_bytes(read_index(folder)) / length:.2f}",
+            f"{1e3 * seconds / (length / batch):.2f}",
+        ]
+    finally:
+        shutil.rmtree(folder)
+
+
+def shards(count: int, batches: int, rows: int, ranks: int, layers: int = 8) -> list[str]:
+    """Many shards, opened without an index and with one."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        identity = {"layers": [], "calls": "error", "data": {"batches": count * batches}, "given": []}
+        describe(folder, identity)
+        for rank in range(ranks):
+            (folder / f"rank-{rank:05d}").mkdir()
+        number = 0
+        with mock.patch.object(os, "fsync"):
+            for shard in range(count):
+                content = []
+                for _ in range(batches):
+                    ids = range(number * rows, (number + 1) * rows)
+                    columns = {f"layer{k}": torch.zeros(rows, 1, dtype=torch.float16) for k in range(layers)}
+                    content.append(Batch(number, ids, columns))
+                    number += 1
+                name = f"rank-{shard % ranks:05d}/shard-{shard // ranks:06d}.safetensors"
+                write_shard(folder / name, content)
+        first, again = _seconds(lambda: Store(folder)), _seconds(lambda: Store(folder))
+        listing = _seconds(lambda: shard_files(folder))
+        return [
+            f"{count:,}",
+            f"{batches:,}",
+            f"{rows}",
+            f"{ranks}",
+            f"{1e6 * listing / count:.0f}",
+            f"{1e3 * first / count:.2f}",
+            f"{again:.3f}",
+        ]
+    finally:
+        shutil.rmtree(folder)
+
+
+def start(batches: int) -> list[str]:
+    """What a process does before its first batch: which batches are its own, and which are there."""
+    import numpy as np
+
+    here = np.zeros((batches, 4), np.int64)
+    here[:, 0] = np.arange(batches)
+    planned = MapPlan(Zeros(batches * 16), Even(batches * 16, 16), {})
+    done = _Done(type("Index", (), {"batches": here})())
+    parts = [lambda n: n % 1000 == 5, lambda n: n % 1000 == 5 and n not in done, lambda n: n not in done]
+    return [f"{batches:,}", f"{sum(_seconds(lambda part=part: planned.count(part)) for part in parts):.2f}"]
+
+
+def main() -> None:
+    """Prints the tables."""
+    torch.set_num_threads(1)
+    print(environment())
+    table = [samples(10**4, 16), samples(10**5, 16), samples(10**5, 256), samples(10**6, 256)]
+    print(markdown(("samples", "batch", "disk B a sample", "index B a sample", "ms a batch"), table))
+    cases = [(1000, 10, 32, 1), (1000, 10, 32, 100), (4000, 10, 32, 100), (100, 140, 256, 20), (100, 2200, 16, 20)]
+    columns = (
+        "shards",
+        "batches each",
+        "samples a batch",
+        "ranks",
+        "list, µs a shard",
+        "first open, ms a shard",
+        "again, s",
+    )
+    print(markdown(columns, [shards(*case) for case in cases]))
+    print(markdown(("batches", "s to find what is missing"), [start(10**6)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Extraction in Ray Data: a callable class for ``Dataset.map_batches`` that adds a column for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from convtap._chain import ValidLengths, checked_lengths
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
+from convtap._forward import Runner, checked_inputs, module_mode
+from convtap._job import last_axis
+from convtap._policy import Policy
+from convtap._rows import RowMaker
+from convtap._select import CONV1D, Layers, Types
+from convtap._shards import Rows
+from convtap._stats import to_numpy
+
+#: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.
+Inputs = Callable[[dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Extractor:
+    """Runs batches of a Ray data set through a model, and adds a column with the outputs of each layer.
+
+    Each actor of the pool makes its model once, and an actor that dies is replaced, its batch computed again, by Ray.
+    ``map_batches`` is given the class and what its constructor takes::
+
+        features = ray.data.read_parquet("audio").map_batches(
+            convtap.ray.Extractor,
+            fn_constructor_args=(make_model, "encoder.*"),
+            fn_constructor_kwargs={"inputs": "audio", "reduce": mean_over_time, "device": "cuda"},
+            batch_size=32,
+            num_gpus=1,
+            compute=ray.data.ActorPoolStrategy(size=8),
+        )
+        features.write_parquet("features")
+
+    A bfloat16 or float8 output becomes float32, exactly, as NumPy has no type for it. Ray decides which rows meet in a
+    batch, and a row can differ in its last bits from one batch to another; where that matters, and for outputs of
+    hundreds of megabytes a batch, ``extract`` is the way.
+
+    Example:
+        >>> import numpy as np
+        >>> from torch import nn
+        >>> extractor = Extractor(lambda: nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU()), inputs="audio")
+        >>> out = extractor({"id": np.arange(2), "audio": np.zeros((2, 1, 50), np.float32)})
+        >>> {name: column.shape for name, column in out.items()}
+        {'id': (2,), 'audio': (2, 1, 50), '0': (2, 4, 48)}
+
+    Args:
+        model: a function without arguments that returns the model; Ray sends it to the actors, which call it once each.
+        layers: what to extract, as in ``capture``; None for every 1-D convolution.
+        types: the module types to choose from.
+        at: ``"output"`` or ``"input"`` of the layers.
+        reduce: a function of each output, run on its own device. It sees the batch; with ``lengths``, it sees one sample
+            (C, T) at a time, cut to its real frames.
+        dtype: what to cast floating-point outputs to.
+        inputs: the name of the column that the model is called with, or a function of the batch that returns
+            ``(args, kwargs)``. None if the batch has one column only.
+        lengths: the name of the column with the number of real input samples of each row, or a function of the batch that
+            returns them: each row is cut to the frames that they give.
+        calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
+            calls on time, ``"keys"`` for a column ``name#k`` each.
+        keep: the columns of the batch to pass on; None for all of them.
+        device: where the model runs; None to leave it where ``model`` put it.
+        autocast: a dtype to run the model in, such as ``torch.bfloat16``.
+
+    Raises:
+        LayerNotFound: a selector matches nothing.
+        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        layers: Layers = None,
+        *,
+        types: Types = CONV1D,
+        at: Literal["output", "input"] = "output",
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        inputs: str | Inputs | None = None,
+        lengths: str | Callable[[dict[str, Any]], Sequence[int] | Tensor] | None = None,
+        calls: Literal["error", "cat", "keys"] = "error",
+        keep: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        _check(inputs, lengths, calls, at, keep)
+        Policy(reduce=reduce, dtype=dtype)  # checks both
+        self._model = _made(model, device)
+        self._inputs = inputs
+        self._lengths = lengths
+        self._keep = None if keep is None else list(keep)
+        rule = None if lengths is None else ValidLengths(self._model)
+        capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
+        self._runner = Runner(
+            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=None, rule=rule
+        )
+        self._rows = RowMaker(calls, rule, reduce, dtype)
+        self._columns: list[str] | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the batch's columns and, for each layer, one with a row for each of its rows.
+
+        Args:
+            batch: a dict of arrays, as ``map_batches`` gives it with ``batch_format="numpy"``, its default.
+
+        Raises:
+            NotCaptured: a layer that was asked for by name did not run, or one was bypassed.
+            Unsupported: a layer's outputs are no rows, or the layers that ran are not those of the batches before.
+            ConvtapError: the batch is no dict of arrays, or has no such column.
+        """
+        size, kept = self._checked(batch)
+        tensors = {name: _as_tensors(column) for name, column in batch.items()}
+        args, kwargs = self._called_with(tensors)
+        full, lengths = 0, None
+        if self._lengths is not None:
+            full = last_axis((args, kwargs))
+            lengths = checked_lengths(self._of_lengths, tensors, size, full)
+        with module_mode(self._model, "eval"), torch.inference_mode():
+            calls = self._runner.run(args, kwargs)
+            columns = self._rows.columns(calls, size, lengths, full)
+        self._check_columns(list(columns), kept)
+        return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
+
+    def _checked(self, batch: Any) -> tuple[int, dict[str, Any]]:
+        """Returns the number of rows, and the columns that are passed on."""
+        if not isinstance(batch, Mapping) or not all(hasattr(column, "__array__") for column in batch.values()):
+            raise InvalidType(
+                f"a batch is a {type(batch).__name__}, and it must be a dict of arrays. Leave batch_format out, or write "
+                "map_batches(Extractor, batch_format='numpy', ...)."
+            )
+        sizes = {name: len(column) for name, column in batch.items()}
+        if len(set(sizes.values())) != 1:
+            raise InvalidValue(f"the columns of a batch must have the same number of rows, and there are {sizes}.")
+        kept = {name: self._column(batch, name, "keep") for name in (batch if self._keep is None else self._keep)}
+        return next(iter(sizes.values())), kept
+
+    def _column(self, batch: Mapping[str, Any], name: str, option: str) -> Any:
+        if name not in batch:
+            near = did_you_mean(name, list(batch))
+            raise InvalidValue(f"{option} names the column {name!r}, and the batch has {listed(batch)}.{near}")
+        return batch[name]
+
+    def _called_with(self, tensors: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if callable(self._inputs):
+            return checked_inputs(self._inputs, tensors)
+        if self._inputs is None and len(tensors) > 1:
+            raise InvalidValue(
+                f"the batch has the columns {listed(tensors)}, and nobody said which of them the model is called with. Pass "
+                f"inputs={next(iter(tensors))!r}, or inputs=lambda batch: ((batch['audio'],), {{}})."
+            )
+        name = next(iter(tensors)) if self._inputs is None else self._inputs
+        column = self._column(tensors, name, "inputs")
+        if isinstance(column, Tensor):
+            return (column,), {}
+        if isinstance(column, list):
+            raise InvalidValue(
+                f"the rows of {name!r} have different shapes ({listed((str(tuple(row.shape)) for row in column), 3)}). Pad "
+                f"them, and say how long each is: inputs=pad with def pad(batch): return (nn.utils.rnn.pad_sequence("
+                f"batch[{name!r}], batch_first=True),), {{}}, and lengths=lambda batch: [len(row) for row in batch[{name!r}]]."
+            )
+        raise InvalidType(f"the column {name!r} holds {column.dtype} values, and the model is called with numbers.")
+
+    def _of_lengths(self, tensors: dict[str, Any]) -> Any:
+        if callable(self._lengths):
+            return self._lengths(tensors)
+        return self._column(tensors, str(self._lengths), "lengths")
+
+    def _check_columns(self, found: list[str], kept: dict[str, Any]) -> None:
+        """Checks that the table gets the same columns from each batch, and none twice."""
+        twice = [name for name in found if name in kept]
+        if twice:
+            raise InvalidValue(
+                f"a layer and a column of the batch are both named {listed(twice)}. Rename the column, or leave it out with "
+                f"keep=[...]."
+            )
+        if self._columns is None:
+            selection = self._runner.selection
+            idle = [name for name in selection.modules if name in selection.exact and name not in self._runner.ran]
+            if idle:
+                raise NotCaptured(
+                    f"{listed(idle)} did not run, and a column needs a value in each row. Leave it out of layers=, or use "
+                    "extract, which stores what there is. list_layers(model, example=x) shows how each layer is used."
+                )
+            self._columns = found
+        elif set(self._columns) != set(found):
+            raise Unsupported(
+                f"this batch gave {listed(found)}, and the batches before gave {listed(self._columns)}: a column needs a value "
+                "in each row. Select the layers that always run, or use extract, which stores what there is."
+            )
+
+
+def _check(inputs: Any, lengths: Any, calls: Any, at: Any, keep: Any) -> None:
+    for name, value in {"inputs": inputs, "lengths": lengths}.items():
+        if value is not None and not isinstance(value, str) and not callable(value):
+            raise InvalidType(
+                f"{name} is a {type(value).__name__}, and it must name a column, or be a function of a batch."
+            )
+    choices = {"calls": (calls, ("error", "cat", "keys")), "at": (at, ("output", "input"))}
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
+    if isinstance(keep, str) or not (keep is None or all(isinstance(name, str) for name in keep)):
+        raise InvalidType(f"keep={keep!r} must be a list of column names, such as keep=['id'].")
+
+
+def _made(model: Any, device: Any) -> nn.Module:
+    if isinstance(model, nn.Module) or not callable(model):
+        raise InvalidType(
+            f"model is a {type(model).__name__}, and it must be a function that returns one, so that each actor makes its "
+            "own: Extractor(lambda: model), or better a function that loads it where it runs."
+        )
+    made = model()
+    if not isinstance(made, nn.Module):
+        raise InvalidType(f"model() returned a {type(made).__name__}, and it must return a torch.nn.Module.")
+    if device is None:
+        return made
+    try:
+        return made.to(device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InvalidValue(
+            f"device={str(device)!r}: the model cannot be moved there ({error}). For a pool of GPUs write "
+            "map_batches(Extractor, num_gpus=1, ...) and device='cuda'."
+        ) from error
+
+
+def _as_tensors(column: Any) -> Any:
+    """Copies a column of numbers to a tensor, and a ragged one to a list of tensors; others stay as they are.
+
+    Copied, because Ray's arrays are shared and not to be written, and a model may work in place.
+    """
+    import numpy as np
+
+    array = np.asarray(column)
+    if array.dtype != object:
+        return array if array.dtype.kind not in "biufc" else _copied(array)
+    rows = [np.asarray(row) for row in array]
+    if not rows or any(row.dtype.kind not in "biufc" or not row.ndim for row in rows):
+        return array
+    if len({(row.shape, row.dtype) for row in rows}) == 1:  # lists of one length, as other programs write them
+        return _copied(np.stack(rows))
+    return [_copied(row) for row in rows]
+
+
+def _copied(array: Any) -> Tensor:
+    import numpy as np
+
+    native = array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=native, order="C", copy=True))
+
+
+def _as_array(name: str, rows: Rows) -> Any:
+    import numpy as np
+
+    if isinstance(rows, Tensor):
+        return _checked_array(name, to_numpy(rows))
+    found = np.empty(len(rows), object)
+    for place, row in enumerate(rows):
+        found[place] = _checked_array(name, to_numpy(row))
+    return found
+
+
+def _checked_array(name: str, array: Any) -> Any:
+    if array.dtype.kind == "c":
+        raise Unsupported(f"layer {name!r} gives complex numbers, and a table has none: reduce=torch.view_as_real.")
+    return array
