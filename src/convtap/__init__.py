@@ -17,6 +17,7 @@ from convtap._errors import (
     ModifiedInPlace,
     NonFiniteOutput,
     NotCaptured,
+    OffloadWarning,
     StoreError,
     Unsupported,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "ModifiedInPlace",
     "NonFiniteOutput",
     "NotCaptured",
+    "OffloadWarning",
     "Store",
     "StoreError",
     "Tapped",
@@ -76,7 +78,7 @@ _WHEN_ASKED = {
 }
 
 
-_MODULES = ("plot", "report")
+_MODULES = ("plot", "ray", "report")
 
 
 def __getattr__(name: str) -> Any:
