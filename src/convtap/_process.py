@@ -27,7 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Token:
     """Stands for one open block; holds nothing, so a context that outlives the block keeps nothing alive."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "is_open")
+
+    def __init__(self) -> None:
+        self.is_open = True
 
 
 _open: ContextVar[tuple[Token, ...]] = ContextVar("convtap_open", default=())
@@ -37,12 +40,13 @@ open_tokens = _open.get
 
 
 def enter(token: Token) -> None:
-    """Makes a block open in this context."""
-    _open.set((*_open.get(), token))
+    """Makes a block open in this context, and forgets those that were closed from another one."""
+    _open.set((*(other for other in _open.get() if other.is_open), token))
 
 
 def leave(token: Token) -> None:
     """Closes a block in this context, in whatever order blocks are left."""
+    token.is_open = False
     _open.set(tuple(other for other in _open.get() if other is not token))
 
 
