@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -24,6 +23,7 @@ from convtap._record import Recorder, StopForward
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._tree import ModuleTree
+from convtap._undo import undo
 from convtap._verdict import conclude
 from convtap.taps.activation import Follower, check_activations
 from convtap.taps.function import FunctionTap
@@ -141,15 +141,31 @@ class Capture:
             )
         _eager.refuse_inside_compiled()
         block = _Block(self)
-        self._open = block
-        return Activations(block.log)
+        try:
+            self._open = block
+            block.open()
+            return Activations(block.log)
+        except BaseException:
+            undo(block.steps)
+            self._open = None
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        block, self._open = self._open, None
+        block = self._open
         assert block is not None
+        try:  # and no call before it
+            undo(block.steps)
+        finally:
+            undo(block.steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
+            self._open = None
         return block.close(error, self._strict if self._judges else None)
+
+    def __del__(self) -> None:
+        block = self.__dict__.get("_open")
+        if block is not None:
+            undo(block.steps)
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
@@ -197,7 +213,8 @@ class _Block:
             watched=self.functional,
             grads=_gradients(capture),
         )
-        self._open([passes, *self._taps(capture)])
+        self.steps: list[Callable[[], object]] = []
+        self._parts = [passes, *self._taps(capture)]
 
     def _note(self, slowed: list[str]) -> None:
         notes = self.log.notes
@@ -239,23 +256,22 @@ class _Block:
         self.recorder.follower = Follower(tree.names, Owners(tree), self.recorder, capture._activations)
         return self.recorder.follower
 
-    def _open(self, parts: list[Any]) -> None:
-        with ExitStack() as stack:
-            _eager.enter()
-            stack.callback(_eager.leave)
-            _process.enter(self.token)
-            stack.callback(_process.leave, self.token)
-            for part in parts:
-                stack.callback(part.close)
-                part.open()
-            self.stack = stack.pop_all()
+    def open(self) -> None:
+        """Puts everything on; ``steps`` takes it off, also what is half done."""
+        token, steps = self.token, self.steps
+        steps.append(lambda: _eager.leave(token))
+        _eager.enter(token)
+        steps.append(lambda: _process.leave(token))
+        _process.enter(token)
+        for part in self._parts:
+            steps.append(part.close)
+            part.open()
 
     def close(self, error: BaseException | None, strict: bool | None) -> bool:
-        """Undoes everything, and returns whether the body ended by ``stop``.
+        """Says what is missing, and returns whether the body ended by ``stop``.
 
         If it ended well, what is missing is an error (``strict``), a warning, or (None) for the caller to see.
         """
-        self.stack.close()
         log, selection = self.log, self.selection
         if self.recorder.reads:
             log.settle()

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from torch._C import (
+    _get_dispatch_stack_at,
+    _get_function_stack_at,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
     _pop_torch_function_stack,
@@ -122,55 +124,74 @@ class Watch:
         push: Callable[[Any], Any],
         pop: Callable[[], Any],
         depth: Callable[[], int],
+        at: Callable[[int], Any],
     ) -> None:
-        self._make, self._push, self._pop, self._depth = make, push, pop, depth
+        self._make, self._push, self._pop, self._depth, self._at = make, push, pop, depth, at
         self._watchers: dict[Token, Watcher] = {}
-        self._blocks_of_thread: dict[int, int] = {}
+        self._blocks_of_thread: dict[int, set[Token]] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
 
-    def begin(self, token: Token, watcher: Watcher) -> int:
-        """Lets a block see the calls of this thread. Returns the thread, for ``end``."""
-        thread = threading.get_ident()
+    def begin(self, token: Token, watcher: Watcher) -> None:
+        """Lets a block see the calls of this thread."""
         with self._lock:
             self._watchers[token] = watcher
-            self._blocks_of_thread[thread] = self._blocks_of_thread.get(thread, 0) + 1
+            self._blocks_of_thread.setdefault(threading.get_ident(), set()).add(token)
         mode = getattr(self._here, "mode", None)
         if mode is None:
             mode = self._here.mode = self._make(_Dispatcher(self._watchers))
             self._push(mode)
         mode.dispatcher.forget()
-        return thread
 
     def end(self, token: Token, thread: int) -> None:
-        """Ends ``begin``. From another thread, the mode stays on its own, idle, until a block of that thread ends."""
+        """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
+
+        From another thread, the mode stays on its own, idle, until a block of that thread ends.
+        """
         with self._lock:
             self._watchers.pop(token, None)
-            self._blocks_of_thread[thread] -= 1
-            last = not self._blocks_of_thread[thread]
-            if last:
-                del self._blocks_of_thread[thread]
+            blocks = self._blocks_of_thread.get(thread, set())
+            blocks.discard(token)
+            if not blocks:
+                self._blocks_of_thread.pop(thread, None)
         mode = getattr(self._here, "mode", None)
         if mode is None:
             return
         mode.dispatcher.forget()
-        if last and thread == threading.get_ident():
+        if not blocks and thread == threading.get_ident():
             self._take_off(mode)
             self._here.mode = None
 
     def _take_off(self, mode: Any) -> None:
         """Removes a mode from this thread's stack, and leaves those that were pushed after it."""
-        above = []
-        while self._depth():
-            top = self._pop()
-            if top is mode:
-                break
-            above.append(top)
-        for other in reversed(above):
+        here = self._here
+        if getattr(here, "above", None) is None:
+            stack = [self._at(i) for i in range(self._depth())]
+            place = next((i for i, other in enumerate(stack) if other is mode), None)
+            if place is None:
+                return
+            here.above = place, stack[place + 1 :]
+        place, above = here.above  # kept until all are back, for an interrupt here
+        while self._depth() > place:
+            self._pop()
+        for other in above:
             self._push(other)
+        here.above = None
 
 
 #: Sees torch functions (``F.conv1d``) as they are called from Python.
-functions = Watch(_FunctionMode, _push_on_torch_function_stack, _pop_torch_function_stack, _len_torch_function_stack)
+functions = Watch(
+    _FunctionMode,
+    _push_on_torch_function_stack,
+    _pop_torch_function_stack,
+    _len_torch_function_stack,
+    _get_function_stack_at,
+)
 #: Sees operators (``aten.convolution``) as they run, also those that TorchScript runs.
-operators = Watch(_DispatchMode, _python_dispatch._push_mode, _python_dispatch._pop_mode, _len_torch_dispatch_stack)
+operators = Watch(
+    _DispatchMode,
+    _python_dispatch._push_mode,
+    _python_dispatch._pop_mode,
+    _len_torch_dispatch_stack,
+    _get_dispatch_stack_at,
+)

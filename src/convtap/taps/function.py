@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,8 @@ class FunctionTap:
                     weights[id(weight)] = name
                 else:
                     weights.update((id(source), name) for source in _sources_of_weight(module))
-        self._thread = _process.functions.begin(self._token, watcher)
+        self._thread = threading.get_ident()
+        _process.functions.begin(self._token, watcher)
 
     def close(self) -> None:
         """Ends it."""
