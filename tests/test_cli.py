@@ -334,3 +334,12 @@ def test_verify_exits_with_1_where_a_shard_is_bad(capsys, monkeypatch, bad, stat
     assert ("shard-000001" in capsys.readouterr().out) is bool(bad)
     assert main(["info", "outputs"]) == 0
     assert capsys.readouterr().out == "what it holds\n"
+
+
+def test_the_package_runs_as_a_module():
+    from tests.process import run_python
+
+    done = run_python(
+        "import runpy, sys; sys.argv = ['convtap', '--help']; runpy.run_module('convtap', run_name='__main__')"
+    )
+    assert "demo" in done.stdout

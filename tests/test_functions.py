@@ -255,7 +255,8 @@ def test_a_layer_that_is_captured_in_one_pass_and_bypassed_in_others_is_a_warnin
 @pytest.mark.parametrize(
     "read",
     [
-        lambda w: w.data,
+        lambda w: w.data * 1,
+        lambda w: w.detach().squeeze(1),
         lambda w: w.T if w.dim() == 2 else w.mT,
         lambda w: w.data_ptr(),
         lambda w: w.to(torch.float64),
@@ -294,6 +295,8 @@ class FusedTakesAll(torch.autograd.Function):
         lambda w: (w.size(0), w.dim(), w.numel(), w.device, w.requires_grad, w.is_cuda, w.grad, len(w)),
         lambda w: w.stride(),
         lambda w: nn.init.uniform_(w),
+        lambda w: (w.new_ones(1), torch.zeros_like(w), torch.ones(1).type_as(w)),
+        lambda w: (w.detach(), w.data.shape, w.cpu().device),
         lambda w: repr(type(w)),
     ],
 )

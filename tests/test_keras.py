@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 
@@ -143,6 +144,24 @@ def test_a_model_built_inside_a_block_records_no_symbolic_call():
     assert len(acts) == 5
 
 
+def test_shapes_that_keras_asks_for_in_a_first_fit_are_no_calls():
+    model = five_convs()
+    y = np.zeros(model(X).shape)
+    model.compile(loss="mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy's, about what Keras itself calls
+        with capture(model, keep="last") as acts:
+            model.fit(np.asarray(X), y, batch_size=len(X), verbose=0)
+    assert list(acts) == NAMES
+    assert {output.device.type for output in acts.values()} == {"cpu"}
+
+
+def test_a_keras_layer_is_listed_with_its_geometry():
+    model = keras.Sequential([keras.Input((40, 2)), keras.layers.Conv1D(3, 5, strides=2, name="k")])
+    row = list_layers(model)[0]
+    assert (row.kernel, row.stride, row.dilation) == (5, 2, 1)
+
+
 def test_a_keras_layer_inside_a_torch_model():
     layer = keras.layers.Conv1D(3, 3, name="k")
     layer.build((None, 40, 2))
@@ -185,3 +204,35 @@ def test_at_activation_gives_the_built_in_activation_or_the_one_that_follows():
     assert list(acts) == ["built_in", "plain"]
     assert same(list(acts.values()), [output.detach() for output in expected])
     assert acts.coverage.unactivated == ["none"]
+
+
+def test_unbuilt_models_layers_of_one_name_and_torch_modules_inside_keras():
+    unbuilt = keras.Sequential([keras.layers.Conv1D(3, 3, name="first"), keras.layers.Conv1D(2, 3, name="second")])
+    with capture(unbuilt) as acts:
+        unbuilt(torch.from_numpy(X))
+    assert list(acts) == ["first", "second"]
+
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = keras.layers.Conv1D(2, 3, name="c", padding="same")
+            self.two = keras.layers.Conv1D(2, 3, name="c", padding="same")
+
+        def call(self, x):
+            return self.two(self.one(x))
+
+    model = Twice()
+    model(torch.from_numpy(X))
+    with capture(model) as acts:
+        y = model(torch.from_numpy(X))
+    assert list(acts) == ["c", "c_1"]
+    assert torch.equal(acts["c_1"], y.detach())
+
+
+def test_training_records_no_symbolic_call():
+    model = keras.Sequential([keras.Input((40, 2)), keras.layers.Conv1D(3, 3, name="a")])
+    model.compile(loss="mse", optimizer="sgd")
+    y = np.zeros((6, 38, 3), "float32")
+    with capture(model) as acts:
+        model.fit(X, y, epochs=1, batch_size=3, verbose=0)
+    assert [(call.name, call.via, str(call.device)) for call in acts.calls()] == [("a", "keras", "cpu")] * 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from convtap import ConvtapError, LayerNotFound, NotCaptured, capture, list_layers
+from convtap import ConvtapError, LayerNotFound, NotCaptured, capture, finite, list_layers, tapped
 from tests.models import FiveConvs, FunctionalConvs, Images, PaddedConv, SharedConv, TwoParts
 
 X = torch.randn(2, 1, 30)
@@ -173,6 +173,27 @@ def test_bad_arguments_are_refused_before_anything_is_hooked(args, options, mess
     assert isinstance(caught.value, (TypeError, ValueError))
 
 
+@pytest.mark.parametrize(
+    ("function", "instead"),
+    [
+        (list_layers, r"to run the model once: list_layers\(model, example=x\)"),
+        (finite, r"run the model inside: with finite\(model\): model\(x\)"),
+        (tapped, r"call the result: tapped\(model\)\(x\)"),
+    ],
+)
+def test_an_input_given_as_layers_is_refused_with_what_to_write(function, instead):
+    with pytest.raises(TypeError, match=f"the second argument is a Tensor, and it selects layers; {instead}"):
+        function(FiveConvs(), torch.ones(1, 1, 9))
+
+
+def test_a_sample_that_is_no_number_is_refused():
+    model = FiveConvs()
+    with capture(model) as acts:
+        model(torch.ones(1, 1, 40))
+    with pytest.raises(TypeError, match=r"sample\('conv1'\): it must be the number of one input"):
+        acts.sample("conv1")
+
+
 def test_an_unentered_capture_says_how_to_enter_it():
     block = capture(Nested())
     with pytest.raises(TypeError, match=r"Run the model inside a block: with capture\(model\) as acts: model\(x\)"):
@@ -182,6 +203,8 @@ def test_an_unentered_capture_says_how_to_enter_it():
     ):
         block.calls()
     assert not hasattr(block, "anything_else")
+    with pytest.raises(TypeError, match=r"a capture is not called; the model is, inside its block: with capture"):
+        capture(Nested())(X)
 
 
 def test_a_position_as_a_key_names_the_call_that_is_meant():

@@ -31,6 +31,9 @@ ORDER = (
     "_samples",
     "_result",
     "_example",
+    "_streams",
+    "_pinned",
+    "_flight",
     "_offload",
     "_hooks",
     "_frames",
@@ -38,6 +41,7 @@ ORDER = (
     "_eager",
     "_passes",
     "_budget",
+    "_keep",
     "_record",
     "taps.module",
     "_owners",
@@ -46,9 +50,11 @@ ORDER = (
     "taps.script",
     "taps.keras",
     "_verdict",
+    "_block",
     "_capture",
     "_sink",
     "_tapped",
+    "_weigh",
     "_layers",
     "_axis",
     "_axis_count",
@@ -118,6 +124,7 @@ ORDER = (
     "_inputs",
     "_commands",
     "cli",
+    "__main__",
 )
 
 #: Deferred, inside a function: what a method of the result hands over to.

@@ -76,7 +76,12 @@ _WHEN_ASKED = {
 }
 
 
+_MODULES = ("plot", "report")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"convtap.{name}")
     if name in _WHEN_ASKED:
         found = getattr(importlib.import_module(f"convtap.{_WHEN_ASKED[name]}"), name)
         globals()[name] = found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
-from convtap._memory import storage_key, tensor_bytes
+from convtap._memory import parts, storage_key, tensor_bytes
 from convtap._select import CONV1D
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
@@ -146,7 +146,7 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for _, tensor in walk_tensors(call._shown):
+        for tensor in (part for _, whole in walk_tensors(call._shown) for part in parts(whole)):
             key = storage_key(tensor)
             if key is None:
                 found[("", id(tensor))] = tensor_bytes(tensor)
@@ -157,10 +157,9 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def separate(tallies: Iterable[Tally]) -> None:
+def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    tallies = list(tallies)
-    names = [tally.name for tally in tallies if "#" in tally.name]
-    for tally in tallies if names else ():
-        if any(name.startswith(tally.name + "#") for name in names):
+    numbered = [name for name in names if "#" in name]
+    for tally in list(tallies) if numbered else ():
+        if any(name.startswith(tally.name + "#") for name in numbered):
             tally.separator = "##"

@@ -9,27 +9,16 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convtap import _eager, _process
-from convtap._budget import Budget
-from convtap._errors import ConvtapError, InvalidType, InvalidValue, LayerNotFound, Unsupported, listed
-from convtap._grad import Gradients
-from convtap._log import Log
+from convtap import _eager
+from convtap._block import Asked, Block
+from convtap._errors import ConvtapError, InvalidType, InvalidValue
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
-from convtap._owners import Owners
-from convtap._passes import FAST_PATHS, Passes
 from convtap._policy import Policy
-from convtap._record import Recorder, StopForward
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, check_arguments, select
-from convtap._tree import ModuleTree
-from convtap._undo import undo
-from convtap._verdict import conclude
-from convtap.taps.activation import Follower, check_activations
-from convtap.taps.function import FunctionTap
-from convtap.taps.keras import KerasTap
-from convtap.taps.module import ModuleTap
-from convtap.taps.script import ScriptTap
+from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._undo import Guard, Spent, undo
+from convtap.taps.activation import check_activations
 
 
 class Capture:
@@ -60,7 +49,8 @@ class Capture:
             ``torch.autograd.grad(loss, acts[name])`` works.
         copy: the captured value survives later in-place operations. With False an alias is kept, and reading one that was
             changed since raises ``ModifiedInPlace``.
-        offload: a device to move what is kept to, such as ``"cpu"``.
+        offload: a device to move what is kept to, such as ``"cpu"``. From CUDA the copies run beside the model; reading an
+            output waits for its own copy, and leaving the block waits for all.
         dtype: what to cast floating-point outputs to.
         reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
@@ -102,7 +92,11 @@ class Capture:
         strict: bool = True,
     ) -> None:
         _eager.refuse_inside_compiled()
-        self._types = check_arguments(model, layers, types)
+        layers = as_selection(layers)
+        types_asked = check_arguments(model, layers, types)
+        for option, value in (("detach", detach), ("copy", copy), ("stop", stop), ("strict", strict), ("grads", grads)):
+            _check_choice(option, value, (True, False))
+        _check_choice("functional", functional, (None, True, False))
         _check_choice("at", at, ("output", "input", "activation"))
         _check_choice("keep", keep, ("all", "last"))
         if stop and layers is None:
@@ -115,24 +109,28 @@ class Capture:
                 "grads=True collects gradients of outputs, and at='input' captures none. Leave at= out, or capture "
                 "with detach=False and take torch.autograd.grad(loss, acts[name])."
             )
-        self._model = model
-        self._layers = layers
-        self._at = at
-        self._policy = Policy(detach=detach, copy=copy, reduce=reduce, dtype=dtype)
-        self._offloader = None if offload is None else Offloader(offload)
-        self._last = keep == "last"
-        self._max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
-        self._grads = grads
-        self._stop = stop
-        self._activations = check_activations(activations)
-        if self._activations and at != "activation":
+        kinds = check_activations(activations)
+        if kinds and at != "activation":
             raise InvalidValue(f"activations= says what counts as one with at='activation', and at is {at!r}.")
-        self._functional = functional
+        self._asked = Asked(
+            model=model,
+            layers=layers,
+            types=types_asked,
+            at=at,
+            policy=Policy(detach=detach, copy=copy, reduce=reduce, dtype=dtype),
+            offloader=None if offload is None else Offloader(offload),
+            last=keep == "last",
+            max_bytes=None if max_bytes is None else parse_bytes(max_bytes, "max_bytes"),
+            grads=grads,
+            stop=stop,
+            activations=kinds,
+            functional=functional,
+        )
         self._strict = strict
         self._judges = True
-        self._open: _Block | None = None
+        self._open: Block | None = None
         if layers is not None:
-            select(model, layers, self._types)  # a wrong name is an error here, where it was written
+            select(model, layers, types_asked)  # a wrong name is an error here, where it was written
 
     def __enter__(self) -> Activations:
         if self._open is not None:
@@ -140,9 +138,10 @@ class Capture:
                 "this capture is open already, and one object holds one block. Open a second one with capture(model)."
             )
         _eager.refuse_inside_compiled()
-        block = _Block(self)
+        block = Block(self._asked)
         try:
             self._open = block
+            self._guard = Guard(block.steps)
             block.open()
             return Activations(block.log)
         except BaseException:
@@ -160,17 +159,18 @@ class Capture:
         finally:
             undo(block.steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
             self._open = None
+            self._guard.__class__ = Spent  # type: ignore[assignment]
         return block.close(error, self._strict if self._judges else None)
-
-    def __del__(self) -> None:
-        block = self.__dict__.get("_open")
-        if block is not None:
-            undo(block.steps)
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
             f"this is the capture itself, not what it collects, so [{key!r}] means nothing here. "
             "Run the model inside a block: with capture(model) as acts: model(x)"
+        )
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise InvalidType(
+            "a capture is not called; the model is, inside its block: with capture(model) as acts: model(x)"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -183,141 +183,6 @@ class Capture:
 capture = Capture
 
 
-class _Block:
-    """One entry into a capture: everything that is put on the model and taken off again."""
-
-    def __init__(self, capture: Capture) -> None:
-        selection = select(capture._model, capture._layers, capture._types)
-        _check_replicas(selection.tree)
-        functional = capture._functional
-        slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
-        self.functional = (not slowed if functional is None else functional) and selection.takes_functions
-        if not selection.modules and not self.functional:
-            raise LayerNotFound(selection.nothing())
-        self.selection = selection
-        self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
-        self._note(slowed)
-        token = self.token = _process.Token()
-        self.passes = passes = Passes(capture._model, token)
-        log.inputs = passes.inputs
-        self.recorder = Recorder(
-            token,
-            log,
-            selection.modules,
-            passes,
-            capture._policy,
-            last=capture._last,
-            offloader=capture._offloader,
-            budget=None if capture._max_bytes is None else Budget(capture._max_bytes, log),
-            stop_after=set(selection.names) if capture._stop else None,
-            watched=self.functional,
-            grads=_gradients(capture),
-        )
-        self.steps: list[Callable[[], object]] = []
-        self._parts = [passes, *self._taps(capture)]
-
-    def _note(self, slowed: list[str]) -> None:
-        notes = self.log.notes
-        if slowed:
-            notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
-        if self.selection.tree.is_compiled:
-            notes.append("the compiled model ran eagerly in this block; convtap.tapped(model) can be compiled")
-
-    def _taps(self, capture: Capture) -> list[Any]:
-        selection, recorder, passes, token, at = self.selection, self.recorder, self.passes, self.token, capture._at
-        taps: list[Any] = []
-        scripted = set(selection.scripted)
-        if selection.tree.has_script:
-            _check_script(capture, sorted(scripted))
-            taps.append(ScriptTap(selection, recorder, passes, token, at=at))
-        keras = selection.keras
-        if selection.tree.has_keras:
-            taps.append(KerasTap(capture._model, keras, recorder, passes, at=at))
-        modules = selection.modules
-        if scripted or keras:
-            modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
-        follower = self._follower(capture) if at == "activation" else None
-        if follower is not None:
-            taps.append(follower)
-        # what may be replaced by a snapshot is compared with the keyword arguments as well
-        alone = capture._policy.detach and not capture._grads
-        taps.append(ModuleTap(modules, recorder, at=at, detach=alone))
-        if self.functional:
-            taps.append(FunctionTap(selection, recorder, passes, token, at=at, follower=follower))
-        return taps
-
-    def _follower(self, capture: Capture) -> Follower:
-        if not self.functional:
-            raise Unsupported(
-                "at='activation' follows the outputs through the functions that the model calls, and those are not watched "
-                "here (functional=False, or a module whose fast path that would switch off). Pass functional=True."
-            )
-        tree = self.selection.tree
-        self.recorder.follower = Follower(tree.names, Owners(tree), self.recorder, capture._activations)
-        return self.recorder.follower
-
-    def open(self) -> None:
-        """Puts everything on; ``steps`` takes it off, also what is half done."""
-        token, steps = self.token, self.steps
-        steps.append(lambda: _eager.leave(token))
-        _eager.enter(token)
-        steps.append(lambda: _process.leave(token))
-        _process.enter(token)
-        for part in self._parts:
-            steps.append(part.close)
-            part.open()
-
-    def close(self, error: BaseException | None, strict: bool | None) -> bool:
-        """Says what is missing, and returns whether the body ended by ``stop``.
-
-        If it ended well, what is missing is an error (``strict``), a warning, or (None) for the caller to see.
-        """
-        log, selection = self.log, self.selection
-        if self.recorder.reads:
-            log.settle()
-        log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
-        stopped = isinstance(error, StopForward) and error.token is self.token
-        if strict is not None and (error is None or stopped) and not self._is_complete():
-            conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
-        return stopped
-
-    def _is_complete(self) -> bool:
-        """Whether all is well, found out without a look at each layer."""
-        log, recorder = self.log, self.recorder
-        everything = recorder.reached == len(log.selected) and bool(log.tallies)
-        return everything and recorder.failure is None and not recorder.reads
-
-
-def _gradients(capture: Capture) -> Gradients | None:
-    if not capture._grads:
-        return None
-    offloader = capture._offloader
-    return Gradients(capture._policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)
-
-
-def _check_replicas(tree: ModuleTree) -> None:
-    """Refuses what runs copies of the model in threads of its own."""
-    for wrapper in tree.wrappers:
-        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
-            raise Unsupported(
-                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
-                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
-                "DistributedDataParallel, one process a device."
-            )
-
-
-def _check_script(capture: Capture, scripted: list[str]) -> None:
-    """Refuses what TorchScript makes impossible."""
-    for option, asked, instead in (
-        ("detach=False", not capture._policy.detach, "values there carry no autograd graph: capture the Python model"),
-        ("at='activation'", capture._at == "activation", "its functions are not seen: use at='output'"),
-        ("grads=True", capture._grads, "values there carry no autograd graph: capture the Python model"),
-        ("stop=True", capture._stop, "no exception passes through TorchScript: leave stop out"),
-    ):
-        if asked and scripted:
-            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
         raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")

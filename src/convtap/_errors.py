@@ -69,6 +69,10 @@ class CoverageWarning(UserWarning):
     """Something that was selected was not captured, and the block was not strict about it."""
 
 
+class OffloadWarning(UserWarning):
+    """Outputs were offloaded in a slower way than meant; none of them is missing."""
+
+
 def listed(names: Iterable[str], limit: int = 8) -> str:
     """Joins names for a message: the first ``limit`` of them, and how many there are."""
     every = list(names)

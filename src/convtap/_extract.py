@@ -32,7 +32,7 @@ def extract(
     layers: Layers = None,
     *,
     types: Types = CONV1D,
-    at: Literal["output", "input"] = "output",
+    at: Literal["output", "input", "activation"] = "output",
     reduce: Callable[[Tensor], Tensor] | None = None,
     reduce_id: str | None = None,
     dtype: torch.dtype | None = None,
@@ -77,7 +77,7 @@ def extract(
         into: a directory: new, empty, or begun by the same call.
         layers: what to extract, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
-        at: ``"output"`` or ``"input"`` of the layers.
+        at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
         reduce: a function of each output, run on its own device before it is stored. It sees the batch; with ``lengths``, it
             sees one sample (C, T) at a time, cut to its real frames.
         reduce_id: a name for ``reduce`` that a resume compares instead of its code.

@@ -70,7 +70,7 @@ class Finite:
         backward: bool = False,
         inf: bool = True,
     ) -> None:
-        self._types = check_arguments(model, layers, types)
+        self._types = check_arguments(model, layers, types, "run the model inside: with finite(model): model(x)")
         if raise_at not in _RAISE_AT:
             raise InvalidValue(f"raise_at={raise_at!r} is none of {', '.join(map(repr, _RAISE_AT))}.")
         if isinstance(model, torch.jit.ScriptModule):

@@ -136,7 +136,7 @@ class Runner:
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
         self._options = capture
         self._whole = _quiet(Capture(model, layers, **capture, stop=bool(stop), strict=False))
-        self.selection: Selection = select(model, layers, self._whole._types)
+        self.selection: Selection = select(model, layers, self._whole._asked.types)
         self._model = model
         self._device = find_device(model, device)
         self._autocast = autocast

@@ -43,6 +43,29 @@ def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, Fr
         frame = frame.f_back
 
 
+def is_method_of(members: Container[int]) -> bool:
+    """Whether a method that a model defines is running on a module whose id is in ``members``, called or not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if id(owner) in members and _defines(type(owner), code):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _defines(kind: type, code: CodeType) -> bool:
+    """Whether a class, or a base of it below nn.Module, has a method with this code."""
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return False
+        if getattr(base.__dict__.get(code.co_name), "__code__", None) is code:
+            return True
+    return False
+
+
 def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | None:
     """Returns the outermost call of a module whose id is in ``members``, or None if there is none."""
     found = None

@@ -13,9 +13,11 @@ from convtap._capture import Capture
 from convtap._errors import LayerNotFound
 from convtap._example import Example, arguments, run_once
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, check_arguments, select
+from convtap._samples import Samples
+from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
 from convtap._stats import dtype_text, shapes_text
 from convtap._table import Table, human_bytes
+from convtap._weigh import Weigher, weight
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class LayerRow:
         used: with an example: how it ran, such as ``"module × 2"``, ``"F.conv1d × 1"`` or ``"idle"``.
         shape: with an example: the shape of what would be kept of its first call, such as (B, C, T).
         dtype: with an example: its data type.
-        nbytes: with an example: the bytes that all its calls would keep.
+        nbytes: with an example: the bytes that all its calls would keep; memory that it shares with a layer that ran before
+            it counts there.
+        nbytes_per_sample: with an example: the same for each input of the batch.
     """
 
     name: str
@@ -45,6 +49,7 @@ class LayerRow:
     shape: Any = None
     dtype: torch.dtype | None = None
     nbytes: int | None = None
+    nbytes_per_sample: float | None = None
 
 
 def list_layers(
@@ -59,7 +64,8 @@ def list_layers(
     """Lists the layers that a selection selects, in definition order. Print it, or iterate over its rows.
 
     With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
-    says how the layer is used, and what it would keep with ``reduce`` and ``dtype``. Nothing is kept for that.
+    says how the layer is used, and what it would keep with ``reduce`` and ``dtype``, in all and for each input. Nothing is
+    kept for that.
 
     Args:
         model: any PyTorch model.
@@ -81,7 +87,8 @@ def list_layers(
         0      Conv1d          16       3       1         1
         2      Conv1d         168       5       2         1
     """
-    kinds = check_arguments(model, layers, types)
+    layers = as_selection(layers)
+    kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
     rows = {name: _row(name, module) for name, module in selection.modules.items()}
     if example is None:
@@ -89,27 +96,23 @@ def list_layers(
             raise LayerNotFound(selection.nothing())
         return _table(list(rows.values()), ("parameters", "kernel", "stride", "dilation"))
     acts = _observe(model, layers, kinds, example, reduce, dtype)
-    used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts) for name in acts.coverage]
-    return _table(used, ("used", "shape", "dtype", "bytes"), _forecast(used, acts))
-
-
-class _Forget:
-    """Stands in for the offloader: keeps the shape and type of a tensor, and none of its values."""
-
-    device = torch.device("meta")
-
-    def move(self, tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device="meta") if not tensor.is_quantized else tensor
+    batch = Samples(acts._log).count
+    used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts, batch) for name in acts.coverage]
+    return _table(used, ("used", "shape", "dtype", "bytes", "per sample"), _forecast(used, batch))
 
 
 def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
     arguments(example)
-    watching = Capture(model, layers, types=types, reduce=reduce, dtype=dtype, functional=True, strict=False)
-    watching._offloader = _Forget()  # type: ignore[assignment]
+    watching = Capture(model, layers, types=types, functional=True, strict=False)
+    watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
     with watching as acts:
         run_once(model, example)
     return acts
+
+
+#: What a layer calls its kernel size, stride and dilation: in PyTorch, and in Keras.
+_GEOMETRY = (("kernel_size", "kernel_size"), ("stride", "strides"), ("dilation", "dilation_rate"))
 
 
 def _row(name: str, module: nn.Module) -> LayerRow:
@@ -121,7 +124,7 @@ def _row(name: str, module: nn.Module) -> LayerRow:
         if isinstance(module, torch.jit.ScriptModule)
         else type(module).__name__,
         None if lazy else sum(parameter.numel() for parameter in own),
-        *(_single(getattr(module, key, None)) for key in ("kernel_size", "stride", "dilation")),
+        *(_single(getattr(module, key, getattr(module, keras, None))) for key, keras in _GEOMETRY),
     )
 
 
@@ -129,7 +132,7 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _with_use(row: LayerRow, acts: Activations) -> LayerRow:
+def _with_use(row: LayerRow, acts: Activations, batch: int) -> LayerRow:
     calls = acts.calls(row.name)
     if not calls:
         state = acts.coverage[row.name]
@@ -138,15 +141,15 @@ def _with_use(row: LayerRow, acts: Activations) -> LayerRow:
     counts = {way: sum(1 for call in calls if call.via == way) for way in dict.fromkeys(call.via for call in calls)}
     used = ", ".join(f"{ways[way]} × {count}" for way, count in counts.items())
     first = calls[0]
-    total = sum(call.nbytes for call in calls)
-    return LayerRow(**{**row.__dict__, "used": used, "shape": first.shape, "dtype": first.dtype, "nbytes": total})
+    total = sum(weight(call) for call in calls)
+    found = {"used": used, "shape": first.shape, "dtype": first.dtype, "nbytes": total}
+    return LayerRow(**{**row.__dict__, **found, "nbytes_per_sample": total / batch if batch else None})
 
 
-def _forecast(rows: list[LayerRow], acts: Activations) -> str:
+def _forecast(rows: list[LayerRow], batch: int) -> str:
     total = sum(row.nbytes or 0 for row in rows)
-    shape = acts._log.inputs.get(0)
-    batch = shape[0] if shape else 1
-    return f"kept: {human_bytes(total)} in this pass, {human_bytes(total / max(batch, 1))} a sample (batch of {batch})"
+    each = f", {human_bytes(total / batch)} a sample (batch of {batch})" if batch else ""
+    return f"kept: {human_bytes(total)} in this pass{each}"
 
 
 def _table(rows: list[LayerRow], columns: tuple[str, ...], note: str = "") -> Table:
@@ -156,6 +159,7 @@ def _table(rows: list[LayerRow], columns: tuple[str, ...], note: str = "") -> Ta
             "shape": "" if row.shape is None else shapes_text(row.shape),
             "dtype": dtype_text(row.dtype),
             "bytes": None if row.nbytes is None else human_bytes(row.nbytes),
+            "per sample": None if row.nbytes_per_sample is None else human_bytes(row.nbytes_per_sample),
         }
         return (row.name, row.type, *(shown[column] for column in columns))
 

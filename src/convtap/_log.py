@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from convtap._call import Call, Tally
+from convtap._call import Call, Tally, separate
 from convtap._coverage import LayerCoverage
 
 
@@ -63,6 +63,10 @@ class Log:
         for call in list(self.calls.values()):
             call.index = counts.get(call.name, 0)
             counts[call.name] = call.index + 1
+
+    def tell_apart(self) -> None:
+        """Sees to it that no numbered call has a key that is also another layer's."""
+        separate(self.tallies.values(), self.names())
 
     def settle(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""

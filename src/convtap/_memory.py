@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue
+from convtap._structure import walk_tensors
 
 
 def data_address(tensor: Tensor) -> int:
     """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
+    base = _base_address(tensor)
+    return base + int(tensor.storage_offset()) * tensor.element_size() if base else 0
+
+
+def _base_address(tensor: Tensor) -> int:
+    """Returns where the storage under a tensor begins; ``data_ptr`` would end copy-on-write."""
     try:
         return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
     except (RuntimeError, NotImplementedError):
@@ -24,20 +31,49 @@ def storage_key(tensor: Tensor) -> tuple[int, int] | None:
     Copy-on-write siblings have the same key for as long as they share memory.
     """
     try:
-        address = data_address(tensor)
+        address = _base_address(tensor)
         size = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):
         return None
     if address == 0:
         return (0, 0)
-    return (address - int(tensor.storage_offset()) * tensor.element_size(), size)
+    return (address, int(size))
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the plain tensors that a tensor consists of: itself, or the indices and values of a sparse one."""
+    layout = tensor.layout
+    if layout is torch.strided:
+        return [tensor]
+    if layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def tensor_bytes(tensor: Tensor) -> int:
     """Returns the bytes of a tensor's own elements (indices and values for a sparse one)."""
-    if tensor.layout is torch.sparse_coo:
-        return tensor_bytes(tensor._indices()) + tensor_bytes(tensor._values())
-    return tensor.numel() * tensor.element_size()
+    return sum(part.numel() * part.element_size() for part in parts(tensor))
+
+
+def is_copy_on_write(value: Any) -> bool:
+    """Whether a value is a tensor whose memory is copied when it is next written."""
+    try:
+        return isinstance(value, Tensor) and bool(torch._C._is_cow_tensor(value))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def shares_memory(value: Any, tensors: list[Tensor]) -> bool:
+    """Whether a tensor of a structure lies in the memory of one of ``tensors`` (a view of it, or itself)."""
+    try:
+        storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return any(tensor.untyped_storage()._cdata in storages for _, tensor in walk_tensors(value))
+    except (RuntimeError, NotImplementedError):
+        return True
 
 
 def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from convtap._frames import module_calls, outermost_call
+from convtap._frames import is_method_of, module_calls, outermost_call
 from convtap._functorch import unwrapped
 from convtap._hooks import Hooks
 from convtap._process import Token, open_tokens
@@ -33,8 +33,19 @@ class _Here(threading.local):
 
     depth = 0
     number = -1
+    visit: int | None = None
     outside: object = None
     outside_number = -1
+
+
+class Companion(Protocol):
+    """Works in one thread only, and goes along to another one for a pass that runs there (``asyncio.to_thread``)."""
+
+    def visit(self) -> int:
+        """Begins to work in this thread too."""
+
+    def leave(self, visit: int) -> None:
+        """Ends what ``visit`` began."""
 
 
 class Passes:
@@ -44,6 +55,7 @@ class Passes:
     on the stack when a layer first runs in it, and is marked from then on, so that its next call is a new pass.
 
     Attributes:
+        companion: what goes along to another thread in which a pass runs.
         inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
     """
 
@@ -55,12 +67,24 @@ class Passes:
         self._here = _Here()
         self._hooks = Hooks()
         self._members: set[int] | None = None
+        self._home = threading.get_ident()
+        self.companion: Companion | None = None
         self._marked: set[int] = set()
 
+    @property
+    def number(self) -> int:
+        """The number of the marked pass that runs in this thread, or -1."""
+        return self._here.number
+
     def open(self) -> None:
-        """Marks the root (a Keras model is marked by its own tap)."""
+        """Marks where the root begins (a Keras model is marked by its own tap)."""
         if not is_keras(type(self._model)):
-            self._mark(self._model)
+            self._mark_begin(self._model)
+
+    def open_end(self) -> None:
+        """Marks where the root ends: after all taps are open, so that what the root itself returns is in its pass."""
+        if not is_keras(type(self._model)):
+            self._mark_end(self._model)
 
     @contextmanager
     def inside(self, args: Any, kwargs: Any) -> Iterator[None]:
@@ -86,6 +110,10 @@ class Passes:
         """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
         return self._here.depth > 0 or outermost_call(self._member_ids()) is not None
 
+    def in_method(self) -> bool:
+        """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
+        return self.in_forward() or is_method_of(self._member_ids())
+
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""
         number = self._here.number
@@ -96,13 +124,15 @@ class Passes:
             self._members = {id(module) for module in self._model.modules()}
         return self._members
 
-    def _mark(self, module: nn.Module) -> None:
-        if isinstance(module, FAST_PATHS) or id(module) in self._marked:
-            return
-        self._marked.add(id(module))
-        # first, because a part that is marked late has the hook already that emits its input
-        self._hooks.before(module, self._entered, first=True)
-        self._hooks.after(module, self._left, always=True)
+    def _mark_begin(self, module: nn.Module) -> None:
+        if not isinstance(module, FAST_PATHS):
+            self._marked.add(id(module))
+            # first, because a part that is marked late has the hook already that emits its input
+            self._hooks.before(module, self._entered, first=True)
+
+    def _mark_end(self, module: nn.Module) -> None:
+        if not isinstance(module, FAST_PATHS):
+            self._hooks.after(module, self._left, always=True)
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._token not in open_tokens():
@@ -111,9 +141,19 @@ class Passes:
         if here.depth and self._is_nested():
             here.depth += 1
             return
+        if here.depth == 0 and self.companion is not None and threading.get_ident() != self._home:
+            here.visit = self.companion.visit()
+        if module is not self._model and self._is_within(module):
+            here.depth, here.number = 1, self._outside()
+            return
         here.depth = 1
         here.outside = None
         here.number = self._begin(args, kwargs)
+
+    def _is_within(self, module: nn.Module) -> bool:
+        """Whether a part is called by another part that was called before it had a mark."""
+        found = outermost_call(self._member_ids())
+        return found is not None and found[0] is not module
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._here
@@ -121,6 +161,9 @@ class Passes:
             here.depth -= 1
             if not here.depth:
                 here.number = -1
+                if here.visit is not None and self.companion is not None:
+                    visit, here.visit = here.visit, None
+                    self.companion.leave(visit)
 
     def _is_nested(self) -> bool:
         """Whether a marked call other than this one is on the stack (one that was interrupted never said it ended)."""
@@ -141,8 +184,9 @@ class Passes:
             values = found[1].f_locals if found else {}
             here.outside_number = self._begin(values.get("args", ()), values.get("kwargs", {}))
             here.outside = caller
-            if found:
-                self._mark(found[0])
+            if found and id(found[0]) not in self._marked:
+                self._mark_begin(found[0])
+                self._mark_end(found[0])
         return here.outside_number
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._errors import InvalidType, ModifiedInPlace
+from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
 from convtap._memory import are_separate, storage_key, tensor_bytes
 from convtap._structure import Held, walk_tensors
 
@@ -61,7 +61,7 @@ class Alias(Held):
             raise ModifiedInPlace(
                 f"{key!r} was kept as an alias and the model changed it in place since "
                 f"({changes} {'time' if changes == 1 else 'times'}), so the value it had is lost. "
-                "Capture with copy=True (the default) to keep the value."
+                "Capture with copy=True and detach=True, the defaults, to keep the value."
             )
         return self.tensor
 
@@ -107,8 +107,18 @@ class Policy:
             return tensor.clone() if self.copy else alias(tensor)
         return alias(tensor)
 
-    def keep_output(self, tensor: Tensor) -> Any:
-        """Keeps an output that the model goes on with."""
+    def keep_output(self, tensor: Tensor, fresh: bool = True) -> Any:
+        """Keeps an output that the model goes on with.
+
+        Args:
+            tensor: the output.
+            fresh: whether its memory is the layer's own. Memory that may be a view of an input, a parameter or a buffer
+                may also be written past torch, so such an output is cloned.
+        """
+        if self.copy and not fresh:
+            return (
+                self.keep_input(tensor) if self.detach or self.transforms or not tensor.requires_grad else alias(tensor)
+            )
         if self.transforms:
             return self._transform(snapshot(tensor.detach() if self.detach else tensor))
         if tensor.requires_grad:
@@ -117,12 +127,23 @@ class Policy:
             tensor = tensor.detach()
         return snapshot(tensor) if self.copy else alias(tensor)
 
+    def keep_moving(self, tensor: Tensor, keep: Callable[[Tensor], Any]) -> Any:
+        """Keeps what is about to be copied to another device, with its graph if it has one.
+
+        Never an alias, whatever ``copy`` says: a later kernel could write into it under the copy.
+        """
+        if self.transforms:
+            return keep(tensor)
+        tensor = tensor.detach() if self.detach else tensor
+        return tensor.clone() if keep == self.keep_input else snapshot(tensor)
+
     def swaps(self, output: Any, inputs: Any) -> bool:
         """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
 
-        Not where that would part tensors that share memory: an output and an input, or two tensors of one output.
+        Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
+        where the output is a structure of a type that a copy may not equal; nor while it is traced.
         """
-        if self.detach or not self.copy or self.transforms:
+        if self.detach or not self.copy or self.transforms or _is_traced() or not _is_plain(output):
             return False
         tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
@@ -138,6 +159,11 @@ class Policy:
                 f"reduce returned a {type(result).__name__}, and it must return a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
+        if self.dtype is not None and result.is_complex() and not self.dtype.is_complex:
+            raise InvalidValue(
+                f"dtype={self.dtype} would drop the imaginary part of a {result.dtype} output. Cast to a complex type, or "
+                "take a part first: reduce=lambda t: t.abs()."
+            )
         if self.dtype is not None and (result.is_floating_point() or result.is_complex()):
             result = result.to(self.dtype)
         if self.detach and result.requires_grad:
@@ -152,6 +178,23 @@ class Policy:
             )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise InvalidType(f"dtype is {self.dtype!r}, and it must be a torch.dtype such as torch.float16.")
+
+
+def _is_traced() -> bool:
+    """Whether TorchScript or an exporter is tracing: what is returned to the model would become part of the graph."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a structure consists of tuples, lists, dicts and dataclasses that are nothing more: a copy equals it."""
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(_is_plain(item) for item in value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, dict):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return vars(value).keys() == fields.keys() and all(_is_plain(item) for item in fields.values())
+    return not isinstance(value, (tuple, list, dict))
 
 
 def own(result: Tensor) -> Tensor:

@@ -80,13 +80,13 @@ class _Dispatcher:
     """Finds the watchers of the blocks that are open in the current context; remembers them while those stay the same."""
 
     def __init__(self, watchers: dict[Token, Watcher]) -> None:
-        self._watchers = watchers
+        self.watchers = watchers
         self.tokens: tuple[Token, ...] | None = None
         self.watcher: Watcher = _pass_on
 
     def find(self) -> Watcher:
         self.tokens = open_tokens()
-        self.watcher = _joined([self._watchers[token] for token in self.tokens if token in self._watchers])
+        self.watcher = _joined([self.watchers[token] for token in self.tokens if token in self.watchers])
         return self.watcher
 
     def forget(self) -> None:
@@ -132,16 +132,19 @@ class Watch:
         self._lock = threading.Lock()
         self._here = threading.local()
 
-    def begin(self, token: Token, watcher: Watcher) -> None:
-        """Lets a block see the calls of this thread."""
+    def begin(self, token: Token, watcher: Watcher) -> int:
+        """Lets a block see the calls of this thread. Returns the thread, for ``end``."""
+        thread = threading.get_ident()
         with self._lock:
             self._watchers[token] = watcher
-            self._blocks_of_thread.setdefault(threading.get_ident(), set()).add(token)
+            self._blocks_of_thread.setdefault(thread, set()).add(token)
         mode = getattr(self._here, "mode", None)
         if mode is None:
-            mode = self._here.mode = self._make(_Dispatcher(self._watchers))
-            self._push(mode)
+            mode = self._here.mode = self._stray() or self._make(_Dispatcher(self._watchers))
+            if self._place(mode) is None:
+                self._push(mode)
         mode.dispatcher.forget()
+        return thread
 
     def end(self, token: Token, thread: int) -> None:
         """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
@@ -149,11 +152,12 @@ class Watch:
         From another thread, the mode stays on its own, idle, until a block of that thread ends.
         """
         with self._lock:
-            self._watchers.pop(token, None)
             blocks = self._blocks_of_thread.get(thread, set())
             blocks.discard(token)
             if not blocks:
                 self._blocks_of_thread.pop(thread, None)
+            if not any(token in others for others in self._blocks_of_thread.values()):
+                self._watchers.pop(token, None)
         mode = getattr(self._here, "mode", None)
         if mode is None:
             return
@@ -162,15 +166,33 @@ class Watch:
             self._take_off(mode)
             self._here.mode = None
 
+    def _place(self, mode: Any) -> int | None:
+        """Where in this thread's stack a mode is."""
+        for i in range(self._depth()):
+            if self._at(i) is mode:
+                return i
+        return None
+
+    def _stray(self) -> Any:
+        """A mode of ours that an interrupt brought back.
+
+        While torch hands a call to a mode, the mode is off the stack; an interrupt at the wrong moment makes torch put it
+        back only when the traceback is freed. There it does nothing, and this thread's next block takes it over.
+        """
+        for i in range(self._depth()):
+            mode = self._at(i)
+            if getattr(getattr(mode, "dispatcher", None), "watchers", None) is self._watchers:
+                return mode
+        return None
+
     def _take_off(self, mode: Any) -> None:
         """Removes a mode from this thread's stack, and leaves those that were pushed after it."""
         here = self._here
         if getattr(here, "above", None) is None:
-            stack = [self._at(i) for i in range(self._depth())]
-            place = next((i for i, other in enumerate(stack) if other is mode), None)
+            place = self._place(mode)
             if place is None:
                 return
-            here.above = place, stack[place + 1 :]
+            here.above = place, [self._at(i) for i in range(place + 1, self._depth())]
         place, above = here.above  # kept until all are back, for an interrupt here
         while self._depth() > place:
             self._pop()

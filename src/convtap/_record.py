@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -11,22 +12,20 @@ from torch import Tensor, nn
 
 from convtap._budget import Budget
 from convtap._call import Call, Tally
-from convtap._errors import ConvtapError, Unsupported
-from convtap._functorch import is_wrapped, unwrapped
+from convtap._errors import ConvtapError
+from convtap._functorch import is_wrapped
 from convtap._grad import Gradient, Gradients
+from convtap._keep import Keeper, is_fake, outside_modes, references
 from convtap._log import Log
-from convtap._offload import Offloader
+from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
-from convtap._policy import Alias, Policy, snapshot
+from convtap._policy import snapshot
 from convtap._process import Token, open_tokens
-from convtap._structure import map_leaves, walk_tensors
+from convtap._structure import walk_tensors
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.
 _backward_task = torch._C._current_graph_task_id
-
-# The recording's own torch calls are not the model's: a function mode, ours or a user's, must not see them.
-_outside_modes = torch._C.DisableTorchFunction
 
 
 class StopForward(BaseException):
@@ -55,7 +54,6 @@ class Recorder:
         reads: whether the weight of a selected layer was read by something that is no convolution.
         follower: what follows outputs to their activations, if those are asked for.
         claimed: how many layers are running whose own tap emits them, so that no other tap is to.
-        muted: whether torch is called by the recording itself (by ``reduce``, say), and not by the model.
     """
 
     def __init__(
@@ -64,10 +62,9 @@ class Recorder:
         log: Log,
         modules: Mapping[str, nn.Module],
         passes: Passes,
-        policy: Policy,
+        keeper: Keeper,
         *,
         last: bool,
-        offloader: Offloader | None,
         budget: Budget | None,
         stop_after: set[str] | None,
         watched: bool,
@@ -80,25 +77,31 @@ class Recorder:
         self.reads = False
         self.follower: Follower | None = None
         self.claimed = 0
-        self.muted = False
         self._token = token
         self._log = log
         self._modules = modules
         self._passes = passes
-        self._policy = policy
-        self._plain = policy.is_plain and offloader is None and grads is None
+        self._keeper = keeper
+        self._plain = keeper.is_plain and grads is None
         self._grads = grads
         self._last = last
-        self._offloader = offloader
         self._budget = budget
         self._stop_after = stop_after
         self._watched = watched
-        self._usual = self._plain and not last and budget is None and stop_after is None
+        self._has_numbers = "#" in "".join(log.selected)
+        self._usual = self._plain and not keeper.moves and not last and budget is None and stop_after is None
+
+    @property
+    def muted(self) -> bool:
+        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        return self._keeper.busy
 
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
-        if self._token not in open_tokens():
-            self.elsewhere.setdefault(threading.current_thread().name, name)
+        tokens = open_tokens()
+        if self._token not in tokens:
+            if not tokens:  # with a block of its own, another thread or task has what it wants
+                self.elsewhere.setdefault(threading.current_thread().name, name)
             return False
         if _backward_task() != -1:
             self.recomputed += 1
@@ -113,7 +116,7 @@ class Recorder:
         if not usual or self.follower is not None or is_wrapped(output):
             return self.emit(name, output, "module", args)
         if self._watched:
-            with _outside_modes():
+            with outside_modes():
                 value = snapshot(output.detach() if output.requires_grad else output)
         else:
             value = snapshot(output.detach() if output.requires_grad else output)
@@ -131,6 +134,19 @@ class Recorder:
         log.calls[serial] = Call(tally, number - tally.cleared, forward, "module", value)
         return None
 
+    def emit_shared(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Records what a module returned whose output may be a view of what somebody else has, or be held by somebody."""
+        if module is not tapped:
+            return None
+        alone = sys.getrefcount(output) <= references()
+        inputs = (args, kwargs)
+        if self.follower is not None:
+            return self._follow(self.follower, name, output, "module")
+        known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
+        # Memory that is copy-on-write already was given out here before: nobody's raw view of it can be hurt any more.
+        fresh = is_copy_on_write(output) or not shares_memory(output, [t for _, t in known if t is not None])
+        return self.record(name, output, "module", inputs, fresh=fresh, alone=alone)
+
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
         if self.follower is not None:
@@ -144,22 +160,35 @@ class Recorder:
             tally.ran += 1
             follower.emit(name, output, via)
 
-    def record(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
-        """Records an output; returns as ``emit`` does."""
+    def record(
+        self, name: str, output: Any, via: str, inputs: Any = (), *, fresh: bool = True, alone: bool = True
+    ) -> Any:
+        """Records an output; returns as ``emit`` does.
+
+        Args:
+            name: the layer.
+            output: what it returned.
+            via: how it was seen.
+            inputs: what it was given.
+            fresh: whether the output's memory is new, and no view of an input, a parameter or a buffer.
+            alone: whether nobody but the caller holds the output object.
+        """
         if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
+        if self._keeper.busy or is_fake(output):
+            return None
         gradient = None
-        if self._plain and type(output) is Tensor and not is_wrapped(output):
+        if self._plain and fresh and self._keeper.stays(output) and type(output) is Tensor and not is_wrapped(output):
             if self._watched:
-                with _outside_modes():
+                with outside_modes():
                     value = snapshot(output.detach() if output.requires_grad else output)
             else:
                 value = snapshot(output.detach() if output.requires_grad else output)
             replacement = None
         else:
-            value, replacement = self._guarded(self._keep, name, output, inputs)
+            value, replacement = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
             if self._grads is not None:
-                with _outside_modes():
+                with outside_modes():
                     gradient, replacement = self._grads.follow(name, output, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
@@ -168,7 +197,15 @@ class Recorder:
         """Records a layer's input, before it runs."""
         if not self.is_here(name):
             return
-        self._store(name, self._guarded(self._keep_input, name, value), via)
+        self._store(name, self._noted(self._keeper.input, name, value), via)
+
+    def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
+        """Keeps a value. An error in that is remembered, since a model may swallow it."""
+        try:
+            return keep(*args)
+        except ConvtapError as error:
+            self.failure = error
+            raise
 
     def claiming(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a layer whose own tap emits it: the convolution in it is not a second one."""
@@ -188,52 +225,6 @@ class Recorder:
         """Notes that a convolution was seen whose weight was computed from a layer's weight."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
         tally.computed, tally.pending, tally.last_pass = True, None, self._passes.current()
-
-    def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
-        """Runs what keeps an output, unseen by the taps; an error in it names the layer."""
-        self.muted = True
-        try:
-            return keep(value, *rest)
-        except Exception as error:
-            raise self._failed(name, value, error) from error
-        finally:
-            self.muted = False
-
-    def _keep_input(self, value: Any) -> Any:
-        return self._move(map_leaves(self._policy.keep_input, self._outside_transforms(value)))
-
-    def _keep(self, output: Any, inputs: Any) -> tuple[Any, Any]:
-        policy = self._policy
-        output = self._outside_transforms(output)
-        if self._offloader is None and policy.swaps(output, inputs):
-            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=lambda value: value)
-        return self._move(map_leaves(policy.keep_output, output)), None
-
-    def _outside_transforms(self, value: Any) -> Any:
-        """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
-        if not any(is_wrapped(tensor) for _, tensor in walk_tensors(value)):
-            return value
-        if not self._policy.detach:
-            raise Unsupported(
-                "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
-                "transform. Leave detach=True, or take gradients with torch.autograd.grad."
-            )
-        return map_leaves(unwrapped, value)
-
-    def _move(self, value: Any) -> Any:
-        return value if self._offloader is None else map_leaves(self._offloader.move, value)
-
-    def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
-        if isinstance(error, ConvtapError):
-            text = str(error)
-            kind: type[ConvtapError] = type(error)
-        else:
-            shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
-            what = "reduce" if self._policy.reduce is not None else "keeping"
-            text = f"{what} failed on the output{shape}: {type(error).__name__}: {error}"
-            kind = ConvtapError
-        self.failure = kind(f"layer {name!r}: {text}")
-        return self.failure
 
     def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
@@ -260,7 +251,10 @@ class Recorder:
                 raise StopForward(self._token)
 
     def _open_tally(self, name: str) -> Tally:
-        tally = self._log.tallies[name] = Tally(name, type(self._modules.get(name)))
+        log = self._log
+        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)))
+        if self._has_numbers or "#" in name:
+            log.tell_apart()
         return tally
 
     def _replace(self, name: str, call: Call) -> None:
@@ -280,11 +274,3 @@ class Recorder:
         except ConvtapError as error:
             self.failure = error
             raise
-
-
-def _kept_upstream(output: Tensor) -> Any:
-    return Alias(output) if output.requires_grad else snapshot(output)
-
-
-def _gone_on_with(output: Tensor) -> Tensor:
-    return snapshot(output) if output.requires_grad else output

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._call import Call, held_bytes, separate
+from convtap._call import Call, held_bytes
 from convtap._coverage import Coverage
 from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
 from convtap._log import Log
@@ -37,7 +37,6 @@ class Activations(Mapping[str, Any]):
         if stamp != self._log.changes:
             changes = self._log.changes
             calls = list(self._log.calls.values())
-            separate(self._log.tallies.values())
             index = {call.key: call for call in calls}
             if len(index) < len(calls):
                 self._log.renumber()

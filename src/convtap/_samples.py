@@ -40,6 +40,11 @@ class _Pass:
             for path, tensor in walk_tensors(call.output):
                 key = f"{call.key}.{path}" if path else call.key
                 one = self._cut(key, tensor, row)
+                if key in found:
+                    raise Unsupported(
+                        f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
+                        "output. Read them with acts.calls()."
+                    )
                 found[key] = (one if cut is None else cut(call, path, one, row)).clone()
         return found
 
@@ -63,6 +68,11 @@ class Samples:
         for call in log.calls.values():
             by_pass.setdefault(call.forward, []).append(call)
         self._passes = [_Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
+
+    @property
+    def count(self) -> int:
+        """How many inputs there are."""
+        return sum(found.size for found in self._passes)
 
     def all(self) -> list[dict[str, Tensor]]:
         """Returns every input's outputs."""
@@ -94,7 +104,11 @@ class Samples:
 
     def one(self, i: int) -> dict[str, Tensor]:
         """Returns one input's outputs; a negative position counts from the end."""
-        total = sum(found.size for found in self._passes)
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise InvalidType(f"sample({i!r}): it must be the number of one input: sample(0) for the first.") from None
+        total = self.count
         if not -total <= i < total:
             raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
         rest = i % total

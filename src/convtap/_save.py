@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convtap._result import Activations
 
 _FORMAT = 1
-_COMPLEX = {"complex64", "complex128"}
+_COMPLEX = {"complex32", "complex64", "complex128"}
 
 
 def save(acts: Activations, path: str | os.PathLike[str]) -> None:
@@ -75,11 +75,14 @@ def load(path: str | os.PathLike[str]) -> Activations:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     except FileNotFoundError:
         raise StoreError(f"there is no file {str(path)!r}. acts.save(path) writes one.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StoreError(
             f"{str(path)!r} cannot be read: {error}. It is not whole, or not a safetensors file."
         ) from error
-    return Activations(_rebuild(content, tensors))
+    try:
+        return Activations(_rebuild(content, tensors))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{str(path)!r} does not describe its calls as acts.save() does: {error!r}.") from error
 
 
 def _content(path: Any, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -87,6 +90,8 @@ def _content(path: Any, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if text is None:
         raise StoreError(f"{str(path)!r} is a safetensors file, but acts.save() did not write it: it holds no calls.")
     content: dict[str, Any] = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise StoreError(f"{str(path)!r} says nothing of its format, so acts.save() did not write it.")
     if content["format"] > _FORMAT:
         raise StoreError(
             f"{str(path)!r} has format {content['format']}, and this convtap reads up to {_FORMAT}: update convtap."
@@ -137,7 +142,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
         items = [_encode(item, tensors, key) for item in value]
         return {"mapping": dict(zip(names, items, strict=True))} if names else {kind: items}
     if isinstance(value, Mapping):
-        return {"mapping": {str(name): _encode(item, tensors, key) for name, item in value.items()}}
+        return {"pairs": [[_encode(name, tensors, key), _encode(item, tensors, key)] for name, item in value.items()]}
     if hasattr(value, "__dataclass_fields__"):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return _encode(fields, tensors, key)
@@ -172,6 +177,8 @@ def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         return tuple(_decode(item, tensors) for item in value["tuple"])
     if "list" in value:
         return [_decode(item, tensors) for item in value["list"]]
+    if "pairs" in value:
+        return {_decode(name, tensors): _decode(item, tensors) for name, item in value["pairs"]}
     if "mapping" in value:
         return {key: _decode(item, tensors) for key, item in value["mapping"].items()}
     return value["plain"] if "plain" in value else Omitted(value["omitted"])

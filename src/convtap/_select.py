@@ -6,7 +6,7 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -120,6 +120,11 @@ class Selection:
     def _by_pattern(self, pattern: re.Pattern[str], shown: str, selector: Any) -> Iterable[str]:
         found = [name for name in self.typed if pattern.fullmatch(name)]
         self._patterns.append(pattern)
+        if self.takes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
+            kernels = {
+                name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
+            }
+            self.function_names.update(name for name in kernels if pattern.fullmatch(name))
         if found or any(pattern.fullmatch(name) for name in self._owners()):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
@@ -220,8 +225,20 @@ def _selectors(layers: Layers) -> list[Any]:
     return selectors
 
 
-def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module], ...]:
+def as_selection(layers: Any) -> Any:
+    """Returns a selection that can be read more than once: an iterator, such as a generator, as a list."""
+    return list(layers) if isinstance(layers, Iterator) else layers
+
+
+def check_arguments(
+    model: Any,
+    layers: Any,
+    types: Any,
+    instead: str = "run the model inside: with capture(model) as acts: model(x)",
+) -> tuple[type[nn.Module], ...]:
     """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
+
+    ``instead`` is what to write where an input was given as layers.
 
     Raises:
         InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
@@ -236,11 +253,10 @@ def check_arguments(model: Any, layers: Any, types: Any) -> tuple[type[nn.Module
             f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
             "Write: with capture(model) as acts: model(x)"
         )
+    if isinstance(layers, (bytes, bytearray)):
+        raise InvalidType(f"layers is {layers!r}, and a name is text: write {layers.decode(errors='replace')!r}.")
     if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(
-            f"the second argument is a {type(layers).__name__}, and it selects layers; "
-            "run the model inside: with capture(model) as acts: model(x)"
-        )
+        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

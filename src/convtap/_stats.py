@@ -35,7 +35,11 @@ def statistics(output: Any) -> tuple[Any, ...]:
 def real_values(tensor: Tensor) -> Tensor:
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
-    return tensor.abs() if tensor.is_complex() else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if tensor.is_complex():
+        return tensor.abs()
+    if not tensor.is_floating_point():
+        return tensor.double()
+    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def to_numpy(tensor: Tensor) -> Any:

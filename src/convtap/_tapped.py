@@ -87,7 +87,7 @@ class Tapped(nn.Module):
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        selection = select(model, layers, check_arguments(model, layers, types))
+        selection = select(model, layers, check_arguments(model, layers, types, "call the result: tapped(model)(x)"))
         _check_at(at)
         _check_model(model, selection.modules.values())
         if selection.function_names:

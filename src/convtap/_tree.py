@@ -50,9 +50,18 @@ def _is_keras_conv1d(kind: type) -> bool:
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The parts of a module by name. Keras keeps its layers where PyTorch does not look for them."""
-    if is_keras(type(module)):
-        return [(layer.name, layer) for layer in getattr(module, "_layers", ())]
-    return [(name, child) for name, child in module._modules.items() if child is not None]
+    if not is_keras(type(module)):
+        return [(name, child) for name, child in module._modules.items() if child is not None]
+    found: dict[str, nn.Module] = {}
+    for layer in getattr(module, "_layers", ()):
+        name, number = layer.name, 1
+        while name in found:  # Keras lets two layers of a subclassed model have one name
+            name, number = f"{layer.name}_{number}", number + 1
+        found[name] = layer
+    inner = {name: child for name, child in module._modules.items() if child is not None and name != "_torch_params"}
+    known = {id(layer) for layer in found.values()}
+    found.update((name, child) for name, child in inner.items() if id(child) not in known and not is_keras(type(child)))
+    return list(found.items())
 
 
 def _join(prefix: str, name: str) -> str:
@@ -126,7 +135,7 @@ class ModuleTree:
                 stack.append((inner, prefix))
                 continue
             self.names[prefix or ROOT] = module
-            if module._modules:
+            if module._modules or is_keras(kind):
                 stack.extend((child, _join(prefix, name)) for name, child in reversed(_children(module)))
 
     def resolve(self, name: str) -> str | None:

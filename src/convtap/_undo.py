@@ -11,7 +11,8 @@ from collections.abc import Callable
 # Choice: what puts something on says so first; what takes it off may be repeated, and finishes what an interrupted run of
 #   it left (sets, not counts; look, then remove). ``undo`` repeats an interrupted step, and its callers call it twice, for
 #   an interrupt between its own lines. What remains is an interrupt in the first instruction of ``__exit__``: then the
-#   block ends when the capture object is freed, with the traceback that holds it.
+#   block ends when its guard is freed, with the traceback that holds it. A guard that is done with has no ``__del__``, for
+#   an interrupt in one is lost.
 
 
 def undo(steps: list[Callable[[], object]]) -> None:
@@ -32,3 +33,21 @@ def undo(steps: list[Callable[[], object]]) -> None:
                 steps.pop()  # it would fail again; an interrupted one is run again
     if first is not None:
         raise first
+
+
+class Guard:
+    """Runs the steps if it is freed before ``spent``."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: list[Callable[[], object]]) -> None:
+        self.steps = steps
+
+    def __del__(self) -> None:
+        undo(self.steps)
+
+
+class Spent:
+    """What a guard becomes (by its ``__class__``) when it has nothing to guard any more."""
+
+    __slots__ = ("steps",)

@@ -9,7 +9,7 @@ from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, 
 from convtap._log import Log
 from convtap._passes import Passes
 from convtap._record import Recorder
-from convtap._select import Selection
+from convtap._select import FUNCTION, Selection
 
 _USED = "list_layers(model, example=x) shows how each layer is used."
 
@@ -33,6 +33,8 @@ def conclude(
     partly = [state for state in states if state.captured and state.bypasses]
     if partly:
         _warn(_bypassed(partly))
+    if recorder.elsewhere:
+        _warn(f"some of the model's calls are not in this block.{_elsewhere(recorder)}")
     idle = [] if functional else [state.name for state in states if state.state == "idle"]
     if idle:
         _warn(_idle(idle, len(log.selected)))
@@ -49,9 +51,15 @@ def _missing(
     bypassed = [state for state in states if state.state == "bypassed" and not state.computed]
     if bypassed:
         return NotCaptured(_bypassed(bypassed))
+    computed = [state.name for state in states if state.computed and not state.captured]
+    if computed and not selection.wants(FUNCTION):
+        return NotCaptured(
+            f"the convolution of {listed(computed)} ran with a weight computed from its own (masked, scaled, pruned, cast), "
+            f"and such a call is named {FUNCTION!r}, which is not selected. Add it: layers=[..., {FUNCTION!r}]."
+        )
     if not any(state.captured for state in states):
-        return NotCaptured(f"nothing was captured: {_why_nothing(log, recorder, passes, selection)}")
-    exact = [state.name for state in states if state.state == "idle" and state.name in log.exact]
+        return NotCaptured(f"nothing was captured: {_why_nothing(log, recorder, passes, selection, functional)}")
+    exact = [state.name for state in states if state.state == "idle" and state.name in log.exact and not state.computed]
     if exact:
         hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
         return NotCaptured(f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder)}{hint} {_USED}")
@@ -67,11 +75,14 @@ def _bypassed(states: list[LayerCoverage]) -> str:
     )
 
 
-def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Selection) -> str:
+def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool) -> str:
     if recorder.elsewhere:
         return _elsewhere(recorder).strip()
+    if not selection.modules and selection.function_names:
+        return f"no F.conv1d call used {listed(sorted(selection.function_names))}. {_USED}"
     if not selection.modules:
-        return selection.nothing()
+        hint = "" if functional else " F.conv1d calls were not watched here: functional=True captures them as well."
+        return selection.nothing() + hint
     if recorder.recomputed:
         return (
             "the selected layers ran only during a backward pass (activation checkpointing recomputes them there). "
@@ -87,7 +98,7 @@ def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Select
         return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"
     return (
         f"the model ran ({plural(len(passes.inputs), 'pass')}), but none of the selected layers did: "
-        f"{listed(selection.modules)}. {_USED}"
+        f"{listed(selection.names)}. {_USED}"
     )
 
 

@@ -49,10 +49,16 @@ _METADATA = frozenset(
     (  # noqa: SIM905 (thirty quoted words read worse)
         "size dim ndimension numel nelement stride storage_offset is_contiguous element_size is_floating_point is_complex "
         "is_signed is_conj is_neg is_inference is_pinned is_shared is_set_to get_device has_names type dim_order "
+        "new_ones new_zeros new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like "
+        "type_as result_type expand_as view_as reshape_as storage untyped_storage "
         "register_hook register_post_accumulate_grad_hook retain_grad backward _is_view "
         "__len__ __hash__ __repr__ __format__ __bool__ __deepcopy__ __reduce_ex__ __setstate__ __set__ __delete__"
     ).split()
 )
+
+
+# These alone are no use of the values, but what they give may be used.
+_PASSING_ON = frozenset(("detach", "cpu", "data"))
 
 
 def _reads_values(func: Any) -> bool:
@@ -87,26 +93,39 @@ class FunctionTap:
         self._weights: dict[int, str] = {}
         self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._thread: int | None = None
+        self._dead: list[Any] = []
+        self._kept: list[Tensor] = []
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
-        watcher = self._watch if self._follower is None else self._watch_and_follow
         weights = self._weights
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
                 weight = module._parameters.get("weight")
-                if weight is not None:
-                    weights[id(weight)] = name
-                else:
-                    weights.update((id(source), name) for source in _sources_of_weight(module))
-        self._thread = threading.get_ident()
-        _process.functions.begin(self._token, watcher)
+                sources = [weight] if weight is not None else _sources_of_weight(module)
+                self._kept.extend(sources)  # so that no identity is used again
+                for source in sources:
+                    weights[id(source)] = name
+        self._passes.companion = self
+        self._thread = threading.get_ident()  # first: see Note: [Interrupts]
+        self.visit()
 
     def close(self) -> None:
         """Ends it."""
+        self._passes.companion = None
         if self._thread is not None:
             _process.functions.end(self._token, self._thread)
         self._derived.clear()
+        self._kept.clear()
+
+    def visit(self) -> int:
+        """Begins to watch another thread, in which a pass of this block runs."""
+        watcher = self._watch if self._follower is None else self._watch_and_follow
+        return _process.functions.begin(self._token, watcher)
+
+    def leave(self, visit: int) -> None:
+        """Ends that."""
+        _process.functions.end(self._token, visit)
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS and not self._recorder.muted:
@@ -133,7 +152,9 @@ class FunctionTap:
         for arg in (*args, *kwargs.values()):
             for item in arg if arg.__class__ in _SEQUENCES else (arg,):
                 name = self._weights.get(id(item))
-                if name is not None:
+                if name is not None and self._is_stale(id(item), item):
+                    self._forget(id(item))
+                elif name is not None:
                     self._read(name, func, result)
 
     # -- convolutions
@@ -143,6 +164,8 @@ class FunctionTap:
         if not isinstance(weight, Tensor) or not _is_one_dimensional(func, weight, args, kwargs):
             return call(*args, **kwargs)
         enclosing = None if self._recorder.claimed else self._enclosing()
+        if self._selection.tree.has_keras and weight.device.type == "meta":
+            enclosing = None  # Keras asks for shapes
         name = None if enclosing is None else self._name(weight, enclosing)
         if name is None:
             return call(*args, **kwargs)
@@ -154,10 +177,7 @@ class FunctionTap:
         return output if replacement is None else replacement
 
     def _enclosing(self) -> list[str] | None:
-        """Returns the selected modules around the call, or None if another tap emits it.
-
-        That is the hook of a selected convolution around it, or the TorchScript tap if the innermost module is scripted.
-        """
+        """Returns the selected modules around the call, innermost first, or None if the TorchScript tap emits it."""
         found: list[str] = []
         modules = self._modules
         root = self._selection.tree.model
@@ -168,25 +188,31 @@ class FunctionTap:
             innermost = False
             name = modules.get(id(module))
             if name is not None:
-                if isinstance(module, CONV1D):
-                    return None
                 found.append(name)
             if module is root:
                 break
         return found
 
     def _name(self, weight: Tensor, enclosing: list[str]) -> str | None:
-        """Returns the name to record a convolution under, or None if it is not selected or not the model's."""
-        name = self._owners.find(weight)
+        """Returns the name to record a convolution under, or None if it is not selected or not the model's.
+
+        Nor if a module around it emits it: the owner of the weight, or a convolution that computes the weight itself or
+        takes one of its own parameters.
+        """
+        name = self._owners.find(weight, self._passes.number)
+        if name in enclosing:
+            return None
+        for around in enclosing:
+            is_own = name is None or (name.rpartition(".")[0] == around and name not in self._selection.tree.names)
+            if is_own and isinstance(self._selection.modules[around], CONV1D):
+                return None
         if name is None:
-            if not self._passes.in_forward() or self._is_inside_conv1d():
+            if not self._passes.in_method() or self._is_inside_conv1d():
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
-            if derived is not None:
+            if derived is not None and derived[0]() is weight:
                 self._recorder.seen_as_function(derived[1])
-        elif name in enclosing:  # the owner's own forward, and its hook emits what it returns
-            return None
         wanted = self._wanted.get(name)
         if wanted is None:
             wanted = self._wanted[name] = self._selection.wants(name)
@@ -207,22 +233,33 @@ class FunctionTap:
         recorder = self._recorder
         if recorder.muted or not _reads_values(func) or not self._passes.in_forward() or not recorder.is_here(name):
             return
-        if not self._is_called(name):
-            recorder.weight_read(name, _function_name(func))
+        reader = _function_name(func)
+        if reader.rpartition(".")[2] not in _PASSING_ON and not self._is_called(name):
+            recorder.weight_read(name, reader)
         for _, tensor in walk_tensors(result):
             self._derive(tensor, name)
 
     def _derive(self, tensor: Tensor, name: str) -> None:
         """Follows a tensor computed from a weight, so that a convolution with it is known to be that layer's."""
         key = id(tensor)
-
-        def forget(_: Any, weights: dict[int, str] = self._weights, derived: Any = self._derived) -> None:
-            weights.pop(key, None)
-            derived.pop(key, None)
-
-        if key not in self._weights:
-            self._derived[key] = (weakref.ref(tensor, forget), name)
+        if len(self._dead) > 64:
+            self._dead.clear()
+            for other, (known, _) in list(self._derived.items()):
+                if known() is None:
+                    self._forget(other)
+        if key not in self._weights or self._is_stale(key, tensor):
+            # The callback is no Python code: Python loses an interrupt that strikes in one.
+            self._derived[key] = (weakref.ref(tensor, self._dead.append), name)
             self._weights[key] = name
+
+    def _is_stale(self, key: int, tensor: Any) -> bool:
+        """Whether what is known under an identity is a computed weight that is gone, and the tensor another one."""
+        derived = self._derived.get(key)
+        return derived is not None and derived[0]() is not tensor
+
+    def _forget(self, key: int) -> None:
+        self._derived.pop(key, None)
+        self._weights.pop(key, None)
 
 
 def _sources_of_weight(module: nn.Module) -> list[Tensor]:

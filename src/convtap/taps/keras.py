@@ -87,9 +87,9 @@ class KerasTap:
             return call(*args, **kwargs)
 
     def _emit(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_symbolic(args):
-            return call(*args, **kwargs)
         recorder = self._recorder
+        if _is_symbolic(args):
+            return recorder.claiming(call, args, kwargs)
         if self._at == "input":
             recorder.emit_input(name, args[0] if len(args) == 1 else args, "keras")
             return recorder.claiming(call, args, kwargs)

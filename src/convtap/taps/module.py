@@ -9,6 +9,7 @@ from torch import nn
 
 from convtap._hooks import Hooks
 from convtap._record import Recorder
+from convtap._select import CONV1D
 
 
 class ModuleTap:
@@ -27,25 +28,25 @@ class ModuleTap:
             for name, module in self._modules.items():
                 self._hooks.before(module, self._emit_input, name, module)
             return
-        # Without detach the output may be swapped, and then what it must not alias includes the keyword arguments.
-        if self._detach:
-            self._hooks.after_each(self._modules, self._recorder.emit_module)
-            return
+        # What may be a view of something else, or may be swapped, is looked at more closely.
+        plain = {name: m for name, m in self._modules.items() if _is_plain_convolution(m)} if self._detach else {}
+        self._hooks.after_each(plain, self._recorder.emit_module)
         for name, module in self._modules.items():
-            self._hooks.after(module, self._emit_with_kwargs, name, module, kwargs=True)
+            if name not in plain:
+                self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
 
     def close(self) -> None:
         """Takes the hooks off."""
         self._hooks.remove()
 
-    def _emit_with_kwargs(
-        self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> Any:
-        return self._recorder.emit_module(name, tapped, module, (args, kwargs), output)
-
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
+    return isinstance(module, CONV1D) and type(module).forward.__module__.startswith("torch.")
 
 
 def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,4 +55,4 @@ def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if len(args) == 1 else args
     if not args:
         return next(iter(kwargs.values())) if len(kwargs) == 1 else dict(kwargs)
-    return {"args": args, **kwargs}
+    return {"args": args, "kwargs": dict(kwargs)} if "args" in kwargs else {"args": args, **kwargs}

@@ -78,7 +78,7 @@ class ScriptTap:
         transposed = _OPERATORS[func]
         if not isinstance(weight, Tensor) or weight.dim() != 3 or (transposed is not None and args[transposed]):
             return None
-        name = self._owners.find(weight)
+        name = self._owners.find(weight, self._passes.number)
         if name is None:
             if not self._passes.in_forward():
                 return None

@@ -1,0 +1,167 @@
+"""Keeps outputs and inputs: unwraps, applies the policy, moves; and says by name which layer an error belongs to."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from convtap._errors import ConvtapError, Unsupported
+from convtap._functorch import is_wrapped, unwrapped
+from convtap._hooks import Hooks
+from convtap._offload import Offloader
+from convtap._policy import Alias, Policy, snapshot
+from convtap._structure import map_leaves, walk_tensors
+
+# The recording's own torch calls are not the model's: a function mode, ours or a user's, must not see them.
+outside_modes = torch._C.DisableTorchFunction
+
+
+class _Busy(threading.local):
+    """Whether this thread is inside the recording's own torch calls."""
+
+    now = False
+
+
+class Keeper:
+    """Makes of what a tap saw what a call holds."""
+
+    def __init__(self, policy: Policy, offloader: Offloader | None) -> None:
+        self.is_plain = policy.is_plain
+        self.moves = offloader is not None
+        self._policy = policy
+        self._offloader = offloader
+        self._busy = _Busy()
+
+    @property
+    def busy(self) -> bool:
+        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        return self._busy.now
+
+    def stays(self, output: Any) -> bool:
+        """Whether what is kept stays on its device."""
+        offloader = self._offloader
+        return offloader is None or all(offloader.is_home(tensor) for _, tensor in walk_tensors(output))
+
+    def input(self, name: str, value: Any) -> Any:
+        """Returns what to hold of a layer's input."""
+        return self._guarded(self._keep_input, name, value)
+
+    def output(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        """Returns what to hold of a layer's output, and what the model is to go on with instead (None: its own).
+
+        Raises:
+            ConvtapError: it cannot be kept, or ``reduce`` failed; the layer is named.
+        """
+        kept: tuple[Any, Any] = self._guarded(self._keep_output, name, output, inputs, fresh, alone)
+        return kept
+
+    def _keep_input(self, value: Any) -> Any:
+        return map_leaves(self._moving(self._policy.keep_input), self._outside_transforms(value))
+
+    def _keep_output(self, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        policy = self._policy
+        output = self._outside_transforms(output)
+        if alone and fresh and policy.swaps(output, inputs) and self.stays(output):
+            return map_leaves(_kept_upstream, output), map_leaves(_gone_on_with, output, other=_unchanged)
+        return map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output), None
+
+    def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
+        """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
+        self._busy.now = True
+        try:
+            if self._policy.reduce is None:
+                return keep(value, *rest)
+            # Activation checkpointing counts the tensors that are saved for backward, and its recomputation does not
+            # reduce: what ``reduce`` saves must not go through its hooks.
+            with saved_tensors_hooks(Tensor.detach, _unchanged):
+                return keep(value, *rest)
+        except Exception as error:
+            raise self._failed(name, value, error) from error
+        finally:
+            self._busy.now = False
+
+    def _moving(self, keep: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """What keeps a tensor and, where it is on another device, moves it."""
+        offloader, policy = self._offloader, self._policy
+        if offloader is None:
+            return keep
+
+        def kept(tensor: Tensor) -> Any:
+            value = keep(tensor) if offloader.is_home(tensor) else policy.keep_moving(tensor, keep)
+            return offloader.move(value) if isinstance(value, Tensor) else value
+
+        return kept
+
+    def _outside_transforms(self, value: Any) -> Any:
+        """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
+        if not any(is_wrapped(tensor) for _, tensor in walk_tensors(value)):
+            return value
+        if not self._policy.detach:
+            raise Unsupported(
+                "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
+                "transform. Leave detach=True, or take gradients with torch.autograd.grad."
+            )
+        return map_leaves(unwrapped, value)
+
+    def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
+        if isinstance(error, ConvtapError):
+            return type(error)(f"layer {name!r}: {error}")
+        shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        what = "reduce" if self._policy.reduce is not None else "keeping"
+        return ConvtapError(f"layer {name!r}: {what} failed on the output{shape}: {type(error).__name__}: {error}")
+
+
+def is_fake(output: Any) -> bool:
+    """Whether a model is being traced with tensors that have no values (``torch.export``): there is nothing to record."""
+    return type(output) is not Tensor and any(
+        type(tensor).__name__ == "FakeTensor" for _, tensor in walk_tensors(output)
+    )
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _kept_upstream(output: Tensor) -> Any:
+    return Alias(output) if output.requires_grad else snapshot(output)
+
+
+def _gone_on_with(output: Tensor) -> Tensor:
+    return snapshot(output) if output.requires_grad else output
+
+
+# Note: [Who holds an output]
+# Assumption: a layer returns its output to nobody but the caller, so that the caller may be given another tensor instead.
+# Failure: a layer that keeps its last output, or a user's hook that does, would no longer have what the model works on.
+# Choice: count the references to the output at the hook. The count without any other holder depends on Python and on
+#   torch's way to call hooks, so it is measured once, on a module that keeps nothing.
+
+
+class _Probe(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class _Counter:
+    count = 0
+
+    def see(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.count = sys.getrefcount(output)
+
+
+@functools.cache
+def references() -> int:
+    """How many references to an output there are in a hook if nobody keeps it. See Note: [Who holds an output]."""
+    probe, counter, hooks = _Probe(), _Counter(), Hooks()
+    hooks.after(probe, counter.see, "probe", probe, kwargs=True)
+    with outside_modes():
+        probe(torch.zeros(1))
+    hooks.remove()
+    return counter.count
