@@ -261,8 +261,11 @@ def check(case: Case) -> None:
         check_gradients(tapped, reference, paths)
     gradients = plain.backward()
     found = tapped.backward()
-    assert same_gradients(found, gradients)
-    if isinstance(found, list) and case.dtype in ("float32", "float64"):
+    # What the model goes on with may be a snapshot of its own, and then torch has nothing to refuse.
+    parted = any(not o.detach or o.grads for o in case.captures)
+    assert same_gradients(found, gradients) or (gradients is RuntimeError and parted)
+    # Inside a checkpoint torch does not check versions, and an in-place write there gives it wrong gradients.
+    if isinstance(found, list) and case.dtype in ("float32", "float64") and not mentions(case, "recomputed"):
         check_collected(tapped, reference)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,8 @@ class Block:
             watched=self.functional,
             grads=_gradients(asked),
         )
-        self._open([passes, *self._taps(asked)])
+        self.steps: list[Callable[[], object]] = []
+        self._parts = [passes, *self._taps(asked)]
 
     def _note(self, slowed: list[str]) -> None:
         notes = self.log.notes
@@ -120,27 +121,24 @@ class Block:
         self.recorder.follower = Follower(tree.names, Owners(tree), self.recorder, asked.activations)
         return self.recorder.follower
 
-    def _open(self, parts: list[Any]) -> None:
-        with ExitStack() as stack:
-            _eager.enter()
-            stack.callback(_eager.leave)
-            _process.enter(self.token)
-            stack.callback(_process.leave, self.token)
-            for part in parts:
-                stack.callback(part.close)
-                part.open()
-            self.passes.open_end()
-            self.stack = stack.pop_all()
+    def open(self) -> None:
+        """Puts everything on; ``steps`` takes it off, also what is half done."""
+        token, steps = self.token, self.steps
+        steps.append(self._land)
+        steps.append(lambda: _eager.leave(token))
+        _eager.enter(token)
+        steps.append(lambda: _process.leave(token))
+        _process.enter(token)
+        for part in self._parts:
+            steps.append(part.close)
+            part.open()
+        self.passes.open_end()
 
     def close(self, error: BaseException | None, strict: bool | None) -> bool:
-        """Undoes everything, and returns whether the body ended by ``stop``.
+        """Says what is missing once ``steps`` were undone, and returns whether the body ended by ``stop``.
 
         If it ended well, what is missing is an error (``strict``), a warning, or (None) for the caller to see.
         """
-        try:
-            self.stack.close()
-        finally:
-            self._land()
         log, selection = self.log, self.selection
         if self.recorder.reads:
             log.settle()

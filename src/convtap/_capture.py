@@ -17,6 +17,7 @@ from convtap._offload import Offloader
 from convtap._policy import Policy
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._undo import Guard, Spent, undo
 from convtap.taps.activation import check_activations
 
 
@@ -138,14 +139,27 @@ class Capture:
             )
         _eager.refuse_inside_compiled()
         block = Block(self._asked)
-        self._open = block
-        return Activations(block.log)
+        try:
+            self._open = block
+            self._guard = Guard(block.steps)
+            block.open()
+            return Activations(block.log)
+        except BaseException:
+            undo(block.steps)
+            self._open = None
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        block, self._open = self._open, None
+        block = self._open
         assert block is not None
+        try:  # and no call before it
+            undo(block.steps)
+        finally:
+            undo(block.steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
+            self._open = None
+            self._guard.__class__ = Spent  # type: ignore[assignment]
         return block.close(error, self._strict if self._judges else None)
 
     def __getitem__(self, key: object) -> NoReturn:

@@ -31,7 +31,7 @@ _INSIDE_COMPILED = (
 )
 
 _lock = threading.Lock()
-_blocks = 0
+_blocks: set[object] = set()
 _stance: Any = None
 
 
@@ -51,21 +51,19 @@ def refuse_inside_compiled() -> None:
             raise Unsupported(_INSIDE_COMPILED)
 
 
-def enter() -> None:
+def enter(block: object) -> None:
     """Counts a block in."""
-    global _blocks
     with _lock:
-        if _blocks == 0:
+        _blocks.add(block)
+        if len(_blocks) == 1:
             _force()
-        _blocks += 1
 
 
-def leave() -> None:
-    """Counts a block out."""
-    global _blocks
+def leave(block: object) -> None:
+    """Counts a block out; again does nothing. See Note: [Interrupts]"""
     with _lock:
-        _blocks -= 1
-        if _blocks == 0:
+        _blocks.discard(block)
+        if not _blocks:
             _restore()
 
 
@@ -74,7 +72,15 @@ def _force() -> None:
     if _DYNAMO not in sys.modules:
         sys.meta_path.insert(0, _WAITS_FOR_DYNAMO)
         return
-    _stance = torch.compiler.set_stance("force_eager")
+    from torch._dynamo import eval_frame
+
+    before = getattr(eval_frame, "_stance", None)
+    try:
+        _stance = torch.compiler.set_stance("force_eager")
+    except BaseException:
+        if before is not None:  # interrupted after it was set
+            eval_frame._set_stance(before)
+        raise
 
 
 def _restore() -> None:
@@ -82,11 +88,11 @@ def _restore() -> None:
     if _WAITS_FOR_DYNAMO in sys.meta_path:
         sys.meta_path.remove(_WAITS_FOR_DYNAMO)
     if _stance is not None:
-        stance, _stance = _stance, None
         from torch._dynamo import eval_frame
 
-        if getattr(eval_frame, "_stance", stance.stance) is stance.stance:  # else somebody set another one since
-            stance.__exit__(None, None, None)
+        if getattr(eval_frame, "_stance", _stance.stance) is _stance.stance:  # else somebody set another one since
+            _stance.__exit__(None, None, None)
+        _stance = None
 
 
 class _WaitsForDynamo(MetaPathFinder):

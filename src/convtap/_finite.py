@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal
 
@@ -16,6 +16,7 @@ from convtap._finding import Finding
 from convtap._passes import FAST_PATHS
 from convtap._select import Layers, Types, check_arguments, select
 from convtap._tree import ROOT, ModuleTree
+from convtap._undo import undo
 from convtap._watch import Watch
 
 # Note: [Hooks on fast paths]
@@ -83,7 +84,7 @@ class Finite:
         self._backward = backward
         self._inf = inf
         self._watch: Watch | None = None
-        self._stack: ExitStack | None = None
+        self._steps: list[Callable[[], object]] | None = None
         self._chosen()  # a wrong name is an error here, where it was written
 
     def _chosen(self) -> tuple[ModuleTree, dict[str, nn.Module], str]:
@@ -125,7 +126,7 @@ class Finite:
         return tree, modules, " ".join(hints)
 
     def __enter__(self) -> Finite:
-        if self._stack is not None:
+        if self._steps is not None:
             raise ConvtapError(
                 "this block is open already, and one object holds one. Open a second one with finite(model)."
             )
@@ -134,23 +135,29 @@ class Finite:
         root = tree.names.get(ROOT, self._model)
         now = self._raise_at == "layer"
         self._watch = watch = Watch(root, modules, token, inf=self._inf, backward=self._backward, now=now, hint=hint)
-        with ExitStack() as stack:
-            _eager.enter()
-            stack.callback(_eager.leave)
+        steps: list[Callable[[], object]] = [lambda: _eager.leave(token), lambda: _process.leave(token), watch.close]
+        try:
+            self._steps = steps
+            _eager.enter(token)
             _process.enter(token)
-            stack.callback(_process.leave, token)
-            stack.callback(watch.close)
             watch.open()
-            self._stack = stack.pop_all()
+        except BaseException:
+            self._steps = None
+            undo(steps)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stack, self._stack = self._stack, None
-        assert stack is not None
+        steps = self._steps
+        assert steps is not None
         assert self._watch is not None
-        stack.close()
+        try:  # and no call before it
+            undo(steps)
+        finally:
+            undo(steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
+            self._steps = None
         if error is not None:
             return
         first = self._watch.first()

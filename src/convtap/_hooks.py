@@ -60,9 +60,9 @@ class Hooks:
     def after_each(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
         """Calls ``function(name, module, module, args, output)`` after the forward of every module, by name."""
         key = self._key
+        self._after.extend(modules.values())  # first: see Note: [Interrupts]
         for name, module in modules.items():
             module._forward_hooks[key] = Hook(function, name, module)
-        self._after.extend(modules.values())
 
     def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any, first: bool = False) -> None:
         """Calls ``function(*bound, module, args, kwargs)`` before the module's forward.
@@ -77,7 +77,7 @@ class Hooks:
         module._forward_pre_hooks_with_kwargs[self._key] = True
 
     def remove(self) -> None:
-        """Takes every hook off its module."""
+        """Takes every hook off its module; again does nothing."""
         key = self._key
         for module in self._after:
             module._forward_hooks.pop(key, None)

@@ -35,13 +35,13 @@ def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[R
         signal = dict(walk_tensors(example))[path].detach().clone()
     tree = ModuleTree(model)
     follower = Follower(tree, signal, axis)
-    _eager.enter()
     try:
+        _eager.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
         with torch.inference_mode(False), follower.watching():
             run_once(model, _with(example, path, signal))
     finally:
-        _eager.leave()
+        _eager.leave(follower)
     return follower.records, tree
 
 

@@ -143,9 +143,17 @@ class Passes:
             return
         if here.depth == 0 and self.companion is not None and threading.get_ident() != self._home:
             here.visit = self.companion.visit()
+        if module is not self._model and self._is_within(module):
+            here.depth, here.number = 1, self._outside()
+            return
         here.depth = 1
         here.outside = None
         here.number = self._begin(args, kwargs)
+
+    def _is_within(self, module: nn.Module) -> bool:
+        """Whether a part is called by another part that was called before it had a mark."""
+        found = outermost_call(self._member_ids())
+        return found is not None and found[0] is not module
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._here

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from torch._C import (
+    _get_dispatch_stack_at,
+    _get_function_stack_at,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
     _pop_torch_function_stack,
@@ -82,13 +84,13 @@ class _Dispatcher:
     """Finds the watchers of the blocks that are open in the current context; remembers them while those stay the same."""
 
     def __init__(self, watchers: dict[Token, Watcher]) -> None:
-        self._watchers = watchers
+        self.watchers = watchers
         self.tokens: tuple[Token, ...] | None = None
         self.watcher: Watcher = _pass_on
 
     def find(self) -> Watcher:
         self.tokens = open_tokens()
-        self.watcher = _joined([self._watchers[token] for token in self.tokens if token in self._watchers])
+        self.watcher = _joined([self.watchers[token] for token in self.tokens if token in self.watchers])
         return self.watcher
 
     def forget(self) -> None:
@@ -126,11 +128,11 @@ class Watch:
         push: Callable[[Any], Any],
         pop: Callable[[], Any],
         depth: Callable[[], int],
+        at: Callable[[int], Any],
     ) -> None:
-        self._make, self._push, self._pop, self._depth = make, push, pop, depth
+        self._make, self._push, self._pop, self._depth, self._at = make, push, pop, depth, at
         self._watchers: dict[Token, Watcher] = {}
-        self._blocks_of_thread: dict[int, int] = {}
-        self._threads_of_block: dict[Token, int] = {}
+        self._blocks_of_thread: dict[int, set[Token]] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
 
@@ -139,46 +141,83 @@ class Watch:
         thread = threading.get_ident()
         with self._lock:
             self._watchers[token] = watcher
-            self._threads_of_block[token] = self._threads_of_block.get(token, 0) + 1
-            self._blocks_of_thread[thread] = self._blocks_of_thread.get(thread, 0) + 1
+            self._blocks_of_thread.setdefault(thread, set()).add(token)
         mode = getattr(self._here, "mode", None)
         if mode is None:
-            mode = self._here.mode = self._make(_Dispatcher(self._watchers))
-            self._push(mode)
+            mode = self._here.mode = self._stray() or self._make(_Dispatcher(self._watchers))
+            if self._place(mode) is None:
+                self._push(mode)
         mode.dispatcher.forget()
         return thread
 
     def end(self, token: Token, thread: int) -> None:
-        """Ends ``begin``. From another thread, the mode stays on its own, idle, until a block of that thread ends."""
+        """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
+
+        From another thread, the mode stays on its own, idle, until a block of that thread ends.
+        """
         with self._lock:
-            self._threads_of_block[token] -= 1
-            if not self._threads_of_block[token]:
-                del self._threads_of_block[token], self._watchers[token]
-            self._blocks_of_thread[thread] -= 1
-            last = not self._blocks_of_thread[thread]
-            if last:
-                del self._blocks_of_thread[thread]
+            blocks = self._blocks_of_thread.get(thread, set())
+            blocks.discard(token)
+            if not blocks:
+                self._blocks_of_thread.pop(thread, None)
+            if not any(token in others for others in self._blocks_of_thread.values()):
+                self._watchers.pop(token, None)
         mode = getattr(self._here, "mode", None)
         if mode is None:
             return
         mode.dispatcher.forget()
-        if last and thread == threading.get_ident():
+        if not blocks and thread == threading.get_ident():
             self._take_off(mode)
             self._here.mode = None
 
+    def _place(self, mode: Any) -> int | None:
+        """Where in this thread's stack a mode is."""
+        for i in range(self._depth()):
+            if self._at(i) is mode:
+                return i
+        return None
+
+    def _stray(self) -> Any:
+        """A mode of ours that an interrupt brought back.
+
+        While torch hands a call to a mode, the mode is off the stack; an interrupt at the wrong moment makes torch put it
+        back only when the traceback is freed. There it does nothing, and this thread's next block takes it over.
+        """
+        for i in range(self._depth()):
+            mode = self._at(i)
+            if getattr(getattr(mode, "dispatcher", None), "watchers", None) is self._watchers:
+                return mode
+        return None
+
     def _take_off(self, mode: Any) -> None:
         """Removes a mode from this thread's stack, and leaves those that were pushed after it."""
-        above = []
-        while self._depth():
-            top = self._pop()
-            if top is mode:
-                break
-            above.append(top)
-        for other in reversed(above):
+        here = self._here
+        if getattr(here, "above", None) is None:
+            place = self._place(mode)
+            if place is None:
+                return
+            here.above = place, [self._at(i) for i in range(place + 1, self._depth())]
+        place, above = here.above  # kept until all are back, for an interrupt here
+        while self._depth() > place:
+            self._pop()
+        for other in above:
             self._push(other)
+        here.above = None
 
 
 #: Sees torch functions (``F.conv1d``) as they are called from Python.
-functions = Watch(_FunctionMode, _push_on_torch_function_stack, _pop_torch_function_stack, _len_torch_function_stack)
+functions = Watch(
+    _FunctionMode,
+    _push_on_torch_function_stack,
+    _pop_torch_function_stack,
+    _len_torch_function_stack,
+    _get_function_stack_at,
+)
 #: Sees operators (``aten.convolution``) as they run, also those that TorchScript runs.
-operators = Watch(_DispatchMode, _python_dispatch._push_mode, _python_dispatch._pop_mode, _len_torch_dispatch_stack)
+operators = Watch(
+    _DispatchMode,
+    _python_dispatch._push_mode,
+    _python_dispatch._pop_mode,
+    _len_torch_dispatch_stack,
+    _get_dispatch_stack_at,
+)

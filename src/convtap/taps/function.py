@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -92,6 +93,7 @@ class FunctionTap:
         self._weights: dict[int, str] = {}
         self._derived: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._thread: int | None = None
+        self._dead: list[Any] = []
         self._kept: list[Tensor] = []
 
     def open(self) -> None:
@@ -105,7 +107,8 @@ class FunctionTap:
                 for source in sources:
                     weights[id(source)] = name
         self._passes.companion = self
-        self._thread = self.visit()
+        self._thread = threading.get_ident()  # first: see Note: [Interrupts]
+        self.visit()
 
     def close(self) -> None:
         """Ends it."""
@@ -149,7 +152,9 @@ class FunctionTap:
         for arg in (*args, *kwargs.values()):
             for item in arg if arg.__class__ in _SEQUENCES else (arg,):
                 name = self._weights.get(id(item))
-                if name is not None:
+                if name is not None and self._is_stale(id(item), item):
+                    self._forget(id(item))
+                elif name is not None:
                     self._read(name, func, result)
 
     # -- convolutions
@@ -206,7 +211,7 @@ class FunctionTap:
                 return None
             name = FUNCTION
             derived = self._derived.get(id(weight))
-            if derived is not None:
+            if derived is not None and derived[0]() is weight:
                 self._recorder.seen_as_function(derived[1])
         wanted = self._wanted.get(name)
         if wanted is None:
@@ -237,14 +242,24 @@ class FunctionTap:
     def _derive(self, tensor: Tensor, name: str) -> None:
         """Follows a tensor computed from a weight, so that a convolution with it is known to be that layer's."""
         key = id(tensor)
-
-        def forget(_: Any, weights: dict[int, str] = self._weights, derived: Any = self._derived) -> None:
-            weights.pop(key, None)
-            derived.pop(key, None)
-
-        if key not in self._weights:
-            self._derived[key] = (weakref.ref(tensor, forget), name)
+        if len(self._dead) > 64:
+            self._dead.clear()
+            for other, (known, _) in list(self._derived.items()):
+                if known() is None:
+                    self._forget(other)
+        if key not in self._weights or self._is_stale(key, tensor):
+            # The callback is no Python code: Python loses an interrupt that strikes in one.
+            self._derived[key] = (weakref.ref(tensor, self._dead.append), name)
             self._weights[key] = name
+
+    def _is_stale(self, key: int, tensor: Any) -> bool:
+        """Whether what is known under an identity is a computed weight that is gone, and the tensor another one."""
+        derived = self._derived.get(key)
+        return derived is not None and derived[0]() is not tensor
+
+    def _forget(self, key: int) -> None:
+        self._derived.pop(key, None)
+        self._weights.pop(key, None)
 
 
 def _sources_of_weight(module: nn.Module) -> list[Tensor]:

@@ -62,8 +62,11 @@ class KerasTap:
     def close(self) -> None:
         """Takes them off."""
         for layer, listener in reversed(self._placed):
-            shim = layer.__dict__["call"]
-            shim.listeners.remove(listener)
+            shim = layer.__dict__.get("call")
+            if not isinstance(shim, _Shim):
+                continue  # an interrupted close took it off
+            if listener in shim.listeners:
+                shim.listeners.remove(listener)
             if not shim.listeners:
                 del layer.__dict__["call"]
                 if shim.original is not getattr(layer, "call", None) and not hasattr(shim.original, "__self__"):
@@ -71,11 +74,11 @@ class KerasTap:
         self._placed.clear()
 
     def _place(self, layer: nn.Module, listener: Any) -> None:
+        self._placed.append((layer, listener))  # first: see Note: [Interrupts]
         shim = layer.__dict__.get("call")
         if not isinstance(shim, _Shim):
             shim = layer.__dict__["call"] = _Shim(layer.call)  # type: ignore[arg-type]
         shim.listeners.append(listener)
-        self._placed.append((layer, listener))
 
     def _count(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_symbolic(args):

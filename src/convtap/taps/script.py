@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,8 @@ class ScriptTap:
 
     def open(self) -> None:
         """Begins to watch this thread's operators."""
-        self._thread = _process.operators.begin(self._token, self._watch)
+        self._thread = threading.get_ident()
+        _process.operators.begin(self._token, self._watch)
 
     def close(self) -> None:
         """Ends it."""
