@@ -50,6 +50,7 @@ ORDER = (
     "taps.script",
     "taps.keras",
     "_verdict",
+    "_undo",
     "_block",
     "_capture",
     "_sink",
