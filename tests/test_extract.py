@@ -20,6 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from convtap._disk.extract import extract as extract_with_bar
+from convtap._disk.store import Store
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,
@@ -31,8 +33,6 @@ from convtap._errors import (
     StoreError,
     Unsupported,
 )
-from convtap._extract import extract as extract_with_bar
-from convtap._store import Store
 from tests.reference import cloning_hooks, same, snapshot_of
 
 
