@@ -246,7 +246,8 @@ class Store:
             return LayerNotFound(f"{layer!r} returns a structure, and each tensor has its own key: {listed(parts)}.")
         if layer in self._identity["layers"]:
             return LayerNotFound(
-                f"{layer!r} was selected, but did not run for any sample. Here: {listed(self._names)}."
+                f"{layer!r} was selected, but did not run for any sample (or, with at='activation', no activation followed "
+                f"it). Here: {listed(self._names)}."
             )
         near = did_you_mean(layer, list(self._names))
         return LayerNotFound(f"no layer is named {layer!r} here. There are: {listed(self._names)}.{near}")
