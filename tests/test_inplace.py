@@ -330,3 +330,14 @@ def test_convolutions_inside_reduce_are_not_the_models():
     with capture(model, "convs.0", reduce=lambda t: F.conv1d(t, torch.ones(1, 4, 1))) as acts:
         model(x)
     assert list(acts) == ["convs.0"]
+
+
+def test_two_blocks_that_keep_the_graph_both_survive_what_the_model_writes():
+    model, x = nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU(inplace=True)), torch.randn(1, 2, 6)
+    expected = nn.Conv1d.forward(model[0], x)
+    with capture(model, detach=False) as outer, capture(model, detach=False, grads=True) as inner:
+        loss = model(x).sum()
+    assert torch.equal(outer["0"], expected)
+    assert torch.equal(inner["0"], expected)
+    gradients = torch.autograd.grad(loss, [outer["0"], inner["0"]])
+    assert all(torch.equal(g, (expected > 0).float()) for g in gradients)
