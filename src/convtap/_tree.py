@@ -126,17 +126,20 @@ class ModuleTree:
                     self.aliases.append((prefix, known))
                 continue
             self._name_of[id(module)] = prefix
+            parts = module._modules
             kind: Any = type(module)
+            if not parts and not is_keras(kind):  # most modules are leaves, and no wrapper is one
+                self.names[prefix or ROOT] = module
+                continue
             attribute = _wrapped_attribute(kind)
-            inner = module._modules.get(attribute) if attribute is not None else None
+            inner = parts.get(attribute) if attribute is not None else None
             if attribute is not None and inner is not None:
                 self.aliases.append((_join(prefix, attribute), prefix))
                 self.wrappers.append(module)
                 stack.append((inner, prefix))
                 continue
             self.names[prefix or ROOT] = module
-            if module._modules or is_keras(kind):
-                stack.extend((child, _join(prefix, name)) for name, child in reversed(_children(module)))
+            stack.extend((child, _join(prefix, name)) for name, child in reversed(_children(module)))
 
     def resolve(self, name: str) -> str | None:
         """Returns the clean name of a module, from any of its names, or None if there is no such module."""

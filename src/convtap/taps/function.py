@@ -98,13 +98,12 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
-        weights = self._weights
+        weights, kept = self._weights, self._kept  # kept so that no identity is used again
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
                 weight = module._parameters.get("weight")
-                sources = [weight] if weight is not None else _sources_of_weight(module)
-                self._kept.extend(sources)  # so that no identity is used again
-                for source in sources:
+                for source in (weight,) if weight is not None else _sources_of_weight(module):
+                    kept.append(source)
                     weights[id(source)] = name
         self._passes.companion = self
         self._thread = threading.get_ident()  # first: see Note: [Interrupts]

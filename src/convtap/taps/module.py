@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,8 @@ class ModuleTap:
                 self._hooks.before(module, self._emit_input, name, module)
             return
         # What may be a view of something else, or may be swapped, is looked at more closely.
-        plain = {name: m for name, m in self._modules.items() if _is_plain_convolution(m)} if self._detach else {}
+        is_plain: Callable[[Any], bool] = _is_plain
+        plain = {name: m for name, m in self._modules.items() if is_plain(type(m))} if self._detach else {}
         self._hooks.after_each(plain, self._recorder.emit_module)
         for name, module in self._modules.items():
             if name not in plain:
@@ -44,9 +46,10 @@ class ModuleTap:
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
-    return isinstance(module, CONV1D) and type(module).forward.__module__.startswith("torch.")
+@functools.cache
+def _is_plain(kind: Any) -> bool:
+    """Whether a class is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
+    return issubclass(kind, CONV1D) and kind.forward.__module__.startswith("torch.")
 
 
 def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
