@@ -1,11 +1,12 @@
-# Everything a person or CI runs. Each target makes its own .venv; only Python 3.10 or newer is needed.
+# Everything a person or CI runs. Each target makes its own .venv; only Python 3.11 or newer is needed
+# (the package itself takes 3.10; the pinned versions of constraints.txt do not).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
 
-.PHONY: demo test lint types pytest bench clean
+.PHONY: demo test lint types pytest soak overhead clean
 
 demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
 	$(BIN)/convtap demo $(FILE)
@@ -21,6 +22,12 @@ types: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.test  ## ten times as many random networks
+	CONVTAP_SOAK=20000 $(BIN)/python -m pytest tests/test_properties.py
+
+overhead: $(VENV)/.test  ## what a capture costs on this machine
+	$(BIN)/python -m benchmarks.overhead
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

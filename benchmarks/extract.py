@@ -101,14 +101,14 @@ def write(model: nn.Module, data: Noise, size: int, folder: Path) -> float:
 
 
 def extract(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
-    from convtap._extract import extract as run
+    from convtap._disk.extract import extract as run
 
     run(model, data, folder / "store", batch_size=size, stop=False, progress=False)
 
 
 def stopping(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
     """As by default: the part of the model behind the last selected layer does not run."""
-    from convtap._extract import extract as run
+    from convtap._disk.extract import extract as run
 
     run(model, data, folder / "store", batch_size=size, progress=False)
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import environment, markdown
-from convtap._extract import extract
-from convtap._index import read_index
-from convtap._job import _Done
-from convtap._place import describe, shard_files
-from convtap._plan import Even, MapPlan
-from convtap._shards import Batch, write_shard
-from convtap._store import Store
+from convtap._disk.extract import extract
+from convtap._disk.index import read_index
+from convtap._disk.job import _Done
+from convtap._disk.place import describe, shard_files
+from convtap._disk.plan import Even, MapPlan
+from convtap._disk.shards import Batch, write_shard
+from convtap._disk.store import Store
 
 
 class Zeros:

@@ -44,13 +44,13 @@ ARGUMENT_ERRORS = ["InvalidType", "InvalidValue", "OutOfRange"]
 RETURNED = {
     "_coverage": ["Coverage", "LayerCoverage"],
     "_layers": ["LayerRow"],
-    "_timeline": ["Timeline"],
-    "_layer_time": ["LayerTime"],
-    "_hit": ["Hit", "Window"],
-    "_views": ["LayerView"],
-    "_finding": ["Finding"],
-    "_comparison": ["Comparison"],
-    "_metrics": ["Difference"],
+    "_time.timeline": ["Timeline"],
+    "_time.layer_time": ["LayerTime"],
+    "_time.hit": ["Hit", "Window"],
+    "_disk.views": ["LayerView"],
+    "_debug.finding": ["Finding"],
+    "_debug.comparison": ["Comparison"],
+    "_debug.metrics": ["Difference"],
     "_table": ["Table"],
 }
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from convtap._capture import capture
-from convtap._compare import compare
+from convtap._debug.compare import compare
+from convtap._debug.finite import finite
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported
-from convtap._finite import finite
 from convtap._save import load
 
 # torch itself warns at every step of its own quantization that it will move to another package
@@ -393,7 +393,7 @@ def test_to_dict_is_plain():
 
 
 def test_models_are_compared_layer_by_layer(monkeypatch):
-    import convtap._comparison as module
+    import convtap._debug.comparison as module
 
     held = []
     a, b = plain(12), plain(12)
@@ -465,7 +465,7 @@ def test_a_model_that_fails_halfway_says_so_and_leaves_no_thread():
 
 
 def test_an_error_while_comparing_ends_both_runs(monkeypatch):
-    import convtap._comparison as module
+    import convtap._debug.comparison as module
 
     def fails(*args):
         raise ZeroDivisionError

@@ -20,6 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from convtap._disk.extract import extract as extract_with_bar
+from convtap._disk.store import Store
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,
@@ -31,8 +33,6 @@ from convtap._errors import (
     StoreError,
     Unsupported,
 )
-from convtap._extract import extract as extract_with_bar
-from convtap._store import Store
 from tests.reference import cloning_hooks, same, snapshot_of
 
 
@@ -610,3 +610,16 @@ def test_a_store_error_is_raised_before_the_model_runs(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(StoreError, match="is no store and not empty"):
         extract(two_convs(), [5], tmp_path)
+
+
+def test_what_comes_after_the_activation_is_extracted_as_well(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv1d(4, 2, 3)).eval()
+    x = torch.randn(6, 1, 20)
+    store = extract(model, TensorDataset(x), tmp_path / "a", at="activation", batch_size=3)
+    with torch.no_grad():
+        expected = torch.cat([nn.Conv1d.forward(model[0], x[i : i + 3]).relu() for i in (0, 3)])
+    assert torch.equal(torch.stack([store["0"][i] for i in range(6)]), expected)
+    with pytest.raises(
+        LayerNotFound, match="'2' was selected, but did not run for any sample .or, with at='activation'"
+    ):
+        store["2"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from convtap._disk.extract import extract
 from convtap._errors import InvalidType, InvalidValue, Unsupported
-from convtap._extract import extract
 from tests.reference import cloning_hooks, same
 
 

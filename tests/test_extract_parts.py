@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from convtap._disk.extract import extract
+from convtap._disk.reading import Shard
+from convtap._disk.store import Store
 from convtap._errors import StoreError
-from convtap._extract import extract
-from convtap._reading import Shard
-from convtap._store import Store
 from tests.killed_run import Ragged, model, padded, run
 from tests.process import SRC
 from tests.test_extract_crash import assert_whole, same_stores
@@ -115,7 +115,7 @@ meeting = "file://{}.meeting{}".format(sys.argv[1], os.environ["TORCHELASTIC_RES
 dist.init_process_group("gloo", meeting, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 path, die = sys.argv[1], sys.argv[2]
 if dist.get_rank() == 1 and die == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    import convtap._writer as writer
+    import convtap._disk.writer as writer
     write, count = writer.write_shard, iter(range(100))
     def killed(*args):
         if next(count) == 2:
@@ -167,7 +167,7 @@ def test_one_of_two_torchrun_processes_that_is_killed_and_restarted_leaves_no_ga
 
 
 def test_the_index_is_kept_and_taken_up_when_shards_are_newer_or_gone(tmp_path, monkeypatch):
-    import convtap._index as index
+    import convtap._disk.index as index
 
     monkeypatch.setattr(index, "_WORTH_KEEPING", 4)
     run(tmp_path)

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from convtap._disk.extract import extract
+from convtap._disk.store import Store
 from convtap._errors import StoreError
-from convtap._extract import extract
-from convtap._store import Store
 from convtap.cli import main
 from tests.killed_run import Ragged, model, padded, run
 from tests.process import SRC
@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from convtap._extract import extract
+from convtap._disk.extract import extract
 from tests.killed_run import Ragged, model, padded
 torch.set_num_threads(1)
 path, die = sys.argv[1], sys.argv[2]
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", f"file://{path}.meeting{size}", rank=rank, world_size=size)
 if die == "die" and rank == 2:
-    import convtap._writer as writer
+    import convtap._disk.writer as writer
     write, count = writer.write_shard, iter(range(100))
     def killed(*args):
         if next(count) == 1:

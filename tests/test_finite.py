@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from convtap._debug.finite import finite
 from convtap._errors import CoverageWarning, InvalidValue, LayerNotFound, NonFiniteOutput, Unsupported
-from convtap._finite import finite
 
 NAN = float("nan")
 
@@ -593,7 +593,7 @@ def test_code_after_two_parts_is_the_code_of_the_module_around_them():
 @pytest.fixture
 def reads(monkeypatch):
     """Treats the CPU as a device that must not be waited for, and counts how often numbers are read from it."""
-    from convtap import _probe
+    from convtap._debug import probe as _probe
 
     monkeypatch.setattr(_probe, "READ_AT_ONCE", set())
     count = []
@@ -655,7 +655,7 @@ def test_gradients_are_read_late_too(reads):
 
 
 def test_what_waits_to_be_read_is_bounded(reads, monkeypatch):
-    from convtap import _watch
+    from convtap._debug import watch as _watch
 
     monkeypatch.setattr(_watch, "_READ_AFTER", 10)
     model = nn.Sequential(*[nn.Conv1d(1, 1, 3, padding=1) for _ in range(24)])

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import nn
 
 from convtap import AmbiguousCall, LayerNotFound, MissingExtra, NotCaptured, Unsupported, capture, load
-from convtap._cells import shrink
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
+from convtap._view.cells import shrink
 from convtap.plot import channels, distributions, plot
 
 
@@ -513,7 +513,7 @@ def test_a_figure_is_a_matplotlib_figure_that_is_freed_and_pickles():
 
 def test_without_matplotlib_the_error_names_the_pip_command(monkeypatch):
     acts = captured(torch.randn(1, 4, 10))
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "convtap._figure"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "convtap._view.figure"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for draw in (acts.plot, lambda: distributions(acts), lambda: channels(acts, "convs.0")):

@@ -180,7 +180,7 @@ def test_pictures_are_limited_and_the_page_says_so(tmp_path):
 
 
 def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
-    monkeypatch.setattr("convtap._report_table.MAX_ROWS", 1)
+    monkeypatch.setattr("convtap._view.report_table.MAX_ROWS", 1)
     page = read(acts, tmp_path / "r.html")
     assert len(page.all("tr")) == 2  # the headings and one call
     assert "The first 1 of 2 calls; acts.summary() has all." in page.written()

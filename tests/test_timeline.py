@@ -14,7 +14,7 @@ from torch import nn
 
 from convtap import AmbiguousCall, LayerNotFound, Unsupported, capture
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
-from convtap._timeline import timeline
+from convtap._time.timeline import timeline
 from tests.models import ReusedConv
 
 # -- references

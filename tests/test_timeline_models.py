@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convtap import capture
-from convtap._timeline import timeline
+from convtap._time.timeline import timeline
 
 transformers = pytest.importorskip("transformers", reason="transformers comes with the test extra")
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import convtap
 from convtap import AmbiguousCall, LayerNotFound, NonFiniteOutput, Unsupported
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
-from convtap._top import top
+from convtap._time.top import top
 from tests.models import ReusedConv
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -148,7 +148,7 @@ def test_batches_may_have_different_lengths(model):
 
 
 def test_what_is_kept_does_not_grow_with_the_data(model):
-    from convtap import _top
+    from convtap._time import top as _top
 
     search = _top._Search(model.eval(), "2", 4, None, 2, None, None, -1)
     sizes = []

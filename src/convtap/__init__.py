@@ -26,13 +26,13 @@ from convtap._result import Activations
 from convtap._save import load
 
 if TYPE_CHECKING:
-    from convtap._compare import compare
-    from convtap._extract import extract
-    from convtap._finite import finite
-    from convtap._store import Store
+    from convtap._debug.compare import compare
+    from convtap._debug.finite import finite
+    from convtap._disk.extract import extract
+    from convtap._disk.store import Store
     from convtap._tapped import Tapped, tapped
-    from convtap._timeline import timeline
-    from convtap._top import top
+    from convtap._time.timeline import timeline
+    from convtap._time.top import top
 
 __version__ = "0.1.0"
 
@@ -67,14 +67,14 @@ __all__ = [
 
 # Imported when they are first asked for: a block needs none of them, and together they take as long as all the rest.
 _WHEN_ASKED = {
-    "Store": "_store",
+    "Store": "_disk.store",
     "Tapped": "_tapped",
-    "compare": "_compare",
-    "extract": "_extract",
-    "finite": "_finite",
+    "compare": "_debug.compare",
+    "extract": "_disk.extract",
+    "finite": "_debug.finite",
     "tapped": "_tapped",
-    "timeline": "_timeline",
-    "top": "_top",
+    "timeline": "_time.timeline",
+    "top": "_time.top",
 }
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtap import _draw
-from convtap._cells import PERCENTILE, STEPS, Array, palette
-from convtap._choose import Chosen, checked_count
-from convtap._draw import ACROSS, COLUMNS, LEFT, WIDTH
-from convtap._labels import shortened
-from convtap._pictures import MAX_LINES, Picture, pictures, signal_map
-from convtap._signal import one_signal
-from convtap._timeaxis import TimeAxis
+from convtap._view import draw as _draw
+from convtap._view.cells import PERCENTILE, STEPS, Array, palette
+from convtap._view.choose import Chosen, checked_count
+from convtap._view.draw import ACROSS, COLUMNS, LEFT, WIDTH
+from convtap._view.labels import shortened
+from convtap._view.pictures import MAX_LINES, Picture, pictures, signal_map
+from convtap._view.signal import one_signal
+from convtap._view.timeaxis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,8 +213,8 @@ def distributions(acts: Activations, layers: Chosen = None) -> Figure:
         >>> from convtap.plot import distributions
         >>> figure = distributions(acts)
     """
-    from convtap._spread import spreads
-    from convtap._spread_figure import spread_figure
+    from convtap._view.spread import spreads
+    from convtap._view.spread_figure import spread_figure
 
     found = spreads(acts, layers)
     return spread_figure(found)
@@ -250,7 +250,7 @@ def channels(acts: Activations, layer: str, sample: int = 0, channels: Any = 64)
         >>> len(channels(acts, "2").axes)
         8
     """
-    from convtap._multiples import one_map, small_multiples
+    from convtap._view.multiples import one_map, small_multiples
 
     key, values = one_map(acts, layer, sample)
     return small_multiples(key, values, channels)

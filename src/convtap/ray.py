@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from convtap._chain import ValidLengths, checked_lengths
+from convtap._disk.chain import ValidLengths, checked_lengths
+from convtap._disk.forward import Runner, checked_inputs, module_mode
+from convtap._disk.job import last_axis
+from convtap._disk.rows import RowMaker
+from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
-from convtap._forward import Runner, checked_inputs, module_mode
-from convtap._job import last_axis
 from convtap._policy import Policy
-from convtap._rows import RowMaker
 from convtap._select import CONV1D, Layers, Types
-from convtap._shards import Rows
 from convtap._stats import to_numpy
 
 #: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from convtap import _gallery
-from convtap._cells import STEPS, palette
-from convtap._choose import Chosen
 from convtap._errors import InvalidType, StoreError, plural
-from convtap._gallery import Gallery
-from convtap._outline import layer_tree
-from convtap._page import escape, page
-from convtap._report_table import statistics_table
 from convtap._save import _umask
 from convtap._table import human_bytes
+from convtap._view import gallery as _gallery
+from convtap._view.cells import STEPS, palette
+from convtap._view.choose import Chosen
+from convtap._view.gallery import Gallery
+from convtap._view.outline import layer_tree
+from convtap._view.page import escape, page
+from convtap._view.report_table import statistics_table
 
 if TYPE_CHECKING:
     from convtap._result import Activations

@@ -1,0 +1,1 @@
+"""Debugging: the first NaN or Inf, and the first layer that diverges."""

@@ -1,0 +1,165 @@
+"""What a comparison says: the rows, the first one over the tolerance, and what has no partner."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from convtap._debug.metrics import Difference, Tolerance, difference, step
+from convtap._errors import InvalidValue, listed
+from convtap._structure import walk_tensors
+from convtap._table import Table
+
+OUTPUT = "<output>"
+
+
+class Comparison:
+    """What ``compare`` found, in the execution order of ``a``. Print it, iterate over it, or read ``first``.
+
+    Attributes:
+        rows: one ``Difference`` for each output that has a partner.
+        only_a: the keys of calls of ``a`` that have none.
+        only_b: those of ``b``.
+        notes: how layers were paired, and what else is to say.
+    """
+
+    def __init__(
+        self, rows: list[Difference], only_a: list[str], only_b: list[str], tolerance: Tolerance, notes: Iterable[str]
+    ) -> None:
+        self.rows = rows
+        self.only_a = only_a
+        self.only_b = only_b
+        self.notes = [note for note in notes if note]
+        self._tolerance = tolerance
+
+    @property
+    def first(self) -> Difference | None:
+        """The first row over the tolerance, or None if there is none."""
+        return next((row for row in self.rows if row.over), None)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no row is over the tolerance, and every call has a partner."""
+        return self.first is None and not self.only_a and not self.only_b
+
+    def __iter__(self) -> Iterator[Difference]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain Python values; infinite ones stay ``float("inf")``."""
+        first = self.first
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "first": None if first is None else first.name,
+            "only_a": list(self.only_a),
+            "only_b": list(self.only_b),
+            "agrees": self.agrees,
+            "tolerance": {
+                "atol": self._tolerance.atol,
+                "rtol": self._tolerance.rtol,
+                "sqnr_db": self._tolerance.sqnr_db,
+            },
+            "notes": list(self.notes),
+        }
+
+    def _table(self) -> Table:
+        first = self.first
+        renamed = any(row.name != row.partner for row in self.rows)
+        rows = []
+        for row in self.rows:
+            mark = "← first over" if row is first else "over" if row.over else ""
+            numbers = (row.max_abs, row.relative, row.sqnr_db, row.cosine)
+            names = (row.name, row.partner) if renamed else (row.name,)
+            rows.append((*names, str(row.shape), *numbers, "; ".join(filter(None, (mark, row.note)))))
+        columns = ("a", "b") if renamed else ("layer",)
+        title = f"{sum(row.over for row in self.rows)} of {len(self.rows)} over: {self._tolerance.text}"
+        notes = [
+            f"only in a: {listed(self.only_a)}" if self.only_a else "",
+            f"only in b: {listed(self.only_b)}" if self.only_b else "",
+            *self.notes,
+        ]
+        return Table((*columns, "shape", "max abs", "relative", "SQNR dB", "cosine", ""), rows, title, notes)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+@dataclass
+class _Row:
+    """A difference before it is known how often each layer runs, on which its key depends."""
+
+    name: str
+    partner: str
+    index: int
+    path: str
+    found: Difference
+
+
+class Ledger:
+    """Collects the rows of a comparison while it goes on."""
+
+    def __init__(self, pairs: Mapping[str, str], tolerance: Tolerance) -> None:
+        self._pairs = pairs
+        self._tolerance = tolerance
+        self._rows: list[_Row] = []
+        self._lone: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
+        self._counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        self._coarsest = 0.0
+
+    def lone(self, side: int, name: str, index: int) -> None:
+        """Notes a call without a partner, on side 0 (``a``) or 1 (``b``)."""
+        self._counts[side][name] += 1
+        self._lone[side].append((name, index))
+
+    def compare(self, name: str, partner: str, index: int, a: Any, b: Any, note: str = "", floor: float = 0.0) -> None:
+        """Compares two outputs, tensor by tensor.
+
+        Args:
+            floor: the step of a layer that computes more coarsely than the type of its output says.
+        """
+        self._counts[0][name] += 1
+        self._counts[1][partner] += 1
+        left, right = dict(walk_tensors(a)), dict(walk_tensors(b))
+        for path in [path for path in left if path in right]:
+            x, y = left[path], right[path]
+            self._coarsest = max(self._coarsest, step(x), step(y), floor)
+            found = difference(name, partner, x, y, self._tolerance, self._coarsest)
+            found = replace(found, note="; ".join(filter(None, (found.note, note))))
+            self._rows.append(_Row(name, partner, index, path, found))
+        for side, mine, other in ((0, left, right), (1, right, left)):
+            for path in [path for path in mine if path not in other]:
+                self._lone[side].append((f"{(name, partner)[side]}.{path}" if path else (name, partner)[side], index))
+
+    def close(self, notes: list[str]) -> Comparison:
+        """Ends the comparison.
+
+        Raises:
+            InvalidValue: there is nothing in it.
+        """
+        lone = [[self._key(side, name, index) for name, index in self._lone[side]] for side in (0, 1)]
+        if not any(row.name != OUTPUT for row in self._rows):
+            raise InvalidValue(
+                f"no layer of a has a partner in b. a ran {listed(lone[0])}; b ran {listed(lone[1])}. Say which belong "
+                "together with map={name in a: name in b}."
+            )
+        rows = [
+            replace(
+                row.found,
+                name=self._key(0, row.name, row.index, row.path),
+                partner=self._key(1, row.partner, row.index, row.path),
+            )
+            for row in self._rows
+        ]
+        return Comparison(rows, lone[0], lone[1], self._tolerance, notes)
+
+    def _key(self, side: int, name: str, index: int, path: str = "") -> str:
+        key = f"{name}#{index}" if self._counts[side][name] > 1 else name
+        return f"{key}.{path}" if path else key

@@ -1,0 +1,245 @@
+"""What ``finite`` found: the layer that made a NaN or an Inf, where it lies, and the ranges of what went in."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from convtap._debug.probe import Probe, probe
+from convtap._errors import listed, plural
+from convtap._stats import dtype_text
+
+# Modules whose output is (B, C, T): only for these do the numbers of an index have the field's names.
+_CHANNELS_FIRST = (
+    nn.Conv1d,
+    nn.ConvTranspose1d,
+    nn.BatchNorm1d,
+    nn.InstanceNorm1d,
+    nn.GroupNorm,
+    nn.MaxPool1d,
+    nn.AvgPool1d,
+)
+
+
+class Frame:
+    """One run of a watched module.
+
+    Attributes:
+        parent: the watched run around it, or None.
+        last: the name of the part that ended last in it.
+        inputs: its inputs that could be looked at.
+    """
+
+    __slots__ = ("forward", "index", "inputs", "last", "module", "name", "parent")
+
+    def __init__(self, name: str, module: nn.Module, parent: Frame | None, index: int, forward: int) -> None:
+        self.name = name
+        self.module = module
+        self.parent = parent
+        self.index = index
+        self.forward = forward
+        self.last: str | None = None
+        self.inputs: list[Probe] = []
+
+    def is_inside(self, other: Frame) -> bool:
+        """Whether this run is part of another one."""
+        frame = self.parent
+        while frame is not None and frame is not other:
+            frame = frame.parent
+        return frame is other
+
+
+class Link:
+    """A tensor on its way between modules: which runs returned it, and which took it."""
+
+    __slots__ = ("found", "listened", "reference", "sources", "targets", "version")
+
+    def __init__(self, tensor: Tensor, version: int, found: Probe | None) -> None:
+        self.reference = weakref.ref(tensor)
+        self.version = version
+        self.found = found
+        self.sources: list[Frame] = []
+        self.targets: list[Frame] = []
+        self.listened = False
+
+    def innermost_targets(self) -> list[Frame]:
+        """The runs that took the tensor, without those that only handed it to a part of theirs."""
+        return [run for run in self.targets if not any(other.is_inside(run) for other in self.targets)]
+
+
+@dataclass
+class Event:
+    """A tensor that holds NaN or Inf, or may do so: where it was seen, and whose it is."""
+
+    where: str
+    found: Probe
+    frame: Frame | None = None
+    link: Link | None = None
+    parameter: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least and the greatest value of a tensor (NaN for both where it holds a NaN)."""
+
+    name: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.low:.4g}, {self.high:.4g}]".lstrip()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first NaN or Inf of a block. Print it for all of it in words.
+
+    Attributes:
+        layer: the module that made it. Where nobody in the model did, the outermost one.
+        type: the class of that module.
+        where: ``"output"``: the module's output. ``"code"``: a tensor that the module's own forward made, between two of its
+            parts. ``"input"``: what the model was given. ``"gradient"``: what the module's backward made, and ``"loss"``:
+            the gradient that the loss gave to the model's output.
+        what: ``"NaN"``, ``"Inf"`` or ``"-Inf"``.
+        index: how many times the module had run before, in this block.
+        forward: the number of the forward pass.
+        position: the index of a bad element, such as (sample, channel, time), or None if it is not known.
+        count: how many elements are bad, or None if they were not counted (on an accelerator).
+        shape: the shape of the tensor that holds them.
+        dtype: its type.
+        inputs: the ranges of the module's inputs.
+        weights: the ranges of its own parameters and buffers.
+        message: all of it in words.
+    """
+
+    layer: str
+    type: str
+    where: str
+    what: str
+    index: int
+    forward: int
+    position: tuple[int, ...] | None
+    count: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    inputs: list[Range] = field(default_factory=list)
+    weights: list[Range] = field(default_factory=list)
+    message: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def judge(event: Event, hint: str) -> Finding:
+    """Says who made the tensor of the first bad event; see Note: [The first bad tensor].
+
+    Args:
+        hint: what could not be watched, as a sentence, or nothing.
+    """
+    found = event.found
+    if event.where == "gradient":
+        where, frame, cause = _gradient_cause(event)
+    else:
+        where, frame, cause = _forward_cause(event)
+    weights, spoilt = _weights(frame.module)
+    inputs = [Range(seen.path, *map(float, seen.extremes)) for seen in frame.inputs]
+    run = "" if frame.index < 0 else f" (call {frame.index}, forward pass {frame.forward})"
+    layer = f"{frame.name!r} ({type(frame.module).__name__}){run}"
+    sentences = [f"{cause.format(layer=layer, what=found.kind)}: {_place(found, frame, where)}."]
+    if where != "input":
+        sentences += _ranges(inputs, weights, spoilt)
+    if found.kind == "-Inf":
+        sentences.append("If it is a mask, it is meant: pass inf=False.")
+    return Finding(
+        layer=frame.name,
+        type=type(frame.module).__name__,
+        where=where,
+        what=found.kind,
+        index=frame.index,
+        forward=frame.forward,
+        position=found.position(),
+        count=found.count,
+        shape=found.shape,
+        dtype=found.dtype,
+        inputs=inputs,
+        weights=weights,
+        message=" ".join([*sentences, hint]).rstrip(),
+    )
+
+
+def _ranges(inputs: list[Range], weights: list[Range], spoilt: list[str]) -> list[str]:
+    """Says in sentences what went into a module, what its weights are, and which of them are bad themselves."""
+    ranges = [f"its input: {', '.join(map(str, inputs))}"] if inputs else []
+    ranges += [f"its {weight}" for weight in weights]
+    text = f"{', '.join(ranges)}."
+    found = [text[0].upper() + text[1:]] if ranges else []
+    return found + ([f"The cause is its {listed(spoilt)}: that holds NaN or Inf itself."] if spoilt else [])
+
+
+def _forward_cause(event: Event) -> tuple[str, Frame, str]:
+    frame = event.frame
+    assert frame is not None
+    if event.where == "output":
+        after = "" if frame.last is None else f", in its own code after {frame.last!r}"
+        return "output", frame, f"{{layer}} produces {{what}} from finite inputs{after}"
+    if frame.parent is None:
+        return "input", frame, "the input given to {layer} holds {what} already, before any layer ran"
+    after = "" if frame.parent.last is None else f"after {frame.parent.last!r} and "
+    return "code", frame.parent, f"{{layer}} produces {{what}} in its own code, {after}before {frame.name!r}"
+
+
+def _gradient_cause(event: Event) -> tuple[str, Frame, str]:
+    if event.parameter:
+        assert event.frame is not None
+        cause = f"the backward pass of {{layer}} makes {{what}} in the gradient of its {event.parameter}"
+        return "gradient", event.frame, cause
+    assert event.link is not None
+    takers = event.link.innermost_targets()
+    if takers:
+        others = [repr(run.name) for run in takers[:-1]]
+        either = f" (or of {listed(others)}, which took the same tensor)" if others else ""
+        return (
+            "gradient",
+            takers[-1],
+            f"the backward pass of {{layer}}{either} makes {{what}} in the gradient of its input",
+        )
+    source = event.link.sources[0]
+    outermost = event.link.sources[-1]
+    if outermost.parent is None:
+        return "loss", outermost, "the loss gives {what} as the gradient of the output of {layer}; no layer made it"
+    inside = outermost.parent
+    return "gradient", inside, f"the backward pass of {{layer}} makes {{what}} in its own code, after {source.name!r}"
+
+
+def _weights(module: nn.Module) -> tuple[list[Range], list[str]]:
+    """The ranges of a module's own parameters and buffers, and the names of those that are bad themselves."""
+    ranges, spoilt = [], []
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        found = None if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter) else probe(tensor)
+        if found is not None:
+            low, high = map(float, found.extremes)
+            ranges.append(Range(name, low, high))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                spoilt.append(name)
+    return ranges, spoilt
+
+
+def _place(found: Probe, frame: Frame, where: str) -> str:
+    """Says how much of a tensor is bad, and where."""
+    size = math.prod(found.shape)
+    of = f"shape {found.shape}, {dtype_text(found.dtype)}"
+    of += f", {found.path!r} in its structure" if found.path else ""
+    many = f"one of {plural(size, 'element')}, " if found.count is None else f"{found.count} of {size}, the first "
+    if found.count == size and size > 1:
+        many = f"all {size}, the first "
+    position = found.position()
+    if position is None:
+        return of
+    if where in ("output", "loss") and isinstance(frame.module, _CHANNELS_FIRST) and len(position) == 3:
+        sample, channel, time = position
+        return f"{many}at sample {sample}, channel {channel}, time {time} ({of})"
+    return f"{many}at index {position} ({of})"

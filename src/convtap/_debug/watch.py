@@ -1,0 +1,225 @@
+"""Watches modules run: looks at every tensor that goes into one or comes out, until the first NaN or Inf."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._debug.finding import Event, Finding, Frame, Link, judge
+from convtap._debug.probe import locate, probe, read_all
+from convtap._errors import NonFiniteOutput
+from convtap._hooks import Hooks
+from convtap._process import Token, open_tokens
+from convtap._structure import walk_tensors
+
+# Note: [The first bad tensor]
+# Assumption: whatever goes into a watched module and whatever comes out of it is looked at, in the order in which it runs.
+# Choice: the first bad tensor says who made it. Going into the outermost module: the caller. Going into a part: the code
+#   of the module around it, after the part before. Coming out of a module: that module, since what went into it and what
+#   came out of its parts was fine. No tensor after it needs to be looked at.
+#
+# Note: [Gradients by tensor hooks]
+# Assumption: a full backward hook on a module makes an in-place activation after it raise; a hook on a tensor does not.
+# Choice: the tensors that go in and come out get a hook each. The gradient of a tensor that a module took was made by that
+#   module's backward; that of one that no module took, by the code around it, or by the loss. Parameters get hooks for the
+#   time of the block, and count only in backward passes that came through this block's tensors.
+
+_backward_task = torch._C._current_graph_task_id
+_READ_AFTER = 2048  # tensors waiting on an accelerator to be read: few enough to hold, many enough to wait rarely
+_LINKS = 512  # tensors remembered, so that what one module returns and the next takes is looked at once
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+
+
+class Watch:
+    """Looks at what modules take and return, within one block.
+
+    Attributes:
+        calls: how many runs of modules were watched.
+        gradients: how many gradients were looked at.
+        elsewhere: threads in which the model ran that the block was not open in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        token: Token,
+        *,
+        inf: bool,
+        backward: bool,
+        now: bool,
+        hint: str,
+    ) -> None:
+        self.calls = 0
+        self.gradients = 0
+        self.elsewhere: set[str] = set()
+        self._model = model
+        self._modules = modules
+        self._token = token
+        self._inf = inf
+        self._backward = backward
+        self._now = now
+        self._hint = hint
+        self._first: Finding | None = None
+        self._closed = False
+        self._hooks = Hooks()
+        self._handles: list[Callable[[], None]] = []
+        self._here = _Here()
+        self._links: dict[int, Link] = {}
+        self._pending: list[Event] = []
+        self._counts: dict[str, int] = {}
+        self._forwards = itertools.count()
+        self._forward = -1
+        self._tasks: set[int] = set()
+
+    def open(self) -> None:
+        """Puts the hooks on."""
+        for name, module in self._modules.items():
+            self._hooks.before(module, self._entered, name, module)
+            self._hooks.after(module, self._left, module, always=True)
+        for name, module in self._modules.items() if self._backward else ():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    self._listen_to_parameter(name, module, key, parameter)
+
+    def close(self) -> None:
+        """Takes them off, and forgets which tensors were seen. Hooks on tensors of a graph that lives on do nothing."""
+        self._closed = True
+        self._hooks.remove()
+        for handle in self._handles:
+            handle()
+        self._handles.clear()
+        self._links.clear()
+
+    def first(self) -> Finding | None:
+        """Returns the first finding, after reading what waits on an accelerator."""
+        pending, self._pending = self._pending, []
+        read_all([event.found for event in pending])
+        for event in pending:
+            if self._first is None and event.found.is_bad(self._inf):
+                read_all(event.frame.inputs if event.frame is not None else [])
+                self._first = judge(event, self._hint)
+        return self._first
+
+    # -- forward
+
+    def _entered(self, name: str, watched: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is not watched or self._first is not None or not self._is_here():
+            return
+        repeated = _backward_task() != -1  # activation checkpointing: what runs was looked at before
+        if repeated and not self._backward:
+            return
+        stack = self._here.stack
+        if module is self._model:
+            stack.clear()  # whatever an interrupted pass left
+        if not stack and not repeated:
+            self._forward = next(self._forwards)
+        frame = Frame(name, module, stack[-1] if stack else None, -1 if repeated else self._count(name), self._forward)
+        stack.append(frame)
+        given = args[0] if len(args) == 1 and not kwargs else {**dict(enumerate(args)), **kwargs}
+        self._look("input", frame, given, repeated)
+
+    def _left(self, watched: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
+        stack = self._here.stack
+        if module is not watched or not stack or self._token not in open_tokens():
+            return
+        while stack and stack[-1].module is not module:
+            if not any(frame.module is module for frame in stack):
+                return
+            stack.pop()
+        frame = stack.pop()
+        if self._first is None:
+            self._look("output", frame, output, frame.index < 0)
+            if stack:
+                stack[-1].last = frame.name
+
+    def _is_here(self) -> bool:
+        if self._token in open_tokens():
+            return True
+        self.elsewhere.add(threading.current_thread().name)
+        return False
+
+    def _count(self, name: str) -> int:
+        self.calls += 1
+        index = self._counts.get(name, 0)
+        self._counts[name] = index + 1
+        return index
+
+    def _look(self, where: str, frame: Frame, value: Any, repeated: bool) -> None:
+        for path, tensor in walk_tensors(value):
+            link = self._link(where, frame, path, tensor, repeated)
+            if where == "output":
+                link.sources.append(frame)
+            else:
+                link.targets.append(frame)
+                if link.found is not None:
+                    frame.inputs.append(link.found)
+            if self._backward and tensor.requires_grad and not link.listened:
+                link.listened = True
+                tensor.register_hook(partial(self._gradient, link))  # type: ignore[no-untyped-call]
+
+    def _link(self, where: str, frame: Frame, path: str, tensor: Tensor, repeated: bool) -> Link:
+        """Returns what is known about a tensor, after looking at it if it, or this version of it, is new."""
+        version = -1 if tensor.is_inference() else tensor._version
+        link = self._links.get(id(tensor))
+        if link is not None and link.version == version >= 0 and link.reference() is tensor:
+            return link
+        link = Link(tensor, version, None if repeated else probe(tensor, path))
+        if len(self._links) >= _LINKS:
+            self._links.clear()
+        self._links[id(tensor)] = link
+        if link.found is not None:
+            self._weigh(Event(where, link.found, frame, link), tensor)
+        return link
+
+    def _weigh(self, event: Event, tensor: Tensor) -> None:
+        """Judges a tensor that can be read at once, and puts another one off."""
+        if not event.found.here:
+            self._pending.append(event)
+            if self._now or len(self._pending) >= _READ_AFTER:
+                self.first()
+        elif self._first is None and event.found.is_bad(self._inf) and self.first() is None:
+            locate(event.found, tensor, self._inf)
+            self._first = judge(event, self._hint)
+        if self._now and self._first is not None:
+            raise NonFiniteOutput(self._first.message)
+
+    # -- backward
+
+    def _gradient(self, link: Link, gradient: Tensor) -> None:
+        self._tasks.add(_backward_task())
+        self._look_at_gradient(gradient, link=link)
+
+    def _parameter_gradient(self, frame: Frame, key: str, gradient: Tensor) -> None:
+        if _backward_task() in self._tasks:
+            self._look_at_gradient(gradient, frame=frame, parameter=key)
+
+    def _look_at_gradient(self, gradient: Tensor, **whose: Any) -> None:
+        if self._closed or self._first is not None:
+            return
+        self.gradients += 1
+        found = probe(gradient)
+        if found is not None:
+            self._weigh(Event("gradient", found, **whose), gradient)
+
+    def _listen_to_parameter(self, name: str, module: nn.Module, key: str, parameter: Tensor) -> None:
+        untouched = parameter._backward_hooks is None
+        frame = Frame(name, module, None, -1, -1)
+        handle = parameter.register_hook(partial(self._parameter_gradient, frame, key))  # type: ignore[no-untyped-call]
+
+        def undo() -> None:
+            handle.remove()
+            if untouched and not parameter._backward_hooks:
+                parameter._backward_hooks = None
+
+        self._handles.append(undo)

@@ -1,0 +1,253 @@
+"""Reading a store: samples by id, layers as views, what is missing, and whether the bytes are still the ones written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from convtap._disk.account import layer_of, missing, stem, summary, unreadable, verify
+from convtap._disk.index import read_index
+from convtap._disk.place import read_description
+from convtap._disk.reading import Shard
+from convtap._disk.shards import Id
+from convtap._errors import (
+    AmbiguousCall,
+    CoverageWarning,
+    InvalidType,
+    LayerNotFound,
+    OutOfRange,
+    StoreError,
+    did_you_mean,
+    listed,
+)
+from convtap._table import Table
+
+if TYPE_CHECKING:
+    from convtap._disk.views import LayerView, StoreDataset
+
+_OPEN_SHARDS = 64
+
+
+class Store:
+    """The outputs that ``extract`` wrote, read back by sample id.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> from convtap._disk.extract import extract
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> folder = tempfile.mkdtemp()
+        >>> store = extract(model, TensorDataset(torch.randn(10, 1, 50)), folder, batch_size=4, progress=False)
+        >>> Store(folder)["2"][7].shape
+        torch.Size([8, 46])
+
+    Args:
+        path: the directory that was given to ``extract`` as ``into``.
+
+    Raises:
+        StoreError: no store is there, or it is half of one, or newer than this convtap.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._identity: dict[str, Any] = read_description(self.path)["identity"]
+        self._index = read_index(self.path)
+        self._names = self._shown_names()
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._order: Any = None
+        if self._index.bad:
+            warnings.warn(unreadable(self._index), CoverageWarning, stacklevel=2)
+
+    def _shown_names(self) -> dict[str, str]:
+        """By the name to show, the key in the shards; they differ where ``calls="keys"`` saw a single call."""
+        keys = list(self._index.layers)
+        if self._identity.get("calls") != "keys":
+            return {key: key for key in keys}
+        stems = [stem(key) for key in keys]
+        return {(stem(key) if stems.count(stem(key)) == 1 else key): key for key in keys}
+
+    # -- what is here
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that have outputs here, in the order in which they ran."""
+        return list(self._names)
+
+    @property
+    def ids(self) -> list[Id]:
+        """The id of every sample, in the order of the data set."""
+        return self._index.ids.tolist()  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self._index.ids)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, layer: str) -> LayerView:
+        """Returns a layer's outputs, as a view that reads them when they are asked for.
+
+        Raises:
+            LayerNotFound: no such layer has outputs here.
+            AmbiguousCall: the layer ran several times, and each call has its own key.
+        """
+        from convtap._disk.views import LayerView
+
+        if not isinstance(layer, str):
+            raise InvalidType(
+                f"store[{layer!r}]: a store is indexed by layer name, and its view by sample: store[{self._first()!r}][id]; "
+                "all layers of one sample: store.sample(id)."
+            )
+        if layer not in self._names:
+            raise self._missing(layer)
+        return LayerView(self, layer, self._names[layer])
+
+    def sample(self, id: Id) -> dict[str, Tensor]:
+        """Returns one sample's outputs by layer; a layer that did not run for it is not among them.
+
+        Raises:
+            OutOfRange: no sample has this id.
+        """
+        line, name, place, row = self._index.locate(self.position(id))
+        shard = self._shard(name)
+        present = self._index.present[line]
+        keys = dict(zip(self._index.layers, present.tolist(), strict=True))
+        return {shown: shard.rows(key, place, row, row + 1)[0] for shown, key in self._names.items() if keys[key]}
+
+    def position(self, id: Id) -> int:
+        """Returns where in the order of samples an id is.
+
+        Raises:
+            OutOfRange: no sample has this id.
+            StoreError: several have it.
+        """
+        import numpy as np
+
+        index = self._index
+        if self._order is None:
+            self._order = np.argsort(index.ids, kind="stable")
+        if isinstance(id, (bool, float)) or not isinstance(
+            id, str if index.ids.dtype.kind == "U" else (int, np.integer)
+        ):
+            raise OutOfRange(self._unknown(id))
+        low = int(np.searchsorted(index.ids, id, "left", sorter=self._order))
+        if low == len(index.ids) or index.ids[self._order[low]] != id:
+            raise OutOfRange(self._unknown(id))
+        if low + 1 < len(index.ids) and index.ids[self._order[low + 1]] == id:
+            raise StoreError(f"several samples have the id {id!r}. Their positions can be read with view[a:b].")
+        return int(self._order[low])
+
+    # -- many samples
+
+    def numpy(self, layer: str) -> Any:
+        """Returns all of a layer's outputs as one NumPy array, (N, C, T). bfloat16 and float8 become float32, exactly.
+
+        Raises:
+            LayerNotFound: no such layer.
+            Unsupported: the shapes of its rows differ, or it did not run for every sample.
+        """
+        return self[layer].numpy()
+
+    def dataset(
+        self,
+        layers: str | Sequence[str] | None = None,
+        labels: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
+    ) -> StoreDataset:
+        """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
+
+        Its ``collate`` pads ragged rows: ``DataLoader(data, batch_size=8, collate_fn=data.collate)``.
+
+        Args:
+            layers: which layers; all if None.
+            labels: by id, or a function of the id; None for those that were extracted, if any.
+
+        Raises:
+            LayerNotFound: no such layer.
+        """
+        from convtap._disk.views import StoreDataset
+
+        names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        return StoreDataset(self, [self[name] for name in names], labels)
+
+    # -- the state of it
+
+    def verify(self, progress: bool = False) -> Table:
+        """Reads every shard and compares its checksums.
+
+        Returns:
+            ``(shard, what is wrong)`` for each bad one; empty if all is well.
+        """
+        return verify(self.path, progress)
+
+    @property
+    def missing(self) -> list[int] | None:
+        """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
+        return missing(self.path, self._identity, self._index)
+
+    def summary(self) -> Table:
+        """Returns a table with one line a layer, and what is missing, double or unreadable."""
+        return summary(self.path, self._identity, self._index, self._names)
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    # -- for the views
+
+    def _shard(self, name: str) -> Shard:
+        shard = self._open.get(name)
+        if shard is None:
+            try:
+                shard = Shard(self.path / name)
+            except StoreError as error:
+                raise StoreError(f"{name!r} {error}. It was whole when the store was opened.") from error
+            self._open[name] = shard
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _first(self) -> str:
+        return next(iter(self._names), "name")
+
+    def _unknown(self, id: Any) -> str:
+        some = listed([repr(known) for known in self._index.ids[:3].tolist()])
+        hint = (
+            f" {unreadable(self._index)}"
+            if self._index.bad
+            else " The extraction is incomplete."
+            if self.missing != []
+            else ""
+        )
+        return f"no sample has the id {id!r}. There are {len(self)}: {some}, … Positions are slices: view[0:10].{hint}"
+
+    def _missing(self, layer: str) -> LayerNotFound | AmbiguousCall:
+        parts = [name for name in self._names if layer_of(name) == layer]
+        if parts and "#" in parts[0]:
+            return AmbiguousCall(
+                f"{layer!r} ran several times, and each call has its own key here: {listed(parts)}. "
+                f"Take one of them: store[{parts[-1]!r}]."
+            )
+        if parts:
+            return LayerNotFound(f"{layer!r} returns a structure, and each tensor has its own key: {listed(parts)}.")
+        if layer in self._identity["layers"]:
+            return LayerNotFound(
+                f"{layer!r} was selected, but did not run for any sample (or, with at='activation', no activation followed "
+                f"it). Here: {listed(self._names)}."
+            )
+        near = did_you_mean(layer, list(self._names))
+        return LayerNotFound(f"no layer is named {layer!r} here. There are: {listed(self._names)}.{near}")

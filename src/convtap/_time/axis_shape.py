@@ -1,0 +1,159 @@
+"""How views move the time axis: reshape, permute, slice, select, expand; and what writing into a view does to its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from convtap._time.axis_count import Affine, Fixed, Guess, Window
+from convtap._time.mark import Digit, Mark, as_axis, joined, longer, normal, unknown, windowed
+
+#: How a slice without an end is written.
+_END = (1 << 63) - 1
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """How many elements lie between neighbours on each axis, in reading order."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def reshaped(mark: Mark, old: Sequence[int], new: Sequence[int], what: str = "view") -> Mark:
+    """Returns the mark after a tensor was reshaped, elements in reading order."""
+    if mark.unknown or not mark.digits:
+        return mark
+    strides = _strides(old)
+    digits: list[Digit] = []
+    for digit in mark.digits:
+        parts = _split(digit, strides[digit.dim] * digit.inner, new)
+        if parts is None:
+            return unknown(f"{what} from {tuple(old)} to {tuple(new)}: it cuts across frames")
+        digits.extend(parts)
+    return normal(replace(mark, digits=_merged(digits)))
+
+
+def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
+    """The parts of a digit on the axes of a shape; ``low`` elements lie between its neighbours."""
+    high = low * digit.size
+    strides = _strides(shape)
+    if digit.size == 1:
+        # A single frame lies on every axis of size one; the one nearest to where it was keeps it.
+        ones = [dim for dim, size in enumerate(shape) if size == 1 and strides[dim] == low]
+        here = ones or [dim for dim, stride in enumerate(strides) if stride <= low < stride * shape[dim]]
+        dim = min(here, key=lambda one: abs(one - digit.dim), default=None)
+        return None if dim is None else [replace(digit, dim=dim, inner=max(1, low // strides[dim]))]
+    parts: list[Digit] = []
+    for dim, stride in enumerate(strides):
+        bottom, top = max(low, stride), min(high, stride * shape[dim])
+        if shape[dim] == 1 or bottom >= top:
+            continue
+        if bottom % stride or bottom % low or top % bottom or (stride * shape[dim]) % top or high % top:
+            return None
+        faster, size = bottom // low, top // bottom
+        count = digit.count
+        if size != digit.size:
+            count = count.then(_share(digit, faster, size, slowest=top == high))
+        parts.append(Digit(dim, size, bottom // stride, digit.weight * faster, count))
+    return parts
+
+
+def _share(digit: Digit, faster: int, size: int, *, slowest: bool) -> object:
+    """The count of a part: the slowest one grows with the length, if the sizes of the others do not."""
+    if not slowest:
+        return Guess("a view into segments", digit.size, size, Fixed(size), Affine(size, 0, digit.size))
+    return Guess("a view into segments", digit.size, size, Affine(1, 0, faster), Fixed(size))
+
+
+def _merged(digits: list[Digit]) -> tuple[Digit, ...]:
+    """Joins neighbouring parts that lie on one axis in order."""
+    found: list[Digit] = []
+    for digit in sorted(digits, key=lambda one: (one.dim, -one.inner)):
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and last.dim == digit.dim
+            and last.inner == digit.inner * digit.size
+            and last.weight == digit.weight * digit.size
+        ):
+            count = last.count.then(Affine(digit.size, 0, 1))
+            found[-1] = Digit(digit.dim, last.size * digit.size, digit.inner, digit.weight, count)
+        else:
+            found.append(digit)
+    return tuple(found)
+
+
+def permuted(mark: Mark, order: Sequence[int]) -> Mark:
+    """Returns the mark after axes were permuted: axis i of the result was axis ``order[i]``."""
+    rank = len(order)
+    place = {old % rank: new for new, old in enumerate(order)}
+    return mark.moved(lambda dim: place[dim])
+
+
+def dropped(mark: Mark, dims: Sequence[int]) -> Mark:
+    """Returns the mark after axes that are not time were removed."""
+    return mark.moved(lambda dim: dim - sum(1 for one in dims if one < dim))
+
+
+def inserted(mark: Mark, dim: int) -> Mark:
+    """Returns the mark after an axis was inserted before ``dim``."""
+    return mark.moved(lambda one: one + (one >= dim))
+
+
+def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None, step: int, what: str) -> Mark:
+    """Returns the mark after a slice of an axis of that size, the ends as they were written."""
+    if mark.unknown or dim not in mark.dims:
+        return mark
+    axis = as_axis(mark, dim, size)
+    if axis is None:
+        return unknown(f"{what}: time shares the axis with something else")
+    mark = axis
+    begin = 0 if start is None else min(start, size) if start >= 0 else max(0, size + start)
+    end = size if stop is None else min(stop, size) if stop >= 0 else max(0, size + stop)
+    frames = max(0, -((begin - end) // step))
+    if not frames:
+        return unknown(f"{what}: no frame is left")
+    cut = Affine(1, end - size - begin + step - 1, step)
+    settled: object = cut
+    if start is not None and -size < start < 0:
+        settled = Window(0, end - begin, step) if end == size else Guess(what, size, frames, Fixed(frames), cut)
+        mark = replace(mark, fixed=(*mark.fixed, f"{what} keeps the last {size - begin} frames"))
+    elif begin or (stop is not None and 0 <= stop < _END):
+        last = stop if stop is not None and 0 <= stop < _END else None
+        still = cut if last is None else Window(begin, last, step)
+        settled = Guess(what, size, frames, cut, still, (begin, last))
+    return windowed(mark, dim, stride=step, before=-begin, taps=1, dilation=1, size=frames, step=settled)
+
+
+def written(
+    base: Mark | None, part: Mark, dim: int, size: int, start: int, step: int, *, selects: bool, what: str
+) -> Mark:
+    """Returns the mark of a tensor after ``part`` was written into a slice (or one position) of its axis ``dim``."""
+    if selects:
+        part = inserted(part, dim)
+    if part.unknown:
+        return part
+    if dim not in part.dims:
+        if base is not None and dim in base.dims:
+            return unknown(f"{what}: frames were written one by one")
+        return part if base is None else joined([base, part], what) or part
+    piece = normal(part)
+    digit = piece.on(dim)
+    if step != 1 or digit is None or digit.inner != 1 or len(piece.digits) != 1:
+        return unknown(f"{what}: frames were written with gaps")
+    count = Guess(what, digit.size, size, Affine(1, size - digit.size, 1), Fixed(size))
+    placed = replace(piece.spread(start, -start), digits=(replace(digit, size=size, count=digit.count.then(count)),))
+    if base is None:
+        return placed
+    base = normal(base)
+    if (base.first, base.last, base.dims) != (placed.first, placed.last, placed.dims):
+        return unknown(f"{what}: the pieces that were written do not continue each other")
+    return longer(base.with_reasons(placed), placed)
+
+
+def expanded(mark: Mark, old: Sequence[int], new: Sequence[int], what: str) -> Mark:
+    """Returns the mark after axes of size one were repeated, and axes added in front."""
+    ahead = len(new) - len(old)
+    for digit in mark.digits:
+        if old[digit.dim] == 1 and new[digit.dim + ahead] not in (1, -1):
+            return unknown(f"{what}: one frame is repeated along time")
+    return mark.moved(lambda dim: dim + ahead)

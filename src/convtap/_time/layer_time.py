@@ -1,0 +1,291 @@
+"""The time axis of one layer's output: stride, receptive field, and from frames to input samples and back."""
+
+from __future__ import annotations
+
+import math
+import operator
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
+from convtap._samples import whole_numbers
+from convtap._time.axis_count import Count
+from convtap._time.follow import Record
+from convtap._time.lengths import Doubt
+from convtap._time.mark import Digit, Mark
+
+
+def exact(value: Fraction) -> int | Fraction:
+    """Returns a whole number as an int."""
+    return value.numerator if value.denominator == 1 else value
+
+
+class LayerTime:
+    """The time axis of one layer's output, in samples of the model's input.
+
+    Frame t sees the input samples ``first`` to ``stop - 1`` of ``span(t)``; the count goes on below 0 and past the end
+    where a frame sees padding. Where a recurrence or an attention has mixed the frames, ``receptive_field`` is infinite
+    and ``span`` is the whole input, while ``stride`` and ``centre`` still say where a frame has its place.
+
+    Attributes:
+        name: the layer.
+        key: its key in the timeline: the name, or ``name#1`` for one of several calls.
+        dim: which axis of the output is time, counted from the end (-1 for the last); None if there is none (any more).
+        path: which tensor of a structured output it is about, such as ``"0"``; empty if the output is a tensor.
+        frames: how many frames the example made, or None.
+        input_length: how many samples the example had.
+        whole: what makes every frame see the whole input, such as ``"lstm in 'encoder'"``.
+        statistics: what gave the frames a statistic over all of them, such as a GroupNorm's mean. It is not part of the
+            receptive field.
+        unknown: why nothing is known, or None.
+        notes: what holds for the example's length only.
+    """
+
+    def __init__(self, record: Record, key: str, input_length: int, doubt: Doubt | None = None) -> None:
+        mark = record.mark
+        self.name = record.name
+        self.key = key
+        self.kind = record.kind
+        self.input_length = input_length
+        self.whole = mark.whole
+        self.statistics = mark.statistics
+        self.unknown = mark.unknown or _in_pieces(mark, record.shape)
+        self.notes = mark.fixed if doubt is None or doubt.place is None else (*mark.fixed, doubt.place)
+        self._mark = mark
+        self._digit: Digit | None = None
+        if not self.unknown and mark.digits:
+            self._digit = mark.digits[-1]
+        self.dim = None if self._digit is None else self._digit.dim - len(record.shape)
+        self.path = record.path
+        self.frames = None if self._digit is None else self._digit.size
+        self._doubt = None if doubt is None else doubt.count
+        self._shape = record.shape
+
+    # -- what holds for every frame
+
+    @property
+    def stride(self) -> int | Fraction:
+        """Input samples from one frame to the next; a Fraction where a transposed convolution makes it one.
+
+        Raises:
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        digit = self._known()
+        return exact(self._mark.first.slope * digit.weight)
+
+    @property
+    def receptive_field(self) -> int | float:
+        """The most input samples that one frame sees, holes of a dilation included; ``math.inf`` for the whole input.
+
+        Raises:
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        self._known()
+        if self.whole:
+            return math.inf
+        period = math.lcm(self._mark.first.period, self._mark.last.period)
+        return max(self._mark.last(t) - self._mark.first(t) + 1 for t in range(period))
+
+    @property
+    def start(self) -> int:
+        """The first input sample that frame 0 sees; negative in padding.
+
+        Raises:
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        return self.span(0)[0]
+
+    @property
+    def unpadded(self) -> range:
+        """The frames of the example that see no padding (of a segment's frames, if time is cut into segments).
+
+        Raises:
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        digit = self._known()
+        first, stop = (-(-end // digit.weight) for end in self._mark.clear)
+        return range(max(0, first), max(0, first, min(stop, digit.size)))
+
+    @property
+    def segments(self) -> int:
+        """How many segments the time axis is cut into where the layer runs (1 if it is not)."""
+        return math.prod(digit.size for digit in self._mark.digits[:-1])
+
+    # -- one frame
+
+    def span(self, t: int) -> tuple[int, int]:
+        """Returns the input samples that frame t sees, as ``(first, stop)``, ``stop`` not included.
+
+        Raises:
+            OutOfRange: t is negative.
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        digit = self._known()
+        frame = self._frame(t) * digit.weight
+        if self.whole:
+            return 0, self.input_length
+        return self._mark.first(frame), self._mark.last(frame) + 1
+
+    def centre(self, t: int) -> int | Fraction:
+        """Returns the place of frame t on the input's axis, in samples: evenly spaced by ``stride``.
+
+        It is the middle of ``span(t)``, and where a transposed convolution gives several frames one span, the middle on
+        average.
+
+        Raises:
+            OutOfRange: t is negative.
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        digit = self._known()
+        return exact(self._middle() + self._mark.first.slope * digit.weight * self._frame(t))
+
+    def seconds(self, sample_rate: float) -> Tensor:
+        """Returns the place of every frame of the example in seconds, as a (T,) tensor of float64.
+
+        Args:
+            sample_rate: input samples a second.
+
+        Raises:
+            InvalidValue: the rate is not positive.
+            Unsupported: the layer's time axis is unknown, or gone.
+        """
+        digit = self._known()
+        if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
+            raise InvalidType(
+                f"sample_rate is a {type(sample_rate).__name__}, and it must be a number: seconds(16000)."
+            )
+        if not (sample_rate > 0 and math.isfinite(sample_rate)):
+            raise InvalidValue(f"sample_rate={sample_rate!r} is no number of samples a second: seconds(16000).")
+        step = self._mark.first.slope * digit.weight
+        places = torch.arange(digit.size, dtype=torch.float64) * float(step) + float(self._middle())
+        return places / sample_rate
+
+    def _middle(self) -> Fraction:
+        """The middle of frame 0, averaged over the frames until the spans repeat themselves."""
+        first, last = self._mark.first, self._mark.last
+        period = math.lcm(first.period, last.period)
+        return sum((Fraction(first(t) + last(t), 2) - first.slope * t for t in range(period)), Fraction(0)) / period
+
+    def _frame(self, t: int) -> int:
+        try:
+            frame = operator.index(t)
+        except TypeError:
+            raise InvalidType(f"a frame is an int, and {t!r} is a {type(t).__name__}.") from None
+        if frame < 0:
+            raise OutOfRange(f"there is no frame {frame}: frames are counted from 0.")
+        return frame
+
+    # -- lengths
+
+    def valid_lengths(self, lengths: Any, length: int | None = None) -> Tensor:
+        """Returns how many frames inputs of these lengths make, as a (B,) tensor of int64.
+
+        It is what the model makes of each input alone, by the operations' own formulas, so the lengths need not be the
+        example's. An input too short for the model makes 0.
+
+        Args:
+            lengths: samples of each input, (B,).
+            length: the samples of the input they were padded to, if they are to be checked against it.
+
+        Raises:
+            InvalidValue: a length is negative, or longer than ``length``.
+            Unsupported: the time axis is unknown or gone, or a number in the model moves with the length in a way that
+                was not found out.
+        """
+        digit = self._known()
+        samples = whole_numbers(lengths, "lengths")
+        if length is not None and any(one > length for one in samples):
+            raise InvalidValue(
+                f"lengths holds {max(samples)}, and the input has {length} samples on its time axis. Lengths count samples "
+                "of the input, not frames."
+            )
+        if self.segments > 1:
+            raise Unsupported(
+                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so there is no one number of valid "
+                "frames for an input. Ask a layer before the time axis is cut."
+            )
+        self._trusted(digit.count, samples)
+        counts = {one: digit.count(one) for one in set(samples)}
+        return torch.tensor([counts[one] for one in samples], dtype=torch.int64)
+
+    def mask(self, lengths: Any, length: int | None = None) -> Tensor:
+        """Returns which frames are valid, as a (B, T) tensor of bool.
+
+        Args:
+            lengths: samples of each input, (B,).
+            length: the samples of the input they were padded to; None for the longest of them.
+
+        Raises:
+            InvalidValue, Unsupported: as ``valid_lengths``.
+        """
+        samples = whole_numbers(lengths, "lengths")
+        padded = max(samples, default=0) if length is None else length
+        valid = self.valid_lengths(samples, padded)
+        frames = int(self.valid_lengths([padded])[0]) if samples or length is not None else 0
+        return torch.arange(frames) < valid[:, None]
+
+    def frames_of(self, length: int) -> int:
+        """Returns how many frames one input of so many samples makes; see ``valid_lengths``."""
+        return int(self.valid_lengths([length])[0])
+
+    def shape_of_one(self, length: int) -> tuple[int, ...]:
+        """Returns the shape of the output for one input of so many samples, without the batch axis.
+
+        Raises:
+            Unsupported: as ``valid_lengths``.
+        """
+        frames = self.frames_of(length)
+        assert self.dim is not None
+        place = len(self._shape) + self.dim
+        return (*self._shape[1:place], frames, *self._shape[place + 1 :])
+
+    def _trusted(self, count: Count, samples: list[int]) -> None:
+        """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
+        others = [one for one in samples if one != self.input_length]
+        doubts = [guess.what for guess in count.guesses() if guess.is_open]
+        if self._doubt is not None:
+            doubts.append(self._doubt)
+        if others and doubts:
+            raise Unsupported(
+                f"how many frames of {self.key!r} an input of {others[0]} samples makes is not known: the model computes "
+                f"a number itself in {listed(dict.fromkeys(doubts), 3)}, and only {self.input_length} samples were seen. "
+                f"Make the timeline with an example of {others[0]} samples."
+            )
+
+    # -- state
+
+    def _known(self) -> Digit:
+        if self.unknown is not None:
+            raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}.")
+        if self._digit is None:
+            why = listed([*self.whole, *self.statistics], 2)
+            raise Unsupported(f"{self.key!r} has no time axis: what it is given was reduced over time ({why}).")
+        return self._digit
+
+    def _cells(self) -> tuple[Any, ...]:
+        if self.unknown is not None:
+            return ("unknown", None, None, None)
+        if self._digit is None:
+            return ("no time axis", None, None, None)
+        field = "whole input" if self.whole else self.receptive_field
+        frames: Any = self.frames if self.segments == 1 else f"{self.segments} × {self.frames}"
+        return (self.stride, field, self.start, frames)
+
+    def __repr__(self) -> str:
+        stride, field, start, frames = self._cells()
+        if field is None:
+            return f"<LayerTime {self.key}: {stride}>"
+        return f"<LayerTime {self.key}: stride {stride}, receptive field {field}, start {start}, {frames} frames>"
+
+
+def _in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
+    """Why an output's frames cannot be numbered, or None."""
+    if not mark.digits:
+        return None
+    digit = mark.digits[-1]
+    if digit.inner * digit.size != shape[digit.dim] and len(mark.digits) == 1 and shape[digit.dim] != digit.size:
+        return f"time shares axis {digit.dim} of its output {shape} with something else"
+    return None

@@ -1,0 +1,167 @@
+"""Runs the passes that follow the time axis: the example's own, and others over other lengths where one does not tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap import _eager
+from convtap._errors import InvalidType
+from convtap._example import run_once
+from convtap._structure import walk_tensors
+from convtap._time.axis_count import Guess
+from convtap._time.follow import Follower, Record
+from convtap._tree import ModuleTree
+
+# Note: [Numbers that the model computes]
+# Assumption: a pass shows the numbers that operations were given, and not where a model had them from.
+# Failure: ``x[..., :98]`` of 100 frames drops two frames, or keeps 98. The frames of another length depend on which.
+# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer and on one a
+#   third longer (on others, if it refuses these); what explains every pass is taken, and if nothing does, it is an error
+#   to ask for the frames of another length.
+
+#: How many further passes are made at most.
+_ENOUGH = 8
+
+
+def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
+    """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
+    with torch.inference_mode(False):
+        signal = dict(walk_tensors(example))[path].detach().clone()
+    tree = ModuleTree(model)
+    follower = Follower(tree, signal, axis)
+    try:
+        _eager.enter(follower)
+        # In inference mode, operations are not taken apart into those that have rules.
+        with torch.inference_mode(False), follower.watching():
+            run_once(model, _with(example, path, signal))
+    finally:
+        _eager.leave(follower)
+    return follower.records, tree
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What further passes say against a layer's record.
+
+    Attributes:
+        count: why its frame counts at other lengths are not known, or None.
+        place: why its frames' places hold for one length only, or None.
+    """
+
+    count: str | None = None
+    place: str | None = None
+
+
+def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, Doubt]:
+    """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
+
+    Returns:
+        By position among the records, what is still in doubt.
+    """
+    if not _guesses(records):
+        return {}
+    passes: list[tuple[int, list[Record]]] = []
+    length = int(dict(walk_tensors(example))[path].shape[axis])
+    for change in _changes(records, length):
+        settled = len(passes) > 1 and not any(guess.is_open for guess in _guesses(records))
+        if settled or len(passes) == _ENOUGH or length + change < 1:
+            break
+        try:
+            others, _ = follow(model, _resized(example, path, axis, change), path, axis)
+        except Exception:  # the model refuses this length, which is its right; what is open then stays open
+            continue
+        passes.append((length + change, others))
+        _compare(records, others, length, length + change)
+    for guess in _guesses(records):
+        guess.conclude()
+    doubts: dict[int, Doubt] = {}
+    for samples, others in passes:
+        doubts.update(_contradictions(records, others, samples))
+    return doubts
+
+
+def _changes(records: Sequence[Record], length: int) -> list[int]:
+    """By how many samples to change the input: one more, a third more, a frame more of each stride there is, and so on."""
+    strides = {math.ceil(one.mark.first.slope) for one in records if one.mark.digits}
+    hops = sorted(strides, reverse=True)[:4]
+    return list(dict.fromkeys((1, length // 3 | 1, *hops, 2, 3, 5, 7, *(3 * hop for hop in hops[:1]), -1)))
+
+
+def _guesses(records: Sequence[Record]) -> list[Guess]:
+    return [guess for record in records for digit in record.mark.digits for guess in digit.count.guesses()]
+
+
+def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tuple[int, Record, Record]]:
+    """The same run of the same layer in two passes."""
+    if [one.name for one in records] == [one.name for one in others]:
+        yield from ((i, one, other) for i, (one, other) in enumerate(zip(records, others, strict=True)))
+
+
+def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
+    """Shows each guess, once, the same operation in another pass."""
+    done: set[int] = set()
+    for _, one, other in _pairs(records, others):
+        for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
+            if id(guess) not in done and guess.what == same.what:
+                done.add(id(guess))
+                guess.settle(same, samples, length)
+
+
+def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, Doubt]:
+    """Which layers made other frames at another length than their records say."""
+    found: dict[int, Doubt] = {}
+    for i, one, other in _pairs(records, others):
+        if not one.mark.digits or not other.mark.digits:
+            continue
+        count = place = None
+        expected, seen = one.mark.digits[-1].count(length), other.mark.digits[-1].size
+        if expected != seen:
+            count = f"what comes before {one.name!r} ({length} samples made {seen} frames)"
+        if (one.mark.first, one.mark.last) != (other.mark.first, other.mark.last):
+            place = f"the frames of {one.name!r} lie elsewhere for {length} samples"
+        if count or place:
+            found[i] = Doubt(count, place)
+    return found
+
+
+def _resized(example: Any, path: str, axis: int, change: int) -> Any:
+    """Returns an example with some samples more, or fewer; other tensors with an axis of that length go along."""
+    tensors = dict(walk_tensors(example))
+    length = tensors[path].shape[axis]
+    for other, tensor in tensors.items():
+        if other == path:
+            example = _with(example, other, _stretched(tensor, axis, change))
+            continue
+        same = [dim for dim in range(tensor.dim()) if tensor.shape[dim] == length]
+        if same:
+            example = _with(example, other, _stretched(tensor, same[-1], change))
+    return example
+
+
+def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
+    """Repeats the last sample, or leaves samples out."""
+    size = tensor.shape[axis]
+    if change < 0:
+        return tensor.narrow(axis, 0, size + change)
+    index = torch.arange(size + change, device=tensor.device).clamp(max=size - 1)
+    return tensor.index_select(axis, index)
+
+
+def _with(value: Any, path: str, tensor: Tensor) -> Any:
+    """Returns an example with the tensor at a path replaced."""
+    if not path:
+        return tensor
+    head, _, rest = path.partition(".")
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
+        items = [_with(item, rest, tensor) if name == head else item for name, item in zip(names, value, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: _with(item, rest, tensor) if str(key) == head else item for key, item in value.items()}
+    raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")

@@ -1,0 +1,123 @@
+"""How the values of a layer are spread, over all its calls and inputs: quantiles, zeros, dead channels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convtap._call import Call
+from convtap._samples import Samples
+from convtap._stats import real_values
+from convtap._structure import walk_tensors
+from convtap._view.cells import Array
+from convtap._view.choose import Chosen, chosen
+from convtap._view.labels import counted
+
+if TYPE_CHECKING:
+    from convtap._result import Activations
+
+QUANTILES = (1, 25, 50, 75, 99)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the values of one layer are spread.
+
+    Attributes:
+        name: the layer; with the path of the tensor, if it returns several.
+        quantiles: of the finite values, at QUANTILES percent; None if there are none.
+        zeros: the share of exact zeros among all values, or None without values.
+        dead: how many channels have one and the same value everywhere (if there is one value only: zero).
+        channels: how many channels there are; 0 if the calls do not agree on it.
+        bad: how many values are NaN, and how many Inf.
+    """
+
+    name: str
+    quantiles: tuple[float, ...] | None
+    zeros: float | None
+    dead: int
+    channels: int
+    bad: tuple[int, int]
+
+    @property
+    def dead_share(self) -> float | None:
+        """The share of dead channels, or None if channels cannot be told apart."""
+        return self.dead / self.channels if self.channels else None
+
+    @property
+    def dead_text(self) -> str:
+        """The dead channels of all, as text."""
+        return f"{self.dead:,} of {self.channels:,}" if self.channels else "–"
+
+    @property
+    def warning(self) -> str:
+        """How much of it is no number, or nothing."""
+        return counted(self.bad)
+
+
+def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None = None) -> list[Spread]:
+    """Computes the spread of each chosen layer over all its calls, or of each of some calls; one at a time.
+
+    Raises:
+        NotCaptured: there are no outputs.
+        LayerNotFound: ``layers`` means nothing that is here.
+    """
+    single = {id(call) for found in Samples(acts._log)._passes if found.single for call in found.calls}
+    groups: dict[str, list[tuple[Call, str]]] = {}
+    for call in chosen(acts, layers) if calls is None else calls:
+        stem = call.name if calls is None else call.key
+        for path, _ in walk_tensors(call._shown):
+            groups.setdefault(f"{stem}.{path}" if path else stem, []).append((call, path))
+    found = []
+    for name, places in groups.items():
+        parts = []
+        for call, path in places:
+            tensor = dict(walk_tensors(call.output))[path]
+            if tensor.device.type != "meta":
+                array = real_values(tensor.detach()).cpu().numpy()
+                batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
+                parts.append(_by_channel(array, batched))
+        found.append(_spread(name, parts))
+    return found
+
+
+def _by_channel(array: Array, batched: bool) -> Array:
+    """All values of an output as (channels, values)."""
+    if array.ndim == 0:
+        return array.reshape(1, 1)
+    axis = 1 if batched else 0
+    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+
+
+def _spread(name: str, parts: list[Array]) -> Spread:
+    flat = [part.reshape(-1) for part in parts]
+    values = flat[0] if len(flat) == 1 else np.concatenate([np.zeros(0, np.float32), *flat])
+    if not values.size:
+        return Spread(name, None, None, 0, 0, (0, 0))
+    finite = values[np.isfinite(values)]
+    bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
+    zeros = float((values == 0).mean())
+    quantiles = tuple(float(q) for q in np.percentile(finite, QUANTILES)) if finite.size else None
+    if len({len(part) for part in parts}) > 1:
+        return Spread(name, quantiles, zeros, 0, 0, bad)
+    return Spread(name, quantiles, zeros, int(_dead(parts).sum()), len(parts[0]), bad)
+
+
+def _dead(parts: list[Array]) -> Array:
+    parts = [part for part in parts if part.size]
+    low = np.min([part.min(axis=1) for part in parts], axis=0)
+    high = np.max([part.max(axis=1) for part in parts], axis=0)
+    if sum(part.shape[1] for part in parts) == 1:
+        return np.asarray(low == 0)
+    return np.asarray(low == high)
+
+
+def linear_up_to(widths: list[float]) -> float | None:
+    """A power of ten up to which the common scale is linear, or None where one linear scale shows every layer."""
+    widths = sorted(width for width in widths if width > 0)
+    if not widths or widths[-1] <= 10 * widths[len(widths) // 2]:
+        return None
+    return float(10.0 ** math.floor(math.log10(widths[len(widths) // 4])))
