@@ -399,7 +399,7 @@ def options(draw: Any, names: tuple[str, ...], passes: int, alone: bool) -> Opti
         dtype=rarely(torch.float16),
         keep=rarely("last", default="all"),
         functional=functional,
-        offload=rarely("cpu") if detach and copy else None,
+        offload=rarely("cpu"),
         stop=alone and layers is not None and draw(st.booleans()),
         grads=at == "output" and rarely(True, default=False),
     )

@@ -171,7 +171,7 @@ def kept(value: Any, o: Options) -> Any:
 
 
 def check_capture(
-    o: Options, acts: Any, reference: Interpreter, was_empty: bool, gradients: list[Any]
+    o: Options, acts: Any, reference: Interpreter, was_empty: bool, gradients: list[Any], held: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Compares one capture with the reference; returns (captured, reference) tensors on the path to the loss."""
     events = expected_events(o, reference)
@@ -198,15 +198,20 @@ def check_capture(
     assert o.keep == "last" or passes == sorted(passes)
     if o.grads:
         gradients.extend((o, call, event.value) for call, (event, _) in zip(calls, pairs, strict=True))
-    return [pair for call, (event, _) in zip(calls, pairs, strict=True) for pair in check_call(o, call, event)]
+    return [pair for call, (event, _) in zip(calls, pairs, strict=True) for pair in check_call(o, call, event, held)]
 
 
-def check_call(o: Options, call: Any, event: Event) -> list[tuple[Tensor, Tensor]]:
+def is_held(o: Options, case: Case) -> bool:
+    """Whether another capture keeps aliases, so that the model has to go on with the very tensors that it made."""
+    return any(other is not o and not other.copy for other in case.captures)
+
+
+def check_call(o: Options, call: Any, event: Event, held: bool) -> list[tuple[Tensor, Tensor]]:
     try:
         output = call.output
     except ModifiedInPlace:
         assert event.was_written
-        assert not o.copy or (not o.detach and (o.at == "input" or event.shares_memory))
+        assert not o.copy or (not o.detach and (o.at == "input" or event.shares_memory or held))
         assert not o.reduce
         assert o.dtype is None
         return []
@@ -253,7 +258,7 @@ def check(case: Case) -> None:
     paths = [
         pair
         for o, acts in tapped.acts
-        for pair in check_capture(o, acts, reference, o in tapped.empty, tapped.gradients)
+        for pair in check_capture(o, acts, reference, o in tapped.empty, tapped.gradients, is_held(o, case))
     ]
     if stopped:
         return
