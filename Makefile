@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
 
-.PHONY: demo test lint types pytest soak overhead clean
+.PHONY: demo test lint types pytest soak overhead correctness clean
 
 demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
 	$(BIN)/convtap demo $(FILE)
@@ -29,6 +29,15 @@ soak: $(VENV)/.test  ## ten times as many random networks
 overhead: $(VENV)/.test  ## what a capture costs on this machine
 	$(BIN)/python -m benchmarks.overhead
 
+correctness: .venv-bench/.ready  ## which cases this library and others get right, written to benchmarks/CORRECTNESS.md
+	.venv-bench/bin/python -m benchmarks.correctness
+
+.venv-bench/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -46,4 +55,4 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@ $(VENV)/.plain
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
