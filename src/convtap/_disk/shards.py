@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -196,6 +197,10 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
     return sorted(parts, key=lambda part: -part.dtype.itemsize), about
 
 
+#: The checksum with the most digits.
+_LONGEST = 2**32 - 1
+
+
 def write_shard(path: Path, batches: Sequence[Batch]) -> int:
     """Writes a whole shard and forces it to the disk. Returns its size in bytes.
 
@@ -204,9 +209,9 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
         StoreError: an output has no form on disk.
     """
     parts, about = _layout(batches)
+    about["crc32"] = {part.name: _LONGEST for part in parts}
     header: dict[str, Any] = {"__metadata__": {}}
     start = 0
-    about["crc32"] = {}
     for part in parts:
         size = math.prod(part.shape) * part.dtype.itemsize
         header[part.name] = {
@@ -215,21 +220,30 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
             "data_offsets": [start, start + size],
         }
         start += size
-        checksum = 0
-        for buffer in part.buffers():
-            checksum = zlib.crc32(buffer, checksum)
-        about["crc32"][part.name] = checksum
-    header["__metadata__"]["convtap"] = json.dumps(about)
-    header["__metadata__"]["crc32"] = header_checksum(header)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write(file, memoryview(len(text).to_bytes(8, "little") + text))
+    room = len(_header_text(header, about, str(_LONGEST)))
+    room += -room % 8
+    # The header holds the checksums and comes first in the file: it is written last, into the room that was left for it,
+    # so that every batch is joined once, and its checksum is computed beside the write.
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        file.seek(8 + room)
         for part in parts:
+            checksum = 0
             for buffer in part.buffers():
+                summed = beside.submit(zlib.crc32, buffer, checksum)
                 _write(file, buffer)
+                checksum = summed.result()
+            about["crc32"][part.name] = checksum
+        header["__metadata__"]["convtap"] = json.dumps(about)
+        text = _header_text(header, about, header_checksum(header)).ljust(room)
+        file.seek(0)
+        _write(file, memoryview(room.to_bytes(8, "little") + text))
         os.fsync(file.fileno())
-    return 8 + len(text) + start
+    return 8 + room + start
+
+
+def _header_text(header: dict[str, Any], about: dict[str, Any], checksum: str) -> bytes:
+    metadata = {"convtap": json.dumps(about), "crc32": checksum}
+    return json.dumps({**header, "__metadata__": metadata}).encode()
 
 
 def header_checksum(header: dict[str, Any]) -> str:
