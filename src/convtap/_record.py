@@ -43,6 +43,12 @@ class Follower(Protocol):
         """Begins to follow an output."""
 
 
+class _Claims(threading.local):
+    """How many layers are running in this thread whose own tap emits them."""
+
+    now = 0
+
+
 class Recorder:
     """Records the outputs that taps emit into a log.
 
@@ -53,7 +59,6 @@ class Recorder:
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
         follower: what follows outputs to their activations, if those are asked for.
-        claimed: how many layers are running whose own tap emits them, so that no other tap is to.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Recorder:
         self.reached = 0
         self.reads = False
         self.follower: Follower | None = None
-        self.claimed = 0
+        self._claims = _Claims()
         self._token = token
         self._log = log
         self._modules = modules
@@ -90,6 +95,11 @@ class Recorder:
         self._watched = watched
         self._has_numbers = "#" in "".join(log.selected)
         self._usual = self._plain and not keeper.moves and not last and budget is None and stop_after is None
+
+    @property
+    def claimed(self) -> int:
+        """How many layers are running in this thread whose own tap emits them, so that no other tap is to."""
+        return self._claims.now
 
     @property
     def muted(self) -> bool:
@@ -209,11 +219,11 @@ class Recorder:
 
     def claiming(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a layer whose own tap emits it: the convolution in it is not a second one."""
-        self.claimed += 1
+        self._claims.now += 1
         try:
             return call(*args, **kwargs)
         finally:
-            self.claimed -= 1
+            self._claims.now -= 1
 
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
