@@ -56,6 +56,7 @@ class Passes:
 
     Attributes:
         companion: what goes along to another thread in which a pass runs.
+        here: the pass that this thread is in.
         inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
     """
 
@@ -64,7 +65,7 @@ class Passes:
         self._model = model
         self._token = token
         self._numbers = itertools.count()
-        self._here = _Here()
+        self.here = _Here()
         self._hooks = Hooks()
         self._members: set[int] | None = None
         self._home = threading.get_ident()
@@ -74,7 +75,7 @@ class Passes:
     @property
     def number(self) -> int:
         """The number of the marked pass that runs in this thread, or -1."""
-        return self._here.number
+        return self.here.number
 
     def open(self) -> None:
         """Marks where the root begins (a Keras model is marked by its own tap)."""
@@ -89,7 +90,7 @@ class Passes:
     @contextmanager
     def inside(self, args: Any, kwargs: Any) -> Iterator[None]:
         """Marks a call of the root that no hook sees."""
-        here = self._here
+        here = self.here
         if self._token not in open_tokens():
             yield
             return
@@ -108,7 +109,7 @@ class Passes:
 
     def in_forward(self) -> bool:
         """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
-        return self._here.depth > 0 or outermost_call(self._member_ids()) is not None
+        return self.here.depth > 0 or outermost_call(self._member_ids()) is not None
 
     def in_method(self) -> bool:
         """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
@@ -116,7 +117,7 @@ class Passes:
 
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""
-        number = self._here.number
+        number = self.here.number
         return number if number >= 0 else self._outside()
 
     def _member_ids(self) -> set[int]:
@@ -137,7 +138,7 @@ class Passes:
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._token not in open_tokens():
             return
-        here = self._here
+        here = self.here
         if here.depth and self._is_nested():
             here.depth += 1
             return
@@ -156,7 +157,7 @@ class Passes:
         return found is not None and found[0] is not module
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        here = self._here
+        here = self.here
         if here.depth and self._token in open_tokens():
             here.depth -= 1
             if not here.depth:
@@ -177,7 +178,7 @@ class Passes:
 
     def _outside(self) -> int:
         """The pass of a layer that runs while no marked call does."""
-        here = self._here
+        here = self.here
         found: tuple[nn.Module, FrameType] | None = outermost_call(self._member_ids())
         caller: object = _BODY if found is None else found[0]
         if here.outside is not caller:

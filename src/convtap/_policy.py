@@ -45,6 +45,14 @@ def snapshot(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+def snapshot_of_new(output: Tensor) -> Tensor:
+    """``snapshot``, detached, of what a plain convolution just made: it is no quantized tensor, which needs no look then."""
+    try:
+        return _lazy_clone(output.detach() if output.requires_grad else output)
+    except RuntimeError:  # a layout that has no copy-on-write
+        return output.detach().clone()
+
+
 class Alias(Held):
     """A tensor kept as it is, with the version at which it was kept."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+from torch import Tensor
 from torch._C import (
     _get_dispatch_stack_at,
     _get_function_stack_at,
@@ -80,21 +81,41 @@ def _joined(watchers: list[Watcher]) -> Watcher:
     return _joined([*watchers[:-2], watcher])
 
 
-class _Dispatcher:
-    """Finds the watchers of the blocks that are open in the current context; remembers them while those stay the same."""
+#: Functions, and identities of arguments, that a watcher is to see. What has neither passes it by.
+Concerns: TypeAlias = "tuple[Container[Any], Container[int]]"
 
-    def __init__(self, watchers: dict[Token, Watcher]) -> None:
+_SEQUENCES = (list, tuple)  # of tensors, perhaps
+_INDEXING = (Tensor.__getitem__, Tensor.__setitem__)  # there a tuple is a place
+_NOTHING_PASSES: tuple[None, Container[Any], Container[int]] = (None, (), ())
+
+
+class _Dispatcher:
+    """Finds the watchers of the blocks that are open in the current context; remembers them while those stay the same.
+
+    Attributes:
+        tokens: the blocks for which the rest was found.
+        watcher: what is to see a call.
+        passing: the blocks, and the functions and identities without which a call needs to be seen by nobody.
+    """
+
+    def __init__(self, watchers: dict[Token, tuple[Watcher, Concerns | None]]) -> None:
         self.watchers = watchers
         self.tokens: tuple[Token, ...] | None = None
         self.watcher: Watcher = _pass_on
+        self.passing: tuple[tuple[Token, ...] | None, Container[Any], Container[int]] = _NOTHING_PASSES
 
     def find(self) -> Watcher:
-        self.tokens = open_tokens()
-        self.watcher = _joined([self.watchers[token] for token in self.tokens if token in self.watchers])
+        tokens = open_tokens()
+        found = [self.watchers[token] for token in tokens if token in self.watchers]
+        concerns = found[0][1] if len(found) == 1 else None
+        self.watcher = _joined([watcher for watcher, _ in found])
+        self.passing = _NOTHING_PASSES if concerns is None else (tokens, *concerns)
+        self.tokens = tokens
         return self.watcher
 
     def forget(self) -> None:
         self.tokens = None
+        self.passing = _NOTHING_PASSES
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -104,6 +125,15 @@ class _FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = self.dispatcher
+        # This runs once a torch call, so it must be next to nothing for the calls that concern nobody.
+        tokens, functions, identities = found.passing
+        if tokens is open_tokens() and func not in functions:
+            for arg in (*args, *kwargs.values()) if kwargs else args:
+                if id(arg) in identities or (arg.__class__ in _SEQUENCES and func not in _INDEXING):
+                    break
+            else:
+                arg = None  # torch.jit.trace names what it traces after the variables that hold tensors
+                return func(*args, **kwargs) if kwargs else func(*args)
         watcher = found.watcher if found.tokens is open_tokens() else found.find()
         return watcher(func, func, args, kwargs or {})
 
@@ -131,16 +161,16 @@ class Watch:
         at: Callable[[int], Any],
     ) -> None:
         self._make, self._push, self._pop, self._depth, self._at = make, push, pop, depth, at
-        self._watchers: dict[Token, Watcher] = {}
+        self._watchers: dict[Token, tuple[Watcher, Concerns | None]] = {}
         self._blocks_of_thread: dict[int, set[Token]] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
 
-    def begin(self, token: Token, watcher: Watcher) -> int:
-        """Lets a block see the calls of this thread. Returns the thread, for ``end``."""
+    def begin(self, token: Token, watcher: Watcher, concerns: Concerns | None = None) -> int:
+        """Lets a block see the calls of this thread, or those that concern it. Returns the thread, for ``end``."""
         thread = threading.get_ident()
         with self._lock:
-            self._watchers[token] = watcher
+            self._watchers[token] = watcher, concerns
             self._blocks_of_thread.setdefault(thread, set()).add(token)
         mode = getattr(self._here, "mode", None)
         if mode is None:

@@ -19,7 +19,7 @@ from convtap._keep import Keeper, is_fake, is_held_elsewhere, outside_modes
 from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
-from convtap._policy import snapshot
+from convtap._policy import snapshot, snapshot_of_new
 from convtap._process import Token, open_tokens
 from convtap._structure import walk_tensors
 
@@ -86,6 +86,7 @@ class Recorder:
         self._log = log
         self._modules = modules
         self._passes = passes
+        self._here = passes.here
         self._keeper = keeper
         self._plain = keeper.is_plain and grads is None
         self._grads = grads
@@ -127,12 +128,15 @@ class Recorder:
             return self.emit(name, output, "module", args)
         if self._watched:
             with outside_modes():
-                value = snapshot(output.detach() if output.requires_grad else output)
+                value = snapshot_of_new(output)
         else:
-            value = snapshot(output.detach() if output.requires_grad else output)
+            value = snapshot_of_new(output)
         log = self._log
         tally = log.tallies.get(name) or self._open_tally(name)
-        tally.last_pass = forward = self._passes.current()
+        forward = self._here.number
+        if forward < 0:
+            forward = self._passes.current()
+        tally.last_pass = forward
         if tally.pending is not None:
             tally.pending = None
         number = tally.captured

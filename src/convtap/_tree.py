@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -48,10 +48,10 @@ def _is_keras_conv1d(kind: type) -> bool:
     return _derives(kind, "keras.src.layers.convolutional.conv1d", "Conv1D")
 
 
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _children(module: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
     """The parts of a module by name. Keras keeps its layers where PyTorch does not look for them."""
     if not is_keras(type(module)):
-        return [(name, child) for name, child in module._modules.items() if child is not None]
+        return module._modules.items()
     found: dict[str, nn.Module] = {}
     for layer in getattr(module, "_layers", ()):
         name, number = layer.name, 1
@@ -61,7 +61,7 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     inner = {name: child for name, child in module._modules.items() if child is not None and name != "_torch_params"}
     known = {id(layer) for layer in found.values()}
     found.update((name, child) for name, child in inner.items() if id(child) not in known and not is_keras(type(child)))
-    return list(found.items())
+    return found.items()
 
 
 def _join(prefix: str, name: str) -> str:
@@ -111,35 +111,46 @@ class ModuleTree:
         self._name_of: dict[int, str] = {}
         self.aliases: list[tuple[str, str]] = []
         self.wrappers: list[nn.Module] = []
-        self._walk(model, "")
+        self._walk(model)
         self._kinds = {type(module) for module in self.names.values()}
         self.has_keras = any(is_keras(kind) for kind in self._kinds)
         self.has_script = any(issubclass(kind, torch.jit.ScriptModule) for kind in self._kinds)
 
-    def _walk(self, model: nn.Module, root: str) -> None:
-        stack: list[tuple[nn.Module, str]] = [(model, root)]
-        while stack:
-            module, prefix = stack.pop()
-            known = self._name_of.get(id(module))
-            if known is not None:
-                if known != prefix:
-                    self.aliases.append((prefix, known))
-                continue
-            self._name_of[id(module)] = prefix
-            parts = module._modules
-            kind: Any = type(module)
-            if not parts and not is_keras(kind):  # most modules are leaves, and no wrapper is one
-                self.names[prefix or ROOT] = module
-                continue
-            attribute = _wrapped_attribute(kind)
-            inner = parts.get(attribute) if attribute is not None else None
-            if attribute is not None and inner is not None:
-                self.aliases.append((_join(prefix, attribute), prefix))
-                self.wrappers.append(module)
-                stack.append((inner, prefix))
-                continue
-            self.names[prefix or ROOT] = module
-            stack.extend((child, _join(prefix, name)) for name, child in reversed(_children(module)))
+    def _walk(self, model: nn.Module) -> None:
+        names, name_of = self.names, self._name_of
+        path: list[tuple[str, Iterator[tuple[str, nn.Module | None]]]] = [("", iter([("", model)]))]
+        while path:
+            prefix, parts = path[-1]
+            for key, module in parts:
+                if module is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix and key else prefix or key
+                known = name_of.get(id(module))
+                if known is not None:
+                    if known != name:
+                        self.aliases.append((name, known))
+                    continue
+                name_of[id(module)] = name
+                kind: Any = type(module)
+                if not module._modules and not is_keras(kind):  # most modules are leaves, and no wrapper is one
+                    names[name or ROOT] = module
+                    continue
+                path.append((name, self._parts(name, module)))
+                break
+            else:
+                path.pop()
+
+    def _parts(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+        """Enters a module that has parts, and returns them; a wrapper only has what it wraps, under its own name."""
+        kind: Any = type(module)
+        attribute = _wrapped_attribute(kind)
+        inner = module._modules.get(attribute) if attribute is not None else None
+        if attribute is None or inner is None:
+            self.names[name or ROOT] = module
+            return iter(_children(module))
+        self.aliases.append((_join(name, attribute), name))
+        self.wrappers.append(module)
+        return iter([("", inner)])
 
     def resolve(self, name: str) -> str | None:
         """Returns the clean name of a module, from any of its names, or None if there is no such module."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -98,13 +99,17 @@ class FunctionTap:
 
     def open(self) -> None:
         """Begins to watch this thread's torch calls."""
-        weights, kept = self._weights, self._kept  # kept so that no identity is used again
+        weights, keep = self._weights, self._kept.append  # kept so that no identity is used again
         for name, module in self._selection.modules.items():
             if isinstance(module, CONV1D):
                 weight = module._parameters.get("weight")
-                for source in (weight,) if weight is not None else _sources_of_weight(module):
-                    kept.append(source)
-                    weights[id(source)] = name
+                if weight is not None:
+                    weights[id(weight)] = name
+                    keep(weight)
+                else:
+                    sources = _sources_of_weight(module)
+                    weights.update((id(source), name) for source in sources)
+                    self._kept += sources
         self._passes.companion = self
         self._thread = threading.get_ident()  # first: see Note: [Interrupts]
         self.visit()
@@ -119,23 +124,22 @@ class FunctionTap:
 
     def visit(self) -> int:
         """Begins to watch another thread, in which a pass of this block runs."""
-        watcher = self._watch if self._follower is None else self._watch_and_follow
-        return _process.functions.begin(self._token, watcher)
+        if self._follower is not None:
+            return _process.functions.begin(self._token, self._watch_and_follow)
+        return _process.functions.begin(self._token, self._watch, (_CONVOLUTIONS, self._weights))
 
     def leave(self, visit: int) -> None:
         """Ends that."""
         _process.functions.end(self._token, visit)
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _CONVOLUTIONS and not self._recorder.muted:
+        if func in _CONVOLUTIONS:
             if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._modules:
                 return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
-            return self._convolution(call, func, args, kwargs)
+            if not self._recorder.muted:
+                return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
-        # All this runs once a torch call, so it must be next to nothing where no selected weight is among the arguments.
-        seen = self._weights.keys()
-        if not seen.isdisjoint(map(id, args)) or (args and args[0].__class__ in _SEQUENCES) or kwargs:
-            self._look_for_reads(func, args, kwargs, result)
+        self._look_for_reads(func, args, kwargs, result)
         return result
 
     def _watch_and_follow(
@@ -277,6 +281,7 @@ def _is_one_dimensional(func: Any, weight: Tensor, args: tuple[Any, ...], kwargs
     return weight.dim() == 3 and not transposed
 
 
+@functools.lru_cache(256)  # torch takes 20 µs to look a name up
 def _function_name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":

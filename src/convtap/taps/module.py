@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from convtap._hooks import Hooks
 from convtap._record import Recorder
-from convtap._select import CONV1D
 
 
 class ModuleTap:
@@ -30,11 +29,15 @@ class ModuleTap:
                 self._hooks.before(module, self._emit_input, name, module)
             return
         # What may be a view of something else, or may be swapped, is looked at more closely.
-        is_plain: Callable[[Any], bool] = _is_plain
-        plain = {name: m for name, m in self._modules.items() if is_plain(type(m))} if self._detach else {}
-        self._hooks.after_each(plain, self._recorder.emit_module)
+        kinds: set[Any] = {type(module) for module in self._modules.values()}
+        if self._detach and all(map(_is_plain, kinds)):
+            self._hooks.after_each(self._modules, self._recorder.emit_module)
+            return
         for name, module in self._modules.items():
-            if name not in plain:
+            kind: Any = type(module)
+            if self._detach and _is_plain(kind):
+                self._hooks.after(module, self._recorder.emit_module, name, module)
+            else:
                 self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
 
     def close(self) -> None:
@@ -49,7 +52,7 @@ class ModuleTap:
 @functools.cache
 def _is_plain(kind: Any) -> bool:
     """Whether a class is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
-    return issubclass(kind, CONV1D) and kind.forward.__module__.startswith("torch.")
+    return issubclass(kind, nn.Conv1d) and kind.forward.__module__.startswith("torch.")
 
 
 def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
