@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
 
-.PHONY: demo test lint types pytest soak overhead correctness clean
+.PHONY: demo test lint types pytest soak overhead bench correctness clean
 
 demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
 	$(BIN)/convtap demo $(FILE)
@@ -26,8 +26,11 @@ pytest: $(VENV)/.test
 soak: $(VENV)/.test  ## ten times as many random networks
 	CONVTAP_SOAK=20000 $(BIN)/python -m pytest tests/test_properties.py
 
-overhead: $(VENV)/.test  ## what a capture costs on this machine
+overhead: $(VENV)/.test  ## what a capture costs on this machine, written to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead
+
+bench: .venv-bench/.ready  ## what this library and others cost, written to benchmarks/RESULTS.md and benchmarks/peers.png
+	.venv-bench/bin/python -m benchmarks.peers
 
 correctness: .venv-bench/.ready  ## which cases this library and others get right, written to benchmarks/CORRECTNESS.md
 	.venv-bench/bin/python -m benchmarks.correctness

@@ -1,9 +1,11 @@
 """Measures what tapping costs a compiled model: plain and captured, eager and compiled, in interleaved rounds.
 
-    python benchmarks/compiled.py [--rounds 30] [--layers 32] [--channels 64] [--batch 4] [--length 2000] [--device cpu]
+    python -m benchmarks.compiled [--rounds 30] [--layers 32] [--channels 64] [--batch 4] [--length 2000]
+        [--device cpu]
 
-Prints Markdown tables: milliseconds a forward (median, and the middle half of the rounds), and the ratio to the plain
-compiled forward, taken round by round. Every output is checked against hooks that clone, before anything is timed.
+Writes the section "Compiled" of RESULTS.md: milliseconds a forward (median, and the middle half of the rounds), and the
+ratio to the plain compiled forward, taken round by round. Every output is checked against hooks that clone, before anything
+is timed. What a forward returned lives until the next one of its kind is done, as in a loop over batches.
 
 The second table, on Linux CPUs, lets the process keep the memory it frees (what MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_ set for a whole process). All that is captured is memory that the plain forward does not need, and
@@ -22,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from benchmarks.harness import write_section
 from convtap import capture
 from convtap._tapped import tapped
 
@@ -102,21 +105,21 @@ def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
 def measure(forwards: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Times every forward once a round, in milliseconds; the rounds begin with another one each time."""
 
-    def once(forward: Callable[[], object]) -> float:
+    results: dict[str, object] = {}
+
+    def once(name: str) -> float:
         start = time.perf_counter()
-        result = forward()
+        results[name] = forwards[name]()
         if device != "cpu":
             torch.cuda.synchronize()
-        elapsed = (time.perf_counter() - start) * 1e3
-        del result
-        return elapsed
+        return (time.perf_counter() - start) * 1e3
 
     names = list(forwards)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-3, rounds):  # three rounds to warm up
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed = once(forwards[name])
+            elapsed = once(name)
             if number >= 0:
                 times[name].append(elapsed)
     return times
@@ -143,7 +146,7 @@ def keep_freed_memory() -> bool:
 
 
 def main() -> None:
-    """Reads the arguments, measures, prints."""
+    """Reads the arguments, measures, and writes the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"rounds": 30, "layers": 32, "channels": 64, "batch": 4, "length": 2000, "threads": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -160,11 +163,12 @@ def main() -> None:
         if options.device == "cpu" and keep_freed_memory():
             tables.append(table(measure(forwards, options.rounds, options.device)))
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{options.layers} × Conv1d({options.channels}, {options.channels}, 3) in residual blocks on {tuple(x.shape)}, all "
-        f"captured; {where}, torch {torch.__version__}, {options.rounds} interleaved rounds\n"
+    channels = options.channels
+    head = (
+        f"`python -m benchmarks.compiled`. {options.layers} × Conv1d({channels}, {channels}, 3) in residual blocks on "
+        f"{tuple(x.shape)}, all captured; {where}, torch {torch.__version__}, {options.rounds} interleaved rounds."
     )
-    print("\n\nThe same, freed memory kept by the process:\n\n".join(tables))
+    write_section("Compiled", f"{head}\n\n" + "\n\nThe same, freed memory kept by the process:\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A data set to disk: extract against its two parts alone (forward, write) and against the usual idiom; and its memory.
 
 Each case runs in a process of its own, so that peak memory is its own, in rounds over all cases, so that a drift of the
-machine falls on all of them. Run: ``python -m benchmarks.extract [--rounds 3] [--threads 1]``.
+machine falls on all of them. ``python -m benchmarks.extract [--rounds 3] [--threads 1]`` writes the section "Extract" of
+``RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from benchmarks.harness import declare_torchvision_operators, environment, markdown
+from benchmarks.harness import declare_torchvision_operators, environment, markdown, write_section
 
+HEAD = (
+    '`python -m benchmarks.extract`. "extract" runs the whole model, "stopping" ends the forward after the last selected layer '
+    '(the default), "write" writes the same bytes and forces them to the disk, "idiom" collects in lists and saves at the end.'
+)
 CASES = ("forward", "write", "extract", "stopping", "idiom")
 
 
@@ -212,10 +217,9 @@ def main() -> None:
     if options.case:
         child(options.case, options.workload, options.samples, options.threads)
         return
-    print(environment(), end="\n\n")
-    for workload in WORKLOADS:
-        print(times(workload, options.samples, options.threads, options.rounds), end="\n\n", flush=True)
-    print(memory("three light layers", 64, options.threads))
+    parts = [HEAD, environment()]
+    parts += [times(workload, options.samples, options.threads, options.rounds) for workload in WORKLOADS]
+    write_section("Extract", "\n\n".join([*parts, memory("three light layers", 64, options.threads)]))
 
 
 if __name__ == "__main__":

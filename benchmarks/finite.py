@@ -1,6 +1,7 @@
 """What ``finite`` costs: wav2vec2-base on one second of audio, plain and inside the block, interleaved in one process.
 
-``python -m benchmarks.finite`` prints a Markdown table. The bar is 1.2 times the plain forward, with every module watched.
+``python -m benchmarks.finite`` writes the section "finite" of RESULTS.md. The bar is 1.2 times the plain forward,
+with every module watched.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.harness import environment, interleave, markdown, paired_ratio, quartiles
+from benchmarks.harness import environment, interleave, markdown, paired_ratio, quartiles, write_section
 from benchmarks.overhead import wav2vec2_base
 from convtap import finite
 
@@ -26,10 +27,9 @@ def inside(model: nn.Module, run: Callable[[], object], **options: object) -> Ca
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures, and writes the section."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{environment()}\n")
     model, run = wav2vec2_base()
     cases = {
         "plain forward": run,
@@ -43,7 +43,8 @@ def main() -> None:
     for name, values in seconds.items():
         low, middle, high = (value * 1e3 for value in quartiles(values))
         rows.append((name, f"{middle:.1f} ms", f"{low:.1f} – {high:.1f}", f"{paired_ratio(values, plain):.3f}"))
-    print(markdown(("", "median", "quartiles", "÷ plain"), rows))
+    head = f"`python -m benchmarks.finite`. {environment()}; wav2vec2-base, one second of audio."
+    write_section("finite", f"{head}\n\n" + markdown(("", "median", "quartiles", "÷ plain"), rows))
 
 
 if __name__ == "__main__":

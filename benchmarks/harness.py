@@ -7,8 +7,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+TITLE = "# Results\n\nWhat the scripts in this directory measured. Each section is written by its script.\n"
 
 _declared: list[object] = []
 
@@ -59,6 +63,21 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def write_section(name: str, body: str, path: Path = RESULTS) -> None:
+    """Prints what was measured, and puts it into the results in place of the section of the same name."""
+    print(body)
+    text = path.read_text() if path.exists() else TITLE
+    head, *sections = text.split("\n## ")
+    names = [section.splitlines()[0] for section in sections]
+    sections = [section.rstrip() for section in sections]
+    section = f"{name}\n\n{body.strip()}"
+    if name in names:
+        sections[names.index(name)] = section
+    else:
+        sections.append(section)
+    path.write_text("\n\n## ".join([head.rstrip(), *sections]) + "\n")
 
 
 def environment() -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.offload import table, write_section
+from benchmarks.harness import markdown, write_section
 from convtap import capture
 
 CASES = {
@@ -84,9 +84,8 @@ def main() -> None:
     body = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread. 16 convolutions, "
         f"{options.passes} forward passes in one block; all outputs of one pass are 7.8 MiB. Resident memory in MiB beyond "
-        f"what the process had before the first pass.\n\n{table(titles, rows)}"
+        f"what the process had before the first pass.\n\n{markdown(titles, rows)}"
     )
-    print(body)
     write_section("Memory", body)
 
 

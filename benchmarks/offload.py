@@ -1,6 +1,6 @@
 """Measures offloading on a CUDA device and writes the section "Offload" of RESULTS.md.
 
-    python benchmarks/offload.py [--rounds 20] [--device cuda:0]
+    python -m benchmarks.offload [--rounds 20] [--device cuda:0]
 
 Needs nothing but torch and convtap. Everything is measured in one run: the bandwidth of copies into pinned memory (the
 ceiling), a stack of convolutions that the bus limits and one that computing limits, what keeping costs without offload, what
@@ -16,33 +16,17 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import markdown, write_section
 from convtap import capture
 from convtap._offload import WINDOW, Offloader
 from convtap._pinned import SLAB, pinned_limit
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-TITLE = "# Results\n\nWhat the scripts in this directory measured. Each section is written by its script.\n"
 MIB = 2**20
-
-
-def write_section(name: str, body: str, path: Path = RESULTS) -> None:
-    """Puts a section into the results, in place of the one of the same name."""
-    text = path.read_text() if path.exists() else TITLE
-    head, *sections = text.split("\n## ")
-    kept = [section.rstrip() for section in sections if section.splitlines()[0] != name]
-    path.write_text("\n\n## ".join([head.rstrip(), *kept, f"{name}\n\n{body.strip()}"]) + "\n")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 # -- models
@@ -202,7 +186,7 @@ def offload_table(model: nn.Module, x: Tensor, rate: float, rounds: int, device:
         share = f"{total / median / rate:.2f}" if moves else ""
         rows.append((name, f"{median * 1e3:.2f}", f"{ratio:.3f}", speed, share, f"{(peak - least) / MIB:.0f}"))
     columns = ("", "ms (median)", "÷ plain", "GB/s", "share of the ceiling", "device memory above plain, MiB")
-    return f"{total / MIB:.0f} MiB of outputs a forward.\n\n" + table(columns, rows)
+    return f"{total / MIB:.0f} MiB of outputs a forward.\n\n" + markdown(columns, rows)
 
 
 def window_table(model: nn.Module, x: Tensor, total: int, rate: float, rounds: int, device: torch.device) -> str:
@@ -212,7 +196,7 @@ def window_table(model: nn.Module, x: Tensor, total: int, rate: float, rounds: i
     cases = {str(size): (lambda way=way: way(x)) for size, way in ways.items()}
     found = measure(cases, rounds, device)  # type: ignore[arg-type]
     rows = [(f"{name} MiB", f"{total / statistics.median(seconds) / rate:.2f}") for name, (seconds, _) in found.items()]
-    return table(("window", "share of the ceiling"), rows)
+    return markdown(("window", "share of the ceiling"), rows)
 
 
 def keeping_table(model: nn.Module, x: Tensor, rounds: int, device: torch.device) -> str:
@@ -230,7 +214,7 @@ def keeping_table(model: nn.Module, x: Tensor, rounds: int, device: torch.device
     for name, (seconds, peak) in found.items():
         ratio = statistics.median(a / b for a, b in zip(seconds, plain, strict=True))
         rows.append((name, f"{statistics.median(seconds) * 1e3:.2f}", f"{ratio:.3f}", f"{(peak - least) / MIB:.0f}"))
-    return table(("", "ms (median)", "÷ plain", "device memory above plain, MiB"), rows)
+    return markdown(("", "ms (median)", "÷ plain", "device memory above plain, MiB"), rows)
 
 
 def tiny_table(rounds: int, device: torch.device) -> str:
@@ -246,7 +230,7 @@ def tiny_table(rounds: int, device: torch.device) -> str:
     found = measure(cases, rounds, device)  # type: ignore[arg-type]
     plain = statistics.median(found["plain"][0])
     rows = [(name, f"{(statistics.median(found[name][0]) - plain) / 256 * 1e6:.1f}") for name in ways]
-    return table(("", "added, µs an output"), rows)
+    return markdown(("", "added, µs an output"), rows)
 
 
 def living_table(rate: float) -> str:
@@ -267,7 +251,7 @@ def living_table(rate: float) -> str:
         ("pinning it (torch's cache of pinned memory emptied before)", f"{statistics.median(pinning) * 1e3:.2f}"),
         (f"moving it to pageable memory ({torch.get_num_threads()} threads)", f"{statistics.median(moving) * 1e3:.2f}"),
     ]
-    return table((f"a slab of {SLAB // MIB} MiB", "ms (median)"), rows)
+    return markdown((f"a slab of {SLAB // MIB} MiB", "ms (median)"), rows)
 
 
 def report(device: torch.device, rounds: int) -> str:
@@ -312,11 +296,10 @@ def main() -> None:
         body = report(torch.device(options.device), options.rounds)
     else:
         body = (
-            "The CUDA rows were not run: no CUDA device was at hand. `python benchmarks/offload.py` on a machine with one "
+            "The CUDA rows were not run: no CUDA device was at hand. `python -m benchmarks.offload` on a machine with one "
             "writes them here. Until then nothing is known of the speed of offloading; its correctness was tested on fake "
             "streams (`tests/test_offload.py`), and on CUDA not at all."
         )
-    print(body)
     write_section("Offload", body)
 
 

@@ -1,7 +1,7 @@
 """What a capture costs: the plain forward, the hand-written hook idiom and ``capture``, interleaved in one process.
 
-``python -m benchmarks.overhead`` prints two Markdown tables: 64 tiny Conv1d layers, entered anew for each forward, and
-wav2vec2-base on one second of audio.
+``python -m benchmarks.overhead`` writes the section "Overhead" of RESULTS.md: 64 tiny Conv1d layers, entered anew for
+each forward, and wav2vec2-base on one second of audio.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import declare_torchvision_operators, environment, interleave, markdown, paired_ratio, quartiles
+from benchmarks.harness import (
+    declare_torchvision_operators,
+    environment,
+    interleave,
+    markdown,
+    paired_ratio,
+    quartiles,
+    write_section,
+)
 from convtap import capture
 
 
@@ -93,15 +101,20 @@ def wav2vec2_base() -> tuple[nn.Module, Callable[[], object]]:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Measures both, and writes the section."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{environment()}\n")
     with torch.no_grad():
-        print("64 × Conv1d(8, 8, 3) on (1, 8, 64), the block entered for each forward, 500 rounds\n")
-        print(table(*micro_stack(), rounds=500))
-        print("\nwav2vec2-base, one second of audio, 30 rounds\n")
-        print(table(*wav2vec2_base(), rounds=30))
+        small, real = table(*micro_stack(), rounds=500), table(*wav2vec2_base(), rounds=30)
+    parts = (
+        f"`python -m benchmarks.overhead`. {environment()}. The last column is the time that a row adds, as a multiple of what "
+        "the hooks by hand add.",
+        "64 × Conv1d(8, 8, 3) on (1, 8, 64), the block entered for each forward, 500 rounds",
+        small,
+        "wav2vec2-base, one second of audio, 30 rounds",
+        real,
+    )
+    write_section("Overhead", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

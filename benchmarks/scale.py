@@ -1,7 +1,7 @@
 """What a store of very many samples costs beside their bytes: files, index, opening, and finding out what is missing.
 
-Outputs are as small as they can be, so that everything else shows. Run: ``python -m benchmarks.scale``. The figures of
-``docs/scale.md`` are from here.
+Outputs are as small as they can be, so that everything else shows. ``python -m benchmarks.scale`` writes the
+section "Scale" of ``RESULTS.md``. The figures of ``docs/scale.md`` are from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import environment, markdown
+from benchmarks.harness import environment, markdown, write_section
 from convtap._disk.extract import extract
 from convtap._disk.index import read_index
 from convtap._disk.job import _Done
@@ -128,11 +128,10 @@ def start(batches: int) -> list[str]:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Measures, and writes the section."""
     torch.set_num_threads(1)
-    print(environment())
     table = [samples(10**4, 16), samples(10**5, 16), samples(10**5, 256), samples(10**6, 256)]
-    print(markdown(("samples", "batch", "disk B a sample", "index B a sample", "ms a batch"), table))
+    first = markdown(("samples", "batch", "disk B a sample", "index B a sample", "ms a batch"), table)
     cases = [(1000, 10, 32, 1), (1000, 10, 32, 100), (4000, 10, 32, 100), (100, 140, 256, 20), (100, 2200, 16, 20)]
     columns = (
         "shards",
@@ -143,8 +142,10 @@ def main() -> None:
         "first open, ms a shard",
         "again, s",
     )
-    print(markdown(columns, [shards(*case) for case in cases]))
-    print(markdown(("batches", "s to find what is missing"), [start(10**6)]))
+    second = markdown(columns, [shards(*case) for case in cases])
+    third = markdown(("batches", "s to find what is missing"), [start(10**6)])
+    head = f"`python -m benchmarks.scale`. {environment()}. One float16 number a sample."
+    write_section("Scale", "\n\n".join((head, first, second, third)))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ class _FunctionMode(TorchFunctionMode):
         found = self.dispatcher
         # This runs once a torch call, so it must be next to nothing for the calls that concern nobody.
         tokens, functions, identities = found.passing
-        if tokens is open_tokens() and func not in functions:
+        if tokens is open_tokens():
+            if func in functions:
+                return found.watcher(func, func, args, kwargs or {})
             for arg in (*args, *kwargs.values()) if kwargs else args:
                 if id(arg) in identities or (arg.__class__ in _SEQUENCES and func not in _INDEXING):
                     break
