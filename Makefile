@@ -5,13 +5,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
+TORCH ?= 2.6.0
 
-.PHONY: demo test lint types pytest soak overhead bench correctness clean
+.PHONY: demo test test-torch lint types pytest soak overhead bench correctness clean
 
 demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
 	$(BIN)/convtap demo $(FILE)
 
 test: lint types pytest  ## everything CI runs
+
+test-torch: .venv-torch-$(TORCH)/.ready  ## what needs no large packages, on another torch (TORCH=2.6.0, the oldest)
+	.venv-torch-$(TORCH)/bin/python -m pytest --core -rs
+
+# constraints.txt holds for all but torch and what torch itself pins
+.venv-torch-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	grep -vE '^(torch|torchvision|sympy)==' constraints.txt > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-torch-$*/constraints.txt torch==$* -e '.[test-core]'
+	touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -58,4 +70,4 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@ $(VENV)/.plain
 
 clean:
-	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .venv-torch-* .mypy_cache .ruff_cache .pytest_cache

@@ -7,7 +7,9 @@ import doctest
 import importlib
 import io
 import re
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def shown_and_printed(page: Path) -> list[tuple[str, str]]:
     """Runs a page's ``python`` blocks. Returns each ``text`` block with what the block before it really printed."""
     torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "page"}
+    module = sys.modules["page"] = types.ModuleType("page")  # torch 2.6 imports the module of what it compiles
     printed, pairs = "", []
     for kind, body in BLOCK.findall(page.read_text()):
         if kind == "text":
@@ -31,7 +33,7 @@ def shown_and_printed(page: Path) -> list[tuple[str, str]]:
         elif kind == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(body, f"{page.name}: {body.splitlines()[0]}", "exec"), namespace)
+                exec(compile(body, f"{page.name}: {body.splitlines()[0]}", "exec"), vars(module))
             printed = out.getvalue()
     return pairs
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from convtap import ConvtapError, NotCaptured, _eager, capture, finite
 from convtap._process import functions, open_tokens, operators
+from convtap._undo import Guard
 from tests.injection import Injector
 from tests.models import FunctionalConvs
 from tests.reference import snapshot_of
@@ -221,6 +223,10 @@ def test_a_keyboard_interrupt_at_500_random_moments_leaves_nothing(interrupts):
     witness.check()
 
 
+def test_a_guard_that_an_interrupt_left_without_its_steps_says_nothing():
+    Guard.__new__(Guard)  # what __del__ raises is an error in these tests
+
+
 def entered_and_left(make):
     def action():
         with make():
@@ -334,10 +340,10 @@ def test_ten_thousand_blocks_on_one_model_take_no_memory():
         return resident_bytes(), len(gc.get_objects())
 
     blocks(1000)
-    memory, objects = blocks(1000)
-    after = blocks(10_000)
-    assert after[1] - objects < 100
-    assert after[0] - memory < 2**20  # a leak of 105 bytes a block would show
+    memory, objects = zip(*(blocks(count) for count in (1000, 10_000, 10_000, 10_000)), strict=True)
+    assert objects[1] - objects[0] < 100
+    # A leak of 105 bytes a block would show in each round; where torch's own memory settles late, not in each.
+    assert min(after - before for before, after in pairwise(memory)) < 2**20
 
 
 def test_eight_threads_with_two_hundred_blocks_each_do_not_mix():

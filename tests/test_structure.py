@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import convtap
+from tests.conftest import BEYOND_CORE
 from tests.process import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,12 @@ def test_the_import_check_can_fail():
 def test_importing_convtap_does_not_import_dynamo_and_prints_nothing():
     done = run_python("import convtap, sys; assert 'torch._dynamo' not in sys.modules")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", BEYOND_CORE)
+def test_what_the_core_of_the_suite_leaves_out_is_there(name):
+    file, _, test = name.partition("::")
+    assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text()
 
 
 def test_the_package_says_that_it_is_typed():

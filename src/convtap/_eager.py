@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,12 @@ from convtap._errors import Unsupported
 #   blocks would stay on; Dynamo imported inside a block would trace the hooks; importing it takes over a second.
 # Choice: one count of open blocks for the process: the first one sets the stance and the last one restores it. Where
 #   Dynamo is not imported, an import hook sets the stance as soon as it is.
+#
+# Note: [References lent by torch]
+# Assumption: a function that returns an object gives a reference to it away.
+# Failure: ``get_eval_frame_callback`` of torch 2.6 gives none, so whoever calls it, as each change of the stance does,
+#   takes one from None. Until Python 3.12, which never frees it, that ends the process after some thousand blocks.
+# Choice: seen once by counting; where it is so, what is taken by a call is given back after it.
 
 _DYNAMO = "torch._dynamo"
 
@@ -44,11 +52,43 @@ def refuse_inside_compiled() -> None:
     if torch.compiler.is_compiling():
         raise Unsupported(_INSIDE_COMPILED)
     if _DYNAMO in sys.modules:
-        from torch._C._dynamo import eval_frame
-
-        callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)()
+        callback = _frame_callback()
         if callback is not None and callback is not False:
             raise Unsupported(_INSIDE_COMPILED)
+
+
+_give_reference = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
+
+
+@cache
+def _lends(function: Callable[[], Any]) -> bool:
+    """Whether a function gives no reference away with what it returns. See Note: [References lent by torch]."""
+    one = function()
+    before = sys.getrefcount(one)
+    more = [function() for _ in range(1000)]
+    lent = sys.getrefcount(one) - before < 500  # not 0: other threads may use the same object
+    for lender in [one, *more] if lent else []:
+        _give_reference(lender)
+    return lent
+
+
+def _no_callback() -> None:
+    return None
+
+
+def _frame_callback(asked: int = 0) -> Any:
+    """Returns what Dynamo runs this thread's functions with now, or None or False if it lets them be.
+
+    Args:
+        asked: how often torch itself asked just before; what that took is given back as well.
+    """
+    from torch._C._dynamo import eval_frame
+
+    function = getattr(eval_frame, "get_eval_frame_callback", _no_callback)
+    callback = function()
+    for _ in range(asked + 1 if _lends(function) else 0):
+        _give_reference(callback)
+    return callback
 
 
 def enter(block: object) -> None:
@@ -81,6 +121,7 @@ def _force() -> None:
         if before is not None:  # interrupted after it was set
             eval_frame._set_stance(before)
         raise
+    _frame_callback(asked=1)
 
 
 def _restore() -> None:
@@ -92,6 +133,7 @@ def _restore() -> None:
 
         if getattr(eval_frame, "_stance", _stance.stance) is _stance.stance:  # else somebody set another one since
             _stance.__exit__(None, None, None)
+            _frame_callback(asked=1)
         _stance = None
 
 

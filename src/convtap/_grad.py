@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from convtap._errors import NotCaptured
 from convtap._functorch import is_wrapped
@@ -35,8 +34,6 @@ from convtap._structure import map_leaves, walk_tensors
 
 _backward_task = torch._C._current_graph_task_id
 _outside_modes = torch._C.DisableTorchFunction
-_FORWARD = CheckpointFunction.forward.__code__
-_BACKWARD = CheckpointFunction.backward.__code__
 
 _NO_GRAPH = (
     "its output does not require a gradient: the forward pass ran without one (torch.no_grad), or neither the input nor "
@@ -214,11 +211,16 @@ class Gradients:
 def _checkpoints() -> tuple[Any, list[Any]]:
     """The reentrant checkpoints that run now: the one that repeats its forward, and those inside it that begin theirs."""
     begun: list[Any] = []
+    # Imported by the model that checkpoints, or not at all: on torch 2.6 it takes a third of a second.
+    function = getattr(sys.modules.get("torch.utils.checkpoint"), "CheckpointFunction", None)
+    if function is None:
+        return None, begun
+    forward, backward = function.forward.__code__, function.backward.__code__
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _FORWARD:
+        if frame.f_code is forward:
             begun.append(frame.f_locals["ctx"])
-        elif frame.f_code is _BACKWARD:
+        elif frame.f_code is backward:
             return frame.f_locals["ctx"], begun
         frame = frame.f_back  # type: ignore[assignment]
     return None, begun

@@ -75,11 +75,13 @@ def separator(name: str, names: Iterable[str]) -> str:
 
 def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
     """Gives each call its key: the layer's name if it ran once, else the name with the call's number."""
-    names = [name for name, _ in calls]
-    numbers = dict.fromkeys(names, 0)
+    times: dict[str, int] = {}  # counted by hand: this is compiled too, and torch 2.6 does not trace list.count
+    for name, _ in calls:
+        times[name] = times.get(name, 0) + 1
+    numbers = dict.fromkeys(times, 0)
     found: dict[str, Any] = {}
     for name, value in calls:
         number = numbers[name]
         numbers[name] = number + 1
-        found[name if names.count(name) == 1 else f"{name}{separators[name]}{number}"] = value
+        found[name if times[name] == 1 else f"{name}{separators[name]}{number}"] = value
     return found

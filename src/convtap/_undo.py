@@ -44,7 +44,7 @@ class Guard:
         self.steps = steps
 
     def __del__(self) -> None:
-        undo(self.steps)
+        undo(getattr(self, "steps", []))  # an interrupt before __init__ leaves none
 
 
 class Spent:
