@@ -69,7 +69,7 @@ class Block:
         self.recorder = Recorder(
             token,
             log,
-            selection.modules,
+            selection,
             passes,
             Keeper(asked.policy, asked.offloader),
             last=asked.last,

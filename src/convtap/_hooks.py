@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 #   be pickled at all.
 # Choice: a hook is a ``partial`` (called as fast as a function) whose copy and whose pickle is a standard-library
 #   callable that takes anything and returns None, so that loading a pickle does not even need convtap. A shallow copy
-#   shares the dictionaries themselves, so a hook also compares the module it is called for.
+#   shares the dictionaries themselves, so a hook also looks at the module it is called for.
 
 
 class Hook(partial):  # type: ignore[type-arg]
@@ -57,12 +57,12 @@ class Hooks:
         if kwargs:
             module._forward_hooks_with_kwargs[self._key] = True
 
-    def after_each(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
-        """Calls ``function(name, module, module, args, output)`` after the forward of every module, by name."""
-        key = self._key
-        self._after.extend(modules.values())  # first: see Note: [Interrupts]
-        for name, module in modules.items():
-            module._forward_hooks[key] = Hook(function, name, module)
+    def after_each(self, modules: Collection[nn.Module], function: Callable[..., Any]) -> None:
+        """Calls ``function(module, args, output)`` after the forward of every module."""
+        key, hook = self._key, Hook(function)
+        self._after.extend(modules)  # first: see Note: [Interrupts]
+        for module in modules:
+            module._forward_hooks[key] = hook
 
     def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any, first: bool = False) -> None:
         """Calls ``function(*bound, module, args, kwargs)`` before the module's forward.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_new
 from convtap._process import Token, open_tokens
+from convtap._select import Selection
 from convtap._structure import walk_tensors
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
@@ -65,7 +66,7 @@ class Recorder:
         self,
         token: Token,
         log: Log,
-        modules: Mapping[str, nn.Module],
+        selection: Selection,
         passes: Passes,
         keeper: Keeper,
         *,
@@ -84,7 +85,8 @@ class Recorder:
         self._claims = _Claims()
         self._token = token
         self._log = log
-        self._modules = modules
+        self._modules = selection.modules
+        self._name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
         self._keeper = keeper
@@ -119,9 +121,10 @@ class Recorder:
             return False
         return True
 
-    def emit_module(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:
+    def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Records what a module returned: the hook itself, and for the usual options all of the way, in one function."""
-        if module is not tapped:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
+        name = self._name_of.get(id(module))
+        if name is None:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
             return None
         usual = self._usual and type(output) is Tensor and self._token in open_tokens() and _backward_task() == -1
         if not usual or self.follower is not None or is_wrapped(output):

@@ -32,6 +32,7 @@ class Selection:
 
     Attributes:
         modules: the selected modules by clean name, in definition order.
+        name_of: their names by the modules' identity.
         exact: the names of those that were asked for by exact name or by instance.
         tree: all modules of the model.
     """
@@ -46,13 +47,14 @@ class Selection:
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
         self._everything = layers is None
-        if layers is None:
-            self.modules = self.typed
-            return
+        self.modules = self.typed if layers is None else self._chosen(layers)
+        self.name_of = {id(module): name for name, module in self.modules.items()}
+
+    def _chosen(self, layers: Layers) -> dict[str, nn.Module]:
         chosen: set[str] = set()
         for selector in _selectors(layers):
             chosen.update(self._choose(selector))
-        self.modules = {name: module for name, module in tree.names.items() if name in chosen}
+        return {name: module for name, module in self.tree.names.items() if name in chosen}
 
     @property
     def names(self) -> Mapping[str, nn.Module | None]:

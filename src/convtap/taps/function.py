@@ -88,7 +88,7 @@ class FunctionTap:
         self._passes = passes
         self._at = at
         self._follower = follower
-        self._modules = {id(module): name for name, module in selection.modules.items()}
+        self._name_of = selection.name_of
         self._owners = Owners(selection.tree)
         self._wanted: dict[str, bool] = {}
         self._weights: dict[int, str] = {}
@@ -134,7 +134,7 @@ class FunctionTap:
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS:
-            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._modules:
+            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._name_of:
                 return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
             if not self._recorder.muted:
                 return self._convolution(call, func, args, kwargs)
@@ -182,14 +182,14 @@ class FunctionTap:
     def _enclosing(self) -> list[str] | None:
         """Returns the selected modules around the call, innermost first, or None if the TorchScript tap emits it."""
         found: list[str] = []
-        modules = self._modules
+        name_of = self._name_of
         root = self._selection.tree.model
         innermost = True
         for module, _ in module_calls(sys._getframe(3)):
             if innermost and isinstance(module, torch.jit.ScriptModule):
                 return None
             innermost = False
-            name = modules.get(id(module))
+            name = name_of.get(id(module))
             if name is not None:
                 found.append(name)
             if module is root:

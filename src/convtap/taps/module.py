@@ -31,12 +31,12 @@ class ModuleTap:
         # What may be a view of something else, or may be swapped, is looked at more closely.
         kinds: set[Any] = {type(module) for module in self._modules.values()}
         if self._detach and all(map(_is_plain, kinds)):
-            self._hooks.after_each(self._modules, self._recorder.emit_module)
+            self._hooks.after_each(self._modules.values(), self._recorder.emit_module)
             return
         for name, module in self._modules.items():
             kind: Any = type(module)
             if self._detach and _is_plain(kind):
-                self._hooks.after(module, self._recorder.emit_module, name, module)
+                self._hooks.after(module, self._recorder.emit_module)
             else:
                 self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
 
