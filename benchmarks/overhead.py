@@ -67,16 +67,17 @@ def cases(model: nn.Module, run: Callable[[], object]) -> dict[str, Callable[[],
 
 
 def table(model: nn.Module, run: Callable[[], object], rounds: int) -> str:
-    """Measures one model. The last column is the added time, as a multiple of what the hooks by hand add."""
+    """Measures one model. The last column is the added time, as a multiple of what the hooks by hand add, if that is much."""
     seconds = interleave(cases(model, run), rounds)
     names = list(seconds)
     plain, hand = seconds[names[0]], seconds[names[1]]
+    matters = paired_ratio(hand, plain) > 1.1
     added_by_hand = statistics.median(b - a for a, b in zip(plain, hand, strict=True))
     rows = []
     for name, values in seconds.items():
         low, middle, high = quartiles(values)
         added = statistics.median(b - a for a, b in zip(plain, values, strict=True))
-        relative = f"{added / added_by_hand:.2f}" if name != names[0] else ""
+        relative = f"{added / added_by_hand:.2f}" if name != names[0] and matters else ""
         unit, scale = ("µs", 1e6) if middle < 5e-3 else ("ms", 1e3)
         spread = f"{low * scale:.1f} – {high * scale:.1f}"
         rows.append((name, f"{middle * scale:.1f} {unit}", spread, f"{paired_ratio(values, plain):.3f}", relative))

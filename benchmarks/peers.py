@@ -31,7 +31,7 @@ from benchmarks.prepared import PREPARED, NotOffered, compiled
 
 HERE = Path(__file__).parent
 #: A process measures a row for so many seconds, and at least for so many rounds.
-SECONDS, ROUNDS = 12.0, 5
+SECONDS, ROUNDS = 5.0, 5
 
 
 def right(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> str:
@@ -222,7 +222,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="rows, with commas between them")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each library and row")
+    parser.add_argument("--repeats", type=int, default=2, help="processes for each library and row")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--library", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -135,7 +135,11 @@ class Recorder:
         else:
             value = snapshot_of_new(output)
         log = self._log
-        tally = log.tallies.get(name) or self._open_tally(name)
+        tally = log.tallies.get(name)
+        if tally is None:
+            tally = log.tallies[name] = Tally(name, type(module))
+            if self._has_numbers:
+                log.tell_apart()
         forward = self._here.number
         if forward < 0:
             forward = self._passes.current()

@@ -39,6 +39,7 @@ _CONVOLUTIONS: dict[Any, int | None] = {
 }
 
 _SEQUENCES = (list, tuple)
+_frame = sys._getframe
 
 # Note: [What reads a weight]
 # Assumption: a kernel that computes a convolution by itself takes the weight through some torch call first (squeeze, to,
@@ -134,8 +135,9 @@ class FunctionTap:
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS:
-            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(sys._getframe(2))) in self._name_of:
-                return call(*args, **kwargs)  # the usual case: a module that was called, whose hook emits it
+            if len(args) > 1 and id(args[1]) in self._weights and id(called_conv1d(_frame(2))) in self._name_of:
+                # the usual case: a module that was called, whose hook emits it
+                return call(*args, **kwargs) if kwargs else call(*args)
             if not self._recorder.muted:
                 return self._convolution(call, func, args, kwargs)
         result = call(*args, **kwargs)
