@@ -17,7 +17,7 @@ from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFini
 from convtap._passes import FAST_PATHS
 from convtap._select import Layers, Types, check_arguments, select
 from convtap._tree import ROOT, ModuleTree
-from convtap._undo import undo
+from convtap._undo import Guard, Spent, undo
 
 # Note: [Hooks on fast paths]
 # Assumption: ``nn.TransformerEncoder`` and its parts leave their fast path when they, or modules in them, have hooks.
@@ -138,6 +138,7 @@ class Finite:
         steps: list[Callable[[], object]] = [lambda: _eager.leave(token), lambda: _process.leave(token), watch.close]
         try:
             self._steps = steps
+            self._guard = Guard(steps)
             _eager.enter(token)
             _process.enter(token)
             watch.open()
@@ -158,6 +159,7 @@ class Finite:
         finally:
             undo(steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
             self._steps = None
+            self._guard.__class__ = Spent  # type: ignore[assignment]
         if error is not None:
             return
         first = self._watch.first()
