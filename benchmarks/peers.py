@@ -119,8 +119,7 @@ def memory(library: str, work: works.Work) -> dict[str, Any]:
     with PREPARED[library](work.model, work.names) as run:
         found = run(work.x)
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    del found
-    return {"mib": peak, "values": ""}
+    return {"mib": peak, "values": right(found, work.expected)}
 
 
 def data_set(library: str, work: works.Work) -> dict[str, Any]:

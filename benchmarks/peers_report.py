@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,11 +74,20 @@ def write(rows: Sequence[str], repeats: int, measure: Callable[[str, str], Resul
         "reference that clones. Each library is used on the fastest way that it documents (`benchmarks/prepared.py`, "
         "`benchmarks/datasets.py`). What cannot do a row says why."
     )
+    tables = written() | {TITLES[row][0]: table(row, results) for row, results in found.items()}
     parts = [head, f"![The same figures as bars]({CHART.name})"]
-    for row in rows:
-        parts += [f"### {TITLES[row][0]}", table(row, found[row])]
+    for title, _ in TITLES.values():
+        if title in tables:
+            parts += [f"### {title}", tables[title]]
     write_section("Peers", "\n\n".join(parts))
-    draw(found)
+    draw()
+
+
+def written() -> dict[str, str]:
+    """The tables that the section has now, by title."""
+    section = RESULTS.read_text().partition("\n## Peers\n")[2].partition("\n## ")[0]
+    pairs = [part.partition("\n") for part in section.split("\n### ")[1:]]
+    return {title: text.strip() for title, _, text in pairs}
 
 
 def lines_of(row: str, libraries: Sequence[str]) -> list[str]:
@@ -126,7 +134,7 @@ def table(row: str, found: dict[str, Result]) -> str:
     """One row of the comparison as a table, a line for each library."""
     columns = {
         "data-set": ("s", "MB on the disk", "peak MiB above plain", "values"),
-        "memory": ("MiB",),
+        "memory": ("MiB", "values"),
         "import": ("`import`, ms", "with the name that captures, ms"),
     }.get(row, ("ms", "÷ plain", "values"))
     lines = []
@@ -142,7 +150,7 @@ def table(row: str, found: dict[str, Result]) -> str:
             )
             lines.append((name, *cells))
         elif row == "memory":
-            lines.append((name, spread(result["mib"], 0)))
+            lines.append((name, spread(result["mib"], 0), result["values"]))
         elif row == "import":
             lines.append((name, *(spread([1e3 * s for s in result[key]], 1) for key in ("import", "case"))))
         else:
@@ -151,47 +159,60 @@ def table(row: str, found: dict[str, Result]) -> str:
     return markdown(("", *columns), lines)
 
 
-def figure_of(row: str, result: Result) -> float:
-    """The one number of a library on a row."""
-    key = {"data-set": "seconds", "memory": "mib"}.get(row)
-    values = result[key] if key else [1e3 * s for s in result["case"]] if row == "import" else ratios(result)
-    return statistics.median(values)
-
-
-def draw(found: dict[str, dict[str, Result]]) -> None:
-    """Draws a panel of bars for each row; a bar whose values were not all right is hatched."""
+def draw() -> None:
+    """Draws a panel of bars for each table of the section; a bar whose values were not all right is hatched."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        -(-len(found) // 3), min(3, len(found)), figsize=(15, 10), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(found) :]:
+    tables = written()
+    rows = [row for row, (title, _) in TITLES.items() if title in tables]
+    figure, axes = pyplot.subplots(-(-len(rows) // 3), 3, figsize=(15, 10), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(rows) :]:
         axis.axis("off")
-    for axis, (row, results) in zip(axes.flat, found.items(), strict=False):
-        names = list(results)
-        for place, name in enumerate(names):
-            result = results[name]
-            if "error" in result:
-                axis.text(
-                    0.02, place, "cannot", va="center", fontsize=8, color="0.45", transform=axis.get_yaxis_transform()
-                )
-                continue
-            value = figure_of(row, result)
-            got, _, wanted = result["values"].partition(" of ")
-            color = "tab:blue" if name.startswith("convtap") else "0.7"
-            axis.barh(place, value, color=color, hatch=None if got == wanted else "////", edgecolor="white")
-            shown = f" {value:,.2f}" if value < 10 else f" {value:,.0f}"
-            axis.text(value, place, shown, va="center", fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        axis.set_xlim(low, high * 3)
-        title = TITLES[row][1]
-        axis.set_title(title if row in ("data-set", "memory", "import") else f"{title}, ÷ plain", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Less is better; logarithmic axes. Hatched: values that are wrong or missing.", fontsize=10)
+    for axis, row in zip(axes.flat, rows, strict=False):
+        panel(axis, row, bars(row, tables[TITLES[row][0]]))
+    figure.suptitle(
+        "Less is better. Hatched: values that are wrong or missing. Some axes are logarithmic.", fontsize=10
+    )
     figure.savefig(CHART, dpi=110)
+
+
+def bars(row: str, text: str) -> dict[str, tuple[float, bool] | None]:
+    """Reads a table: by library, its figure and whether all values are right; None if it cannot do the row."""
+    head, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
+    column = {"data-set": 1, "memory": 1}.get(row, 2)
+    found: dict[str, tuple[float, bool] | None] = {}
+    for cells in lines:
+        number = cells[column].partition(" ")[0].replace(",", "")
+        got, _, wanted = cells[-1].partition(" of ") if head[-1] == "values" else ("", "", "")
+        found[cells[0]] = (float(number), got == wanted) if number.replace(".", "").isdigit() else None
+    return found
+
+
+def panel(axis: Any, row: str, results: dict[str, tuple[float, bool] | None]) -> None:
+    """Draws one row; logarithmic (from 1 on, the plain forward) if the bars differ by more than ten times."""
+    figures = [result[0] for result in results.values() if result is not None]
+    if max(figures) > 10 * min(figures):
+        axis.set_xscale("log")
+        axis.set_xlim(1 if min(figures) >= 1 else 0.1, 4 * max(figures))
+    else:
+        axis.set_xlim(0, 1.2 * max(figures))
+    for place, (name, result) in enumerate(results.items()):
+        if result is None:
+            axis.text(0.01, place, "cannot", va="center", fontsize=8, color="0.5", transform=axis.get_yaxis_transform())
+            continue
+        value, right = result
+        color = "tab:blue" if name.startswith("convtap") else "0.7"
+        axis.barh(place, value, color=color, hatch=None if right else "////", edgecolor="white")
+        shown = f" {value:,.2f}" if value < 10 else f" {value:,.0f}"
+        axis.text(value, place, shown if right else f"{shown}, wrong", va="center", fontsize=8)
+    axis.set_yticks(range(len(results)), list(results), fontsize=8)
+    axis.set_ylim(len(results) - 0.4, -0.6)
+    axis.xaxis.set_minor_formatter("")
+    axis.tick_params(axis="x", labelsize=8)
+    title = TITLES[row][1]
+    has_unit = row in ("data-set", "memory", "import")
+    axis.set_title(title if has_unit else f"{title}, ÷ plain forward", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
