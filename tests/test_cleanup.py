@@ -112,6 +112,21 @@ def test_copies_and_pickles_made_inside_a_block_record_nothing(at):
     assert len(again) == 5
 
 
+def test_a_layer_and_its_shallow_copy_that_share_their_hooks_are_both_captured():
+    layer = nn.Conv1d(2, 2, 3)
+    model = nn.Sequential(layer, copy.copy(layer))
+    assert model[1]._forward_hooks is layer._forward_hooks
+    x = torch.randn(1, 2, 9)
+    with capture(model) as acts:
+        model(x)
+    weight, bias = layer.weight, layer.bias
+    first = torch.nn.functional.conv1d(x, weight, bias)
+    assert list(acts) == ["0", "1"]
+    assert torch.equal(acts["0"], first)
+    assert torch.equal(acts["1"], torch.nn.functional.conv1d(first, weight, bias))
+    assert not layer._forward_hooks
+
+
 def test_a_shallow_copy_shares_the_weight_so_its_call_is_captured_once_as_a_function():
     model = FiveConvs()
     with capture(model, strict=False) as acts:

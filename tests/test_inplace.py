@@ -132,6 +132,17 @@ def test_tensors_outside_the_allow_list_are_kept_as_well(make):
     assert torch.equal(dense(kept), dense(tensor))
 
 
+def test_an_output_in_a_layout_without_copy_on_write_survives_what_is_written_after_it():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv1d(3, 1, 1)).eval()
+    cloned = []
+    for layer in (model[0], model[2]):
+        layer.register_forward_hook(lambda m, a, output: cloned.append(output.to_dense().clone()))
+    with torch.no_grad(), capture(model) as acts:
+        model(torch.randn(2, 2, 8).to_mkldnn())
+    assert [value.layout for value in acts.values()] == [torch._mkldnn, torch._mkldnn]
+    assert all(torch.equal(value.to_dense(), clone) for value, clone in zip(acts.values(), cloned, strict=True))
+
+
 def test_a_quantized_output_does_not_crash_the_process():
     script = """
 import torch, warnings
