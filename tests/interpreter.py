@@ -33,6 +33,25 @@ class Box:
         return self
 
 
+class Cut(Box):
+    """A view made under ``no_grad``: the same memory, cut off from the history of what is in it."""
+
+    def __init__(self, whole: Box) -> None:
+        self.whole = whole
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        return self.whole.value.detach().requires_grad_()
+
+    @property
+    def writes(self) -> int:  # type: ignore[override]
+        return self.whole.writes
+
+    def write(self, value: Tensor) -> Box:
+        self.whole.write(value)
+        return self
+
+
 class _Rewritten(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, old: Tensor, new: Tensor) -> Tensor:
@@ -201,7 +220,7 @@ class Interpreter:
         return x.write(x.value * 2) if self.net.case.hides else x
 
     def do_alias(self, x, owner):
-        return x
+        return Cut(x) if x.value.requires_grad and not torch.is_grad_enabled() else x
 
     def do_drop(self, x, owner):
         return Box(F.dropout(x.value, 0.5, True)) if self.net.training else x
