@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,6 +237,32 @@ def test_a_weight_that_a_fused_kernel_took_is_reported_as_bypassed():
     with pytest.warns(CoverageWarning, match="conv"), capture(model, strict=False):
         model(X)
     assert list_layers(model, example=X)[1].used == "bypassed in 1 pass: weight read by torch.Tensor.squeeze"
+
+
+@pytest.mark.parametrize(
+    ("use", "reader"),
+    [
+        (lambda w: torch.einsum("oik->ok", [w]), "torch.functional.einsum"),
+        (lambda w: torch.stack([w, w]), "torch.stack"),
+        (lambda w: torch.mul(input=torch.ones(1), other=w), "torch.mul"),
+    ],
+    ids=["a list that is not the first argument", "a list", "a keyword"],
+)
+def test_a_weight_is_seen_wherever_it_is_among_the_arguments(use, reader):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.read = nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 3)
+
+        def forward(self, x):
+            return self.seen(x), use(self.read.weight)
+
+    model = Model()
+    with pytest.raises(
+        NotCaptured, match=rf"read \(bypassed in 1 pass: weight read by .*{re.escape(reader.split('.')[-1])}"
+    ):
+        with capture(model):
+            model(X[:, :1])
 
 
 def test_a_layer_that_is_captured_in_one_pass_and_bypassed_in_others_is_a_warning():

@@ -169,6 +169,35 @@ print(sum(torch.randn(1000).sum().item() for _ in range(100)) == 0, "alive")
     assert "alive" in done.stdout
 
 
+def test_a_plain_convolution_whose_output_was_quantized_on_the_way_does_not_crash_the_process():
+    script = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from torch import nn
+from convtap import capture
+def quantized(output):
+    return torch.quantize_per_tensor(output.detach(), 0.1, 0, torch.quint8)
+class Inside(nn.Conv1d):
+    def _conv_forward(self, *args):
+        return quantized(super()._conv_forward(*args))
+hooked, patched = nn.Conv1d(1, 2, 3), nn.Conv1d(1, 2, 3)
+hooked.register_forward_hook(lambda m, a, output: quantized(output))
+forward = patched.forward
+patched.forward = lambda x: quantized(forward(x))
+x = torch.randn(2, 1, 20)
+for layer in (hooked, patched, Inside(1, 2, 3)):
+    right = layer(x).dequantize()
+    with capture(nn.Sequential(layer)) as acts:
+        layer(x)
+    assert torch.equal(acts["0"].dequantize(), right)
+    del acts
+print(sum(torch.randn(1000).sum().item() for _ in range(100)) == 0, "alive")
+"""
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr
+    assert "alive" in done.stdout
+
+
 # -- copy=False
 
 

@@ -45,8 +45,10 @@ def snapshot(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def snapshot_of_new(output: Tensor) -> Tensor:
-    """``snapshot``, detached, of what a plain convolution just made: it is no quantized tensor, which needs no look then."""
+def snapshot_of_result(output: Tensor) -> Tensor:
+    """``snapshot``, detached, of a plain tensor for which a layout without copy-on-write, which raises, would be a surprise."""
+    if output.is_quantized:  # a hook before ours may have made it so, and that does not raise but crash
+        return output.detach().clone()
     try:
         return _lazy_clone(output.detach() if output.requires_grad else output)
     except RuntimeError:  # a layout that has no copy-on-write

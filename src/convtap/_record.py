@@ -19,7 +19,7 @@ from convtap._keep import Keeper, is_fake, is_held_elsewhere, outside_modes
 from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
-from convtap._policy import snapshot, snapshot_of_new
+from convtap._policy import snapshot, snapshot_of_result
 from convtap._process import Token, open_tokens
 from convtap._select import Selection
 from convtap._structure import walk_tensors
@@ -131,9 +131,9 @@ class Recorder:
             return self.emit(name, output, "module", args)
         if self._watched:
             with outside_modes():
-                value = snapshot_of_new(output)
+                value = snapshot_of_result(output)
         else:
-            value = snapshot_of_new(output)
+            value = snapshot_of_result(output)
         log = self._log
         tally = log.tallies.get(name)
         if tally is None:
