@@ -7,7 +7,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -223,15 +222,16 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
     room = len(_header_text(header, about, str(_LONGEST)))
     room += -room % 8
     # The header holds the checksums and comes first in the file: it is written last, into the room that was left for it,
-    # so that every batch is joined once, and its checksum is computed beside the write.
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+    # so that every batch is joined once. What was summed is written at once, while it is in the processor's cache.
+    with open(path, "wb", buffering=0) as file:
         file.seek(8 + room)
         for part in parts:
             checksum = 0
             for buffer in part.buffers():
-                summed = beside.submit(zlib.crc32, buffer, checksum)
-                _write(file, buffer)
-                checksum = summed.result()
+                for first in range(0, len(buffer), _WRITE_BYTES):
+                    block = buffer[first : first + _WRITE_BYTES]
+                    checksum = zlib.crc32(block, checksum)
+                    _write(file, block)
             about["crc32"][part.name] = checksum
         header["__metadata__"]["convtap"] = json.dumps(about)
         text = _header_text(header, about, header_checksum(header)).ljust(room)
