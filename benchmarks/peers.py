@@ -200,14 +200,13 @@ def import_time(library: str) -> dict[str, Any]:
         return {"error": "– (nothing to import)"}
     module, _, name = works.IMPORTS[library].rpartition(".")
     code = (
-        "import json, time, torch\n"
-        "from torch.library import Library\n"
-        "library = Library('torchvision', 'FRAGMENT')\n"
-        "for name in ('nms', 'qnms'): library.define(name + '(Tensor a, Tensor b, float c) -> Tensor')\n"
+        "import json, time\n"
+        "from benchmarks.harness import declare_torchvision_operators\n"
+        "declare_torchvision_operators()\n"
         f"begun = time.perf_counter()\nimport {LIBRARIES[library][2]}\nfirst = time.perf_counter() - begun\n"
         f"from {module} import {name}\nprint(json.dumps([first, time.perf_counter() - begun]))"
     )
-    path = str(HERE.parent / "src")
+    path = os.pathsep.join([str(HERE.parent / "src"), str(HERE.parent)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )

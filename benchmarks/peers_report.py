@@ -70,9 +70,9 @@ def write(rows: Sequence[str], repeats: int, measure: Callable[[str, str], Resul
     head = (
         f"`make bench`. {versions([name for name in libraries if name in LIBRARIES])}; Python {platform.python_version()}, "
         f"{platform.machine()}, one thread. Each library in {repeats} processes of its own a row, in turn with the plain "
-        "forward; medians, and in brackets the middle half. *values*: how many of the captured values are those of a "
-        "reference that clones. Each library is used on the fastest way that it documents (`benchmarks/prepared.py`, "
-        "`benchmarks/datasets.py`). What cannot do a row says why."
+        "forward; medians, and in brackets the middle half; where set-up is left out, each figure is the shortest of three "
+        "runs. *values*: how many of the captured values are those of a reference that clones. Each library is used on the "
+        "fastest way that it documents (`benchmarks/prepared.py`, `benchmarks/datasets.py`). What cannot do a row says why."
     )
     tables = written() | {TITLES[row][0]: table(row, results) for row, results in found.items()}
     parts = [head, f"![The same figures as bars]({CHART.name})"]

@@ -46,13 +46,13 @@ def snapshot(tensor: Tensor) -> Tensor:
 
 
 def snapshot_of_result(output: Tensor) -> Tensor:
-    """``snapshot``, detached, of a plain tensor for which a layout without copy-on-write, which raises, would be a surprise."""
-    if output.is_quantized:  # a hook before ours may have made it so, and that does not raise but crash
-        return output.detach().clone()
+    """``snapshot``, detached, of what a plain convolution gave: other layouts are rare there, and raise."""
     try:
-        return _lazy_clone(output.detach() if output.requires_grad else output)
-    except RuntimeError:  # a layout that has no copy-on-write
-        return output.detach().clone()
+        if not output.is_quantized:  # that does not raise but crash; a hook before ours may have made it so
+            return _lazy_clone(output.detach() if output.requires_grad else output)
+    except RuntimeError:
+        pass
+    return output.detach().clone()
 
 
 class Alias(Held):

@@ -84,7 +84,7 @@ def _joined(watchers: list[Watcher]) -> Watcher:
 #: Functions, and identities of arguments, that a watcher is to see. What has neither passes it by.
 Concerns: TypeAlias = "tuple[Container[Any], Container[int]]"
 
-_SEQUENCES = (list, tuple)  # of tensors, perhaps
+SEQUENCES = (list, tuple)  # of tensors, perhaps
 _INDEXING = (Tensor.__getitem__, Tensor.__setitem__)  # there a tuple is a place
 _NOTHING_PASSES: tuple[None, Container[Any], Container[int]] = (None, (), ())
 
@@ -131,7 +131,7 @@ class _FunctionMode(TorchFunctionMode):
             if func in functions:
                 return found.watcher(func, func, args, kwargs or {})
             for arg in (*args, *kwargs.values()) if kwargs else args:
-                if id(arg) in identities or (arg.__class__ in _SEQUENCES and func not in _INDEXING):
+                if id(arg) in identities or (arg.__class__ in SEQUENCES and func not in _INDEXING):
                     break
             else:
                 arg = None  # torch.jit.trace names what it traces after the variables that hold tensors

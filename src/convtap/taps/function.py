@@ -38,7 +38,6 @@ _CONVOLUTIONS: dict[Any, int | None] = {
     _aten._convolution.deprecated: 6,
 }
 
-_SEQUENCES = (list, tuple)
 _frame = sys._getframe
 
 # Note: [What reads a weight]
@@ -155,7 +154,7 @@ class FunctionTap:
 
     def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         for arg in (*args, *kwargs.values()):
-            for item in arg if arg.__class__ in _SEQUENCES else (arg,):
+            for item in arg if arg.__class__ in _process.SEQUENCES else (arg,):
                 name = self._weights.get(id(item))
                 if name is not None and self._is_stale(id(item), item):
                     self._forget(id(item))
