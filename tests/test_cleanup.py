@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from convtap import ConvtapError, NotCaptured, capture
-from convtap._process import open_tokens
+from convtap._torch.modes import open_tokens
 from tests.models import FiveConvs, RaisesHalfway, TwoParts
 from tests.process import run_python
 from tests.reference import snapshot_of

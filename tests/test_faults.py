@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from convtap import ConvtapError, NotCaptured, _eager, capture, finite
-from convtap._process import functions, open_tokens, operators
-from convtap._undo import Guard
+from convtap import ConvtapError, NotCaptured, capture, finite
+from convtap._torch import compile_stance
+from convtap._torch.cleanup import Guard
+from convtap._torch.modes import functions, open_tokens, operators
 from tests.injection import Injector
 from tests.models import FunctionalConvs
 from tests.reference import snapshot_of
@@ -65,7 +66,7 @@ class Witness:
             "function modes": _get_current_function_mode_stack() == self.modes,
             "dispatch modes": torch._C._len_torch_dispatch_stack() == 0,
             "import finder": sys.meta_path == self.finders,
-            "stance": not _eager._blocks and _eager._stance is None,
+            "stance": not compile_stance._blocks and compile_stance._stance is None,
             "tokens": open_tokens() == (),
             "threads": not any((functions._blocks_of_thread, operators._blocks_of_thread)),
         }

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from convtap import _eager, _process
 from convtap._budget import Budget
 from convtap._errors import LayerNotFound, OffloadWarning, Unsupported, listed
 from convtap._grad import Gradients
@@ -21,6 +20,7 @@ from convtap._passes import FAST_PATHS, Passes
 from convtap._policy import Policy
 from convtap._record import Recorder, StopForward
 from convtap._select import Layers, select
+from convtap._torch import compile_stance, modes
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.activation import Follower
@@ -63,7 +63,7 @@ class Block:
         self.offloader = asked.offloader
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         self._note(slowed)
-        token = self.token = _process.Token()
+        token = self.token = modes.Token()
         self.passes = passes = Passes(asked.model, token)
         log.inputs = passes.inputs
         self.recorder = Recorder(
@@ -125,10 +125,10 @@ class Block:
         """Puts everything on; ``steps`` takes it off, also what is half done."""
         token, steps = self.token, self.steps
         steps.append(self._land)
-        steps.append(lambda: _eager.leave(token))
-        _eager.enter(token)
-        steps.append(lambda: _process.leave(token))
-        _process.enter(token)
+        steps.append(lambda: compile_stance.leave(token))
+        compile_stance.enter(token)
+        steps.append(lambda: modes.leave(token))
+        modes.enter(token)
         for part in self._parts:
             steps.append(part.close)
             part.open()

@@ -9,7 +9,6 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convtap import _eager
 from convtap._block import Asked, Block
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
 from convtap._memory import parse_bytes
@@ -17,7 +16,8 @@ from convtap._offload import Offloader
 from convtap._policy import Policy
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
-from convtap._undo import Guard, Spent, undo
+from convtap._torch import compile_stance
+from convtap._torch.cleanup import Guard, Spent, undo
 from convtap.taps.activation import check_activations
 
 
@@ -91,7 +91,7 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
     ) -> None:
-        _eager.refuse_inside_compiled()
+        compile_stance.refuse_inside_compiled()
         layers = as_selection(layers)
         types_asked = check_arguments(model, layers, types)
         for option, value in (("detach", detach), ("copy", copy), ("stop", stop), ("strict", strict), ("grads", grads)):
@@ -137,7 +137,7 @@ class Capture:
             raise ConvtapError(
                 "this capture is open already, and one object holds one block. Open a second one with capture(model)."
             )
-        _eager.refuse_inside_compiled()
+        compile_stance.refuse_inside_compiled()
         block = Block(self._asked)
         try:
             self._open = block

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from convtap._errors import NotCaptured
-from convtap._functorch import is_wrapped
 from convtap._memory import are_separate, tensor_bytes
 from convtap._policy import snapshot
 from convtap._structure import map_leaves, walk_tensors
+from convtap._torch.transforms import is_wrapped
 
 # Note: [Where a gradient is read]
 # Assumption: a hook on a tensor stays with the version of it that there was: an in-place activation right after the layer

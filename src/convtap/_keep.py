@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from convtap._errors import ConvtapError, Unsupported
-from convtap._functorch import is_wrapped, unwrapped
-from convtap._hooks import Hooks
 from convtap._offload import Offloader
 from convtap._policy import Alias, Policy, snapshot
 from convtap._structure import map_leaves, walk_tensors
+from convtap._torch.hooks import Hooks
+from convtap._torch.transforms import is_wrapped, unwrapped
 
 # The recording's own torch calls are not the model's: a function mode, ours or a user's, must not see them.
 outside_modes = torch._C.DisableTorchFunction

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from convtap._frames import is_method_of, module_calls, outermost_call
-from convtap._functorch import unwrapped
-from convtap._hooks import Hooks
-from convtap._process import Token, open_tokens
 from convtap._structure import walk_tensors
+from convtap._torch.call_stack import is_method_of, module_calls, outermost_call
+from convtap._torch.hooks import Hooks
+from convtap._torch.modes import Token, open_tokens
+from convtap._torch.transforms import unwrapped
 from convtap._tree import is_keras
 
 # Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from convtap._budget import Budget
 from convtap._call import Call, Tally
 from convtap._errors import ConvtapError
-from convtap._functorch import is_wrapped
 from convtap._grad import Gradient, Gradients
 from convtap._keep import Keeper, is_fake, is_held_elsewhere, outside_modes
 from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
-from convtap._process import Token, open_tokens
 from convtap._select import Selection
 from convtap._structure import walk_tensors
+from convtap._torch.modes import Token, open_tokens
+from convtap._torch.transforms import is_wrapped
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.

@@ -21,10 +21,10 @@ from convtap._errors import (
     listed,
     plural,
 )
-from convtap._hooks import Hook, Hooks
 from convtap._policy import Policy
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._sink import Sink, keep_input, keep_output, keyed, separator
+from convtap._torch.hooks import Hook, Hooks
 
 # Note: [Tracing hooks]
 # Assumption: torch.compile and torch.export trace the hooks that are on the model while they trace, as part of it.

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from convtap import _eager, _process
 from convtap._debug.finding import Finding
 from convtap._debug.watch import Watch
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
 from convtap._passes import FAST_PATHS
 from convtap._select import Layers, Types, check_arguments, select
+from convtap._torch import compile_stance, modes
+from convtap._torch.cleanup import Guard, Spent, undo
 from convtap._tree import ROOT, ModuleTree
-from convtap._undo import Guard, Spent, undo
 
 # Note: [Hooks on fast paths]
 # Assumption: ``nn.TransformerEncoder`` and its parts leave their fast path when they, or modules in them, have hooks.
@@ -131,16 +131,20 @@ class Finite:
                 "this block is open already, and one object holds one. Open a second one with finite(model)."
             )
         tree, modules, hint = self._chosen()
-        token = _process.Token()
+        token = modes.Token()
         root = tree.names.get(ROOT, self._model)
         now = self._raise_at == "layer"
         self._watch = watch = Watch(root, modules, token, inf=self._inf, backward=self._backward, now=now, hint=hint)
-        steps: list[Callable[[], object]] = [lambda: _eager.leave(token), lambda: _process.leave(token), watch.close]
+        steps: list[Callable[[], object]] = [
+            lambda: compile_stance.leave(token),
+            lambda: modes.leave(token),
+            watch.close,
+        ]
         try:
             self._steps = steps
             self._guard = Guard(steps)
-            _eager.enter(token)
-            _process.enter(token)
+            compile_stance.enter(token)
+            modes.enter(token)
             watch.open()
         except BaseException:
             self._steps = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convtap._errors import InvalidType, LayerNotFound, did_you_mean, listed
 from convtap._example import run_once
-from convtap._hooks import Hooks
+from convtap._torch.hooks import Hooks
 from convtap._tree import ModuleTree
 
 # Note: [Fused layers]

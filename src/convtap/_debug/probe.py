@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._functorch import unwrapped
+from convtap._torch.transforms import unwrapped
 
 # Note: [One pass over a tensor]
 # Assumption: ``aminmax`` gives NaN for both ends where any element is NaN, in one pass and without a temporary; and

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from convtap._hooks import Hooks
 from convtap._owners import Owners
 from convtap._select import CONV1D, FUNCTION
 from convtap._structure import walk_tensors
@@ -23,6 +22,7 @@ from convtap._time.axis_op import Op, Shape, is_composite, is_view, written
 from convtap._time.axis_table import CONSTANT, apply, rule_for
 from convtap._time.axis_views import MANY, VIEWS, pieces
 from convtap._time.mark import Digit, Mark, unknown
+from convtap._torch.hooks import Hooks
 from convtap._tree import ModuleTree
 
 # Note: [Two modes]

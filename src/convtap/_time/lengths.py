@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap import _eager
 from convtap._errors import InvalidType
 from convtap._example import run_once
 from convtap._structure import walk_tensors
 from convtap._time.axis_count import Guess
 from convtap._time.follow import Follower, Record
+from convtap._torch import compile_stance
 from convtap._tree import ModuleTree
 
 # Note: [Numbers that the model computes]
@@ -36,12 +36,12 @@ def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[R
     tree = ModuleTree(model)
     follower = Follower(tree, signal, axis)
     try:
-        _eager.enter(follower)
+        compile_stance.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
         with torch.inference_mode(False), follower.watching():
             run_once(model, _with(example, path, signal))
     finally:
-        _eager.leave(follower)
+        compile_stance.leave(follower)
     return follower.records, tree
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from convtap._errors import InvalidType
-from convtap._hooks import Hooks
 from convtap._owners import Owners
 from convtap._record import Recorder
 from convtap._structure import walk_tensors
+from convtap._torch.hooks import Hooks
 
 #: Functions that are activations, by name: ``F.relu``, ``torch.relu``, ``Tensor.relu_`` and ``aten.relu`` are one.
 ACTIVATIONS = frozenset(

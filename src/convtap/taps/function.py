@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap import _process
-from convtap._frames import called_conv1d, module_calls
 from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import CONV1D, FUNCTION, Selection
 from convtap._structure import walk_tensors
+from convtap._torch import modes
+from convtap._torch.call_stack import called_conv1d, module_calls
 from convtap.taps.activation import Follower
 
 _aten = torch.ops.aten
@@ -77,7 +77,7 @@ class FunctionTap:
         selection: Selection,
         recorder: Recorder,
         passes: Passes,
-        token: _process.Token,
+        token: modes.Token,
         *,
         at: str,
         follower: Follower | None,
@@ -118,19 +118,19 @@ class FunctionTap:
         """Ends it."""
         self._passes.companion = None
         if self._thread is not None:
-            _process.functions.end(self._token, self._thread)
+            modes.functions.end(self._token, self._thread)
         self._derived.clear()
         self._kept.clear()
 
     def visit(self) -> int:
         """Begins to watch another thread, in which a pass of this block runs."""
         if self._follower is not None:
-            return _process.functions.begin(self._token, self._watch_and_follow)
-        return _process.functions.begin(self._token, self._watch, (_CONVOLUTIONS, self._weights))
+            return modes.functions.begin(self._token, self._watch_and_follow)
+        return modes.functions.begin(self._token, self._watch, (_CONVOLUTIONS, self._weights))
 
     def leave(self, visit: int) -> None:
         """Ends that."""
-        _process.functions.end(self._token, visit)
+        modes.functions.end(self._token, visit)
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CONVOLUTIONS:
@@ -154,7 +154,7 @@ class FunctionTap:
 
     def _look_for_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         for arg in (*args, *kwargs.values()):
-            for item in arg if arg.__class__ in _process.SEQUENCES else (arg,):
+            for item in arg if arg.__class__ in modes.SEQUENCES else (arg,):
                 name = self._weights.get(id(item))
                 if name is not None and self._is_stale(id(item), item):
                     self._forget(id(item))

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from convtap._hooks import Hooks
 from convtap._record import Recorder
+from convtap._torch.hooks import Hooks
 
 
 class ModuleTap:

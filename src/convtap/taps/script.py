@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap import _process
-from convtap._frames import module_calls
 from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import FUNCTION, Selection
+from convtap._torch import modes
+from convtap._torch.call_stack import module_calls
 
 _aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ class ScriptTap:
     """
 
     def __init__(
-        self, selection: Selection, recorder: Recorder, passes: Passes, token: _process.Token, *, at: str
+        self, selection: Selection, recorder: Recorder, passes: Passes, token: modes.Token, *, at: str
     ) -> None:
         self._selection = selection
         self._recorder = recorder
@@ -48,12 +48,12 @@ class ScriptTap:
     def open(self) -> None:
         """Begins to watch this thread's operators."""
         self._thread = threading.get_ident()
-        _process.operators.begin(self._token, self._watch)
+        modes.operators.begin(self._token, self._watch)
 
     def close(self) -> None:
         """Ends it."""
         if self._thread is not None:
-            _process.operators.end(self._token, self._thread)
+            modes.operators.end(self._token, self._thread)
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func not in _OPERATORS or self._recorder.muted or not self._is_script():
