@@ -77,6 +77,17 @@ def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     expected = cloned(model, x)
     compiled = torch.compile(model, fullgraph=True)
     compiled(x)  # before the hooks of tapped are on, so that this one is plain
+    kept = [value.clone() for value in expected]
+
+    def compiled_captured() -> object:
+        with capture(compiled) as acts:
+            compiled(x)
+        return acts
+
+    def compiled_and_clones() -> object:
+        compiled(x)
+        return [value.clone() for value in kept]
+
     both = torch.compile(tapped(model), fullgraph=True)
     means = torch.compile(tapped(model, reduce=lambda t: t.mean(-1)), fullgraph=True)
 
@@ -91,12 +102,15 @@ def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     )
     eager_model.load_state_dict(model.state_dict())
     check("eager + capture", dict(captured()), expected)  # type: ignore[call-overload]
+    check("compiled, captured", dict(compiled_captured()), expected)  # type: ignore[call-overload]
     check("compiled tapped", both(x)[1], expected)
     check("compiled tapped, reduced", means(x)[1], [value.mean(-1) for value in expected])
     return {
         "plain eager": lambda: eager_model(x),
         "eager + capture": captured,
         "compiled": lambda: compiled(x),
+        "compiled, and clones of as many bytes": compiled_and_clones,
+        "capture(compiled)": compiled_captured,
         "compiled tapped": lambda: both(x),
         "compiled tapped, reduce=mean over time": lambda: means(x),
     }

@@ -225,7 +225,7 @@ def test_reduce_keep_and_samples_work_after_the_activation():
 
 def test_where_functions_are_not_seen_it_is_refused():
     model = FiveConvs()
-    with pytest.raises(Unsupported, match=r"at='activation' follows .*functional=True"):
+    with pytest.raises(Unsupported, match=r"at='activation' follows .*Leave functional out"):
         capture(model, at="activation", functional=False).__enter__()
     with pytest.raises(
         ValueError, match=r"activations= says what counts as one with at='activation', and at is 'output'"
@@ -235,7 +235,6 @@ def test_where_functions_are_not_seen_it_is_refused():
         capture(model, at="activation", activations="relu")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's own
 def test_torchscript_is_refused():
     script = torch.jit.script(FiveConvs())
     with pytest.raises(Unsupported, match="at='activation' does not work for layers inside TorchScript"):

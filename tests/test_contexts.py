@@ -99,7 +99,6 @@ def test_vmap_over_another_axis_and_nested_vmap_put_the_batch_axes_first():
     assert tuple(acts["0"].shape) == (3, 5, 2, 28)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")  # inside torch's jvp
 def test_grad_jvp_and_per_sample_gradients_give_usable_tensors():
     model = FiveConvs()
     parameters = {name: p.detach() for name, p in model.named_parameters()}

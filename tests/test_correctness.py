@@ -9,7 +9,6 @@ from benchmarks.cases import CASES, Wrong, inplace_relu, raises, three_calls, tw
 from benchmarks.libraries import convtap, raw_hooks
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_convtap_agrees_with_the_reference(case):

@@ -33,7 +33,7 @@ def shown_and_printed(page: Path) -> list[tuple[str, str]]:
         elif kind == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(body, f"{page.name}: {body.splitlines()[0]}", "exec"), vars(module))
+                exec(compile(body, f"{page.stem}.py", "exec"), vars(module))
             printed = out.getvalue()
     return pairs
 

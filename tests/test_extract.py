@@ -552,7 +552,6 @@ def test_labels_are_stored_with_their_samples(tmp_path):
     assert found == [(i, 3 * i) for i in range(10)]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # torch's own, in Dynamo
 def test_compiled_the_same_layers_are_stored_and_nothing_stays_on_the_model(tmp_path):
     model = Repeats()
     before = snapshot_of(model)
@@ -565,7 +564,6 @@ def test_compiled_the_same_layers_are_stored_and_nothing_stays_on_the_model(tmp_
     assert snapshot_of(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "scripted", [torch.jit.script, lambda model: torch.jit.trace(model, X[:2])], ids=["script", "trace"]
 )

@@ -23,9 +23,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from convtap import ConvtapError, NotCaptured, capture, finite
-from convtap._torch import compile_stance
+from convtap._torch import compile_stance, convolution_key
 from convtap._torch.cleanup import Guard
-from convtap._torch.modes import functions, open_tokens, operators
+from convtap._torch.modes import open_tokens
 from tests.injection import Injector
 from tests.models import FunctionalConvs
 from tests.reference import snapshot_of
@@ -68,7 +68,9 @@ class Witness:
             "import finder": sys.meta_path == self.finders,
             "stance": not compile_stance._blocks and compile_stance._stance is None,
             "tokens": open_tokens() == (),
-            "threads": not any((functions._blocks_of_thread, operators._blocks_of_thread)),
+            "key": not convolution_key.is_included() and not convolution_key.has_captures(),
+            "parameters": all(type(module._parameters) is dict for module in self.model.modules()),
+            "weights": all(type(parameter) is nn.Parameter for parameter in self.model.parameters()),
         }
         return [name for name, is_well in checks.items() if not is_well]
 
@@ -372,6 +374,65 @@ def test_eight_threads_with_two_hundred_blocks_each_do_not_mix():
     for thread in threads:
         thread.join()
     assert failures == []
+    witness.check()
+
+
+OPTIONS = [
+    {},
+    {"detach": False},
+    {"at": "input"},
+    {"at": "activation"},
+    {"types": nn.Module},
+    {"reduce": lambda t: t.mean(-1)},
+    {"grads": True},
+    {"functional": False, "strict": False},
+]
+
+
+@pytest.mark.filterwarnings("ignore::convtap.CoverageWarning")  # other threads run the model without this capture
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "default")
+def test_captures_that_open_and_close_never_disturb_a_thread_that_only_runs_the_model(options):
+    """torch looks at a hook, and at what it wants to be called with, at two moments; and goes through its dictionaries."""
+    model = Model()
+    witness = Witness(model)
+    plain = model(X).detach()
+    stop, failures, counts = threading.Event(), [], [0, 0]
+
+    def runs(number):
+        try:
+            while not stop.is_set():
+                assert torch.equal(model(X).detach(), plain)
+                counts[number] += 1
+                assert type(model.first[2].weight) is nn.Parameter
+        except BaseException as error:
+            failures.append(error)
+
+    def captures():
+        try:
+            for _ in range(60):
+                with capture(model, **options) as acts:
+                    y = model(X)
+                assert torch.equal(y.detach(), plain)
+                assert "first.0" in {call.name for call in acts.calls()}
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        others = [threading.Thread(target=runs, args=(i,)) for i in range(2)]
+        threads = [threading.Thread(target=captures) for _ in range(4)]
+        for thread in (*others, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stop.set()
+        for thread in others:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert min(counts) > 20
     witness.check()
 
 

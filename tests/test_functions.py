@@ -67,7 +67,9 @@ def test_functional_false_sees_modules_only_and_warns_of_what_did_not_run():
     model = FunctionalConvs()
     model.extra = nn.Conv1d(1, 1, 1)
     with (
-        pytest.warns(CoverageWarning, match="1 of 2 selected layers did not run as modules: conv.*functional=True"),
+        pytest.warns(
+            CoverageWarning, match="1 of 2 selected layers did not run as modules: conv.*with functional=False"
+        ),
         capture(model, functional=False) as acts,
     ):
         model.extra(X)
@@ -226,17 +228,19 @@ def test_a_weight_that_a_fused_kernel_took_is_reported_as_bypassed():
         pytest.raises(
             NotCaptured,
             match=r"the weight of 1 selected layer was used without a convolution that could be seen: "
-            r"conv \(bypassed in 1 pass: weight read by torch.Tensor.squeeze\).*list_layers\(model, example=x\)",
+            r"conv \(bypassed in 1 pass: weight read by torch.Tensor.squeeze \(models.py:\d+\)\)"
+            r".*list_layers\(model, example=x\)",
         ),
         capture(model) as acts,
     ):
         model(X)
     assert list(acts) == ["inp"]
     assert acts.coverage.bypassed == ["conv"]
-    assert str(acts.coverage["conv"]) == "bypassed in 1 pass: weight read by torch.Tensor.squeeze"
+    said = r"bypassed in 1 pass: weight read by torch.Tensor.squeeze \(models.py:\d+\)"
+    assert re.fullmatch(said, str(acts.coverage["conv"]))
     with pytest.warns(CoverageWarning, match="conv"), capture(model, strict=False):
         model(X)
-    assert list_layers(model, example=X)[1].used == "bypassed in 1 pass: weight read by torch.Tensor.squeeze"
+    assert re.fullmatch(said, list_layers(model, example=X)[1].used)
 
 
 @pytest.mark.parametrize(
@@ -365,63 +369,6 @@ def test_a_weight_renormalized_in_forward_before_the_module_runs_is_no_bypass():
     with capture(model) as acts:
         model(X)
     assert acts.coverage["0"].state == "captured"
-
-
-# -- the model must compute what it computes without a capture
-
-
-class ConvThenTransformer(nn.Module):
-    """A convolution in front of torch's own Transformer encoder, whose fast path hooks and modes switch off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 8, 3, padding=1)
-        self.loose = nn.Conv1d(8, 8, 3, padding=1)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-
-    def forward(self, x, padding):
-        x = self.conv(x)
-        x = F.conv1d(x, self.loose.weight, self.loose.bias, padding=1)
-        return self.encoder(x.transpose(1, 2), src_key_padding_mask=padding)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own, on its fast path
-def test_the_transformers_fast_path_stays_on_and_the_bypassed_convolution_is_a_warning():
-    model, x = ConvThenTransformer().eval(), torch.randn(2, 1, 10)
-    padding = torch.zeros(2, 10, dtype=torch.bool)
-    padding[1, 6:] = True
-    with torch.no_grad():
-        plain = model(x, padding)
-        with (
-            pytest.warns(
-                CoverageWarning, match=r"1 of 2 selected layers did not run as modules: loose.*functional=True"
-            ),
-            capture(model) as acts,
-        ):
-            y = model(x, padding)
-        assert torch.equal(y, plain)
-        assert list(acts) == ["conv"]
-        assert "F.conv1d calls were not watched: that would change how encoder computes" in str(acts)
-        with capture(model, functional=True) as acts:
-            forced = model(x, padding)
-        assert list(acts) == ["conv", "loose"]
-        assert not torch.equal(forced, plain)  # the reason for all this
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own, on its fast path
-def test_a_transformer_that_is_called_directly_is_not_marked():
-    model = ConvThenTransformer().eval()
-    padding = torch.zeros(2, 10, dtype=torch.bool)
-    padding[1, 6:] = True
-    source = torch.randn(2, 10, 8)
-    with torch.no_grad():
-        plain = model.encoder(source, src_key_padding_mask=padding)
-        with capture(model, "conv") as acts:
-            model.conv(X)
-            for _ in range(2):
-                assert torch.equal(model.encoder(source, src_key_padding_mask=padding), plain)
-    assert list(acts) == ["conv"]
 
 
 def test_the_convolution_of_a_layer_that_is_not_selected_is_its_own_and_no_bare_function():

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from convtap import ModifiedInPlace, NotCaptured, capture
-from convtap._errors import CoverageWarning
-from convtap._record import StopForward
+from convtap._errors import CoverageWarning, StopForward
 from convtap._torch.modes import open_tokens
 from tests.interpreter import Event, Interpreter
 from tests.networks import Case, Net, Options, Planned, cases

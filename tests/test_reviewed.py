@@ -290,7 +290,6 @@ def test_reduce_does_not_disturb_checkpointing():
     torch.testing.assert_close(acts["conv"], conv(X).pow(2).mean(-1))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's own
 def test_what_is_traced_inside_a_block_is_the_model_alone():
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU())
     with capture(model, detach=False, strict=False):
@@ -409,7 +408,6 @@ def test_a_parameter_that_no_function_used_is_said_to_be_just_that():
         model(X)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's own
 def test_an_error_inside_torchscript_keeps_its_text():
     script = torch.jit.script(nn.Sequential(nn.Conv1d(1, 2, 3)))
     with pytest.raises(TypeError, match="layer '0': reduce returned a float"):

@@ -12,8 +12,6 @@ from torch import nn
 from convtap import NotCaptured, Unsupported, capture, list_layers
 from tests.reference import cloning_hooks, same
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's own
-
 X = torch.randn(2, 1, 30)
 
 

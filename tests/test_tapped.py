@@ -448,7 +448,6 @@ def test_data_parallel_on_several_devices_is_refused():
         tapped(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # the form of model this test is about
 def test_a_scripted_model_is_refused(x):
     with pytest.raises(Unsupported, match="TorchScript runs no Python hooks"):
         tapped(torch.jit.trace(nn.Conv1d(2, 4, 3), x), types=nn.Module)

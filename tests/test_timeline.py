@@ -529,7 +529,6 @@ def test_a_layer_that_runs_several_times_has_a_line_each():
     assert len(times) == 4
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 1, 40))])
 def test_scripted_models_are_followed(wrap):
     model = nn.Sequential(nn.Conv1d(1, 2, 3, stride=2), nn.ReLU(), nn.Conv1d(2, 2, 3))

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from convtap._budget import Budget
-from convtap._errors import LayerNotFound, OffloadWarning, Unsupported, listed
+from convtap._errors import LayerNotFound, OffloadWarning, StopForward, Unsupported, listed
 from convtap._grad import Gradients
 from convtap._keep import Keeper
 from convtap._log import Log
 from convtap._offload import Offloader, first_failure
 from convtap._owners import Owners
-from convtap._passes import FAST_PATHS, Passes
+from convtap._passes import Passes
 from convtap._policy import Policy
-from convtap._record import Recorder, StopForward
-from convtap._select import Layers, select
-from convtap._torch import compile_stance, modes
+from convtap._record import Recorder
+from convtap._select import Layers, Selection, select
+from convtap._torch import compile_stance, modes, self_test
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
 from convtap.taps.activation import Follower
-from convtap.taps.function import FunctionTap
+from convtap.taps.convolutions import ConvolutionTap
 from convtap.taps.keras import KerasTap
-from convtap.taps.module import ModuleTap
-from convtap.taps.script import ScriptTap
+from convtap.taps.module import ModuleTap, is_plain
 
 
 @dataclass
@@ -54,17 +53,18 @@ class Block:
     def __init__(self, asked: Asked) -> None:
         selection = select(asked.model, asked.layers, asked.types)
         _check_replicas(selection.tree)
-        functional = asked.functional
-        slowed = selection.tree.instances(FAST_PATHS) if functional is None else []
-        self.functional = (not slowed if functional is None else functional) and selection.takes_functions
+        self.broken = broken = self_test.run()
+        self.uses_key = self_test.KEY not in broken
+        self.functional = asked.functional is not False and selection.takes_functions and self_test.STACK not in broken
+        self.eager = _why_eager(asked, selection, self.uses_key)
         if not selection.modules and not self.functional:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
         self.offloader = asked.offloader
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
-        self._note(slowed)
+        self._note()
         token = self.token = modes.Token()
-        self.passes = passes = Passes(asked.model, token)
+        self.passes = passes = Passes(asked.model, token, uses_shim=self_test.SHIM not in broken)
         log.inputs = passes.inputs
         self.recorder = Recorder(
             token,
@@ -75,64 +75,79 @@ class Block:
             last=asked.last,
             budget=None if asked.max_bytes is None else Budget(asked.max_bytes, log),
             stop_after=set(selection.names) if asked.stop else None,
-            watched=self.functional,
             grads=_gradients(asked),
         )
         self.steps: list[Callable[[], object]] = []
-        self._parts = [passes, *self._taps(asked)]
+        self.convolutions: ConvolutionTap | None = None
+        self._parts = [*self._taps(asked), passes]  # a pass is around what the taps see
 
-    def _note(self, slowed: list[str]) -> None:
-        notes = self.log.notes
-        if slowed:
-            notes.append(f"F.conv1d calls were not watched: that would change how {listed(slowed)} computes")
-        if self.selection.tree.is_compiled:
-            notes.append("the compiled model ran eagerly in this block; convtap.tapped(model) can be compiled")
+    def _note(self) -> None:
+        if self.selection.tree.compiled:
+            how = "compiled" if self.eager is None else f"eagerly in this capture ({self.eager})"
+            self.log.notes.append(f"the compiled model ran {how}")
 
     def _taps(self, asked: Asked) -> list[Any]:
-        selection, recorder, passes, token, at = self.selection, self.recorder, self.passes, self.token, asked.at
+        selection, recorder, passes, at = self.selection, self.recorder, self.passes, asked.at
+        owners = Owners(selection.tree)
         taps: list[Any] = []
-        scripted = set(selection.scripted)
         if selection.tree.has_script:
-            _check_script(asked, sorted(scripted))
-            taps.append(ScriptTap(selection, recorder, passes, token, at=at))
+            _check_script(asked, sorted(selection.scripted))
         keras = selection.keras
         if selection.tree.has_keras:
             taps.append(KerasTap(asked.model, keras, recorder, passes, at=at))
-        modules = selection.modules
-        if scripted or keras:
-            modules = {name: m for name, m in modules.items() if name not in scripted and name not in keras}
-        follower = self._follower(asked) if at == "activation" else None
+        compiled = selection.tree.compiled if self.eager is None else {}
+        others = {*selection.scripted, *keras}
+        modules = {name: module for name, module in selection.modules.items() if name not in others}
+        outside = {name: module for name, module in modules.items() if name not in compiled}
+        modules = modules if at == "output" else outside  # a hook would become part of what is compiled
+        follower = self._follower(asked, owners) if at == "activation" else None
         if follower is not None:
             taps.append(follower)
         # what may be replaced by a snapshot is compared with the keyword arguments as well
         alone = asked.policy.detach and not asked.grads
-        taps.append(ModuleTap(modules, recorder, at=at, detach=alone))
-        if self.functional:
-            taps.append(FunctionTap(selection, recorder, passes, token, at=at, follower=follower))
+        taps.append(
+            ModuleTap(modules, recorder, self.token, at=at, plainly=alone and self_test.SHIM not in self.broken)
+        )
+        if self.functional or selection.tree.has_script:
+            tap = ConvolutionTap(
+                selection,
+                recorder,
+                passes,
+                self.token,
+                owners,
+                at=at,
+                functions=self.functional,
+                tapped=modules,
+                watched=outside,
+                compiled=compiled,
+                follower=follower,
+                uses_key=self.uses_key,
+            )
+            taps.append(tap)
+            self.convolutions = tap
         return taps
 
-    def _follower(self, asked: Asked) -> Follower:
+    def _follower(self, asked: Asked, owners: Owners) -> Follower:
         if not self.functional:
             raise Unsupported(
-                "at='activation' follows the outputs through the functions that the model calls, and those are not watched "
-                "here (functional=False, or a module whose fast path that would switch off). Pass functional=True."
+                "at='activation' follows the outputs through the functions that the model calls, and functional=False does "
+                "not watch those. Leave functional out."
             )
-        tree = self.selection.tree
-        self.recorder.follower = Follower(tree.names, Owners(tree), self.recorder, asked.activations)
+        self.recorder.follower = Follower(self.selection.tree.names, owners, self.recorder, asked.activations)
         return self.recorder.follower
 
     def open(self) -> None:
         """Puts everything on; ``steps`` takes it off, also what is half done."""
         token, steps = self.token, self.steps
         steps.append(self._land)
-        steps.append(lambda: compile_stance.leave(token))
-        compile_stance.enter(token)
+        if self.eager is not None:
+            steps.append(lambda: compile_stance.leave(token))
+            compile_stance.enter(token)
         steps.append(lambda: modes.leave(token))
         modes.enter(token)
         for part in self._parts:
             steps.append(part.close)
             part.open()
-        self.passes.open_end()
 
     def close(self, error: BaseException | None, strict: bool | None) -> bool:
         """Says what is missing once ``steps`` were undone, and returns whether the body ended by ``stop``.
@@ -150,10 +165,28 @@ class Block:
             if strict is not None and (error is None or stopped):
                 self._warn()
                 if not self._is_complete():
-                    conclude(log, self.recorder, self.passes, selection, strict=strict, functional=self.functional)
+                    conclude(
+                        log,
+                        self.recorder,
+                        self.passes,
+                        selection,
+                        strict=strict,
+                        functional=self.functional,
+                        compiled=self._compiled(),
+                    )
         finally:
             self.recorder.failure = None  # its traceback leads back here: a cycle
+            self.recorder.follower = None  # which has the recorder: another one
         return stopped
+
+    def _compiled(self) -> Collection[str]:
+        """The selected layers that may have run in compiled code, where they are seen only if a convolution runs."""
+        tap, tree = self.convolutions, self.selection.tree
+        if self.eager is not None or tap is None:
+            return ()
+        calls = self.log.calls.values()
+        is_around = tap.compiled_code_ran and (not calls or any(call.via == "compiled" for call in calls))
+        return self.selection.modules if is_around else tree.compiled
 
     def _land(self) -> None:
         """Waits for what is still being copied. One that failed makes the block fail, and raises whenever it is read."""
@@ -169,7 +202,38 @@ class Block:
         """Whether all is well, found out without a look at each layer."""
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.tallies)
-        return everything and recorder.failure is None and not (recorder.reads or recorder.elsewhere)
+        quiet = not (recorder.reads or recorder.elsewhere or recorder.outside or self.passes.elsewhere)
+        return everything and recorder.failure is None and quiet
+
+
+def _why_eager(asked: Asked, selection: Selection, uses_key: bool) -> str | None:
+    """Why the compiled parts of a model have to run eagerly for this capture, or None if they need not."""
+    compiled = selection.tree.compiled
+    if not compiled:
+        return None
+    for option, wanted in (
+        ("detach=False", not asked.policy.detach),
+        ("grads=True", asked.grads),
+        (f"at={asked.at!r}", asked.at == "activation"),
+        ("functional=False", asked.functional is False),
+        ("this torch has no convolution key", not uses_key),
+        (f"the compiler's stance is {compile_stance.current()!r}", compile_stance.current() != "default"),
+        ("its graph is replayed by CUDA", any(map(compile_stance.uses_cuda_graphs, selection.tree.wrappers))),
+    ):
+        if wanted:
+            return option
+    selected = {name: module for name, module in selection.modules.items() if name in compiled}
+    others = [name for name, m in selected.items() if not is_plain(m) or (asked.at == "input" and _pads(m))]
+    if others:
+        return (
+            f"{listed(others)} is not a plain Conv1d" if len(others) == 1 else f"{listed(others)} are not plain Conv1d"
+        )
+    weights = [id(module.weight) for module in selected.values()]
+    return "two layers have one weight" if len(set(weights)) < len(weights) else None
+
+
+def _pads(module: nn.Module) -> bool:
+    return getattr(module, "padding_mode", "zeros") != "zeros"
 
 
 def _gradients(asked: Asked) -> Gradients | None:

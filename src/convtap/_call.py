@@ -60,7 +60,7 @@ class Call:
     Attributes:
         index: how many times the layer had run before, in this block.
         forward: the number of the outermost forward pass that it was part of.
-        via: how it was seen: ``"module"``, ``"function"``, ``"script"`` or ``"keras"``.
+        via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
     """
 
     __slots__ = ("_gradient", "_tally", "_value", "forward", "index", "via")
@@ -79,6 +79,11 @@ class Call:
     def name(self) -> str:
         """The layer's name."""
         return self._tally.name
+
+    @property
+    def _is_conv1d(self) -> bool:
+        """Whether this is a 1-D convolution: of a module, or one that was seen without its module."""
+        return self._tally.is_conv1d or self.via in ("function", "compiled", "script")
 
     @property
     def key(self) -> str:

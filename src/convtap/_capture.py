@@ -60,8 +60,7 @@ class Capture:
         stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
         activations: module types that count as activations, besides the ones that PyTorch brings.
         functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
-            owner. None: yes, unless the model contains a module whose own fast path watching functions would switch off
-            (``nn.TransformerEncoder``, ``nn.MultiheadAttention``).
+            owner. None and True: yes; False: only calls of modules.
         strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
 
     Raises:

@@ -73,6 +73,14 @@ class OffloadWarning(UserWarning):
     """Outputs were offloaded in a slower way than meant; none of them is missing."""
 
 
+class StopForward(BaseException):
+    """Ends a forward pass early. No Exception, so that a model's own ``except Exception`` lets it through."""
+
+    def __init__(self, token: object) -> None:
+        super().__init__("convtap ends this forward pass early (stop=True)")
+        self.token = token
+
+
 def listed(names: Iterable[str], limit: int = 8) -> str:
     """Joins names for a message: the first ``limit`` of them, and how many there are."""
     every = list(names)

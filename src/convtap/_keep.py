@@ -17,10 +17,8 @@ from convtap._offload import Offloader
 from convtap._policy import Alias, Policy, snapshot
 from convtap._structure import map_leaves, walk_tensors
 from convtap._torch.hooks import Hooks
+from convtap._torch.modes import outside_modes
 from convtap._torch.transforms import is_wrapped, unwrapped
-
-# The recording's own torch calls are not the model's: a function mode, ours or a user's, must not see them.
-outside_modes = torch._C.DisableTorchFunction
 
 
 class _Busy(threading.local):
@@ -125,7 +123,7 @@ class Keeper:
 def is_fake(output: Any) -> bool:
     """Whether a model is being traced with tensors that have no values (``torch.export``): there is nothing to record."""
     return type(output) is not Tensor and any(
-        type(tensor).__name__ == "FakeTensor" for _, tensor in walk_tensors(output)
+        type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for _, tensor in walk_tensors(output)
     )
 
 

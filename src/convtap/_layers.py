@@ -137,7 +137,13 @@ def _with_use(row: LayerRow, acts: Activations, batch: int) -> LayerRow:
     if not calls:
         state = acts.coverage[row.name]
         return LayerRow(**{**row.__dict__, "used": str(state)})
-    ways = {"module": "module", "function": "F.conv1d", "script": "TorchScript", "keras": "Keras"}
+    ways = {
+        "module": "module",
+        "function": "F.conv1d",
+        "compiled": "compiled",
+        "script": "TorchScript",
+        "keras": "Keras",
+    }
     counts = {way: sum(1 for call in calls if call.via == way) for way in dict.fromkeys(call.via for call in calls)}
     used = ", ".join(f"{ways[way]} × {count}" for way, count in counts.items())
     first = calls[0]

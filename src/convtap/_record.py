@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,29 +14,29 @@ from torch import Tensor, nn
 
 from convtap._budget import Budget
 from convtap._call import Call, Tally
-from convtap._errors import ConvtapError
+from convtap._errors import ConvtapError, StopForward
 from convtap._grad import Gradient, Gradients
-from convtap._keep import Keeper, is_fake, is_held_elsewhere, outside_modes
+from convtap._keep import Keeper, is_fake, is_held_elsewhere
 from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
 from convtap._select import Selection
 from convtap._structure import walk_tensors
-from convtap._torch.modes import Token, open_tokens
+from convtap._torch.convolution_key import tokens_here
+from convtap._torch.modes import (
+    Token,
+    has_dispatch_modes,
+    has_function_modes,
+    outside_function_modes,
+    outside_modes,
+    tracing_state,
+)
 from convtap._torch.transforms import is_wrapped
 
 # Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
 # recomputation of one that was recorded already.
 _backward_task = torch._C._current_graph_task_id
-
-
-class StopForward(BaseException):
-    """Ends a forward pass early. No Exception, so that a model's own ``except Exception`` lets it through."""
-
-    def __init__(self, token: Token) -> None:
-        super().__init__("convtap ends this forward pass early (stop=True)")
-        self.token = token
 
 
 class Follower(Protocol):
@@ -44,12 +46,6 @@ class Follower(Protocol):
         """Begins to follow an output."""
 
 
-class _Claims(threading.local):
-    """How many layers are running in this thread whose own tap emits them."""
-
-    now = 0
-
-
 class Recorder:
     """Records the outputs that taps emit into a log.
 
@@ -57,6 +53,9 @@ class Recorder:
         failure: the error that kept an output from being recorded, if the model swallowed it.
         elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
         recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
+        fakes: how many outputs were FakeTensors, which have no values, and were left out.
+        outside: whether a convolution ran whose module was not in the model when the capture was opened.
+        unseen: layers whose compiled convolution is not the layer's, and why.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
         follower: what follows outputs to their activations, if those are asked for.
@@ -73,16 +72,17 @@ class Recorder:
         last: bool,
         budget: Budget | None,
         stop_after: set[str] | None,
-        watched: bool,
         grads: Gradients | None,
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
         self.recomputed = 0
+        self.fakes = 0
+        self.outside = False
+        self.unseen: dict[str, str] = {}
         self.reached = 0
         self.reads = False
         self.follower: Follower | None = None
-        self._claims = _Claims()
         self._token = token
         self._log = log
         self._modules = selection.modules
@@ -95,23 +95,22 @@ class Recorder:
         self._last = last
         self._budget = budget
         self._stop_after = stop_after
-        self._watched = watched
         self._has_numbers = "#" in "".join(log.selected)
+        self._serials = itertools.count(1)
         self._usual = self._plain and not keeper.moves and not last and budget is None and stop_after is None
-
-    @property
-    def claimed(self) -> int:
-        """How many layers are running in this thread whose own tap emits them, so that no other tap is to."""
-        return self._claims.now
 
     @property
     def muted(self) -> bool:
         """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
         return self._keeper.busy
 
+    def is_open_here(self) -> bool:
+        """Whether this capture is open in this context, and what runs is the model: no recording, no recomputation."""
+        return self._token in tokens_here() and not self._keeper.busy and _backward_task() == -1
+
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
-        tokens = open_tokens()
+        tokens = tokens_here()
         if self._token not in tokens:
             if not tokens:  # with a block of its own, another thread or task has what it wants
                 self.elsewhere.setdefault(threading.current_thread().name, name)
@@ -122,24 +121,24 @@ class Recorder:
         return True
 
     def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Records what a module returned: the hook itself, and for the usual options all of the way, in one function."""
+        """Records what a module returned: the hook itself."""
         name = self._name_of.get(id(module))
         if name is None:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
             return None
-        usual = self._usual and type(output) is Tensor and self._token in open_tokens() and _backward_task() == -1
-        if not usual or self.follower is not None or is_wrapped(output):
-            return self.emit(name, output, "module", args)
-        if self._watched:
-            with outside_modes():
-                value = snapshot_of_result(output)
-        else:
-            value = snapshot_of_result(output)
+        return self.emit(name, output, "module", args)
+
+    def emit_plain(self, name: str, output: Tensor) -> Tensor:
+        """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function."""
+        usual = self._usual and type(output) is Tensor and _backward_task() == -1
+        if not usual or has_dispatch_modes() or has_function_modes() or tracing_state() or is_wrapped(output):
+            with outside_function_modes() if type(output) is Tensor else nullcontext():
+                self.record(name, output, "module")
+            return output
+        value = snapshot_of_result(output)
         log = self._log
         tally = log.tallies.get(name)
         if tally is None:
-            tally = log.tallies[name] = Tally(name, type(module))
-            if self._has_numbers:
-                log.tell_apart()
+            tally = self._open_tally(name)
         forward = self._here.number
         if forward < 0:
             forward = self._passes.current()
@@ -151,16 +150,19 @@ class Recorder:
             self.reached += 1  # a module that is tapped was selected
         tally.captured = number + 1
         tally.held += 1
-        log.changes = serial = log.changes + 1
+        log.changes = serial = next(self._serials)  # counted in one step: torch runs branches in threads of its own
         log.calls[serial] = Call(tally, number - tally.cleared, forward, "module", value)
-        return None
+        return output
 
     def emit_shared(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Records what a module returned whose output may be a view of what somebody else has, or be held by somebody."""
         if module is not tapped:
             return None
         alone = not is_held_elsewhere(sys.getrefcount(output), output)
-        inputs = (args, kwargs)
+        with outside_function_modes() if has_function_modes() and type(output) is Tensor else nullcontext():
+            return self._shared(name, module, (args, kwargs), output, alone)
+
+    def _shared(self, name: str, module: nn.Module, inputs: Any, output: Any, alone: bool) -> Any:
         if self.follower is not None:
             return self._follow(self.follower, name, output, "module")
         known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
@@ -194,21 +196,19 @@ class Recorder:
             fresh: whether the output's memory is new, and no view of an input, a parameter or a buffer.
             alone: whether nobody but the caller holds the output object.
         """
-        if (self._token not in open_tokens() or _backward_task() != -1) and not self.is_here(name):
+        if (self._token not in tokens_here() or _backward_task() != -1) and not self.is_here(name):
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
-        if self._keeper.busy or is_fake(output):
+        if self._keeper.busy:
+            return None
+        if is_fake(output):
+            self.fakes += 1
             return None
         gradient = None
         if self._plain and fresh and self._keeper.stays(output) and type(output) is Tensor and not is_wrapped(output):
-            if self._watched:
-                with outside_modes():
-                    value = snapshot(output.detach() if output.requires_grad else output)
-            else:
-                value = snapshot(output.detach() if output.requires_grad else output)
-            replacement = None
+            value, replacement = self._snapshot(output), None
         else:
-            value, replacement = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
-            if self._grads is not None:
+            value, replacement = self._kept(name, output, inputs, fresh, alone)
+            if self._grads is not None and tracing_state() is None:
                 with outside_modes():
                     gradient, replacement = self._grads.follow(name, output, inputs, replacement)
         self._store(name, value, via, gradient)
@@ -218,7 +218,9 @@ class Recorder:
         """Records a layer's input, before it runs."""
         if not self.is_here(name):
             return
-        self._store(name, self._noted(self._keeper.input, name, value), via)
+        with outside_modes() if tracing_state() is not None else nullcontext():  # not part of what is traced
+            kept = self._noted(self._keeper.input, name, value)
+        self._store(name, kept, via)
 
     def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
         """Keeps a value. An error in that is remembered, since a model may swallow it."""
@@ -227,14 +229,6 @@ class Recorder:
         except ConvtapError as error:
             self.failure = error
             raise
-
-    def claiming(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a layer whose own tap emits it: the convolution in it is not a second one."""
-        self._claims.now += 1
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._claims.now -= 1
 
     def weight_read(self, name: str, by: str) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
@@ -246,6 +240,20 @@ class Recorder:
         """Notes that a convolution was seen whose weight was computed from a layer's weight."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
         tally.computed, tally.pending, tally.last_pass = True, None, self._passes.current()
+
+    def _kept(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        if tracing_state() is None:
+            kept: tuple[Any, Any] = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
+            return kept
+        with outside_modes():  # nothing of this becomes part of the graph
+            value, _ = self._noted(self._keeper.output, name, output, inputs, fresh, False)
+            return value, None
+
+    def _snapshot(self, output: Tensor) -> Tensor:
+        if not (has_function_modes() or has_dispatch_modes() or tracing_state() is not None):
+            return snapshot(output.detach() if output.requires_grad else output)
+        with outside_modes():
+            return snapshot(output.detach() if output.requires_grad else output)
 
     def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
         log = self._log
@@ -261,8 +269,8 @@ class Recorder:
             if self._budget is not None:
                 self._admit(call, None)
             tally.held += 1
-            log.changes += 1
-            log.calls[log.changes] = call
+            log.changes = serial = next(self._serials)
+            log.calls[serial] = call
         if tally.captured == 0 and name in log.selected:
             self.reached += 1
         tally.captured += 1

@@ -121,12 +121,7 @@ class Samples:
 
 def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
     """Whether the input was one (C, T) or (T,) signal: every Conv1d gives (C, T) then, or (1, C, T) after an unsqueeze."""
-    convolutions = [
-        tensor
-        for call in calls
-        if call._tally.is_conv1d or call.via == "function"
-        for _, tensor in walk_tensors(call._shown)
-    ]
+    convolutions = [tensor for call in calls if call._is_conv1d for _, tensor in walk_tensors(call._shown)]
     if len(shape) > 2 or not convolutions:
         return False
     if all(tensor.dim() == 2 for tensor in convolutions):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from convtap._torch.compile_stance import is_compiled
 
 ROOT = "(root)"
 # Wrappers that run another module and add their attribute to its names, by where their class is defined: importing
@@ -98,6 +100,21 @@ def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
     return any(original == kind.__name__ for kind in types)
 
 
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields a module's own parameters and buffers, and a weight that is kept as a plain attribute (FSDP, weight norm)."""
+    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield key, tensor
+    weight = module.__dict__.get("weight")
+    if isinstance(weight, torch.Tensor):
+        yield "weight", weight
+
+
+def parameter_name(module: str, key: str) -> str:
+    """Returns the name of a module's parameter: its weight is named as the module itself."""
+    return module if key == "weight" else _join("" if module == ROOT else module, key)
+
+
 class ModuleTree:
     """The modules of a model under clean names: definition order, each module once, wrappers left out.
 
@@ -115,6 +132,7 @@ class ModuleTree:
         self._kinds = {type(module) for module in self.names.values()}
         self.has_keras = any(is_keras(kind) for kind in self._kinds)
         self.has_script = any(issubclass(kind, torch.jit.ScriptModule) for kind in self._kinds)
+        self.compiled = self._compiled() if "torch._dynamo" in sys.modules else {}
 
     def _walk(self, model: nn.Module) -> None:
         names, name_of = self.names, self._name_of
@@ -157,13 +175,15 @@ class ModuleTree:
         return resolve_name(name or ROOT, self.names, self.aliases)
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether the model, or a part of it, is compiled: by ``torch.compile``, or in place by ``compile()``."""
-        if "torch._dynamo" not in sys.modules:
-            return False
-        return any(type(wrapper).__name__ == "OptimizedModule" for wrapper in self.wrappers) or any(
-            module._compiled_call_impl is not None for module in (*self.names.values(), *self.wrappers)
-        )
+    def identities(self) -> Mapping[int, str]:
+        """The names of the modules by their identity."""
+        return self._name_of
+
+    def _compiled(self) -> dict[str, nn.Module]:
+        """The modules inside compiled parts: of ``torch.compile``, ``compile()``, or a compiled ``forward``."""
+        parts = [module for module in (*self.names.values(), *self.wrappers) if is_compiled(module)]
+        inside = {id(module) for part in parts for module in part.modules()}
+        return {name: module for name, module in self.names.items() if id(module) in inside}
 
     def name_of(self, module: nn.Module) -> str | None:
         """Returns the clean name of a module instance, or None if the model does not contain it."""
@@ -173,10 +193,8 @@ class ModuleTree:
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields each parameter and buffer under its owner's name: ``<module>.weight`` is named as the module."""
         for name, module in self.names.items():
-            prefix = "" if name == ROOT else name
-            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    yield (name if key == "weight" else _join(prefix, key)), tensor
+            for key, tensor in tensors_of(module):
+                yield parameter_name(name, key), tensor
 
     def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         """Returns the names of the outermost modules of some types."""

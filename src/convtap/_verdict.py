@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Iterator
 
 from convtap._coverage import LayerCoverage
 from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, plural
@@ -10,12 +11,20 @@ from convtap._log import Log
 from convtap._passes import Passes
 from convtap._record import Recorder
 from convtap._select import FUNCTION, Selection
+from convtap._tree import ModuleTree
 
 _USED = "list_layers(model, example=x) shows how each layer is used."
 
 
 def conclude(
-    log: Log, recorder: Recorder, passes: Passes, selection: Selection, *, strict: bool, functional: bool
+    log: Log,
+    recorder: Recorder,
+    passes: Passes,
+    selection: Selection,
+    *,
+    strict: bool,
+    functional: bool,
+    compiled: Collection[str] = (),
 ) -> None:
     """Raises or warns about what is missing in a block that ended without an exception.
 
@@ -23,7 +32,7 @@ def conclude(
         NotCaptured: nothing was captured, a layer asked for by exact name did not run, or one was bypassed.
         ConvtapError: an output could not be recorded, and the model swallowed the error.
     """
-    error = recorder.failure or _missing(log, recorder, passes, selection, functional)
+    error = recorder.failure or _missing(log, recorder, passes, selection, functional, compiled)
     if error is not None:
         if strict:
             raise error from None
@@ -33,8 +42,10 @@ def conclude(
     partly = [state for state in states if state.captured and state.bypasses]
     if partly:
         _warn(_bypassed(partly))
-    if recorder.elsewhere:
-        _warn(f"some of the model's calls are not in this block.{_elsewhere(recorder)}")
+    if _threads(recorder, passes):
+        _warn(f"some of the model's calls are not in this block.{_elsewhere(recorder, passes)}")
+    for message in _changed(states, recorder, selection, compiled):
+        _warn(message)
     idle = [] if functional else [state.name for state in states if state.state == "idle"]
     if idle:
         _warn(_idle(idle, len(log.selected)))
@@ -45,7 +56,7 @@ def _warn(message: str) -> None:
 
 
 def _missing(
-    log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool
+    log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool, compiled: Collection[str]
 ) -> ConvtapError | None:
     states = log.states()
     bypassed = [state for state in states if state.state == "bypassed" and not state.computed]
@@ -58,11 +69,17 @@ def _missing(
             f"and such a call is named {FUNCTION!r}, which is not selected. Add it: layers=[..., {FUNCTION!r}]."
         )
     if not any(state.captured for state in states):
-        return NotCaptured(f"nothing was captured: {_why_nothing(log, recorder, passes, selection, functional)}")
+        return NotCaptured(
+            f"nothing was captured: {_why_nothing(log, recorder, passes, selection, functional, compiled)}"
+        )
     exact = [state.name for state in states if state.state == "idle" and state.name in log.exact and not state.computed]
     if exact:
-        hint = "" if functional else " With functional=True, convolutions called as functions are seen as well."
-        return NotCaptured(f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder)}{hint} {_USED}")
+        hint = "" if functional else " Without functional=False, convolutions called as functions are seen as well."
+        gone = [name for name in exact if name in compiled]
+        hint += f" {_compiled_away(gone, recorder)}" if gone else ""
+        return NotCaptured(
+            f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder, passes)}{hint} {_USED}"
+        )
     return None
 
 
@@ -75,13 +92,20 @@ def _bypassed(states: list[LayerCoverage]) -> str:
     )
 
 
-def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool) -> str:
-    if recorder.elsewhere:
-        return _elsewhere(recorder).strip()
+def _why_nothing(
+    log: Log, recorder: Recorder, passes: Passes, selection: Selection, functional: bool, compiled: Collection[str]
+) -> str:
+    if _threads(recorder, passes):
+        return _elsewhere(recorder, passes).strip()
+    if recorder.fakes:
+        return (
+            "the selected layers ran on fake tensors (FakeTensorMode, or a tracer such as torch.export), which have shapes "
+            "and no values. Run the model on real tensors inside the capture."
+        )
     if not selection.modules and selection.function_names:
         return f"no F.conv1d call used {listed(sorted(selection.function_names))}. {_USED}"
     if not selection.modules:
-        hint = "" if functional else " F.conv1d calls were not watched here: functional=True captures them as well."
+        hint = "" if functional else " F.conv1d calls were not watched here: leave functional=False out."
         return selection.nothing() + hint
     if recorder.recomputed:
         return (
@@ -94,6 +118,9 @@ def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Select
             f"the selected layers ran, but no activation followed them: {listed(unactivated)}. Capture them with "
             "at='output', or name the types that count as activations with activations=(...)."
         )
+    gone = [name for name in selection.names if name in compiled]
+    if gone and passes.inputs:
+        return _compiled_away(gone, recorder)
     if not passes.inputs:
         return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"
     return (
@@ -102,8 +129,39 @@ def _why_nothing(log: Log, recorder: Recorder, passes: Passes, selection: Select
     )
 
 
-def _elsewhere(recorder: Recorder) -> str:
-    threads = [f"{thread} (there {name!r} ran)" for thread, name in recorder.elsewhere.items()]
+def _compiled_away(names: list[str], recorder: Recorder) -> str:
+    because = "".join(f" {name}: {recorder.unseen[name]}." for name in names if name in recorder.unseen)
+    return (
+        f"no convolution of {plural(len(names), 'layer')} of a compiled part was seen: {listed(names)}. The layer is idle, or "
+        f"the compiler has fused or rewritten it.{because} Capture the model that you compiled, uncompiled, or run "
+        "convtap.tapped(model) compiled."
+    )
+
+
+def _changed(
+    states: list[LayerCoverage], recorder: Recorder, selection: Selection, compiled: Collection[str]
+) -> Iterator[str]:
+    """What to say of selected layers that were replaced, or compiled away."""
+    if recorder.outside or any(state.state == "idle" for state in states):
+        now = ModuleTree(selection.tree.model).names
+        replaced = [name for name, module in selection.modules.items() if now.get(name) is not module]
+        if replaced:
+            yield (
+                f"{plural(len(replaced), 'selected layer')} was replaced or taken out of the model inside the capture: "
+                f"{listed(replaced)}. What ran after that is the new module's. Change the model before the capture."
+            )
+    gone = [state.name for state in states if state.state == "idle" and state.name in compiled]
+    if gone:
+        yield _compiled_away(gone, recorder)
+
+
+def _threads(recorder: Recorder, passes: Passes) -> dict[str, str]:
+    """The threads in which the model ran without this capture, each with what ran."""
+    return {**dict.fromkeys(passes.elsewhere, "the model"), **{t: repr(n) for t, n in recorder.elsewhere.items()}}
+
+
+def _elsewhere(recorder: Recorder, passes: Passes) -> str:
+    threads = [f"{thread} (there {what} ran)" for thread, what in _threads(recorder, passes).items()]
     if not threads:
         return ""
     return (
@@ -115,6 +173,6 @@ def _elsewhere(recorder: Recorder) -> str:
 def _idle(idle: list[str], selected: int) -> str:
     return (
         f"{len(idle)} of {plural(selected, 'selected layer')} did not run as modules: {listed(idle)}. Convolutions "
-        "called as functions are not seen in this block: pass functional=True to capture them as well. "
+        "called as functions are not seen with functional=False: leave it out to capture them as well. "
         f"{_USED}"
     )

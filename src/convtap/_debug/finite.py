@@ -13,11 +13,13 @@ from torch import nn
 from convtap._debug.finding import Finding
 from convtap._debug.watch import Watch
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
-from convtap._passes import FAST_PATHS
 from convtap._select import Layers, Types, check_arguments, select
 from convtap._torch import compile_stance, modes
 from convtap._torch.cleanup import Guard, Spent, undo
 from convtap._tree import ROOT, ModuleTree
+
+# Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 # Note: [Hooks on fast paths]
 # Assumption: ``nn.TransformerEncoder`` and its parts leave their fast path when they, or modules in them, have hooks.
@@ -98,7 +100,7 @@ class Finite:
             hints.append(
                 "Modules that layers= and types= leave out were not watched: their doings count as this code's."
             )
-        skipped = [name for name in tree.instances(FAST_PATHS) if not tree.names[name].training]
+        skipped = [name for name in tree.instances(_FAST_PATHS) if not tree.names[name].training]
         for name in skipped:
             inside = set(map(id, tree.names[name].modules()))
             modules = {

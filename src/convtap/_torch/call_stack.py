@@ -1,36 +1,35 @@
-"""Which calls of modules are on the Python stack right now."""
+"""Which calls of modules are on the Python stack right now, and what Dynamo is to leave alone."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterator
 from types import CodeType, FrameType
+from typing import Any
 
 from torch import nn
 
-# Every call of a module, ``module(x)``, runs this function, and its local ``self`` is the module.
-_CALL = nn.Module._wrapped_call_impl.__code__
 
-_CONV_FORWARD = nn.Conv1d._conv_forward.__code__
-_FORWARD = nn.Conv1d.forward.__code__
-_IMPL = nn.Module._call_impl.__code__
-_HOOKED = next((c for c in _IMPL.co_consts if isinstance(c, CodeType) and c.co_name == "inner"), _IMPL)
+class _Probe(nn.Module):
+    def forward(self) -> CodeType:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is self:
+                return frame.f_code
+            frame = frame.f_back
+        return nn.Module._wrapped_call_impl.__code__
 
 
-def called_conv1d(frame: FrameType | None) -> object:
-    """Returns the module whose convolution a frame is, if it is a plain Conv1d that was called; else None.
+#: Every call of a module, ``module(x)``, runs this function of torch's, and its local ``self`` is the module. It is looked
+#: for on the stack of a call, since a library may have wrapped it.
+_CALL: CodeType = _Probe()()
 
-    The short way for the common case: it looks at three frames, and not at the whole stack.
-    """
-    if frame is None or frame.f_code is not _CONV_FORWARD:
-        return None
-    forward = frame.f_back
-    if forward is None or forward.f_code is not _FORWARD:
-        return None
-    caller = forward.f_back
-    if caller is None or (caller.f_code is not _HOOKED and caller.f_code is not _IMPL):
-        return None  # forward itself was called, so that no hook will see it
-    return forward.f_locals["self"]
+FORWARD_OF_CONV1D = nn.Conv1d.forward.__code__
+
+
+def called_module(frame: FrameType, otherwise: nn.Module) -> nn.Module:
+    """Returns the module whose call a frame is, or another one if it is not the frame of a call."""
+    return frame.f_locals.get("self", otherwise) if frame.f_code is _CALL else otherwise
 
 
 def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, FrameType]]:
@@ -39,7 +38,9 @@ def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, Fr
         frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
-            yield frame.f_locals["self"], frame
+            module = frame.f_locals.get("self")
+            if module is not None:
+                yield module, frame
         frame = frame.f_back
 
 
@@ -73,3 +74,29 @@ def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | Non
         if id(module) in members:
             found = (module, frame)
     return found
+
+
+# -- Dynamo
+
+
+def skip_in_dynamo(*functions: Any) -> None:
+    """Keeps Dynamo from compiling functions of convtap, and what they call."""
+    _leave_alone(functions, "SKIP")
+
+
+def pass_by_in_dynamo(*functions: Any) -> None:
+    """Keeps Dynamo from compiling functions of convtap; what they call is compiled as if they were not there."""
+    _leave_alone(functions, "DEFAULT")
+
+
+def _leave_alone(functions: tuple[Any, ...], inside: str) -> None:
+    from torch._C._dynamo import eval_frame  # the C part, which does not import Dynamo
+
+    found: Any = eval_frame
+    for function in functions:
+        if not hasattr(found, "set_code_exec_strategy"):  # torch 2.6
+            found.skip_code(function.__code__)
+            continue
+        action = found._FrameAction
+        strategy = found._FrameExecStrategy(action.SKIP, getattr(action, inside))
+        found.set_code_exec_strategy(function.__code__, strategy)

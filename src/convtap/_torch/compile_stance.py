@@ -1,28 +1,26 @@
-"""Makes compiled models run eagerly while a block is open, so that their hooks fire."""
+"""Makes compiled models run eagerly for a capture that needs their hooks to fire."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from importlib.abc import MetaPathFinder
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from convtap._errors import Unsupported
+from convtap._torch import call_shim, dynamo_import
 
-# Note: [Compiled models run eagerly inside a block]
+# Note: [The eager stance]
 # Assumption: Dynamo asks its process-wide stance at every compiled call; "force_eager" runs the Python code.
-# Failure: a hook added after compilation is silently skipped; set and restored by each block, the stance of overlapping
-#   blocks would stay on; Dynamo imported inside a block would trace the hooks; importing it takes over a second.
-# Choice: one count of open blocks for the process: the first one sets the stance and the last one restores it. Where
-#   Dynamo is not imported, an import hook sets the stance as soon as it is.
+# Failure: a hook added after compilation is silently skipped; set and restored by each capture, the stance of overlapping
+#   captures would stay on; importing Dynamo takes over a second.
+# Choice: one count of the captures that need it for the process: the first one sets the stance and the last one restores
+#   it. While Dynamo is not imported, an import hook sets the stance as soon as it is.
 #
 # Note: [References lent by torch]
 # Assumption: a function that returns an object gives a reference to it away.
@@ -34,7 +32,7 @@ _DYNAMO = "torch._dynamo"
 
 _INSIDE_COMPILED = (
     "a capture cannot be opened inside a function that is being compiled: its hooks would be traced, not run. Open the "
-    "block around the compiled call (it then runs eagerly), or compile convtap.tapped(model), which returns "
+    "capture around the compiled call, or compile convtap.tapped(model), which returns "
     "(output, {name: tensor}) and traces with fullgraph=True."
 )
 
@@ -91,6 +89,36 @@ def _frame_callback(asked: int = 0) -> Any:
     return callback
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled: by ``torch.compile``, by ``compile()``, or because its ``forward`` is."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    if type(module).__name__ == "OptimizedModule" and type(module).__module__ == "torch._dynamo.eval_frame":
+        return type(module.dynamo_ctx).__name__ != "DisableContext"
+    if call_shim.compiled_call(module) is not None:
+        return True
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
+def current() -> str:
+    """Returns Dynamo's stance, without ours: ``"default"`` unless the user set another one."""
+    if "torch._dynamo" not in sys.modules:
+        return "default"
+    from torch._dynamo import eval_frame
+
+    with _lock:
+        stance = eval_frame._stance if _stance is None else _stance.prev
+    return str(getattr(stance, "stance", "default"))
+
+
+def uses_cuda_graphs(wrapper: nn.Module) -> bool:
+    """Whether a compiled model is replayed as a CUDA graph, in which no kernel of convtap runs."""
+    if not any(parameter.is_cuda for parameter in wrapper.parameters()):
+        return False
+    settings = getattr(getattr(wrapper, "dynamo_ctx", None), "compiler_config", None) or {}
+    return bool(settings.get("triton.cudagraphs") or torch._inductor.config.triton.cudagraphs)
+
+
 def enter(block: object) -> None:
     """Counts a block in."""
     with _lock:
@@ -110,7 +138,7 @@ def leave(block: object) -> None:
 def _force() -> None:
     global _stance
     if _DYNAMO not in sys.modules:
-        sys.meta_path.insert(0, _WAITS_FOR_DYNAMO)
+        dynamo_import.then(_force_now, _force_now)
         return
     from torch._dynamo import eval_frame
 
@@ -124,10 +152,16 @@ def _force() -> None:
     _frame_callback(asked=1)
 
 
+def _force_now() -> None:
+    """Sets the stance once Dynamo has been imported."""
+    with _lock:
+        if _blocks and _stance is None:
+            _force()
+
+
 def _restore() -> None:
     global _stance
-    if _WAITS_FOR_DYNAMO in sys.meta_path:
-        sys.meta_path.remove(_WAITS_FOR_DYNAMO)
+    dynamo_import.never_mind(_force_now)
     if _stance is not None:
         from torch._dynamo import eval_frame
 
@@ -135,35 +169,3 @@ def _restore() -> None:
             _stance.__exit__(None, None, None)
             _frame_callback(asked=1)
         _stance = None
-
-
-class _WaitsForDynamo(MetaPathFinder):
-    """Sets the stance once Dynamo has been imported. See Note: [Compiled models run eagerly inside a block]."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _DYNAMO:
-            return None
-        with _lock:
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            _then_force(spec.loader)
-        return spec
-
-
-_WAITS_FOR_DYNAMO = _WaitsForDynamo()
-
-
-def _then_force(loader: Any) -> None:
-    execute = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        with _lock:
-            if _blocks and _stance is None:
-                _force()
-
-    loader.exec_module = exec_module

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 # Note: [Hooks and copies]
@@ -20,6 +21,11 @@ from torch.utils.hooks import RemovableHandle
 #   shares the dictionaries themselves, so a hook also looks at the module it is called for.
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks run around the forward of every module."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 class Hook(partial):  # type: ignore[type-arg]
     """A bound hook that turns into one that does nothing when it is copied. See Note: [Hooks and copies]."""
 
@@ -27,6 +33,22 @@ class Hook(partial):  # type: ignore[type-arg]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+# Note: [Two moments]
+# Assumption: torch looks up a hook at one moment, and at a later one whether it wants the keyword arguments.
+# Failure: when another thread registers or removes the hook in between, the hook is called without them.
+# Choice: a hook that wants them is called through a function that takes what comes.
+
+
+def _call_after(function: Callable[..., Any], bound: tuple[Any, ...], module: nn.Module, args: Any, *rest: Any) -> Any:
+    return function(*bound, module, args, rest[0] if len(rest) > 1 else {}, rest[-1])
+
+
+def _call_before(
+    function: Callable[..., Any], bound: tuple[Any, ...], module: nn.Module, args: Any, kwargs: Any = None
+) -> Any:
+    return function(*bound, module, args, {} if kwargs is None else kwargs)
 
 
 class Hooks:
@@ -49,32 +71,20 @@ class Hooks:
             kwargs: call ``function(*bound, module, args, kwargs, output)``.
         """
         self._after.append(module)
-        module._forward_hooks[self._key] = Hook(function, *bound)
         if always or kwargs:
             self._flagged.append(module)
         if always:
             module._forward_hooks_always_called[self._key] = True
         if kwargs:
             module._forward_hooks_with_kwargs[self._key] = True
+        hook = Hook(_call_after, function, bound) if kwargs else Hook(function, *bound)
+        module._forward_hooks[self._key] = hook
 
-    def after_each(self, modules: Collection[nn.Module], function: Callable[..., Any]) -> None:
-        """Calls ``function(module, args, output)`` after the forward of every module."""
-        key, hook = self._key, Hook(function)
-        self._after.extend(modules)  # first: see Note: [Interrupts]
-        for module in modules:
-            module._forward_hooks[key] = hook
-
-    def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any, first: bool = False) -> None:
-        """Calls ``function(*bound, module, args, kwargs)`` before the module's forward.
-
-        Args:
-            first: before all other hooks that are there.
-        """
+    def before(self, module: nn.Module, function: Callable[..., Any], *bound: Any) -> None:
+        """Calls ``function(*bound, module, args, kwargs)`` before the module's forward."""
         self._flagged.append(module)
-        module._forward_pre_hooks[self._key] = Hook(function, *bound)
-        if first:
-            module._forward_pre_hooks.move_to_end(self._key, last=False)  # type: ignore[attr-defined]
         module._forward_pre_hooks_with_kwargs[self._key] = True
+        module._forward_pre_hooks[self._key] = Hook(_call_before, function, bound)
 
     def remove(self) -> None:
         """Takes every hook off its module; again does nothing."""

@@ -116,7 +116,7 @@ def _frames(tensor: Tensor, dim: int) -> int:
 
 def has_known_layout(call: Call) -> bool:
     """Whether the output is that of a 1-D convolution: (B, C, T) or (C, T)."""
-    return call._tally.is_conv1d or call.via == "function"
+    return call._is_conv1d
 
 
 # -- one output

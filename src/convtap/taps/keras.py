@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,21 +84,42 @@ class KerasTap:
     def _count(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_symbolic(args):
             return call(*args, **kwargs)
-        with self._passes.inside(args, kwargs):
-            return call(*args, **kwargs)
+        return self._passes.heard(call, self._root, args, kwargs)
 
     def _emit(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder = self._recorder
         if _is_symbolic(args):
-            return recorder.claiming(call, args, kwargs)
+            return _claiming(call, args, kwargs)
         if self._at == "input":
             recorder.emit_input(name, args[0] if len(args) == 1 else args, "keras")
-            return recorder.claiming(call, args, kwargs)
-        output = recorder.claiming(call, args, kwargs)
+            return _claiming(call, args, kwargs)
+        output = _claiming(call, args, kwargs)
         # A layer with an activation of its own returns what comes after it.
         record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
         replacement = record(name, output, "keras", (args, kwargs))
         return output if replacement is None else replacement
+
+
+class _Claims(threading.local):
+    """How many layers are running in this thread whose own tap emits them."""
+
+    now = 0
+
+
+_claims = _Claims()
+
+
+def is_claimed() -> bool:
+    """Whether a layer is running in this thread whose own tap emits it: the convolution in it is not a second one."""
+    return _claims.now > 0
+
+
+def _claiming(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        _claims.now += 1
+        return call(*args, **kwargs)
+    finally:
+        _claims.now -= 1
 
 
 def _has_activation(layer: nn.Module) -> bool:

@@ -3,56 +3,100 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from convtap._record import Recorder
-from convtap._torch.hooks import Hooks
+from convtap._torch import call_shim
+from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
+from convtap._torch.convolution_key import run_without
+from convtap._torch.hooks import Hooks, has_global_hooks
+from convtap._torch.modes import Token, open_tokens
+
+# Note: [Plain layers]
+# Assumption: what a plain Conv1d returns is new memory that its caller alone has, and the only convolution in its call is
+#   its own.
+# Failure: a hook on each layer costs as much as the rest of the tap, and so does a kernel that sees each convolution.
+# Choice: a plain layer has a shim around its calls instead of a hook. It excludes the convolution key for the time of the
+#   call, unless somebody's hooks run in it, and emits what the caller gets.
 
 
 class ModuleTap:
     """Emits what modules return, or what they are given."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], recorder: Recorder, *, at: str, detach: bool) -> None:
-        self._modules = modules
+    def __init__(
+        self, modules: Mapping[str, nn.Module], recorder: Recorder, token: Token, *, at: str, plainly: bool
+    ) -> None:
         self._recorder = recorder
+        self._token = token
         self._at = at
-        self._detach = detach
+        shims = plainly and at == "output"
+        self._plain = {name: module for name, module in modules.items() if shims and is_plain(module)}
+        self._others = {name: module for name, module in modules.items() if name not in self._plain}
+        self._name_of = {id(module): name for name, module in self._plain.items()}
         self._hooks = Hooks()
 
     def open(self) -> None:
-        """Puts one hook on every module."""
-        if self._at == "input":
-            for name, module in self._modules.items():
+        """Puts a shim or a hook on every module."""
+        call_shim.listen_to_all(self._plain.values(), self._called)
+        for name, module in self._others.items():
+            if self._at == "input":
                 self._hooks.before(module, self._emit_input, name, module)
-            return
-        # What may be a view of something else, or may be swapped, is looked at more closely.
-        kinds: set[Any] = {type(module) for module in self._modules.values()}
-        if self._detach and all(map(_is_plain, kinds)):
-            self._hooks.after_each(self._modules.values(), self._recorder.emit_module)
-            return
-        for name, module in self._modules.items():
-            kind: Any = type(module)
-            if self._detach and _is_plain(kind):
-                self._hooks.after(module, self._recorder.emit_module)
-            else:
+            else:  # what may be a view of something else, or may be swapped, is looked at more closely
                 self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Takes them off."""
+        call_shim.leave(self._plain.values(), self._called)
         self._hooks.remove()
+
+    def _called(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Runs a plain layer."""
+        name = self._name_of[id(module)]
+        if self._token not in open_tokens():
+            self._recorder.is_here(name)
+            return call(*args, **kwargs)
+        own = module.__dict__
+        if own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks():  # which may run convolutions
+            return self._recorder.emit_plain(name, call(*args, **kwargs))
+        return self._recorder.emit_plain(name, run_without(call, args, kwargs))
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
 
 
+def _kind(module: nn.Module) -> Any:
+    return type(module)
+
+
 @functools.cache
 def _is_plain(kind: Any) -> bool:
     """Whether a class is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
     return issubclass(kind, nn.Conv1d) and kind.forward.__module__.startswith("torch.")
+
+
+pass_by_in_dynamo(ModuleTap._called, run_without)
+skip_in_dynamo(Recorder.emit_plain, Recorder.is_here)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose forward is PyTorch's own, on parameters of its own."""
+    own, kind = module.__dict__, type(module)
+    return (
+        _runs_conv1d(kind)  # type: ignore[arg-type]
+        and type(own["_parameters"].get("weight")) is nn.Parameter
+        and "forward" not in own
+        and "_conv_forward" not in own
+    )
+
+
+@functools.cache
+def _runs_conv1d(kind: Any) -> bool:
+    conv = nn.Conv1d
+    return issubclass(kind, conv) and kind.forward is conv.forward and kind._conv_forward is conv._conv_forward
 
 
 def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,121 @@
+"""Wraps the calls of one module, seen by whoever listens, without a hook: torch's own place for a compiled call."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from convtap._torch.call_stack import called_module, pass_by_in_dynamo
+
+# Note: [The shim]
+# Assumption: ``Module.__call__`` runs the instance's ``_compiled_call_impl`` if there is one (``model.compile()`` sets it)
+#   in place of ``_call_impl``; copies and pickles of the module leave it out; Dynamo does not look at it.
+# Failure: hooks on the model would switch off the fast path of ``nn.TransformerEncoder``, become part of what is compiled,
+#   and change a dictionary that another thread may be going through.
+# Choice: one attribute of one instance, set and deleted at once. Captures may overlap, so a shim has a list of listeners,
+#   and the last one to leave takes it off.
+
+#: Called as ``listener(call, module, args, kwargs)``; runs ``call(*args, **kwargs)`` and returns what the caller gets.
+Listener: TypeAlias = "Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
+
+_ATTRIBUTE = "_compiled_call_impl"
+_frame = sys._getframe
+_lock = threading.Lock()
+
+
+class _Shim:
+    __slots__ = ("call", "compiled", "listeners", "module")
+
+    def __init__(self, module: nn.Module, compiled: Any, listeners: tuple[Listener, ...]) -> None:
+        self.module = module
+        self.compiled = compiled  # what ``module.compile()`` made, or None
+        self.call = module._call_impl if compiled is None else compiled
+        self.listeners = listeners
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if called_module(_frame(1), module) is not module:  # a replica, whose ``__dict__`` is a copy
+            return called_module(_frame(1), module)._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        call, listeners = self.call, self.listeners
+        if len(listeners) == 1:
+            return listeners[0](call, module, args, kwargs)
+        for listener in listeners:
+            call = _Heard(listener, call, module)
+        return call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()
+
+
+class _Heard:
+    __slots__ = ("call", "listener", "module")
+
+    def __init__(self, listener: Listener, call: Callable[..., Any], module: nn.Module) -> None:
+        self.listener, self.call, self.module = listener, call, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.listener(self.call, self.module, args, kwargs)
+
+
+pass_by_in_dynamo(_Shim.__call__, _Heard.__call__)
+
+
+# TorchScript does not look at what it finds under a name of this list in a module's ``__dict__``.
+_ignored_by_torchscript = getattr(torch.jit._recursive, "ignored_attributes", [])
+if _ATTRIBUTE not in _ignored_by_torchscript:
+    _ignored_by_torchscript.append(_ATTRIBUTE)
+
+
+def listen_to_all(modules: Iterable[nn.Module], listener: Listener) -> None:
+    """Hands every call of several modules to a listener."""
+    with _lock:
+        for module in modules:
+            own = module.__dict__
+            if _ATTRIBUTE in own:
+                _listen(module, listener)
+            else:
+                own[_ATTRIBUTE] = _Shim(module, None, (listener,))
+
+
+def listen(module: nn.Module, listener: Listener) -> None:
+    """Hands every call of a module to a listener, the newest one first."""
+    with _lock:
+        _listen(module, listener)
+
+
+def _listen(module: nn.Module, listener: Listener) -> None:
+    shim = module.__dict__.get(_ATTRIBUTE)
+    if isinstance(shim, _Shim) and shim.module is module:
+        shim.listeners = (*(other for other in shim.listeners if other != listener), listener)
+    else:
+        module.__dict__[_ATTRIBUTE] = _Shim(module, shim.compiled if isinstance(shim, _Shim) else shim, (listener,))
+
+
+def leave(modules: Iterable[nn.Module], listener: Listener) -> None:
+    """Ends what ``listen`` began; again does nothing. See Note: [Interrupts]"""
+    with _lock:
+        for module in modules:
+            shim = module.__dict__.get(_ATTRIBUTE)
+            if not isinstance(shim, _Shim):
+                continue
+            left = () if shim.listeners == (listener,) else tuple(one for one in shim.listeners if one != listener)
+            if left:
+                shim.listeners = left
+            elif shim.compiled is None:
+                del module.__dict__[_ATTRIBUTE]
+            else:
+                module.__dict__[_ATTRIBUTE] = shim.compiled
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """Returns what ``module.compile()`` made, or None."""
+    found = module._compiled_call_impl
+    return found.compiled if isinstance(found, _Shim) else found

@@ -1,0 +1,160 @@
+"""Lets the convolution key see the graphs of compiled code, and keeps it out of that code's guards."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from convtap._torch import convolution_key, dynamo_import
+
+# Note: [Compiled regions]
+# Assumption: every call of compiled code goes through Python functions of Dynamo that set its callback for the thread: to a
+#   function on the way in, to None around each graph, and back. They look ``set_eval_frame`` and
+#   ``_maybe_set_eval_frame`` up in their module.
+# Failure: the guards of compiled code compare the dispatch keys of its inputs, those that the thread includes among them,
+#   and the types of its modules' dicts: with the convolution key included, and weights watched, each model would be
+#   compiled once more.
+# Choice: both names are replaced once per process, and so is ``transform_code_object``, which traces a function. In a thread
+#   with a capture, the key is excluded on the way into compiled code, where guards are checked and code is traced, and
+#   included while a graph runs; weights are not watched there. Elsewhere the replacements only pass on. If torch changes
+#   these names, nothing is wrong: a model is compiled once more, or a layer is reported as not seen. (What ``torch.cond`` and
+#   the like compile to run their branches keeps the key.)
+
+_NAMES = ("set_eval_frame", "_maybe_set_eval_frame")
+_TRACES = "transform_code_object"
+
+
+class _Here(threading.local):
+    """The calls of compiled code in this thread, outermost first, and how many functions are being traced."""
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+        self.traced = 0
+
+
+class _Entry:
+    """A call of compiled code: its frame, what the callback was before it, and whether the key was included."""
+
+    __slots__ = ("frame", "included", "is_branch", "prior")
+
+    def __init__(self, frame: FrameType) -> None:
+        caller = frame.f_back
+        self.frame = frame
+        self.prior: Any = None
+        self.included = convolution_key.is_included()
+        self.is_branch = caller is not None and caller.f_globals.get("__name__", "").startswith(
+            "torch._higher_order_ops"
+        )
+
+
+_here = _Here()
+_lock = threading.Lock()
+_installed = False
+
+
+def is_inside() -> bool:
+    """Whether compiled code runs in this thread."""
+    return bool(_here.entries) and not _here.entries[-1].is_branch
+
+
+def watch(who: object) -> None:
+    """Replaces the two names, once per process: now, or as soon as Dynamo is imported."""
+    if _installed:
+        return
+    if dynamo_import.DYNAMO in sys.modules:
+        _install()
+    else:
+        dynamo_import.then(who, _install)
+
+
+def leave(who: object) -> None:
+    """Stops waiting for Dynamo to be imported; again does nothing. See Note: [Interrupts]"""
+    dynamo_import.never_mind(who)
+
+
+def _install() -> None:
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        _installed = True
+        from torch._dynamo import convert_frame, eval_frame
+
+        for name in _NAMES:
+            original = getattr(eval_frame, name, None)
+            if original is not None:
+                setattr(eval_frame, name, _replaced(original, is_last=name == _NAMES[1]))
+        if hasattr(convert_frame, _TRACES):
+            setattr(convert_frame, _TRACES, _paused(getattr(convert_frame, _TRACES)))
+
+
+def _replaced(original: Callable[[Any], Any], *, is_last: bool) -> Callable[[Any], Any]:
+    def set_eval_frame(callback: Any) -> Any:
+        if not convolution_key.has_captures():
+            return original(callback)
+        frame, entries = sys._getframe(1), _here.entries
+        if entries and entries[-1].frame is frame:
+            prior = original(callback)
+            if is_last and callback is entries[-1].prior:
+                _leave()
+        elif _is_entry(frame) and not (is_last and callback is None):
+            entry = _enter(frame)
+            prior = entry.prior = original(callback)
+        else:
+            prior = original(callback)
+            if is_inside() and not _here.traced:
+                convolution_key.include(callback is None)  # then a graph runs, or something else that is not compiled
+        return prior
+
+    return set_eval_frame
+
+
+def _is_entry(frame: FrameType) -> bool:
+    """Whether a frame is a call of compiled code."""
+    code = frame.f_code
+    return code.co_name == "compile_wrapper" or (code.co_name == "_fn" and "callback" in code.co_freevars)  # torch 2.6
+
+
+def _enter(frame: FrameType) -> _Entry:
+    entry = _Entry(frame)
+    if not _here.entries:
+        for tap in convolution_key.taps():
+            tap.pause()
+    _here.entries.append(entry)
+    if not entry.is_branch:
+        convolution_key.include(False)
+    return entry
+
+
+def _leave() -> None:
+    entry = _here.entries.pop()
+    if not entry.is_branch:
+        convolution_key.include(entry.included)
+    if not _here.entries:
+        for tap in convolution_key.taps():
+            tap.compiled_code_ran = True
+            tap.resume()
+
+
+def _paused(original: Callable[..., Any]) -> Callable[..., Any]:
+    def transform_code_object(*args: Any, **kwargs: Any) -> Any:
+        taps = convolution_key.taps()
+        try:
+            _here.traced += 1
+            for tap in taps:
+                tap.pause()
+            if is_inside():
+                convolution_key.include(False)
+            return original(*args, **kwargs)
+        finally:
+            _here.traced -= 1
+            if is_inside():
+                convolution_key.include(False)  # the guards are made next
+            elif not _here.entries:  # else they stay so until compiled code ends
+                for tap in taps:
+                    tap.resume()
+
+    return transform_code_object

@@ -1,0 +1,248 @@
+"""The convolution key: Python kernels, below Python functions and above all else, that see each 1-D convolution run."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._torch.call_stack import skip_in_dynamo
+from convtap._torch.modes import Tap, Token, observe, open_tokens, tracing_state
+
+# Note: [The convolution key]
+# Assumption: torch has a dispatch key that nothing uses, above autocast, functorch, autograd and the Python modes. An
+#   operator without a kernel for it falls through at no cost, and a thread meets it only while it includes it.
+# Failure: taking kernels off while another thread runs would change the operator table under it; two libraries cannot
+#   both register a fallback for one key; higher-order operators resolve keys in Python, and raise on an unknown one.
+# Choice: the kernels are registered once per process, under a lock, and stay. A capture only includes the key in its
+#   thread, and excludes it again with the thread's last capture. Higher-order operators are told to fall through.
+
+_NAME = "TESTING_ONLY_GenericMode"
+_STASH = "convtap_open"
+
+_include = torch._C._dispatch_tls_set_dispatch_key_included
+_modes = torch._C._len_torch_function_stack
+
+#: The operators that run a 1-D convolution, and which argument says that one is transposed.
+CONVOLUTIONS: dict[str, int | None] = {
+    "aten::conv1d": None,
+    "aten::conv1d.padding": None,
+    "aten::conv_tbc": None,
+    "aten::convolution": 6,
+    "aten::_convolution": 6,
+    "aten::_convolution.deprecated": 6,
+    "quantized::conv1d": None,
+    "quantized::conv1d_relu": None,
+    "quantized::conv1d_dynamic": None,
+}
+
+
+class _Here(threading.local):
+    """The captures of this thread, and whether it includes the key: now, and again after a kernel.
+
+    The latter is True at first: torch carries the key to threads of its own (``torch.jit.fork``), where no capture was
+    opened.
+    """
+
+    included = False
+    again = True
+
+    def __init__(self) -> None:
+        self.tokens: set[Token] = set()
+        self.began = False
+
+
+_here = _Here()
+_lock = threading.Lock()
+_libraries: list[Any] = []  # what a library registered is gone when the library is
+_key: Any = None
+
+
+def is_available() -> bool:
+    """Registers the kernels, once per process. Returns whether torch has the key, and it is ours."""
+    global _key
+    with _lock:
+        if not _libraries:
+            _libraries.append(None)  # tried once
+            key = _find_key()
+            if key is not None:
+                _register(key)
+                _key = key
+    return _key is not None
+
+
+def _find_key() -> Any:
+    try:
+        key = torch._C._dispatch_key_parse(_NAME)
+    except RuntimeError:
+        return None
+    return None if torch._C._dispatch_has_backend_fallback(key) else key
+
+
+def _register(key: Any) -> None:
+    library: Any = torch.library.Library
+    fallback = library("_", "IMPL")
+    fallback.fallback(torch.library.fallthrough_kernel, _NAME)
+    _libraries.append(fallback)
+    libraries = {namespace: library(namespace, "IMPL") for namespace in ("aten", "quantized")}
+    _libraries.extend(libraries.values())
+    for name, transposed in CONVOLUTIONS.items():
+        namespace, _, rest = name.partition("::")
+        operator, _, overload = rest.partition(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), operator, None), overload or "default", None)
+        if found is not None:
+            boxed = partial(torch._C._dispatch_call_boxed, found._handle)
+            function = torch.conv1d if name.startswith("aten::conv1d") else None
+            libraries[namespace].impl(rest, _kernel(key, boxed, transposed, function), _NAME)
+    _let_higher_order_operators_through(key)
+
+
+def _let_higher_order_operators_through(key: Any) -> None:
+    from torch import _ops
+
+    defaults = getattr(_ops, "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS", [])
+    if key not in defaults:
+        defaults.append(key)
+    for operator in list(getattr(_ops, "_higher_order_ops", {}).values()):
+        operator.fallthrough(key)
+
+
+# -- the kernels
+
+
+def _kernel(key: Any, boxed: Callable[..., Any], transposed: int | None, function: Any) -> Callable[..., Any]:
+    """Makes the kernel of one operator; ``function`` runs it faster than ``boxed``, where no override is asked."""
+
+    def convtap_convolution(*args: Any, **kwargs: Any) -> Any:
+        # No local variable holds a tensor: torch.jit.trace names what it traces after those.
+        try:
+            _include(key, False)
+            is_plain = function is not None and not _modes() and type(args[0]) is Tensor and type(args[1]) in _PLAIN
+            call = function if is_plain else boxed
+            if tracing_state() is not None:
+                call = _as_if_from(_frame().f_back, call)
+            tokens = tokens_here()
+            if any(token.tap is not None for token in tokens):
+                return observe(call, tokens, transposed, args, kwargs)
+            _exclude_if_idle()
+            return call(*args, **kwargs)
+        finally:
+            _include(key, _here.again)
+
+    skip_in_dynamo(convtap_convolution)
+    return convtap_convolution
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_frame = sys._getframe
+
+
+def _as_if_from(caller: FrameType | None, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a call so that ``torch.jit.trace`` names its values as without a kernel.
+
+    It looks for variables in the frame that calls an operator, or in the one above that. ``eval`` makes two frames with the
+    variables that these have without the kernel.
+    """
+    above = None if caller is None else caller.f_back
+    names = [{} if frame is None else dict(frame.f_locals) for frame in (caller, above)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inner = {"_call": call, "_args": args, "_kwargs": kwargs}
+        outer = {"_inner": inner, "_names": names[0]}
+        return eval("eval('_call(*_args, **_kwargs)', _inner, _names)", outer, names[1])
+
+    return run
+
+
+def _inherited() -> tuple[Token, ...]:
+    """The captures of the thread that handed its work to this one, if torch itself did (``torch.jit.fork``)."""
+    if _here.began or not torch._C._is_key_in_tls(_STASH):
+        return ()
+    stashed: tuple[Token, ...] = torch._C._get_obj_in_tls(_STASH)
+    return stashed
+
+
+def tokens_here() -> tuple[Token, ...]:
+    """The captures that what runs here belongs to."""
+    return open_tokens() or _inherited()
+
+
+def is_inherited() -> bool:
+    """Whether this thread runs what torch itself handed over from a thread with a capture."""
+    return not _here.began and not open_tokens() and bool(_inherited())
+
+
+def _exclude_if_idle() -> None:
+    """Excludes the key after this call if the thread's captures were closed from elsewhere."""
+    if _here.began and not _here.tokens:
+        _here.included = _here.again = False
+
+
+# -- per thread
+
+
+def here() -> set[Token]:
+    """Returns the captures that include the key in this thread."""
+    return _here.tokens
+
+
+def begin(token: Token, tokens: set[Token]) -> None:
+    """Includes the key in this thread, for a capture; the thread's captures are ``tokens``."""
+    tokens.add(token)
+    _here.began = _here.included = _here.again = True
+    torch._C._stash_obj_in_tls(_STASH, tuple(tokens))
+    _include(_key, True)
+
+
+def end(token: Token, tokens: set[Token]) -> None:
+    """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
+
+    From another thread, the key stays included in its own until a convolution runs there, or a capture ends.
+    """
+    tokens.discard(token)
+    if tokens is _here.tokens and _here.began:
+        torch._C._stash_obj_in_tls(_STASH, tuple(tokens))
+        if not tokens:
+            _here.included = _here.again = False
+            _include(_key, False)
+
+
+def has_captures() -> bool:
+    """Whether a capture is open in this thread. If all of them were closed from elsewhere, the key is excluded now."""
+    if _here.included and not _here.tokens:
+        _here.included = _here.again = False
+        _include(_key, False)
+    return bool(_here.tokens)
+
+
+def taps() -> list[Tap]:
+    """The taps of the captures that are open in this thread."""
+    return [token.tap for token in _here.tokens if token.tap is not None]
+
+
+def include(on: bool) -> None:
+    """Includes the key in this thread, or excludes it, while a capture is open."""
+    _here.included = _here.again = on
+    _include(_key, on)
+
+
+def run_without(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a call in which no convolution is to be seen."""
+    if not _here.included:
+        return call(*args, **kwargs)
+    try:
+        _include(_key, False)
+        return call(*args, **kwargs)
+    finally:
+        _include(_key, True)
+
+
+def is_included() -> bool:
+    """Whether this thread includes the key."""
+    return _key is not None and bool(torch._C._dispatch_tls_is_dispatch_key_included(_key))

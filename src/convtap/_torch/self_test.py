@@ -1,0 +1,136 @@
+"""Finds out, once per process, whether the private parts of torch still do what convtap relies on."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convtap._errors import CoverageWarning
+from convtap._torch import call_shim, convolution_key, modes
+from convtap._torch.call_stack import module_calls
+from convtap._torch.weight_reads import WeightReads
+
+# Note: [Private parts of torch]
+# Assumption: what this package uses of torch beyond its documentation is what it was in the versions it was tested with.
+# Failure: another version, or a library that replaces parts of torch, changes one of them, and values are missing or wrong
+#   without a word.
+# Choice: the first capture tries each on a model of its own: a call of a module, a convolution called as a function, a
+#   call within a call, a fetch of a weight, a write in place. What fails is said once, by name, and its substitute is used:
+#   hooks for shims, the function mode for the convolution key. Without the call stack, functions are not watched.
+
+SHIM = "a call of a module is not handed to its shim"
+KEY = "a convolution called as a function does not reach the convolution key"
+STACK = "calls of modules are not found on the call stack"
+FETCH = "a fetch of a weight is not noticed"
+
+_INSTEAD = {
+    SHIM: "layers have hooks instead",
+    KEY: "a mode that sees every torch call is used instead, which is slower",
+    STACK: "convolutions that are called as functions are not captured",
+    FETCH: "layers that a fused kernel computes are reported as idle, not as bypassed",
+}
+
+
+class _Probe(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 1, device="cpu", dtype=torch.float32)
+        self.around: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(self.conv(x), self.conv.weight)
+
+
+class _Tap:
+    """Stands for a capture: notes what the key, the shim and the watched weight say."""
+
+    compiled_code_ran = False
+
+    def __init__(self, model: _Probe) -> None:
+        self.model = model
+        self.seen: list[str] = []
+
+    def before(self, transposed: int | None, args: Any, kwargs: Any) -> None:
+        if len(args) > 1 and args[1] is self.model.conv.weight:
+            self.seen.append("key")
+
+    def after(self, plan: Any, output: Any, args: Any, kwargs: Any) -> None:
+        """Is never called, since ``before`` asks for nothing."""
+
+    def pause(self) -> None:
+        """Compiled code runs: not here."""
+
+    def resume(self) -> None:
+        """And ends."""
+
+    def may_read(self, name: str) -> bool:
+        self.seen.append("fetch")
+        return False
+
+    def weight_used(self, name: str, by: str) -> None:
+        """Is never called, since no fetch is followed."""
+
+    def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.seen.append("shim")
+        self.model.around = [found for found, _ in module_calls()]
+        return call(*args, **kwargs)
+
+
+def run() -> frozenset[str]:
+    """Returns what does not work in this process, and says so the first time."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return frozenset()  # inside vmap and the like a probe proves nothing
+    found = _failures()
+    _say(found)
+    return found
+
+
+@functools.cache
+def _failures() -> frozenset[str]:
+    with modes.outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = _Probe()
+        tap = _Tap(model)
+        contextvars.copy_context().run(_try, model, tap)
+    expected = {"shim": SHIM, "fetch": FETCH} | ({"key": KEY} if convolution_key.is_available() else {})
+    failed = {text for what, text in expected.items() if what not in tap.seen}
+    if not convolution_key.is_available():
+        failed.add(KEY)
+    if SHIM not in failed and model.around != [model.conv, model]:
+        failed.add(STACK)
+    return frozenset(failed)
+
+
+def _try(model: _Probe, tap: _Tap) -> None:
+    token, reads, here = modes.Token(), WeightReads(), convolution_key.here()
+    modes.enter(token)
+    token.tap = tap
+    try:
+        call_shim.listen(model.conv, tap.called)
+        reads.open(tap, [("conv", model.conv)])
+        if convolution_key.is_available():
+            convolution_key.begin(token, here)
+        model(torch.zeros(1, 1, 1, device="cpu", dtype=torch.float32))
+    finally:
+        convolution_key.end(token, here)
+        reads.close()
+        call_shim.leave([model.conv], tap.called)
+        modes.leave(token)
+
+
+@functools.cache
+def _say(failed: frozenset[str]) -> None:
+    if failed:
+        what = "; ".join(f"{text} ({_INSTEAD[text]})" for text in sorted(failed))
+        warnings.warn(
+            f"torch {torch.__version__} differs from the versions that convtap was tested with: {what}. "
+            "Check the captured layers in acts.coverage, or use a version that docs/limits.md names.",
+            CoverageWarning,
+            stacklevel=5,  # at the user's with statement
+        )

@@ -1,0 +1,215 @@
+"""Follows a weight that something fetched: a class of its own sees which torch calls take it, or what they made of it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# See Note: [What reads a weight]. Attributes count only if they give the values; methods count unless they are in this list
+# or end in ``_``.
+_GETTERS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
+_METADATA = frozenset(
+    (  # noqa: SIM905 (thirty quoted words read worse)
+        "size dim ndimension numel nelement stride storage_offset is_contiguous element_size is_floating_point is_complex "
+        "is_signed is_conj is_neg is_inference is_pinned is_shared is_set_to get_device has_names type dim_order "
+        "new_ones new_zeros new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like "
+        "type_as result_type expand_as view_as reshape_as storage untyped_storage "
+        "register_hook register_post_accumulate_grad_hook retain_grad backward _is_view "
+        "__len__ __hash__ __repr__ __format__ __bool__ __deepcopy__ __reduce_ex__ __setstate__ __set__ __delete__"
+    ).split()
+)
+
+# These alone are no use of the values, but what they give may be used.
+_PASSING_ON = frozenset(("detach", "cpu", "data"))
+
+_aten = torch.ops.aten
+#: Functions that run a 1-D convolution, or may: the convolution key sees them.
+_CONVOLUTIONS = frozenset(
+    (
+        torch.conv1d,
+        torch.convolution,
+        torch._convolution,
+        *(_aten.conv1d, _aten.conv1d.default, _aten.conv1d.padding),
+        *(_aten.convolution, _aten.convolution.default),
+        *(_aten._convolution, _aten._convolution.default, _aten._convolution.deprecated),
+    )
+)
+
+_frame = sys._getframe
+_lock = threading.Lock()
+
+
+class Reader(Protocol):
+    """Is told what happens to the weights of a capture's layers."""
+
+    def may_read(self, name: str) -> bool:
+        """Says whether a fetch of a layer's weight, by something that is not its own forward, is to be followed."""
+
+    def weight_used(self, name: str, by: str) -> None:
+        """Notes that a call used the values of a layer's weight."""
+
+
+class _Mark:
+    """A tensor that is a weight, or was made of one, with whose it is and where it was fetched."""
+
+    __slots__ = ("is_new", "kind", "readers", "tensor", "where")
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        self.is_new = False  # a parameter that was made of one, and is none
+        self.tensor = weakref.ref(tensor)
+        self.kind = type(tensor)
+        self.readers: list[tuple[Reader, str]] = []
+        self.where = where
+
+
+_marks: dict[int, _Mark] = {}
+
+
+def follow(tensor: Any, readers: list[tuple[Reader, str]], where: str) -> None:
+    """Gives a tensor the class that sees what is done with it."""
+    with _lock:
+        kind = _KINDS.get(type(tensor))
+        mark = _marks.get(id(tensor))
+        if mark is None or mark.tensor() is not tensor:
+            if kind is None:
+                return
+            mark = _Mark(tensor, where)
+            _marks[id(tensor)] = mark
+            tensor.__class__ = kind
+        mark.readers.extend(pair for pair in readers if pair not in mark.readers)
+
+
+def release(reader: Reader | None) -> None:
+    """Gives what is followed for one reader alone its own class again."""
+    if not _marks:
+        return
+    with _lock:
+        for key, mark in list(_marks.items()):
+            mark.readers = [pair for pair in mark.readers if pair[0] is not reader]
+            if not mark.readers:
+                tensor = mark.tensor()
+                if tensor is not None:
+                    tensor.__class__ = mark.kind
+                _marks.pop(key, None)  # last: see Note: [Interrupts]
+
+
+def is_made_of(tensor: Any, reader: Reader) -> str | None:
+    """Returns the layer of whose weight a tensor was made (masked, scaled, cast), or None."""
+    mark = _mark_of(tensor)
+    return None if mark is None else next((name for who, name in mark.readers if who is reader), None)
+
+
+class _Reading:
+    """Sees the torch calls that take a weight, or what was made of it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func is Tensor.detach and _frame(1).f_code is _NEW_PARAMETER:
+            return _as_parameter(args[0], result)
+        _used(func, args, kwargs or {}, result)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _as_plain(self):
+            return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _as_plain(self):
+            return self.__reduce_ex__(protocol)
+
+
+@contextmanager
+def _as_plain(tensor: Any) -> Iterator[None]:
+    """Gives a tensor its own class while it is copied, or written to a file."""
+    reading = type(tensor)
+    try:
+        tensor.__class__ = next(kind for kind, other in _KINDS.items() if other is reading)
+        yield
+    finally:
+        if id(tensor) in _marks:
+            tensor.__class__ = reading
+
+
+class _ReadTensor(_Reading, Tensor):
+    pass
+
+
+class _ReadParameter(_Reading, nn.Parameter):
+    pass
+
+
+_KINDS: dict[Any, Any] = {Tensor: _ReadTensor, nn.Parameter: _ReadParameter}
+
+
+def _used(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    if func in _CONVOLUTIONS:
+        return
+    marks = [mark for mark in map(_mark_of, _tensors((*args, *kwargs.values()))) if mark is not None]
+    if not marks:
+        return
+    name, first = function_name(func), next(iter((*args, *kwargs.values())))
+    for mark in marks:
+        tensor = mark.tensor()
+        if tensor is None or not _reads_values(func, is_first=first is tensor):
+            continue
+        if name.rpartition(".")[2] not in _PASSING_ON:
+            for who, layer in mark.readers:
+                who.weight_used(layer, f"{name} ({mark.where})")
+        for made in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            if made.numel() == tensor.numel():  # a weight still: an activation is not followed
+                follow(made, mark.readers, mark.where)
+
+
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
+
+
+def _as_parameter(made_of: Any, detached: Tensor) -> Tensor:
+    """Makes the result of ``nn.Parameter(weight)``, which has to be of the class of its argument for now."""
+    parameter = Tensor._make_subclass(nn.Parameter, detached)
+    mark, readers = _Mark(parameter, ""), _mark_of(made_of)
+    mark.is_new, mark.readers = True, [] if readers is None else list(readers.readers)
+    with _lock:
+        _marks[id(parameter)] = mark
+        parameter.__class__ = type(made_of)
+    return parameter
+
+
+def _mark_of(tensor: Any) -> _Mark | None:
+    mark = _marks.get(id(tensor))
+    return mark if mark is not None and mark.tensor() is tensor and not mark.is_new else None
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among some values, and in lists and tuples among them."""
+    found: list[Tensor] = []
+    for value in values:
+        items = value if type(value) in (list, tuple) else (value,)
+        found.extend(item for item in items if isinstance(item, Tensor))
+    return found
+
+
+def _reads_values(func: Any, *, is_first: bool) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func in _GETTERS
+    if not is_first:
+        return name not in _METADATA and name != "to"
+    return name not in _METADATA and not (name.endswith("_") and not name.endswith("__"))
+
+
+def function_name(func: Any) -> str:
+    """Returns the name that a person would write for a torch function."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return f"Tensor.{getattr(getattr(func, '__self__', None), '__name__', name)}"
+    return str(torch.overrides.resolve_name(func) or name)

@@ -1,0 +1,134 @@
+"""Notices who else reads the weight of a layer: a fused kernel that takes it computes the layer without a convolution."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import PurePath
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from convtap._torch.call_stack import FORWARD_OF_CONV1D
+from convtap._torch.weight_marks import Reader, follow, release
+
+# Note: [What reads a weight]
+# Assumption: code that computes a convolution by itself fetches ``conv.weight`` first, which looks into the layer's
+#   ``_parameters``, and hands it to some torch call (squeeze, to, T, data_ptr, …), in which a subclass of Parameter is asked.
+# Failure: watching every torch call would tax those that have nothing to do with a convolution; and harmless code fetches
+#   weights too: shapes are asked, weights are initialized or renormalized in place.
+# Choice: while a capture is open, a selected layer's ``_parameters`` is a dict that notes a fetch from anywhere but the
+#   layer's own forward. What was fetched so has another class until the pass ends, which sees the calls that take it, and
+#   those that take what these made of it.
+
+_frame = sys._getframe
+_get = dict.__getitem__
+_lock = threading.Lock()
+
+
+class _Watched(dict):  # type: ignore[type-arg]
+    """The parameters of one layer while captures watch it. See Note: [What reads a weight]."""
+
+    __slots__ = ("original", "readers")
+
+    original: dict[str, Any]
+    readers: tuple[tuple[Reader, str], ...]
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            if _frame(2).f_code is FORWARD_OF_CONV1D:  # by way of Module.__getattr__
+                return _get(self, key)
+        except ValueError:  # fewer frames than that
+            pass
+        _fetched(self, key, _frame(1))
+        return _get(self, key)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self),)
+
+
+class WeightReads:
+    """Watches the weights of one capture's layers."""
+
+    def __init__(self) -> None:
+        self._reader: Reader | None = None
+        self._modules: list[nn.Module] = []
+
+    def open(self, reader: Reader, layers: Iterable[tuple[str, nn.Module]]) -> None:
+        """Begins to watch some layers: the parameters of a module, for the layer of a name."""
+        self._reader = reader
+        with _lock:
+            for name, module in layers:
+                self._modules.append(module)
+                watched = module.__dict__["_parameters"]
+                if type(watched) is _Watched:
+                    watched.readers = (*watched.readers, (reader, name))
+                    continue
+                original, watched = watched, _Watched(watched)
+                watched.original, watched.readers = original, ((reader, name),)
+                module.__dict__["_parameters"] = watched
+
+    def close(self) -> None:
+        """Ends it; again does nothing. See Note: [Interrupts]"""
+        self.release()
+        self.pause()
+        self._reader = None  # which has this: a cycle
+
+    def pause(self) -> None:
+        """Ends it for now; what was fetched is followed on."""
+        reader = self._reader
+        with _lock:
+            for module in self._modules:
+                watched = module.__dict__["_parameters"]
+                if type(watched) is _Watched:
+                    if len(watched.readers) > 1:
+                        watched.readers = tuple(pair for pair in watched.readers if pair[0] is not reader)
+                    if not watched.readers or watched.readers[0][0] is reader:
+                        module.__dict__["_parameters"] = _as_it_was(watched)
+                        watched.readers = ()  # a shallow copy of the layer may have this dict as well
+        self._modules.clear()
+
+    def release(self) -> None:
+        """Lets go of the weights that were fetched: at the end of each pass, and of the capture."""
+        release(self._reader)
+
+
+def _as_it_was(watched: _Watched) -> dict[str, Any]:
+    """Returns the layer's own dict, with what was set since."""
+    original = watched.original
+    for key, value in original.items():
+        if watched.get(key, watched) is not value:
+            break
+    else:
+        if len(original) == len(watched):
+            return original
+    original.clear()
+    original.update(watched)
+    return original
+
+
+def _fetched(watched: _Watched, key: str, reader: FrameType | None) -> None:
+    while reader is not None and reader.f_code is _GETATTR:
+        reader = reader.f_back
+    if reader is None or reader.f_code is FORWARD_OF_CONV1D or _is_a_copy(reader):
+        return
+    if not key.startswith(("weight", "original")):  # a bias is no convolution's weight
+        return
+    value = _get(watched, key)
+    for who, name in watched.readers:
+        if who.may_read(name):
+            follow(value, [(who, name)], _place(reader))
+
+
+_GETATTR = nn.Module.__getattr__.__code__
+
+
+def _is_a_copy(reader: FrameType) -> bool:
+    """Whether a fetch is part of copying a layer, or of exchanging its parameters for others."""
+    return reader.f_globals.get("__name__") in ("copy", "torch.nn.utils._named_member_accessor")
+
+
+def _place(frame: FrameType) -> str:
+    return f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno}"
