@@ -96,9 +96,12 @@ class Block:
         if selection.tree.has_keras:
             taps.append(KerasTap(asked.model, keras, recorder, passes, at=at))
         compiled = selection.tree.compiled if self.eager is None else {}
-        others = {*selection.scripted, *keras}
-        modules = {name: module for name, module in selection.modules.items() if name not in others}
-        outside = {name: module for name, module in modules.items() if name not in compiled}
+        others, modules = {*selection.scripted, *keras}, selection.modules
+        if others:
+            modules = {name: module for name, module in modules.items() if name not in others}
+        outside = modules
+        if compiled:
+            outside = {name: module for name, module in modules.items() if name not in compiled}
         modules = modules if at == "output" else outside  # a hook would become part of what is compiled
         follower = self._follower(asked, owners) if at == "activation" else None
         if follower is not None:

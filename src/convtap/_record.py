@@ -86,7 +86,7 @@ class Recorder:
         self._token = token
         self._log = log
         self._modules = selection.modules
-        self._name_of = selection.name_of
+        self.name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
         self._keeper = keeper
@@ -122,7 +122,7 @@ class Recorder:
 
     def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Records what a module returned: the hook itself."""
-        name = self._name_of.get(id(module))
+        name = self.name_of.get(id(module))
         if name is None:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
             return None
         return self.emit(name, output, "module", args)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from convtap._torch.call_stack import called_module, pass_by_in_dynamo
+from convtap._torch.call_stack import CALL, pass_by_in_dynamo
 
 # Note: [The shim]
 # Assumption: ``Module.__call__`` runs the instance's ``_compiled_call_impl`` if there is one (``model.compile()`` sets it)
@@ -38,9 +38,9 @@ class _Shim:
         self.listeners = listeners
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        if called_module(_frame(1), module) is not module:  # a replica, whose ``__dict__`` is a copy
-            return called_module(_frame(1), module)._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        module, caller = self.module, _frame(1)
+        if caller.f_code is CALL and caller.f_locals["self"] is not module:  # a replica, whose ``__dict__`` is a copy
+            return caller.f_locals["self"]._call_impl(*args, **kwargs)
         call, listeners = self.call, self.listeners
         if len(listeners) == 1:
             return listeners[0](call, module, args, kwargs)

@@ -22,14 +22,9 @@ class _Probe(nn.Module):
 
 #: Every call of a module, ``module(x)``, runs this function of torch's, and its local ``self`` is the module. It is looked
 #: for on the stack of a call, since a library may have wrapped it.
-_CALL: CodeType = _Probe()()
+CALL: CodeType = _Probe()()
 
 FORWARD_OF_CONV1D = nn.Conv1d.forward.__code__
-
-
-def called_module(frame: FrameType, otherwise: nn.Module) -> nn.Module:
-    """Returns the module whose call a frame is, or another one if it is not the frame of a call."""
-    return frame.f_locals.get("self", otherwise) if frame.f_code is _CALL else otherwise
 
 
 def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, FrameType]]:
@@ -37,7 +32,7 @@ def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, Fr
     if frame is None:
         frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL:
             module = frame.f_locals.get("self")
             if module is not None:
                 yield module, frame

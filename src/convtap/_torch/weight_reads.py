@@ -31,10 +31,11 @@ _lock = threading.Lock()
 class _Watched(dict):  # type: ignore[type-arg]
     """The parameters of one layer while captures watch it. See Note: [What reads a weight]."""
 
-    __slots__ = ("original", "readers")
+    __slots__ = ("is_changed", "original", "readers")
 
     original: dict[str, Any]
     readers: tuple[tuple[Reader, str], ...]
+    is_changed: bool
 
     def __getitem__(self, key: str) -> Any:
         try:
@@ -47,6 +48,20 @@ class _Watched(dict):  # type: ignore[type-arg]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(self),)
+
+
+def _noting_change(name: str) -> Any:
+    method = getattr(dict, name)
+
+    def change(self: _Watched, *args: Any, **kwargs: Any) -> Any:
+        self.is_changed = True
+        return method(self, *args, **kwargs)
+
+    return change
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
+    setattr(_Watched, _name, _noting_change(_name))
 
 
 class WeightReads:
@@ -67,7 +82,7 @@ class WeightReads:
                     watched.readers = (*watched.readers, (reader, name))
                     continue
                 original, watched = watched, _Watched(watched)
-                watched.original, watched.readers = original, ((reader, name),)
+                watched.original, watched.readers, watched.is_changed = original, ((reader, name),), False
                 module.__dict__["_parameters"] = watched
 
     def close(self) -> None:
@@ -86,27 +101,16 @@ class WeightReads:
                     if len(watched.readers) > 1:
                         watched.readers = tuple(pair for pair in watched.readers if pair[0] is not reader)
                     if not watched.readers or watched.readers[0][0] is reader:
-                        module.__dict__["_parameters"] = _as_it_was(watched)
+                        if watched.is_changed:
+                            watched.original.clear()
+                            watched.original.update(watched)
+                        module.__dict__["_parameters"] = watched.original
                         watched.readers = ()  # a shallow copy of the layer may have this dict as well
         self._modules.clear()
 
     def release(self) -> None:
         """Lets go of the weights that were fetched: at the end of each pass, and of the capture."""
         release(self._reader)
-
-
-def _as_it_was(watched: _Watched) -> dict[str, Any]:
-    """Returns the layer's own dict, with what was set since."""
-    original = watched.original
-    for key, value in original.items():
-        if watched.get(key, watched) is not value:
-            break
-    else:
-        if len(original) == len(watched):
-            return original
-    original.clear()
-    original.update(watched)
-    return original
 
 
 def _fetched(watched: _Watched, key: str, reader: FrameType | None) -> None:

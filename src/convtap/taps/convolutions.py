@@ -119,6 +119,9 @@ class ConvolutionTap:
         for name, module in self._watched.items():
             if not isinstance(module, CONV1D):
                 continue
+            if not module._modules:
+                yield name, module
+                continue
             parametrizations: Any = module._modules.get("parametrizations")
             if parametrizations is not None and "weight" in parametrizations._modules:
                 for part in parametrizations._modules["weight"].modules():

@@ -32,10 +32,13 @@ class ModuleTap:
         self._recorder = recorder
         self._token = token
         self._at = at
+        self._plain: dict[str, nn.Module] = {}
+        self._others: dict[str, nn.Module] = {}
         shims = plainly and at == "output"
-        self._plain = {name: module for name, module in modules.items() if shims and is_plain(module)}
-        self._others = {name: module for name, module in modules.items() if name not in self._plain}
-        self._name_of = {id(module): name for name, module in self._plain.items()}
+        for name, module in modules.items():
+            (self._plain if shims and is_plain(module) else self._others)[name] = module
+        self._name_of = recorder.name_of
+        self._emit = recorder.emit_plain
         self._hooks = Hooks()
 
     def open(self) -> None:
@@ -60,8 +63,8 @@ class ModuleTap:
             return call(*args, **kwargs)
         own = module.__dict__
         if own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks():  # which may run convolutions
-            return self._recorder.emit_plain(name, call(*args, **kwargs))
-        return self._recorder.emit_plain(name, run_without(call, args, kwargs))
+            return self._emit(name, call(*args, **kwargs))
+        return self._emit(name, run_without(call, args, kwargs))
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
