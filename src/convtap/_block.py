@@ -88,7 +88,7 @@ class Block:
 
     def _taps(self, asked: Asked) -> list[Any]:
         selection, recorder, passes, at = self.selection, self.recorder, self.passes, asked.at
-        owners = Owners(selection.tree)
+        owners = Owners(selection.tree, selection.modules)
         taps: list[Any] = []
         if selection.tree.has_script:
             _check_script(asked, sorted(selection.scripted))
@@ -108,9 +108,9 @@ class Block:
             taps.append(follower)
         # what may be replaced by a snapshot is compared with the keyword arguments as well
         alone = asked.policy.detach and not asked.grads
-        taps.append(
-            ModuleTap(modules, recorder, self.token, at=at, plainly=alone and self_test.SHIM not in self.broken)
-        )
+        plainly = alone and self_test.SHIM not in self.broken
+        module_tap = ModuleTap(modules, recorder, self.token, at=at, plainly=plainly)
+        taps.append(module_tap)
         if self.functional or selection.tree.has_script:
             tap = ConvolutionTap(
                 selection,
@@ -121,6 +121,7 @@ class Block:
                 at=at,
                 functions=self.functional,
                 tapped=modules,
+                shimmed=module_tap.shimmed,
                 watched=outside,
                 compiled=compiled,
                 follower=follower,

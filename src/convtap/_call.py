@@ -26,7 +26,7 @@ class Tally:
     last_pass = -1
     bypassed: str | None = None
     bypasses = 0
-    pending: tuple[int, str] | None = None
+    pending: tuple[int, object] | None = None
     computed = False
     separator = "#"
 
@@ -39,7 +39,7 @@ class Tally:
         """Whether the layer is a Conv1d module."""
         return issubclass(self.kind, CONV1D)
 
-    def read_by(self, reader: str, forward: int) -> None:
+    def read_by(self, reader: object, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
         if self.last_pass == forward or (self.pending is not None and self.pending[0] == forward):
             return
@@ -50,7 +50,7 @@ class Tally:
         """Counts a read as a bypass, if the convolution was not seen in the same pass after it."""
         if self.pending is not None:
             self.bypasses += 1
-            self.bypassed = self.bypassed or self.pending[1]
+            self.bypassed = self.bypassed or str(self.pending[1])
             self.pending = None
 
 

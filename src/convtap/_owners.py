@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,15 +15,16 @@ from convtap._tree import ModuleTree, parameter_name, tensors_of
 # Assumption: a parameter is the same object for as long as it is the module's, and lies in memory of its own.
 # Failure: parameters are replaced (``functional_call``, ``load_state_dict(assign=True)``, FSDP for the time of a forward),
 #   moved (``.to()``, ``.data =``), and the memory they leave is given to others within the same pass.
-# Choice: identity first. By address only if the owner lies there at this very moment. A tensor that is not known is looked
+# Choice: identity first; then by address, if the owner lies there at this very moment. A tensor that neither knows is looked
 #   for in the modules that are being called, and the whole table is made again at most once a pass.
 
 
 class Owners:
     """The parameters and buffers of a model, by identity and by the memory that each of them takes."""
 
-    def __init__(self, tree: ModuleTree) -> None:
+    def __init__(self, tree: ModuleTree, likely: Mapping[str, nn.Module]) -> None:
         self._tree = tree
+        self._likely = likely  # looked at first, and alone if that suffices
         self._collected_for: int | None = None
         self._names: dict[int, tuple[Tensor, str]] = {}
         self._starts: list[int] = []
@@ -37,18 +38,20 @@ class Owners:
             forward: the number of the pass.
             around: returns the modules that are being called, innermost first.
         """
-        found = self._names.get(id(weight))
-        if found is not None and found[0] is weight:
-            return found[1]
         if not isinstance(weight, Tensor):
             return None
-        if self._collected_for != forward:
-            self._collect()
+        if not self._names:
+            self._collect(self._likely)
+        name = self._find_by_identity(weight) or self._find_by_address(weight) or self._find_near(weight, around())
+        if name is None and self._collected_for != forward:
             self._collected_for = forward
-            found = self._names.get(id(weight))
-            if found is not None and found[0] is weight:
-                return found[1]
-        return self._find_near(weight, around()) or self._find_by_address(weight)
+            self._collect(self._tree.names)
+            name = self._find_by_identity(weight) or self._find_by_address(weight)
+        return name
+
+    def _find_by_identity(self, weight: Tensor) -> str | None:
+        found = self._names.get(id(weight))
+        return found[1] if found is not None and found[0] is weight else None
 
     def _find_near(self, weight: Tensor, modules: Iterable[nn.Module]) -> str | None:
         """Looks among the parameters that the modules around the call, and their parts, have right now."""
@@ -73,10 +76,10 @@ class Owners:
         start = 0 if owner is None else data_address(owner)  # now, not when the table was made
         return name if owner is not None and start and start <= address < start + tensor_bytes(owner) else None
 
-    def _collect(self) -> None:
+    def _collect(self, modules: Mapping[str, nn.Module]) -> None:
         self._names = {}
         ranges: dict[int, tuple[int, str, nn.Module, str]] = {}
-        for module_name, module in reversed(self._tree.names.items()):  # so that a shared one has its first name
+        for module_name, module in reversed(list(modules.items())):  # so that a shared one has its first name
             for key, tensor in tensors_of(module):
                 name = parameter_name(module_name, key)
                 self._names[id(tensor)] = (tensor, name)

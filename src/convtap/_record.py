@@ -230,7 +230,7 @@ class Recorder:
             self.failure = error
             raise
 
-    def weight_read(self, name: str, by: str) -> None:
+    def weight_read(self, name: str, by: object) -> None:
         """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
         tally = self._log.tallies.get(name) or self._open_tally(name)
         self.reads = True

@@ -70,7 +70,7 @@ class Follower:
         samples = int(signal.shape[time_dim])
         self._nodes[signal] = Node(Mark((Digit(time_dim, samples),), clear=(0, samples)))
         self._stack: list[tuple[str, nn.Module]] = []
-        self._owners = Owners(tree)
+        self._owners = Owners(tree, tree.names)
         self._muted = False
 
     @contextmanager

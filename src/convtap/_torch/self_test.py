@@ -74,7 +74,7 @@ class _Tap:
         self.seen.append("fetch")
         return False
 
-    def weight_used(self, name: str, by: str) -> None:
+    def weight_used(self, name: str, by: object) -> None:
         """Is never called, since no fetch is followed."""
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from types import CodeType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +56,21 @@ class Reader(Protocol):
     def may_read(self, name: str) -> bool:
         """Says whether a fetch of a layer's weight, by something that is not its own forward, is to be followed."""
 
-    def weight_used(self, name: str, by: str) -> None:
+    def weight_used(self, name: str, by: Read) -> None:
         """Notes that a call used the values of a layer's weight."""
+
+
+class Read(NamedTuple):
+    """What used the values of a weight, and where that was fetched; text when it is asked for (line numbers are slow)."""
+
+    function: str
+    code: CodeType
+    instruction: int
+
+    def __str__(self) -> str:
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.instruction < end)
+        file = os.path.basename(self.code.co_filename)
+        return f"{self.function} ({file}:{next(lines, self.code.co_firstlineno)})"
 
 
 class _Mark:
@@ -62,7 +78,7 @@ class _Mark:
 
     __slots__ = ("is_new", "kind", "readers", "tensor", "where")
 
-    def __init__(self, tensor: Tensor, where: str) -> None:
+    def __init__(self, tensor: Tensor, where: tuple[CodeType, int] | None) -> None:
         self.is_new = False  # a parameter that was made of one, and is none
         self.tensor = weakref.ref(tensor)
         self.kind = type(tensor)
@@ -73,7 +89,7 @@ class _Mark:
 _marks: dict[int, _Mark] = {}
 
 
-def follow(tensor: Any, readers: list[tuple[Reader, str]], where: str) -> None:
+def follow(tensor: Any, readers: list[tuple[Reader, str]], where: tuple[CodeType, int] | None) -> None:
     """Gives a tensor the class that sees what is done with it."""
     with _lock:
         kind = _KINDS.get(type(tensor))
@@ -114,6 +130,8 @@ class _Reading:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
+        if not _may_read_values(func):
+            return result
         if func is Tensor.detach and _frame(1).f_code is _NEW_PARAMETER:
             return _as_parameter(args[0], result)
         _used(func, args, kwargs or {}, result)
@@ -163,8 +181,10 @@ def _used(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if tensor is None or not _reads_values(func, is_first=first is tensor):
             continue
         if name.rpartition(".")[2] not in _PASSING_ON:
-            for who, layer in mark.readers:
-                who.weight_used(layer, f"{name} ({mark.where})")
+            where = mark.where
+            if where is not None:
+                for who, layer in mark.readers:
+                    who.weight_used(layer, Read(name, *where))
         for made in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if made.numel() == tensor.numel():  # a weight still: an activation is not followed
                 follow(made, mark.readers, mark.where)
@@ -176,7 +196,7 @@ _NEW_PARAMETER = nn.Parameter.__new__.__code__
 def _as_parameter(made_of: Any, detached: Tensor) -> Tensor:
     """Makes the result of ``nn.Parameter(weight)``, which has to be of the class of its argument for now."""
     parameter = Tensor._make_subclass(nn.Parameter, detached)
-    mark, readers = _Mark(parameter, ""), _mark_of(made_of)
+    mark, readers = _Mark(parameter, None), _mark_of(made_of)
     mark.is_new, mark.readers = True, [] if readers is None else list(readers.readers)
     with _lock:
         _marks[id(parameter)] = mark
@@ -198,15 +218,20 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _reads_values(func: Any, *, is_first: bool) -> bool:
+def _may_read_values(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return func in _GETTERS
+    return func in _GETTERS if name == "__get__" else name not in _METADATA
+
+
+def _reads_values(func: Any, *, is_first: bool) -> bool:
+    """Whether a function that may read a tensor's values does, if the tensor is its first argument, or another one."""
+    name = getattr(func, "__name__", "")
     if not is_first:
-        return name not in _METADATA and name != "to"
-    return name not in _METADATA and not (name.endswith("_") and not name.endswith("__"))
+        return bool(name != "to")
+    return not name.endswith("_") or name.endswith("__")
 
 
+@functools.lru_cache(256)  # torch takes 20 µs to look a name up
 def function_name(func: Any) -> str:
     """Returns the name that a person would write for a torch function."""
     name = getattr(func, "__name__", str(func))

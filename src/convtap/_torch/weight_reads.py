@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable
-from pathlib import PurePath
 from types import FrameType
 from typing import Any
 
@@ -123,7 +122,7 @@ def _fetched(watched: _Watched, key: str, reader: FrameType | None) -> None:
     value = _get(watched, key)
     for who, name in watched.readers:
         if who.may_read(name):
-            follow(value, [(who, name)], _place(reader))
+            follow(value, [(who, name)], (reader.f_code, reader.f_lasti))
 
 
 _GETATTR = nn.Module.__getattr__.__code__
@@ -132,7 +131,3 @@ _GETATTR = nn.Module.__getattr__.__code__
 def _is_a_copy(reader: FrameType) -> bool:
     """Whether a fetch is part of copying a layer, or of exchanging its parameters for others."""
     return reader.f_globals.get("__name__") in ("copy", "torch.nn.utils._named_member_accessor")
-
-
-def _place(frame: FrameType) -> str:
-    return f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -16,11 +16,12 @@ from convtap._select import CONV1D, FUNCTION, Selection
 from convtap._torch import compiled_regions, convolution_key, modes
 from convtap._torch.call_stack import module_calls, skip_in_dynamo
 from convtap._torch.convolution_key import is_inherited
-from convtap._torch.weight_marks import is_made_of
+from convtap._torch.weight_marks import Read, is_made_of
 from convtap._torch.weight_reads import WeightReads
 from convtap._tree import ModuleTree, tensors_of
 from convtap.taps.activation import Follower
 from convtap.taps.keras import is_claimed
+from convtap.taps.module import runs_alone
 
 # Note: [Once each]
 # Assumption: a convolution inside a module whose own tap emits it is not a second call.
@@ -49,6 +50,7 @@ class ConvolutionTap:
         at: str,
         functions: bool,
         tapped: Mapping[str, nn.Module],
+        shimmed: Mapping[str, nn.Module],
         watched: Mapping[str, nn.Module],
         compiled: Mapping[str, nn.Module],
         follower: Follower | None,
@@ -62,6 +64,7 @@ class ConvolutionTap:
         self._at = at
         self._functions = functions
         self._tapped = tapped
+        self._shimmed = shimmed
         self._watched = watched
         self._compiled = compiled
         self._follower = follower
@@ -154,7 +157,7 @@ class ConvolutionTap:
         via = "script" if is_script else "function"
         if name is None:
             name, via = self._name_without_owner(weight, innermost, via)
-        elif self._is_a_modules_own(name, weight):
+        elif self._is_a_modules_own(name, weight, innermost):
             return None
         if name is None or not (self._functions or via == "script") or not self._wants(name):
             return None
@@ -184,8 +187,13 @@ class ConvolutionTap:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return getattr(self._selection.tree.names.get(name), "bias", None) is None or bias is not None
 
-    def _is_a_modules_own(self, name: str, weight: Any) -> bool:
+    def _is_a_modules_own(self, name: str, weight: Any, innermost: Any) -> bool:
         """Whether a module is being called that this convolution belongs to: it has a tap of its own, or is not selected."""
+        owner = name if name in self._selection.tree.names else name.rpartition(".")[0]
+        layer = self._tapped.get(owner)
+        alone = owner in self._shimmed and not compiled_regions.is_inside() and runs_alone(self._shimmed[owner])
+        if (layer is None or alone) and not isinstance(innermost, CONV1D):
+            return False  # see Note: [Plain layers]
         names, owner = self._selection.tree.identities, name.rpartition(".")[0]
         is_parameter = name not in self._selection.tree.names
         for module in self._around():
@@ -241,9 +249,9 @@ class ConvolutionTap:
         if not recorder.is_open_here() or not self._passes.in_forward():
             return False
         layer = self._tapped.get(name)
-        return all(module is not layer for module in self._around())
+        return name in self._shimmed or all(module is not layer for module in self._around())
 
-    def weight_used(self, name: str, by: str) -> None:
+    def weight_used(self, name: str, by: Read) -> None:
         """Notes that a call used the values of a layer's weight."""
         if self._recorder.is_open_here():
             self._recorder.weight_read(name, by)

@@ -24,7 +24,11 @@ from convtap._torch.modes import Token, open_tokens
 
 
 class ModuleTap:
-    """Emits what modules return, or what they are given."""
+    """Emits what modules return, or what they are given.
+
+    Attributes:
+        shimmed: the plain layers, by name.
+    """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], recorder: Recorder, token: Token, *, at: str, plainly: bool
@@ -32,18 +36,18 @@ class ModuleTap:
         self._recorder = recorder
         self._token = token
         self._at = at
-        self._plain: dict[str, nn.Module] = {}
+        self.shimmed: dict[str, nn.Module] = {}
         self._others: dict[str, nn.Module] = {}
         shims = plainly and at == "output"
         for name, module in modules.items():
-            (self._plain if shims and is_plain(module) else self._others)[name] = module
+            (self.shimmed if shims and is_plain(module) else self._others)[name] = module
         self._name_of = recorder.name_of
         self._emit = recorder.emit_plain
         self._hooks = Hooks()
 
     def open(self) -> None:
         """Puts a shim or a hook on every module."""
-        call_shim.listen_to_all(self._plain.values(), self._called)
+        call_shim.listen_to_all(self.shimmed.values(), self._called)
         for name, module in self._others.items():
             if self._at == "input":
                 self._hooks.before(module, self._emit_input, name, module)
@@ -52,7 +56,7 @@ class ModuleTap:
 
     def close(self) -> None:
         """Takes them off."""
-        call_shim.leave(self._plain.values(), self._called)
+        call_shim.leave(self.shimmed.values(), self._called)
         self._hooks.remove()
 
     def _called(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -61,28 +65,22 @@ class ModuleTap:
         if self._token not in open_tokens():
             self._recorder.is_here(name)
             return call(*args, **kwargs)
-        own = module.__dict__
-        if own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks():  # which may run convolutions
-            return self._emit(name, call(*args, **kwargs))
-        return self._emit(name, run_without(call, args, kwargs))
+        output = run_without(call, args, kwargs) if runs_alone(module) else call(*args, **kwargs)
+        return self._emit(name, output)
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
 
 
-def _kind(module: nn.Module) -> Any:
-    return type(module)
-
-
-@functools.cache
-def _is_plain(kind: Any) -> bool:
-    """Whether a class is a convolution whose forward is PyTorch's own, so that its output is always new memory."""
-    return issubclass(kind, nn.Conv1d) and kind.forward.__module__.startswith("torch.")
-
-
 pass_by_in_dynamo(ModuleTap._called, run_without)
 skip_in_dynamo(Recorder.emit_plain, Recorder.is_here)
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether no hooks run in the calls of a module, which may run convolutions of their own."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks())
 
 
 def is_plain(module: nn.Module) -> bool:
