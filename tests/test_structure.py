@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "convtap"
 
 #: A module may import only modules above it.
 ORDER = (
+    "_torch.references",
     "_torch.hooks",
     "_torch.transforms",
     "_torch.call_stack",

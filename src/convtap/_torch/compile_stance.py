@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import nn
 
 from convtap._errors import Unsupported
 from convtap._torch import call_shim, dynamo_import
+from convtap._torch.references import give_reference
 
 # Note: [The eager stance]
 # Assumption: Dynamo asks its process-wide stance at every compiled call; "force_eager" runs the Python code.
@@ -21,12 +21,6 @@ from convtap._torch import call_shim, dynamo_import
 #   captures would stay on; importing Dynamo takes over a second.
 # Choice: one count of the captures that need it for the process: the first one sets the stance and the last one restores
 #   it. While Dynamo is not imported, an import hook sets the stance as soon as it is.
-#
-# Note: [References lent by torch]
-# Assumption: a function that returns an object gives a reference to it away.
-# Failure: ``get_eval_frame_callback`` of torch 2.6 gives none, so whoever calls it, as each change of the stance does,
-#   takes one from None. Until Python 3.12, which never frees it, that ends the process after some thousand blocks.
-# Choice: seen once by counting; where it is so, what is taken by a call is given back after it.
 
 _DYNAMO = "torch._dynamo"
 
@@ -55,9 +49,6 @@ def refuse_inside_compiled() -> None:
             raise Unsupported(_INSIDE_COMPILED)
 
 
-_give_reference = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
-
-
 @cache
 def _lends(function: Callable[[], Any]) -> bool:
     """Whether a function gives no reference away with what it returns. See Note: [References lent by torch]."""
@@ -66,7 +57,7 @@ def _lends(function: Callable[[], Any]) -> bool:
     more = [function() for _ in range(1000)]
     lent = sys.getrefcount(one) - before < 500  # not 0: other threads may use the same object
     for lender in [one, *more] if lent else []:
-        _give_reference(lender)
+        give_reference(lender)
     return lent
 
 
@@ -85,7 +76,7 @@ def _frame_callback(asked: int = 0) -> Any:
     function = getattr(eval_frame, "get_eval_frame_callback", _no_callback)
     callback = function()
     for _ in range(asked + 1 if _lends(function) else 0):
-        _give_reference(callback)
+        give_reference(callback)
     return callback
 
 

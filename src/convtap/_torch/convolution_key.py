@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.modes import Tap, Token, observe, open_tokens, tracing_state
+from convtap._torch.references import give_reference
 
 # Note: [The convolution key]
 # Assumption: torch has a dispatch key that nothing uses, above autocast, functorch, autograd and the Python modes. An
@@ -173,6 +175,25 @@ def tokens_here() -> tuple[Token, ...]:
     return open_tokens() or _inherited()
 
 
+def _stash(tokens: tuple[Token, ...]) -> None:
+    """Leaves word for the threads that torch itself hands work to. See Note: [References lent by torch]"""
+    if _steals():
+        give_reference(tokens)
+    torch._C._stash_obj_in_tls(_STASH, tokens)
+
+
+@functools.cache
+def _steals() -> bool:
+    """Whether torch takes a reference to what it stashes without having one, as torch 2.6 does."""
+    probe = (object(),)
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(_STASH, probe)
+    steals = sys.getrefcount(probe) == before
+    if steals:
+        give_reference(probe)
+    return steals
+
+
 def is_inherited() -> bool:
     """Whether this thread runs what torch itself handed over from a thread with a capture."""
     return not _here.began and not open_tokens() and bool(_inherited())
@@ -196,7 +217,7 @@ def begin(token: Token, tokens: set[Token]) -> None:
     """Includes the key in this thread, for a capture; the thread's captures are ``tokens``."""
     tokens.add(token)
     _here.began = _here.included = _here.again = True
-    torch._C._stash_obj_in_tls(_STASH, tuple(tokens))
+    _stash(tuple(tokens))
     _include(_key, True)
 
 
@@ -207,7 +228,7 @@ def end(token: Token, tokens: set[Token]) -> None:
     """
     tokens.discard(token)
     if tokens is _here.tokens and _here.began:
-        torch._C._stash_obj_in_tls(_STASH, tuple(tokens))
+        _stash(tuple(tokens))
         if not tokens:
             _here.included = _here.again = False
             _include(_key, False)
