@@ -109,6 +109,7 @@ class Passes:
         if here.depth and here.outside is module:
             here.depth, here.outside, here.number = 0, None, -1
 
+    @pass_by_in_dynamo
     def heard(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a marked call."""
         tokens = open_tokens()
@@ -119,6 +120,7 @@ class Passes:
         begins = not (module is not self._model and self._is_within(module))
         return self._inside(call, args, kwargs, begins=begins)
 
+    @pass_by_in_dynamo
     def _inside(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, begins: bool = True
     ) -> Any:
@@ -160,17 +162,20 @@ class Passes:
             self._members = {id(module) for module in self._model.modules()}
         return self._members
 
+    @skip_in_dynamo
     def _is_within(self, module: nn.Module) -> bool:
         """Whether a part is called by another part that was called before it had a mark."""
         found = outermost_call(self._member_ids())
         return found is not None and found[0] is not module
 
+    @skip_in_dynamo
     def _begin(self, args: Any, kwargs: Any) -> int:
         number = self._latest = next(self._numbers)
         with outside_function_modes():
             self.inputs[number] = _input_shape((args, kwargs))
         return number
 
+    @skip_in_dynamo
     def _outside(self) -> int:
         """The pass of a layer that runs while no marked call does."""
         here = self.here
@@ -183,10 +188,6 @@ class Passes:
             if found and all(found[0] is not module for module in self._marked):
                 self._mark(found[0])
         return here.outside_number
-
-
-pass_by_in_dynamo(Passes.heard, Passes._inside)
-skip_in_dynamo(Passes._begin, Passes._outside, Passes._is_within)
 
 
 def _input_shape(inputs: Any) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
 from convtap._select import Selection
 from convtap._structure import walk_tensors
+from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
 from convtap._torch.modes import (
     Token,
@@ -108,6 +109,7 @@ class Recorder:
         """Whether this capture is open in this context, and what runs is the model: no recording, no recomputation."""
         return self._token in tokens_here() and not self._keeper.busy and _backward_task() == -1
 
+    @skip_in_dynamo
     def is_here(self, name: str) -> bool:
         """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
         tokens = tokens_here()
@@ -127,6 +129,7 @@ class Recorder:
             return None
         return self.emit(name, output, "module", args)
 
+    @skip_in_dynamo
     def emit_plain(self, name: str, output: Tensor) -> Tensor:
         """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function."""
         usual = self._usual and type(output) is Tensor and _backward_task() == -1

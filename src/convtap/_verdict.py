@@ -157,7 +157,10 @@ def _changed(
 
 def _threads(recorder: Recorder, passes: Passes) -> dict[str, str]:
     """The threads in which the model ran without this capture, each with what ran."""
-    return {**dict.fromkeys(passes.elsewhere, "the model"), **{t: repr(n) for t, n in recorder.elsewhere.items()}}
+    return {
+        **dict.fromkeys(passes.elsewhere, "the model"),
+        **{t: repr(n) for t, n in recorder.elsewhere.copy().items()},
+    }
 
 
 def _elsewhere(recorder: Recorder, passes: Passes) -> str:

@@ -37,6 +37,7 @@ class _Shim:
         self.call = module._call_impl if compiled is None else compiled
         self.listeners = listeners
 
+    @pass_by_in_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, caller = self.module, _frame(1)
         if caller.f_code is CALL and caller.f_locals["self"] is not module:  # a replica, whose ``__dict__`` is a copy
@@ -61,11 +62,9 @@ class _Heard:
     def __init__(self, listener: Listener, call: Callable[..., Any], module: nn.Module) -> None:
         self.listener, self.call, self.module = listener, call, module
 
+    @pass_by_in_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.listener(self.call, self.module, args, kwargs)
-
-
-pass_by_in_dynamo(_Shim.__call__, _Heard.__call__)
 
 
 # TorchScript does not look at what it finds under a name of this list in a module's ``__dict__``.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,6 +24,8 @@ class _Probe(nn.Module):
 #: Every call of a module, ``module(x)``, runs this function of torch's, and its local ``self`` is the module. It is looked
 #: for on the stack of a call, since a library may have wrapped it.
 CALL: CodeType = _Probe()()
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 FORWARD_OF_CONV1D = nn.Conv1d.forward.__code__
 
@@ -62,6 +65,16 @@ def _defines(kind: type, code: CodeType) -> bool:
     return False
 
 
+def is_called_by(prefix: str, package: str) -> bool:
+    """Whether a function whose name begins so, of a package, is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name.startswith(prefix) and frame.f_globals.get("__name__", "").startswith(package):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | None:
     """Returns the outermost call of a module whose id is in ``members``, or None if there is none."""
     found = None
@@ -74,24 +87,41 @@ def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | Non
 # -- Dynamo
 
 
-def skip_in_dynamo(*functions: Any) -> None:
-    """Keeps Dynamo from compiling functions of convtap, and what they call."""
-    _leave_alone(functions, "SKIP")
+def skip_in_dynamo(function: _Function) -> _Function:
+    """Keeps Dynamo from compiling a function of convtap, and what that calls."""
+    if _leave_alone(function, "SKIP"):
+        return function
+
+    @functools.wraps(function)
+    def outside_dynamo(*args: Any, **kwargs: Any) -> Any:  # torch 2.6 leaves alone one function, not what it calls
+        prior = _eval_frame().set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _eval_frame().set_eval_frame(prior)
+
+    _leave_alone(outside_dynamo, "DEFAULT")
+    return outside_dynamo  # type: ignore[return-value]
 
 
-def pass_by_in_dynamo(*functions: Any) -> None:
-    """Keeps Dynamo from compiling functions of convtap; what they call is compiled as if they were not there."""
-    _leave_alone(functions, "DEFAULT")
+def pass_by_in_dynamo(function: _Function) -> _Function:
+    """Keeps Dynamo from compiling a function of convtap; what that calls is compiled as if it were not there."""
+    _leave_alone(function, "DEFAULT")
+    return function
 
 
-def _leave_alone(functions: tuple[Any, ...], inside: str) -> None:
+def _leave_alone(function: Any, inside: str) -> bool:
+    """Returns whether what the function calls is treated as asked."""
+    found = _eval_frame()
+    if not hasattr(found, "set_code_exec_strategy"):  # torch 2.6
+        found.skip_code(function.__code__)
+        return inside == "DEFAULT"
+    action = found._FrameAction
+    found.set_code_exec_strategy(function.__code__, found._FrameExecStrategy(action.SKIP, getattr(action, inside)))
+    return True
+
+
+def _eval_frame() -> Any:
     from torch._C._dynamo import eval_frame  # the C part, which does not import Dynamo
 
-    found: Any = eval_frame
-    for function in functions:
-        if not hasattr(found, "set_code_exec_strategy"):  # torch 2.6
-            found.skip_code(function.__code__)
-            continue
-        action = found._FrameAction
-        strategy = found._FrameExecStrategy(action.SKIP, getattr(action, inside))
-        found.set_code_exec_strategy(function.__code__, strategy)
+    return eval_frame

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from convtap._torch import convolution_key, dynamo_import
+from convtap._torch.call_stack import is_called_by
 
 # Note: [Compiled regions]
 # Assumption: every call of compiled code goes through Python functions of Dynamo that set its callback for the thread: to a
@@ -58,6 +59,15 @@ _installed = False
 def is_inside() -> bool:
     """Whether compiled code runs in this thread."""
     return bool(_here.entries) and not _here.entries[-1].is_branch
+
+
+def is_tracing() -> bool:
+    """Whether torch is tracing a function in this thread: what runs then has no values, or not the model's."""
+    if _here.traced:
+        return True
+    return (
+        bool(_here.entries) and _here.entries[-1].is_branch and is_called_by("create_fw_bw", "torch._higher_order_ops")
+    )
 
 
 def watch(who: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap._torch.call_stack import skip_in_dynamo
+from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
 from convtap._torch.modes import Tap, Token, observe, open_tokens, tracing_state
 from convtap._torch.references import give_reference
 
@@ -121,6 +121,7 @@ def _let_higher_order_operators_through(key: Any) -> None:
 def _kernel(key: Any, boxed: Callable[..., Any], transposed: int | None, function: Any) -> Callable[..., Any]:
     """Makes the kernel of one operator; ``function`` runs it faster than ``boxed``, where no override is asked."""
 
+    @skip_in_dynamo
     def convtap_convolution(*args: Any, **kwargs: Any) -> Any:
         # No local variable holds a tensor: torch.jit.trace names what it traces after those.
         try:
@@ -137,7 +138,6 @@ def _kernel(key: Any, boxed: Callable[..., Any], transposed: int | None, functio
         finally:
             _include(key, _here.again)
 
-    skip_in_dynamo(convtap_convolution)
     return convtap_convolution
 
 
@@ -151,6 +151,8 @@ def _as_if_from(caller: FrameType | None, call: Callable[..., Any]) -> Callable[
     It looks for variables in the frame that calls an operator, or in the one above that. ``eval`` makes two frames with the
     variables that these have without the kernel.
     """
+    if caller is not None and caller.f_code.co_name == "outside_dynamo":  # see ``skip_in_dynamo``
+        caller = caller.f_back
     above = None if caller is None else caller.f_back
     names = [{} if frame is None else dict(frame.f_locals) for frame in (caller, above)]
 
@@ -253,6 +255,7 @@ def include(on: bool) -> None:
     _include(_key, on)
 
 
+@pass_by_in_dynamo
 def run_without(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a call in which no convolution is to be seen."""
     if not _here.included:

@@ -106,7 +106,8 @@ def _observe(
     kwargs: dict[str, Any],
 ) -> Any:
     taps = [token.tap for token in tokens if token.tap is not None]
-    plans = [(tap, tap.before(transposed, args, kwargs)) for tap in taps]
+    with outside_modes() if tracing_state() is not None else nullcontext():  # sizes are traced tensors there
+        plans = [(tap, tap.before(transposed, args, kwargs)) for tap in taps]
     output = call(*args, **kwargs)
     failed: BaseException | None = None
     for tap, plan in reversed(plans):

@@ -93,10 +93,12 @@ class ConvolutionTap:
         compiled_regions.leave(self._token)
         self._reads.close()
 
+    @skip_in_dynamo
     def here(self) -> Any:
         """Returns this thread's captures, for ``visit`` and ``leave``."""
         return convolution_key.here(), modes.here()
 
+    @skip_in_dynamo
     def visit(self, here: Any) -> None:
         """Begins to watch this thread, in which a pass of this capture runs."""
         key, mode = here
@@ -106,6 +108,7 @@ class ConvolutionTap:
             self._token.watcher = self._watch
             modes.begin(self._token, mode)
 
+    @skip_in_dynamo
     def leave(self, here: Any) -> None:
         """Ends a pass, and ``visit`` if that was in another thread."""
         self._reads.release()
@@ -147,7 +150,9 @@ class ConvolutionTap:
         """Returns the name to record a convolution under and how it was seen, or None if it is not this capture's."""
         recorder = self._recorder
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if recorder.muted or is_claimed() or not _is_one_dimensional(transposed, weight, args, kwargs):
+        if recorder.muted or is_claimed() or compiled_regions.is_tracing():
+            return None
+        if not _is_one_dimensional(transposed, weight, args, kwargs):
             return None
         if self._selection.tree.has_keras and isinstance(weight, Tensor) and weight.device.type == "meta":
             return None  # Keras asks for shapes
@@ -284,5 +289,3 @@ _FUNCTIONS: dict[Any, int | None] = {
     _aten._convolution.default: 6,
     _aten._convolution.deprecated: 6,
 }
-
-skip_in_dynamo(ConvolutionTap.here, ConvolutionTap.visit, ConvolutionTap.leave)

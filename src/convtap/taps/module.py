@@ -59,6 +59,7 @@ class ModuleTap:
         call_shim.leave(self.shimmed.values(), self._called)
         self._hooks.remove()
 
+    @pass_by_in_dynamo
     def _called(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Runs a plain layer."""
         name = self._name_of[id(module)]
@@ -73,10 +74,7 @@ class ModuleTap:
             self._recorder.emit_input(name, _as_input(args, kwargs), "module")
 
 
-pass_by_in_dynamo(ModuleTap._called, run_without)
-skip_in_dynamo(Recorder.emit_plain, Recorder.is_here)
-
-
+@skip_in_dynamo
 def runs_alone(module: nn.Module) -> bool:
     """Whether no hooks run in the calls of a module, which may run convolutions of their own."""
     own = module.__dict__
