@@ -116,7 +116,7 @@ def scripted() -> tuple[nn.Module, Callable[[], object]]:
     """A scripted network of four convolutions that takes less than a millisecond."""
     layers = [nn.Conv1d(1 if i == 0 else 32, 32, 5, padding=2) for i in range(4)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
-    x = torch.randn(1, 1, 512)
+    x = torch.randn(1, 1, 2048)
     script = torch.jit.script(model)
     for _ in range(3):  # the executor profiles, then optimizes
         script(x)
