@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from convtap._capture import capture
 from convtap._debug.compare import compare
 from convtap._debug.finite import finite
+from convtap._debug.stream import Stream
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported
 from convtap._save import load
+from tests.process import run_python
 
 # torch itself warns at every step of its own quantization that it will move to another package
 quantizing = pytest.mark.filterwarnings("ignore:.*(quantiz|reduce_range|observer).*")
@@ -589,3 +592,34 @@ def test_bad_input_says_what_to_write():
         compare(a, a, example=X, layers="conv")
     with pytest.raises(InvalidType, match="example is a list"):
         compare(a, a, example=[X])
+
+
+def test_three_thousand_comparisons_end_however_the_threads_are_switched():
+    """A run that has ended, while its thread is still there, was waited for without an end."""
+    script = """
+import sys, torch
+from torch import nn
+from convtap import compare
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+model, x = nn.Sequential(nn.Conv1d(1, 1, 3), nn.ReLU()), torch.randn(1, 1, 9)
+for _ in range(3000):
+    assert compare(model, model, example=x).agrees
+print("well")
+"""
+    done = run_python(script)
+    assert "well" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_run_that_has_ended_is_closed_although_its_thread_is_still_there():
+    class Lingers(Stream):
+        def _run(self):
+            super()._run()
+            time.sleep(0.5)  # as long as the system likes
+
+    stream = Lingers(nn.Conv1d(1, 1, 3), None, nn.Conv1d, torch.randn(1, 1, 9))
+    assert len(list(stream)) == 1
+    closing = threading.Thread(target=stream.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()

@@ -73,9 +73,11 @@ class Stream:
     def close(self) -> None:
         """Ends the run, wherever it is."""
         self._abandoned = True
-        while self._thread.is_alive():
+        if self._thread.ident is None:
+            return  # it never began
+        while not self._ended:  # and not while the thread is alive: one that has ended stops nowhere any more
             self._resume()
-            self._thread.join(0.1 if not self._ended else None)
+        self._thread.join()
 
     def _next(self) -> Call | None:
         if self._ended:
