@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
-from convtap._torch.modes import Tap, Token, observe, open_tokens, tracing_state
+from convtap._torch.modes import Tap, Token, has_function_modes, observe, open_tokens, tracing_state
 from convtap._torch.references import give_reference
 
 # Note: [The convolution key]
@@ -29,7 +29,6 @@ _NAME = "TESTING_ONLY_GenericMode"
 _STASH = "convtap_open"
 
 _include = torch._C._dispatch_tls_set_dispatch_key_included
-_modes = torch._C._len_torch_function_stack
 
 #: The operators that run a 1-D convolution, and which argument says that one is transposed.
 CONVOLUTIONS: dict[str, int | None] = {
@@ -42,6 +41,22 @@ CONVOLUTIONS: dict[str, int | None] = {
     "quantized::conv1d": None,
     "quantized::conv1d_relu": None,
     "quantized::conv1d_dynamic": None,
+}
+
+_aten = torch.ops.aten
+#: The torch functions that run a 1-D convolution, and which argument says that one is transposed.
+FUNCTIONS: dict[Any, int | None] = {
+    torch.conv1d: None,
+    _aten.conv1d: None,
+    _aten.conv1d.default: None,
+    _aten.conv1d.padding: None,
+    torch.convolution: 6,
+    torch._convolution: 6,
+    _aten.convolution: 6,
+    _aten.convolution.default: 6,
+    _aten._convolution: 6,
+    _aten._convolution.default: 6,
+    _aten._convolution.deprecated: 6,
 }
 
 
@@ -126,7 +141,12 @@ def _kernel(key: Any, boxed: Callable[..., Any], transposed: int | None, functio
         # No local variable holds a tensor: torch.jit.trace names what it traces after those.
         try:
             _include(key, False)
-            is_plain = function is not None and not _modes() and type(args[0]) is Tensor and type(args[1]) in _PLAIN
+            is_plain = (
+                function is not None
+                and not has_function_modes()
+                and type(args[0]) is Tensor
+                and type(args[1]) in _PLAIN
+            )
             call = function if is_plain else boxed
             if tracing_state() is not None:
                 call = _as_if_from(_frame().f_back, call)

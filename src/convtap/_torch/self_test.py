@@ -22,8 +22,9 @@ from convtap._torch.weight_reads import WeightReads
 # Failure: another version, or a library that replaces parts of torch, changes one of them, and values are missing or wrong
 #   without a word.
 # Choice: the first capture tries each on a model of its own: a call of a module, a convolution called as a function, a
-#   call within a call, a fetch of a weight, a write in place. What fails is said once, by name, and its substitute is used:
-#   hooks for shims, the function mode for the convolution key. Without the call stack, functions are not watched.
+#   call within a call, a fetch of a weight. (``_policy`` tries a write in place when it is imported.) What fails is said
+#   once, by name, and its substitute is used: hooks for shims, the function mode for the convolution key. Without the call
+#   stack, functions are not watched.
 
 SHIM = "a call of a module is not handed to its shim"
 KEY = "a convolution called as a function does not reach the convolution key"

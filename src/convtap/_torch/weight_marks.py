@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from convtap._torch.convolution_key import FUNCTIONS
+
 # See Note: [What reads a weight]. Attributes count only if they give the values; methods count unless they are in this list
 # or end in ``_``.
 _GETTERS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
@@ -32,19 +34,6 @@ _METADATA = frozenset(
 
 # These alone are no use of the values, but what they give may be used.
 _PASSING_ON = frozenset(("detach", "cpu", "data"))
-
-_aten = torch.ops.aten
-#: Functions that run a 1-D convolution, or may: the convolution key sees them.
-_CONVOLUTIONS = frozenset(
-    (
-        torch.conv1d,
-        torch.convolution,
-        torch._convolution,
-        *(_aten.conv1d, _aten.conv1d.default, _aten.conv1d.padding),
-        *(_aten.convolution, _aten.convolution.default),
-        *(_aten._convolution, _aten._convolution.default, _aten._convolution.deprecated),
-    )
-)
 
 _frame = sys._getframe
 _lock = threading.Lock()
@@ -170,7 +159,7 @@ _KINDS: dict[Any, Any] = {Tensor: _ReadTensor, nn.Parameter: _ReadParameter}
 
 
 def _used(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    if func in _CONVOLUTIONS:
+    if func in FUNCTIONS:  # the convolution key sees it
         return
     marks = [mark for mark in map(_mark_of, _tensors((*args, *kwargs.values()))) if mark is not None]
     if not marks:

@@ -194,13 +194,13 @@ class ConvolutionTap:
 
     def _is_a_modules_own(self, name: str, weight: Any, innermost: Any) -> bool:
         """Whether a module is being called that this convolution belongs to: it has a tap of its own, or is not selected."""
-        owner = name if name in self._selection.tree.names else name.rpartition(".")[0]
+        is_parameter = name not in self._selection.tree.names
+        owner = name.rpartition(".")[0] if is_parameter else name
         layer = self._tapped.get(owner)
         alone = owner in self._shimmed and not compiled_regions.is_inside() and runs_alone(self._shimmed[owner])
         if (layer is None or alone) and not isinstance(innermost, CONV1D):
             return False  # see Note: [Plain layers]
-        names, owner = self._selection.tree.identities, name.rpartition(".")[0]
-        is_parameter = name not in self._selection.tree.names
+        names = self._selection.tree.identities
         for module in self._around():
             around = names.get(id(module))
             if around is None:
@@ -237,8 +237,8 @@ class ConvolutionTap:
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sees a torch function, if the outputs are followed to their activations, or if there is no convolution key."""
-        if func in _FUNCTIONS and not self._uses_key:
-            result = modes.observe(call, (self._token,), _FUNCTIONS[func], args, kwargs)
+        if not self._uses_key and func in convolution_key.FUNCTIONS:
+            result = modes.observe(call, (self._token,), convolution_key.FUNCTIONS[func], args, kwargs)
         else:
             result = call(*args, **kwargs)
         if self._follower is None or self._recorder.muted:
@@ -272,20 +272,3 @@ def _is_one_dimensional(transposed: int | None, weight: Any, args: tuple[Any, ..
         return True
     is_transposed = args[transposed] if len(args) > transposed else kwargs.get("transposed", False)
     return isinstance(weight, Tensor) and weight.dim() == 3 and not is_transposed
-
-
-#: The torch functions that run a 1-D convolution, and which argument says that one is transposed.
-_aten = torch.ops.aten
-_FUNCTIONS: dict[Any, int | None] = {
-    torch.conv1d: None,
-    _aten.conv1d: None,
-    _aten.conv1d.default: None,
-    _aten.conv1d.padding: None,
-    torch.convolution: 6,
-    torch._convolution: 6,
-    _aten.convolution: 6,
-    _aten.convolution.default: 6,
-    _aten._convolution: 6,
-    _aten._convolution.default: 6,
-    _aten._convolution.deprecated: 6,
-}
