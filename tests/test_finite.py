@@ -677,3 +677,43 @@ def test_parts_in_torchscript_are_said_to_be_unseen():
                 model(torch.full((1, 1, 4), 1e3))
     assert f.first.layer == "0"
     assert "TorchScript calls no hooks, so the parts of these count as their own code: 0" in str(f.first)
+
+
+class DividesBetweenLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(1, 2, 1)
+        self.second = nn.Conv1d(2, 2, 1)
+
+    def encode(self, x):
+        return self.second(self.first(x) / torch.zeros(1))
+
+
+def test_a_nan_between_two_layers_of_a_method_is_blamed_on_the_method():
+    model = DividesBetweenLayers()
+    nn.init.zeros_(model.first.weight)
+    nn.init.zeros_(model.first.bias)
+    with finite(model, raise_at="never") as found:
+        model.encode(torch.ones(1, 1, 4))
+        model.encode(torch.ones(1, 1, 4))
+    assert (found.first.layer, found.first.where, found.first.forward) == ("(root)", "code", 0)
+    assert (
+        "'(root)' (DividesBetweenLayers.encode) produces NaN in its own code, after 'first' and before 'second'"
+        in str(found.first)
+    )
+
+
+def test_a_nan_in_the_input_of_a_method_is_blamed_on_the_input():
+    model = DividesBetweenLayers()
+    with finite(model, raise_at="never") as found:
+        model.encode(torch.full((1, 1, 4), torch.nan))
+    assert (found.first.layer, found.first.where) == ("first", "input")
+
+
+def test_a_nan_between_two_layers_that_are_called_one_by_one_names_the_layer_before():
+    model = DividesBetweenLayers()
+    with finite(model, raise_at="never") as found:
+        x = model.first(torch.ones(1, 1, 4))
+        model.second(x * torch.nan)
+    assert (found.first.layer, found.first.where) == ("second", "input")
+    assert "holds NaN already, though 'first', the layer before it, is finite" in str(found.first)

@@ -636,6 +636,7 @@ def test_a_layer_of_another_pass_is_said():
     model = nn.ModuleList([nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1)])
     with capture(model) as acts:
         model[0](torch.randn(1, 1, 8))
+        model[0](torch.randn(1, 1, 8))
         model[1](torch.randn(1, 1, 8))
     with pytest.raises(LayerNotFound, match="1: captured, but not in the forward pass of sample 0"):
         acts.plot(layers="1")

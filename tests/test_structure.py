@@ -49,6 +49,8 @@ ORDER = (
     "_pinned",
     "_flight",
     "_offload",
+    "_torch.frame_marks",
+    "_body_calls",
     "_passes",
     "_budget",
     "_keep",

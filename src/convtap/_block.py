@@ -64,8 +64,10 @@ class Block:
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         self._note()
         token = self.token = modes.Token()
-        self.passes = passes = Passes(asked.model, token, uses_shim=self_test.SHIM not in broken)
-        log.inputs = passes.inputs
+        self.passes = passes = Passes(
+            asked.model, token, selection.tree.name_of, uses_shim=self_test.SHIM not in broken
+        )
+        log.inputs, log.unclear = passes.inputs, passes.unclear
         self.recorder = Recorder(
             token,
             log,

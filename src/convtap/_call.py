@@ -89,7 +89,7 @@ class Call:
     def key(self) -> str:
         """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
         tally = self._tally
-        return tally.name if tally.held == 1 else f"{tally.name}{tally.separator}{self.index}"
+        return numbered(tally.name, self.index, tally.held, tally.separator)
 
     @property
     def output(self) -> Any:
@@ -162,9 +162,18 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
+def numbered(name: str, index: int, count: int, separator: str = "#") -> str:
+    """Returns the key of one call of a layer: the name if the layer has only that one, else ``name#index``."""
+    return name if count == 1 else f"{name}{separator}{index}"
+
+
+def separator(name: str, names: Iterable[str]) -> str:
+    """Returns what precedes the number of a call: ``#``, or ``##`` if ``name#0`` could be the name of another layer."""
+    return "##" if any(other.startswith(name + "#") for other in names) else "#"
+
+
 def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    numbered = [name for name in names if "#" in name]
-    for tally in list(tallies) if numbered else ():
-        if any(name.startswith(tally.name + "#") for name in numbered):
-            tally.separator = "##"
+    names = [name for name in names if "#" in name]
+    for tally in list(tallies) if names else ():
+        tally.separator = separator(tally.name, names)

@@ -20,6 +20,7 @@ class Log:
         exact: those of them that were asked for by exact name.
         tallies: the account of each layer that was captured or bypassed, by name.
         inputs: by forward pass, the shape of its first input tensor, or None.
+        unclear: by forward pass, why its rows may not be the inputs, and the pass that they may belong to.
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
         changes: grows with every call kept or forgotten.
@@ -31,6 +32,7 @@ class Log:
     exact: Collection[str] = ()
     tallies: dict[str, Tally] = field(default_factory=dict)
     inputs: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
+    unclear: dict[int, tuple[str, int]] = field(default_factory=dict)
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changes: int = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from convtap._call import numbered
 from convtap._errors import ConvtapError, InvalidType
 from convtap._policy import Policy
 from convtap._structure import map_leaves
@@ -68,11 +69,6 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
     return value if policy.reduce is None else value.clone()  # reduce may return a small view of a large clone
 
 
-def separator(name: str, names: Iterable[str]) -> str:
-    """What comes before the number of a call: ``#``, unless ``name#0`` could also be the name of another layer."""
-    return "##" if any(other.startswith(name + "#") for other in names) else "#"
-
-
 def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
     """Gives each call its key: the layer's name if it ran once, else the name with the call's number."""
     times: dict[str, int] = {}  # counted by hand: this is compiled too, and torch 2.6 does not trace list.count
@@ -83,5 +79,5 @@ def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[s
     for name, value in calls:
         number = numbers[name]
         numbers[name] = number + 1
-        found[name if times[name] == 1 else f"{name}{separators[name]}{number}"] = value
+        found[numbered(name, number, times[name], separators[name])] = value
     return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from convtap._call import separator
 from convtap._errors import (
     ConvtapError,
     InvalidValue,
@@ -23,7 +24,7 @@ from convtap._errors import (
 )
 from convtap._policy import Policy
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
-from convtap._sink import Sink, keep_input, keep_output, keyed, separator
+from convtap._sink import Sink, keep_input, keep_output, keyed
 from convtap._torch.hooks import Hook, Hooks
 
 # Note: [Tracing hooks]

@@ -32,9 +32,11 @@ class Frame:
         parent: the watched run around it, or None.
         last: the name of the part that ended last in it.
         inputs: its inputs that could be looked at.
+        method: the method that runs, if it was entered by another one than ``forward``; its arguments were not looked at.
+        before: the name of the layer that ran before it, if code outside of the model calls the layers.
     """
 
-    __slots__ = ("forward", "index", "inputs", "last", "module", "name", "parent")
+    __slots__ = ("before", "forward", "index", "inputs", "last", "method", "module", "name", "parent")
 
     def __init__(self, name: str, module: nn.Module, parent: Frame | None, index: int, forward: int) -> None:
         self.name = name
@@ -44,6 +46,8 @@ class Frame:
         self.forward = forward
         self.last: str | None = None
         self.inputs: list[Probe] = []
+        self.method = ""
+        self.before: str | None = None
 
     def is_inside(self, other: Frame) -> bool:
         """Whether this run is part of another one."""
@@ -148,7 +152,8 @@ def judge(event: Event, hint: str) -> Finding:
     weights, spoilt = _weights(frame.module)
     inputs = [Range(seen.path, *map(float, seen.extremes)) for seen in frame.inputs]
     run = "" if frame.index < 0 else f" (call {frame.index}, forward pass {frame.forward})"
-    layer = f"{frame.name!r} ({type(frame.module).__name__}){run}"
+    method = f".{frame.method}" if frame.method else ""
+    layer = f"{frame.name!r} ({type(frame.module).__name__}{method}){run}"
     sentences = [f"{cause.format(layer=layer, what=found.kind)}: {_place(found, frame, where)}."]
     if where != "input":
         sentences += _ranges(inputs, weights, spoilt)
@@ -186,8 +191,13 @@ def _forward_cause(event: Event) -> tuple[str, Frame, str]:
     if event.where == "output":
         after = "" if frame.last is None else f", in its own code after {frame.last!r}"
         return "output", frame, f"{{layer}} produces {{what}} from finite inputs{after}"
-    if frame.parent is None:
-        return "input", frame, "the input given to {layer} holds {what} already, before any layer ran"
+    if frame.parent is None or (frame.parent.method and frame.parent.last is None):
+        when = (
+            "before any layer ran"
+            if frame.before is None
+            else f"though {frame.before!r}, the layer before it, is finite"
+        )
+        return "input", frame, f"the input given to {{layer}} holds {{what}} already, {when}"
     after = "" if frame.parent.last is None else f"after {frame.parent.last!r} and "
     return "code", frame.parent, f"{{layer}} produces {{what}} in its own code, {after}before {frame.name!r}"
 
