@@ -98,7 +98,7 @@ class Extractor:
         rule = None if lengths is None else ValidLengths(self._model)
         capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
         self._runner = Runner(
-            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=None, rule=rule
+            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
         )
         self._rows = RowMaker(calls, rule, reduce, dtype)
         self._columns: list[str] | None = None

@@ -48,7 +48,7 @@ def extract(
     mode: Literal["eval", "train"] = "eval",
     autocast: torch.dtype | None = None,
     compile: bool = False,
-    stop: bool | None = None,
+    stop: bool = False,
     part: tuple[int, int] | None = None,
     shard_bytes: int | str = "256MB",
     resume: bool = True,
@@ -96,8 +96,9 @@ def extract(
         mode: ``"eval"`` or ``"train"`` during the run; each module gets its own mode back.
         autocast: a dtype to run the model in, such as ``torch.bfloat16``.
         compile: run under ``torch.compile``.
-        stop: end each forward pass once every selected layer has run. None: where a whole pass with an input of the same
-            shape has shown that each of them runs exactly once. True: always. False: never.
+        stop: end each forward pass once every selected layer has run once, as in ``capture``: it needs ``layers``. Later
+            calls of these layers are lost, and a model that keeps state from batch to batch misses what it does at the end
+            of a pass.
         part: ``(i, n)``: compute the i-th of n parts only, for job arrays. Under ``torch.distributed`` it is the rank.
         shard_bytes: the size of a file, as an int or ``"256MB"``. Up to two of them are in memory.
         resume: go on with a store that is there; False to refuse it.
@@ -111,9 +112,9 @@ def extract(
         ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
     """
     functions = {"inputs": inputs, "ids": ids, "lengths": lengths, "labels": labels}
-    _check_choices(
-        calls=(calls, ("error", "cat", "keys")), mode=(mode, ("eval", "train")), stop=(stop, (None, True, False))
-    )
+    _check_choices(calls=(calls, ("error", "cat", "keys")), mode=(mode, ("eval", "train")), stop=(stop, (True, False)))
+    if stop and compile:
+        raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
     rule = None if lengths is None else ValidLengths(model)
@@ -131,6 +132,7 @@ def extract(
         "mode": mode,
         "autocast": autocast and str(autocast),
         "compile": bool(compile),
+        "stop": bool(stop),
         "given": [name for name, function in functions.items() if function is not None],
         "data": planned.identity,
         "model": model_identity(model),

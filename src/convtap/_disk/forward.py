@@ -1,4 +1,4 @@
-"""One batch through the model, with its layers captured: device, mode, autocast, early end, compiled or not."""
+"""One batch through the model, with its layers captured: device, mode, autocast, compiled or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
 from convtap._select import Selection, select
-from convtap._structure import walk_tensors
 from convtap._tapped import tapped
 from convtap._verdict import conclude
 
@@ -129,25 +128,23 @@ class Runner:
         device: Any,
         autocast: torch.dtype | None,
         compile: bool,
-        stop: bool | None,
+        stop: bool,
         rule: ValidLengths | None,
     ) -> None:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
         self._options = capture
-        self._whole = _quiet(Capture(model, layers, **capture, stop=bool(stop), strict=False))
-        self.selection: Selection = select(model, layers, self._whole._asked.types)
+        self._capture = Capture(model, layers, **capture, stop=stop, strict=False)
+        self._capture._judges = False  # what is missing is judged over the whole run
+        self.selection: Selection = select(model, layers, self._capture._asked.types)
         self._model = model
         self._device = find_device(model, device)
         self._autocast = autocast
-        self._stop = stop
         self._rule = rule
         self._layers = layers
         self._tapped: Any = None
         self._compiled: Any = None
         self._compile = compile
-        self._early: Capture | None = None
-        self._settled: set[Any] = set()
         self.fresh = True
         self.ran: set[str] = set()
 
@@ -174,19 +171,11 @@ class Runner:
                 self._rule.learn(args, kwargs)
             if self._compiled is not None:
                 return self._run_compiled(args, kwargs)
-            shape = tuple(tuple(tensor.shape) for _, tensor in walk_tensors((args, kwargs)))
-            early = self._early if shape in self._settled else None
-            block: Any = early or self._whole
-            with block as acts:
-                opened = block._open
+            with self._capture as acts:
+                opened = self._capture._open
                 self._model(*args, **kwargs)
             self._judge(opened, acts)
-            recorded = acts.calls()
-            calls = values_of(recorded)
-        # through TorchScript, or a Keras model, a pass cannot be ended
-        can_end = all(call.via in ("module", "function") for call in recorded)
-        if early is None and self._stop is None and can_end:
-            self._settle(calls, shape)
+            calls = values_of(acts.calls())
         self.ran.update(name for name, _, _ in calls)
         return calls
 
@@ -219,20 +208,3 @@ class Runner:
             where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
             raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")
         self.fresh = False
-
-    def _settle(self, calls: Calls, shape: Any) -> None:
-        """Allows inputs of this shape to end early, if each selected layer ran exactly once."""
-        names = [name for name, _, _ in calls]
-        selected = {*self.selection.modules, *self.selection.function_names}
-        if len(set(names)) != len(names) or not selected <= set(names):
-            return
-        if self._early is None:
-            self._early = _quiet(Capture(self._model, names, **self._options, stop=True, strict=False))
-            self._early_names = set(names)
-        if set(names) == self._early_names:
-            self._settled.add(shape)
-
-
-def _quiet(capture: Capture) -> Capture:
-    capture._judges = False  # what is missing is judged over the whole run
-    return capture

@@ -153,7 +153,7 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
     differences = []
     for key in dict.fromkeys([*stored, *now]):
         before, after = stored.get(key), now.get(key)
-        if before == after:
+        if before == after or key not in stored:  # a store of an earlier version says nothing of it
             continue
         if key == "model":
             differences.append(_model_difference(before or {}, after or {}))
