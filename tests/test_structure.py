@@ -32,6 +32,7 @@ ORDER = (
     "_torch.self_test",
     "_torch.compile_stance",
     "_table",
+    "_atomic",
     "_structure",
     "_memory",
     "_tree",

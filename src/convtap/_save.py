@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convtap._atomic import write_whole
 from convtap._call import Call, Tally
 from convtap._errors import StoreError
 from convtap._log import Log
@@ -27,6 +27,7 @@ _COMPLEX = {"complex32", "complex64", "complex128"}
 
 def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     """Writes what was collected: to a temporary name, then renamed, so that a file of this name is always whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -43,20 +44,9 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     }
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."
-        ) from error
-    try:
-        save_file(tensors, temporary, metadata={"convtap": json.dumps(content)})
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise StoreError(f"cannot write to {str(target)!r}: {error}.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        write_whole(target, lambda temporary: save_file(tensors, temporary, metadata={"convtap": json.dumps(content)}))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(unwritable(target, error)) from error
 
 
 def load(path: str | os.PathLike[str]) -> Activations:
@@ -184,7 +174,6 @@ def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     return value["plain"] if "plain" in value else Omitted(value["omitted"])
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def unwritable(target: Path, error: Exception) -> str:
+    """Says why one file cannot be written."""
+    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convtap._disk.place import write_whole
+from convtap._disk.place import write_first
 from convtap._errors import StoreError
 
 _FILE = ".beginning.json"
@@ -55,7 +55,7 @@ class Beginning:
             StoreError: it has another one: another process was first.
         """
         if self._seen is not None:
-            write_whole(self._file, json.dumps(self._seen).encode(), replace=False)
+            write_first(self._file, json.dumps(self._seen).encode())
             self._compare(self._seen)
             self._seen = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ _LONGEST = 2**32 - 1
 
 
 def write_shard(path: Path, batches: Sequence[Batch]) -> int:
-    """Writes a whole shard and forces it to the disk. Returns its size in bytes.
+    """Writes a whole shard. Returns its size in bytes.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -237,7 +236,6 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
         text = _header_text(header, about, header_checksum(header)).ljust(room)
         file.seek(0)
         _write(file, memoryview(room.to_bytes(8, "little") + text))
-        os.fsync(file.fileno())
     return 8 + room + start
 
 
