@@ -94,6 +94,8 @@ ORDER = (
     "_disk.store",
     "_disk.views",
     "_disk.identity",
+    "_disk.contents",
+    "_disk.names",
     "_disk.plan",
     "_disk.rows",
     "_disk.forward",

@@ -120,7 +120,7 @@ class Extractor:
         full, lengths = 0, None
         if self._lengths is not None:
             full = last_axis((args, kwargs))
-            lengths = checked_lengths(self._of_lengths, tensors, size, full)
+            lengths = checked_lengths(self._of_lengths(tensors), size, full)
         with module_mode(self._model, "eval"), torch.inference_mode():
             calls = self._runner.run(args, kwargs)
             columns = self._rows.columns(calls, size, lengths, full)

@@ -85,14 +85,13 @@ def _unknown(layer: str, why: str) -> str:
     )
 
 
-def checked_lengths(lengths: Callable[[Any], Any], batch: Any, size: int, full: int) -> list[int]:
-    """Calls the user's ``lengths`` on a batch, and checks what it returns: one number of input samples a row.
+def checked_lengths(found: Any, size: int, full: int) -> list[int]:
+    """Checks what the user's ``lengths`` returned for a batch: one number of input samples a row.
 
     Raises:
         InvalidType: it is not a sequence of ints.
         InvalidValue: there are more or fewer than rows, or one is longer than the padded input.
     """
-    found = lengths(batch)
     try:
         values = torch.as_tensor(found).reshape(-1)
         good = not values.is_floating_point() and values.dtype != torch.bool

@@ -62,12 +62,20 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _values(tensor: Tensor) -> str:
-    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+    values = raw_bytes(tensor)
+    if values is None:
         return f"{type(tensor).__name__}"
+    return _digest([values] if len(values) else [])  # type: ignore[list-item]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview | None:
+    """Returns the bytes of a tensor's values in order; None where a tensor has none, or not in memory of its own."""
+    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
     values = tensor.detach()
     values = values.int_repr() if values.is_quantized else values
     values = values.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return _digest([memoryview(values.view(torch.uint8).numpy())] if values.numel() else [])  # type: ignore[list-item, arg-type]
+    return memoryview(values.view(torch.uint8).numpy()) if values.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 
 def function_identity(function: Any) -> str | None:

@@ -53,12 +53,14 @@ class Batch:
         ids: one for each row.
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
+        contents: the checksums of what it was computed from, or None.
     """
 
     number: int
     ids: Sequence[Id]
     columns: dict[str, Rows]
     labels: Tensor | None = None
+    contents: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -182,6 +184,9 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
         if len(present) < len(batches):
             about["columns"][key]["present"] = present
         parts.extend(found)
+    contents = [batch.contents for batch in batches if batch.contents is not None]
+    if len(contents) == len(batches) > 0:
+        parts.append(_int_part("contents", contents, [len(contents), len(contents[0])]))
     labels = [batch.labels for batch in batches if batch.labels is not None]
     if labels:
         first = labels[0]
