@@ -322,6 +322,35 @@ def test_a_model_that_keeps_state_gives_the_rows_of_a_plain_loop(plain, layers, 
             assert torch.equal(torch.stack(store[layer][start : start + 2]), expected[layer])
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["buffer", "attribute"])
+def test_a_model_that_keeps_state_is_named_where_a_run_leaves_batches_out(plain, tmp_path, recwarn):
+    extract(Streaming(plain), TensorDataset(X), tmp_path / "whole", batch_size=2)
+    extract(two_convs(), TensorDataset(X), tmp_path / "stateless", batch_size=2, part=(1, 2))
+    assert not recwarn.list
+    with pytest.warns(CoverageWarning, match=r"keeps state from batch to batch \(\(root\)\.context changed"):
+        extract(Streaming(plain), TensorDataset(X), tmp_path / "part", batch_size=2, part=(1, 2))
+
+
+def test_a_cache_that_is_filled_once_is_no_state(tmp_path, recwarn):
+    class Caches(nn.Module):
+        cache = None
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 1)
+
+        def forward(self, x):
+            if self.cache is None or self.cache.shape[-1] < x.shape[-1]:
+                self.cache = torch.arange(x.shape[-1])
+            return self.conv(x + self.cache[: x.shape[-1]])
+
+    data = [(X[:2, :, : 50 - number % 2], [2 * number, 2 * number + 1]) for number in range(6)]
+    extract(Caches(), data, tmp_path / "cache", ids=lambda batch: batch[1], part=(1, 2))
+    trained = nn.Sequential(nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1))
+    extract(trained, TensorDataset(X), tmp_path / "train", mode="train", batch_size=2, part=(1, 2))
+    assert not recwarn.list
+
+
 def test_a_layer_that_runs_twice_in_a_later_batch_only_is_seen(tmp_path):
     model = Repeats(lambda x: 1 + (x.mean().item() > 3.5))
     batches = [torch.full((2, 1, 8), float(value)) for value in range(6)]  # of one shape: 4 and 5 run "conv" twice

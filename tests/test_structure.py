@@ -96,6 +96,7 @@ ORDER = (
     "_disk.identity",
     "_disk.contents",
     "_disk.names",
+    "_disk.state",
     "_disk.plan",
     "_disk.rows",
     "_disk.forward",

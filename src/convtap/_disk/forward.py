@@ -116,6 +116,7 @@ class Runner:
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
+        model: the model.
         ran: the layers that have run so far.
     """
 
@@ -137,7 +138,7 @@ class Runner:
         self._capture = Capture(model, layers, **capture, stop=stop, strict=False)
         self._capture._judges = False  # what is missing is judged over the whole run
         self.selection: Selection = select(model, layers, self._capture._asked.types)
-        self._model = model
+        self.model = model
         self._device = find_device(model, device)
         self._autocast = autocast
         self._rule = rule
@@ -150,7 +151,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         if self._compile:
-            self._tapped = tapped(self._model, self._layers, **self._options)
+            self._tapped = tapped(self.model, self._layers, **self._options)
             self._compiled = torch.compile(self._tapped)
         return self
 
@@ -173,7 +174,7 @@ class Runner:
                 return self._run_compiled(args, kwargs)
             with self._capture as acts:
                 opened = self._capture._open
-                self._model(*args, **kwargs)
+                self.model(*args, **kwargs)
             self._judge(opened, acts)
             calls = values_of(acts.calls())
         self.ran.update(name for name, _, _ in calls)

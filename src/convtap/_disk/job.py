@@ -24,6 +24,7 @@ from convtap._disk.plan import IterPlan, MapPlan
 from convtap._disk.reading import Shard
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Batch
+from convtap._disk.state import StateWatch
 from convtap._disk.writer import Writer
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._structure import walk_tensors
@@ -84,6 +85,7 @@ class Job:
         self._names = Names(index, named=ids is not None, counts=ids is None and isinstance(planned, IterPlan))
         self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
         self._looked = self._same.numbers()
+        self._state = StateWatch(runner.model)
         self._stored = len(index.ids)
         runner.fresh = not index.layers
 
@@ -181,7 +183,9 @@ class Job:
             full = last_axis(inputs)
             lengths = checked_lengths(given.lengths, len(names), full)
         contents = given.contents  # before the model runs, which may change its inputs
+        self._state.before(number)
         calls = self._runner.run(*inputs)
+        self._state.after()
         with torch.inference_mode():
             columns = self._rows.columns(calls, len(names), lengths, full)
         labels = None if self._labels is None else _checked_labels(given.labels, len(names))
