@@ -205,7 +205,7 @@ class Activations(Mapping[str, Any]):
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
 
-        The keys are those of the mapping (``name.0``, … for the tensors of a structure). Each tensor owns its bytes. Over
+        The keys are those of the mapping (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
         several forward passes the inputs are numbered through.
 
         Raises:

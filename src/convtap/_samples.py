@@ -38,7 +38,7 @@ class _Pass:
         found: dict[str, Tensor] = {}
         for call in self.calls:
             for path, tensor in walk_tensors(call.output):
-                key = f"{call.key}.{path}" if path else call.key
+                key = f"{call.key}{path}"
                 one = self._cut(key, tensor, row)
                 if key in found:
                     raise Unsupported(

@@ -136,7 +136,7 @@ class Ledger:
             self._rows.append(_Row(name, partner, index, path, found))
         for side, mine, other in ((0, left, right), (1, right, left)):
             for path in [path for path in mine if path not in other]:
-                self._lone[side].append((f"{(name, partner)[side]}.{path}" if path else (name, partner)[side], index))
+                self._lone[side].append((f"{(name, partner)[side]}{path}", index))
 
     def close(self, notes: list[str]) -> Comparison:
         """Ends the comparison.
@@ -162,4 +162,4 @@ class Ledger:
 
     def _key(self, side: int, name: str, index: int, path: str = "") -> str:
         key = f"{name}#{index}" if self._counts[side][name] > 1 else name
-        return f"{key}.{path}" if path else key
+        return f"{key}{path}"

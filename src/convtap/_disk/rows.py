@@ -12,7 +12,7 @@ from torch import Tensor
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
 from convtap._errors import ConvtapError, InvalidType, Unsupported
-from convtap._structure import Omitted
+from convtap._structure import Omitted, walk_leaves
 
 #: (layer, number of the call, value) of each call of one forward pass, in execution order.
 Calls = list[tuple[str, int, Any]]
@@ -133,26 +133,16 @@ def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of an output under the names that keep its structure: ``lstm[0]``, ``lstm[1][0]``."""
-    if value is None:
-        return
-    if isinstance(value, Tensor):
-        yield key, value
-        return
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, (tuple, list)):
-        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif hasattr(value, "items"):
-        items = value.items()
-    elif hasattr(value, "__dataclass_fields__"):
-        items = ((name, getattr(value, name)) for name in value.__dataclass_fields__)
-    else:
-        kind = value.kind if isinstance(value, Omitted) else type(value).__name__
-        raise Unsupported(
-            f"the output {key!r} is a {kind}, no tensor, and a store holds tensors. Leave the layer out of the selection, or "
-            "select the layers inside it."
-        )
-    for name, item in items:
-        yield from _leaves(f"{key}[{name}]", item)
+    for path, leaf in walk_leaves(value):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor):
+            kind = leaf.kind if isinstance(leaf, Omitted) else type(leaf).__name__
+            raise Unsupported(
+                f"the output {key + path!r} is a {kind}, no tensor, and a store holds tensors. Leave the layer out of the "
+                "selection, select the parts of it that are tensors, or select the layers inside it."
+            )
+        yield key + path, leaf
 
 
 def _check_rows(key: str, tensor: Tensor, size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convtap._errors import InvalidType
 from convtap._example import run_once
-from convtap._structure import walk_tensors
+from convtap._structure import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
 from convtap._time.follow import Follower, Record
 from convtap._torch import compile_stance
@@ -155,13 +155,7 @@ def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
 
 def _with(value: Any, path: str, tensor: Tensor) -> Any:
     """Returns an example with the tensor at a path replaced."""
-    if not path:
-        return tensor
-    head, _, rest = path.partition(".")
-    if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        items = [_with(item, rest, tensor) if name == head else item for name, item in zip(names, value, strict=True)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        return {key: _with(item, rest, tensor) if str(key) == head else item for key, item in value.items()}
-    raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    found = with_part(value, path, tensor)
+    if found is MISSING:
+        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    return found
