@@ -70,7 +70,7 @@ def test_every_file_that_is_written_has_the_permissions_that_the_mask_allows(tmp
     finally:
         os.umask(before)
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
-    assert len(written) == 5  # the two files, and store.json, a shard and finished.json
+    assert len(written) == 6  # the two files, and store.json, .beginning.json, a shard and finished.json
     assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o640}
 
 

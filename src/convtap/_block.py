@@ -27,6 +27,7 @@ from convtap.taps.activation import Follower
 from convtap.taps.convolutions import ConvolutionTap
 from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap, is_plain
+from convtap.taps.parts import Parted, PartTap
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Block:
             grads=_gradients(asked),
         )
         self.steps: list[Callable[[], object]] = []
+        self.parted = Parted(self.recorder, selection, log)
         self.convolutions: ConvolutionTap | None = None
         self._parts = [*self._taps(asked), passes]  # a pass is around what the taps see
 
@@ -94,7 +96,7 @@ class Block:
             _check_script(asked, sorted(selection.scripted))
         keras = selection.keras
         if selection.tree.has_keras:
-            taps.append(KerasTap(asked.model, keras, recorder, passes, at=at))
+            taps.append(KerasTap(asked.model, keras, self.parted, passes, at=at))
         compiled = selection.tree.compiled if self.eager is None else {}
         others, modules = {*selection.scripted, *keras}, selection.modules
         if others:
@@ -109,8 +111,9 @@ class Block:
         # what may be replaced by a snapshot is compared with the keyword arguments as well
         alone = asked.policy.detach and not asked.grads
         plainly = alone and self_test.SHIM not in self.broken
-        module_tap = ModuleTap(modules, recorder, self.token, at=at, plainly=plainly)
-        taps.append(module_tap)
+        whole = {name: module for name, module in modules.items() if name not in selection.parts}
+        module_tap = ModuleTap(whole, recorder, self.token, at=at, plainly=plainly)
+        taps.extend((PartTap(modules, self.parted, at=at), module_tap))
         if self.functional or selection.tree.has_script:
             tap = ConvolutionTap(
                 selection,
@@ -161,7 +164,11 @@ class Block:
         log, selection = self.log, self.selection
         if self.recorder.reads:
             log.settle()
-        log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
+        lacking = [name for name in log.lacking if name not in log.tallies]
+        if lacking:
+            log.notes.append(f"no such part: {listed(lacking)}")
+        # the names only: what was collected keeps no module alive
+        log.selected = tuple(name for name in log.selected if name not in lacking)
         stopped = isinstance(error, StopForward) and error.token is self.token
         if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
             raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it

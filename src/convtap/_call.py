@@ -30,9 +30,19 @@ class Tally:
     computed = False
     separator = "#"
 
-    def __init__(self, name: str, kind: type) -> None:
+    def __init__(self, name: str, kind: type, part: str = "") -> None:
         self.name = name
         self.kind = kind
+        self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer, whose output has the part."""
+        return self.name.removesuffix(self.part)
+
+    def key(self, number: int) -> str:
+        """The key of one of several calls: ``conv#1``, ``lstm#1[0]``."""
+        return f"{self.layer}{self.separator}{number}{self.part}"
 
     @property
     def is_conv1d(self) -> bool:
@@ -81,6 +91,16 @@ class Call:
         return self._tally.name
 
     @property
+    def layer(self) -> str:
+        """The name of the layer, without the part of its output that alone is kept."""
+        return self._tally.layer
+
+    @property
+    def part(self) -> str:
+        """The path of the part of the layer's output that alone is kept, such as ``[0]``; empty if all of it is."""
+        return self._tally.part
+
+    @property
     def _is_conv1d(self) -> bool:
         """Whether this is a 1-D convolution: of a module, or one that was seen without its module."""
         return self._tally.is_conv1d or self.via in ("function", "compiled", "script")
@@ -89,7 +109,7 @@ class Call:
     def key(self) -> str:
         """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
         tally = self._tally
-        return tally.name if tally.held == 1 else f"{tally.name}{tally.separator}{self.index}"
+        return tally.name if tally.held == 1 else tally.key(self.index)
 
     @property
     def output(self) -> Any:
@@ -166,5 +186,5 @@ def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
     numbered = [name for name in names if "#" in name]
     for tally in list(tallies) if numbered else ():
-        if any(name.startswith(tally.name + "#") for name in numbered):
+        if any(name.startswith(tally.layer + "#") for name in numbered):
             tally.separator = "##"

@@ -41,7 +41,8 @@ class Capture:
         layers: what to capture; None for every 1-D convolution. One of these, or several in a list: an exact name, a glob
             (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the model, an int (position
             among the layers of ``types``), a function ``(name, module) -> bool``. An exact name or a module selects
-            whatever type it has; the others choose among modules of ``types``.
+            whatever type it has; the others choose among modules of ``types``. Behind a name or a glob, ``[0]`` or
+            ``[hidden][1]`` selects a part of a tuple, dict or dataclass: ``"lstm[0]"``.
         types: the module types to choose from; Conv1d and its quantized forms by default.
         at: ``"output"``; ``"input"`` for what the layer was given; or ``"activation"`` for the output of the first
             activation that consumes the layer's output, through normalization, dropout, reshaping and an added bias.

@@ -90,7 +90,7 @@ def list_layers(
     layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
-    rows = {name: _row(name, module) for name, module in selection.modules.items()}
+    rows = {name: _row(name, module) for name, module in selection.names.items() if module is not None}
     if example is None:
         if not rows and not selection.function_names:
             raise LayerNotFound(selection.nothing())

@@ -22,6 +22,7 @@ class Log:
         inputs: by forward pass, the shape of its first input tensor, or None.
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
+        lacking: parts that a glob asked for, and that the output of some layer did not have.
         changes: grows with every call kept or forgotten.
         cleared: how often the calls were forgotten.
     """
@@ -33,6 +34,7 @@ class Log:
     inputs: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lacking: dict[str, None] = field(default_factory=dict)
     changes: int = 0
     cleared: int = 0
 

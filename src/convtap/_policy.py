@@ -153,7 +153,7 @@ class Policy:
         Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
         where the output is a structure of a type that a copy may not equal; nor while it is traced.
         """
-        if self.detach or not self.copy or self.transforms or _is_traced() or not _is_plain(output):
+        if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output):
             return False
         tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
@@ -195,15 +195,15 @@ def _is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain_structure(value: Any) -> bool:
     """Whether a structure consists of tuples, lists, dicts and dataclasses that are nothing more: a copy equals it."""
     if type(value) in (tuple, list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain_structure(item) for item in value)
     if type(value) is dict:
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain_structure(item) for item in value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, dict):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return vars(value).keys() == fields.keys() and all(_is_plain(item) for item in fields.values())
+        return vars(value).keys() == fields.keys() and all(is_plain_structure(item) for item in fields.values())
     return not isinstance(value, (tuple, list, dict))
 
 

@@ -45,7 +45,7 @@ class _Pass:
                         f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
                         "output. Read them with acts.calls()."
                     )
-                found[key] = (one if cut is None else cut(call, path, one, row)).clone()
+                found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
         return found
 
     def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:

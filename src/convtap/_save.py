@@ -37,7 +37,10 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [{**asdict(state), "is_conv1d": is_conv1d.get(state.name, False)} for state in log.states()],
+        "layers": [
+            {**asdict(state), "is_conv1d": is_conv1d.get(state.name, False), **_part(log, state.name)}
+            for state in log.states()
+        ],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
@@ -97,9 +100,9 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         notes=list(content["notes"]),
     )
     for layer in content["layers"]:
-        name, is_conv1d = layer.pop("name"), layer.pop("is_conv1d")
+        name, is_conv1d, part = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("part", "")
         if any(layer.values()):
-            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module)
+            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module, part)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
                 setattr(tally, key, value)
@@ -110,6 +113,11 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         value = _decode(saved["value"], tensors)
         log.calls[log.changes] = Call(tally, saved["index"], saved["forward"], saved["via"], value)
     return log
+
+
+def _part(log: Log, name: str) -> dict[str, str]:
+    part = log.tallies[name].part if name in log.tallies else ""
+    return {"part": part} if part else {}
 
 
 def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:

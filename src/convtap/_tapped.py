@@ -99,6 +99,7 @@ class Tapped(nn.Module):
         self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
         self._at = at
         self._layers = dict(selection.modules)
+        self._parts = {name: selection.parts.get(name, ("",)) for name in self._layers}
         self._separators = {name: separator(name, self._layers) for name in self._layers}
         self._closed = False
         self._open()
@@ -109,9 +110,9 @@ class Tapped(nn.Module):
         self._hooks = hooks = Hooks()
         for name, module in self._layers.items():
             if self._at == "input":
-                hooks.before(module, keep_input, sink, name, self._policy)
+                hooks.before(module, keep_input, sink, name, self._parts[name], self._policy)
             else:
-                hooks.after(module, keep_output, sink, name, self._policy)
+                hooks.after(module, keep_output, sink, name, self._parts[name], self._policy)
         self._finalizer = weakref.finalize(self, hooks.remove)
         self._finalizer.atexit = False
 
@@ -125,14 +126,14 @@ class Tapped(nn.Module):
         if self._closed:
             self._refuse_closed()
         sink = self._sink
-        calls: list[tuple[str, Any]] = []
+        calls: list[tuple[str, str, Any]] = []
         sink.calls = calls
         try:
             output = self.model(*args, **kwargs)
         finally:
             sink.calls = None
-        names = [name for name, _ in calls]
-        missing = [name for name in self._layers if name not in names]
+        names = [name + part for name, part, _ in calls]
+        missing = [name + part for name, parts in self._parts.items() for part in parts if name + part not in names]
         if missing:
             self._missing(missing)
         return output, keyed(calls, self._separators)

@@ -180,8 +180,7 @@ class Extractor:
                 f"keep=[...]."
             )
         if self._columns is None:
-            selection = self._runner.selection
-            idle = [name for name in selection.modules if name in selection.exact and name not in self._runner.ran]
+            idle = [name for name in self._runner.idle() if name in self._runner.selection.exact]
             if idle:
                 raise NotCaptured(
                     f"{listed(idle)} did not run, and a column needs a value in each row. Leave it out of layers=, or use "

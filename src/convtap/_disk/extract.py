@@ -22,7 +22,7 @@ from convtap._disk.store import Store
 from convtap._errors import InvalidType, InvalidValue
 from convtap._memory import parse_bytes
 from convtap._policy import Policy
-from convtap._select import CONV1D, Layers, Types
+from convtap._select import CONV1D, Layers, Selection, Types
 
 
 def extract(
@@ -124,7 +124,7 @@ def extract(
     shard_size = parse_bytes(shard_bytes, "shard_bytes")
     i, n = _part(part, planned, ids)
     identity = {
-        "layers": [*runner.selection.modules, *sorted(runner.selection.function_names)],
+        "layers": _layers_of(runner.selection),
         "at": at,
         "reduce": reduce_id or function_identity(reduce),
         "dtype": dtype and str(dtype),
@@ -152,6 +152,12 @@ def extract(
         job.run(shard_size, settle, progress)
         settle()
     return Store(path)
+
+
+def _layers_of(selection: Selection) -> list[str]:
+    """The names under which a selection is stored: modules and parts in definition order, then functions by name."""
+    functions = selection.function_names
+    return [*(name for name in selection.names if name not in functions), *sorted(functions)]
 
 
 def _check_choices(**given: tuple[Any, tuple[Any, ...]]) -> None:

@@ -13,6 +13,7 @@ from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
+from convtap._parts import split_key
 from convtap._select import Selection, select
 from convtap._tapped import tapped
 from convtap._verdict import conclude
@@ -117,7 +118,7 @@ class Runner:
 
     Attributes:
         model: the model.
-        ran: the layers that have run so far.
+        ran: the layers, and the parts of layers, that have run so far.
     """
 
     def __init__(
@@ -177,24 +178,23 @@ class Runner:
                 self.model(*args, **kwargs)
             self._judge(opened, acts)
             calls = values_of(acts.calls())
-        self.ran.update(name for name, _, _ in calls)
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
+
+    def idle(self) -> list[str]:
+        """Returns the selected modules, and parts of their outputs, that have not run so far."""
+        functions = self.selection.function_names
+        return [name for name in self.selection.names if name not in self.ran and name not in functions]
 
     def _casting(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, dtype=self._autocast)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
         _, outputs = self._compiled(*args, **kwargs)
-        calls = [(*self._split(key), value) for key, value in outputs.items()]
-        self.ran.update(name for name, _, _ in calls)
+        known = self.selection.modules
+        calls = [(layer, part, value) for key, value in outputs.items() for layer, _, part in [split_key(key, known)]]
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
-
-    def _split(self, key: str) -> tuple[str, int]:
-        """Splits the key of a call into the layer's name and the number of the call."""
-        name, mark, number = key.rpartition("#")
-        if key in self.selection.modules or not mark:
-            return key, 0
-        return name if name in self.selection.modules else name.removesuffix("#"), int(number)
 
     def _judge(self, block: Any, acts: Any) -> None:
         """Raises for what was not captured though it ran; a layer that did not run is no error here."""

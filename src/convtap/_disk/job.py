@@ -195,7 +195,7 @@ class Job:
         if self._runner.fresh:
             return
         exact = self._runner.selection.exact
-        idle = [name for name in self._runner.selection.modules if name not in self._runner.ran]
+        idle = self._runner.idle()
         if idle and (exact & set(idle)):
             warnings.warn(
                 f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, and nothing is stored of them: "

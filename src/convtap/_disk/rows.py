@@ -14,8 +14,8 @@ from convtap._disk.shards import Rows
 from convtap._errors import ConvtapError, InvalidType, Unsupported
 from convtap._structure import Omitted, walk_leaves
 
-#: (layer, number of the call, value) of each call of one forward pass, in execution order.
-Calls = list[tuple[str, int, Any]]
+#: (layer, path of the part that was kept, value) of each call of one forward pass, in execution order.
+Calls = list[tuple[str, str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ class RowMaker:
 
     def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, Tensor]]:
         """Yields key, layer and tensor of everything that is to be stored."""
-        by_layer: dict[str, list[Any]] = {}
-        for layer, _, value in calls:
-            by_layer.setdefault(layer, []).append(value)
-        for layer, values in by_layer.items():
+        by_layer: dict[tuple[str, str], list[Any]] = {}
+        for layer, part, value in calls:
+            by_layer.setdefault((layer, part), []).append(value)
+        for (layer, part), values in by_layer.items():
             if self.calls == "keys":
                 for number, value in enumerate(values):
-                    yield from ((key, layer, tensor) for key, tensor in _leaves(f"{layer}#{number}", value))
+                    yield from ((key, layer, tensor) for key, tensor in _leaves(f"{layer}#{number}{part}", value))
                 continue
             if len(values) > 1 and self.calls == "error":
                 raise Unsupported(
-                    f"layer {layer!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls on "
-                    "time, or calls='keys' to store each under its own key."
+                    f"layer {layer + part!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls "
+                    "on time, or calls='keys' to store each under its own key."
                 )
-            yield from ((key, layer, tensor) for key, tensor in _joined(layer, values))
+            yield from ((key, layer, tensor) for key, tensor in _joined(layer + part, values))
 
     def _cut(self, key: str, row: Tensor) -> Tensor:
         if self.reduce is not None:
@@ -158,4 +158,4 @@ def _check_rows(key: str, tensor: Tensor, size: int) -> None:
 
 def values_of(calls: Iterable[Any]) -> Calls:
     """Reads the calls of a block, in execution order."""
-    return [(call.name, call.index, call.output) for call in calls]
+    return [(call.layer, call.part, call.output) for call in calls]
