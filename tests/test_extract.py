@@ -570,6 +570,77 @@ def raises(tensor):
     raise ValueError("no")
 
 
+def by_layer(mapping, path, net=None, **options):
+    return extract(net or two_convs(), [X], path, reduce=mapping, **options)
+
+
+@pytest.mark.parametrize("lengths", [None, lambda batch: [50] * 10], ids=["batch", "lengths"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_reduce_by_layer_leaves_the_others_as_they_are(lengths, compiled, tmp_path):
+    model = two_convs()
+    reference = by_hand(model, [X])[0]
+    options = {"lengths": lengths, "compile": compiled, "calls": "keys"}
+    store = by_layer({"2": lambda t: t.mean(-1)}, tmp_path, model, **options)
+    torch.testing.assert_close(torch.stack(list(store["2"])), reference["2"].mean(-1))
+    torch.testing.assert_close(torch.stack(list(store["0"])), reference["0"])
+
+
+def test_reduce_by_glob_and_a_layers_own_name_comes_first(tmp_path):
+    model = nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(3)))
+    functions = {"*": lambda t: t[..., :1], "1": lambda t: t[..., :2], "[12]": lambda t: t[..., :3]}
+    store = by_layer(functions, tmp_path, model)
+    assert {name: store[name].shape[-1] for name in store.layers} == {"0": 1, "1": 2, "2": 1}
+    with pytest.raises(StoreError, match=r"reduce of '1': the code of .*lambda.* is another"):
+        by_layer({**functions, "1": lambda t: t[..., :4]}, tmp_path, model)
+    with pytest.raises(StoreError, match=r"reduce: one for each of \*, 1, \[12\] then, none now"):
+        by_layer(None, tmp_path, model)
+    assert by_layer(functions, tmp_path, model).missing == []
+
+
+def test_reduce_by_layer_reaches_parts_functions_and_wrapped_layers(tmp_path):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(2, 1, 3))
+            self.block = Dicts()
+
+        def forward(self, x):
+            return F.conv1d(x, self.kernel), self.block(x)
+
+    net = nn.DataParallel(Functional())
+    functions = {"kernel": lambda t: t[..., :1], "module.block[out]": lambda t: t[..., :2]}
+    store = by_layer(functions, tmp_path / "a", net, layers=["kernel", "block[out]", "block[parts]"])
+    assert {name: store[name].shape[-1] for name in store.layers} == {
+        "kernel": 1,
+        "block[out]": 2,
+        "block[parts][0]": 50,
+    }
+    store = by_layer({"block": lambda t: t[..., :4]}, tmp_path / "b", net, layers=["block[out]"])
+    assert store["block[out]"].shape == (10, 2, 4)
+
+
+@pytest.mark.parametrize("lengths", [None, lambda batch: [50] * 10], ids=["batch", "lengths"])
+@pytest.mark.parametrize(
+    ("mapping", "error", "message"),
+    [
+        (
+            {"22": torch.abs},
+            LayerNotFound,
+            r"reduce has an entry for '22', and no selected layer matches it: 0, 2\..*Did you",
+        ),
+        ({"1": torch.abs}, LayerNotFound, "reduce has an entry for '1'"),
+        ({"conv*": torch.abs, "0": torch.abs}, LayerNotFound, r"reduce has an entry for 'conv\*'"),
+        ({"0[1]": torch.abs}, LayerNotFound, r"reduce has an entry for '0\[1\]'"),
+        ({"0": 3}, InvalidType, "reduce has the entry '0': int, and a mapping must have names"),
+        ({0: torch.abs}, InvalidType, "reduce has the entry 0: builtin"),
+    ],
+)
+def test_an_entry_of_reduce_that_means_nothing_is_an_error(mapping, error, message, lengths, tmp_path):
+    with pytest.raises(error, match=message):
+        by_layer(mapping, tmp_path, lengths=lengths)
+    assert not (tmp_path / "store.json").exists()
+
+
 def test_a_layer_that_changes_its_dtype_between_batches_is_named(tmp_path):
     model = nn.Sequential(nn.Conv1d(1, 1, 1))
     batches = [X[:2], X[:2]]

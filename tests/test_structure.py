@@ -38,6 +38,7 @@ ORDER = (
     "_tree",
     "_parts",
     "_select",
+    "_reduce",
     "_policy",
     "_grad",
     "_stats",

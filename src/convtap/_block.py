@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._policy import Policy
 from convtap._record import Recorder
+from convtap._reduce import Reductions
 from convtap._select import Layers, Selection, select
 from convtap._torch import compile_stance, modes, self_test
 from convtap._tree import ModuleTree
@@ -47,6 +48,10 @@ class Asked:
     activations: tuple[type[nn.Module], ...]
     functional: bool | None
 
+    def reductions(self, selection: Selection) -> Reductions | None:
+        """Returns the function of each layer, if ``reduce`` is a mapping from layers to functions."""
+        return Reductions(self.policy.reduce, selection) if isinstance(self.policy.reduce, Mapping) else None
+
 
 class Block:
     """One entry into a capture: everything that is put on the model and taken off again."""
@@ -72,7 +77,7 @@ class Block:
             log,
             selection,
             passes,
-            Keeper(asked.policy, asked.offloader),
+            Keeper(asked.policy, asked.offloader, asked.reductions(selection)),
             last=asked.last,
             budget=None if asked.max_bytes is None else Budget(asked.max_bytes, log),
             stop_after=set(selection.names) if asked.stop else None,

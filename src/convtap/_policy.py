@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,13 +88,14 @@ class Policy:
     Attributes:
         detach: keep no autograd graph.
         copy: keep a value that later in-place operations do not change.
-        reduce: a function of the output, applied first.
+        reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
+            that of the layer.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
     """
 
     detach: bool = True
     copy: bool = True
-    reduce: Callable[[Any], Any] | None = None
+    reduce: Any = None
     dtype: torch.dtype | None = None
 
     @property
@@ -181,7 +182,14 @@ class Policy:
         return own(result)
 
     def __post_init__(self) -> None:
-        if self.reduce is not None and not callable(self.reduce):
+        if isinstance(self.reduce, Mapping):
+            for key, function in self.reduce.items():
+                if not isinstance(key, str) or not callable(function):
+                    raise InvalidType(
+                        f"reduce has the entry {key!r}: {type(function).__name__}, and a mapping must have names of layers, "
+                        "or globs, for functions of a tensor. Write for example reduce={'conv1': lambda t: t.mean(-1)}."
+                    )
+        elif self.reduce is not None and not callable(self.reduce):
             raise InvalidType(
                 f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor: "
                 "reduce=lambda t: t.mean(-1)."

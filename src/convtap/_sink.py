@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from convtap._policy import Policy
 from convtap._structure import MISSING, map_leaves, part_of
 from convtap.taps.module import _as_input
 
+#: The paths of the parts that are kept of a layer (empty for all of it), and what to do with each.
+Parts: TypeAlias = "tuple[tuple[str, Policy], ...]"
+
 
 class Sink(threading.local):
     """What the layers gave so far in the forward that runs in this thread, in order; None while none runs."""
@@ -24,24 +27,20 @@ class Sink(threading.local):
         self.calls: list[tuple[str, str, Any]] | None = None
 
 
-def keep_output(
-    sink: Sink, name: str, parts: tuple[str, ...], policy: Policy, module: nn.Module, args: Any, output: Any
-) -> None:
+def keep_output(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook: keeps what the layer gave, or parts of it."""
     if sink.calls is not None:
-        _keep(sink.calls, name, parts, policy, output)
+        _keep(sink.calls, name, parts, output)
 
 
-def keep_input(
-    sink: Sink, name: str, parts: tuple[str, ...], policy: Policy, module: nn.Module, args: Any, kwargs: Any
-) -> None:
+def keep_input(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook: keeps what the layer is given, or parts of it."""
     if sink.calls is not None:
-        _keep(sink.calls, name, parts, policy, _as_input(args, kwargs))
+        _keep(sink.calls, name, parts, _as_input(args, kwargs))
 
 
-def _keep(calls: list[tuple[str, str, Any]], name: str, parts: tuple[str, ...], policy: Policy, value: Any) -> None:
-    for part in parts:
+def _keep(calls: list[tuple[str, str, Any]], name: str, parts: Parts, value: Any) -> None:
+    for part, policy in parts:
         found = part_of(value, part)
         if found is not MISSING:  # what does not come out is an error of the whole forward
             calls.append((name, part, _kept(found, name + part, policy)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FunctionType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from convtap._errors import (
@@ -22,6 +23,7 @@ from convtap._errors import (
     plural,
 )
 from convtap._policy import Policy
+from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._sink import Sink, keep_input, keep_output, keyed, separator
 from convtap._torch.hooks import Hook, Hooks
@@ -62,7 +64,7 @@ class Tapped(nn.Module):
         types: the module types to choose from; Conv1d and its quantized forms by default.
         at: ``"output"``, or ``"input"`` for what the layer was given.
         dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``.
+        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``; or a mapping from layers to such.
 
     Raises:
         LayerNotFound: a selector matches nothing.
@@ -84,7 +86,7 @@ class Tapped(nn.Module):
         types: Types = CONV1D,
         at: Literal["output", "input"] = "output",
         dtype: torch.dtype | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         super().__init__()
         selection = select(model, layers, check_arguments(model, layers, types, "call the result: tapped(model)(x)"))
@@ -96,7 +98,9 @@ class Tapped(nn.Module):
             raise LayerNotFound(selection.nothing())
         self.model = model
         self.training = model.training
-        self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        reductions = Reductions(reduce, selection)
+        self._policies = {name: dataclasses.replace(policy, reduce=reductions.of(name)) for name in selection.names}
         self._at = at
         self._layers = dict(selection.modules)
         self._parts = {name: selection.parts.get(name, ("",)) for name in self._layers}
@@ -109,10 +113,11 @@ class Tapped(nn.Module):
         self._sink = sink = Sink()
         self._hooks = hooks = Hooks()
         for name, module in self._layers.items():
+            kept = tuple((part, self._policies[name + part]) for part in self._parts[name])
             if self._at == "input":
-                hooks.before(module, keep_input, sink, name, self._parts[name], self._policy)
+                hooks.before(module, keep_input, sink, name, kept)
             else:
-                hooks.after(module, keep_output, sink, name, self._parts[name], self._policy)
+                hooks.after(module, keep_output, sink, name, kept)
         self._finalizer = weakref.finalize(self, hooks.remove)
         self._finalizer.atexit = False
 

@@ -15,6 +15,7 @@ from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
 from convtap._policy import Policy
+from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import to_numpy
 
@@ -56,7 +57,7 @@ class Extractor:
         types: the module types to choose from.
         at: ``"output"`` or ``"input"`` of the layers.
         reduce: a function of each output, run on its own device. It sees the batch; with ``lengths``, it sees one sample
-            (C, T) at a time, cut to its real frames.
+            (C, T) at a time, cut to its real frames. Or a mapping from layers to functions, as in ``extract``.
         dtype: what to cast floating-point outputs to.
         inputs: the name of the column that the model is called with, or a function of the batch that returns
             ``(args, kwargs)``. None if the batch has one column only.
@@ -80,7 +81,7 @@ class Extractor:
         *,
         types: Types = CONV1D,
         at: Literal["output", "input"] = "output",
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
         dtype: torch.dtype | None = None,
         inputs: str | Inputs | None = None,
         lengths: str | Callable[[dict[str, Any]], Sequence[int] | Tensor] | None = None,
@@ -100,7 +101,7 @@ class Extractor:
         self._runner = Runner(
             self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
         )
-        self._rows = RowMaker(calls, rule, reduce, dtype)
+        self._rows = RowMaker(calls, rule, Reductions(reduce, self._runner.selection), dtype)
         self._columns: list[str] | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

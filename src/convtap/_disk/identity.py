@@ -145,7 +145,6 @@ def _constant(value: Any) -> Iterable[bytes]:
 
 _WHAT: dict[str, Callable[[Any], str]] = {
     "layers": lambda value: listed(value),
-    "reduce": lambda value: "none" if value is None else str(value).split(" ")[0],
     "data": lambda value: ", ".join(f"{key} {item}" for key, item in value.items() if item is not None),
 }
 
@@ -165,8 +164,8 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
             continue
         if key == "model":
             differences.append(_model_difference(before or {}, after or {}))
-        elif key == "reduce" and before and after and before.split(" ")[0] == after.split(" ")[0]:
-            differences.append(f"reduce: the code of {before.split(' ')[0]} is another (reduce_id= names it for good)")
+        elif key == "reduce":
+            differences.append(_reduce_difference(before, after))
         else:
             show = _WHAT.get(key, repr)
             differences.append(f"{key}: {show(before)} then, {show(after)} now")
@@ -175,6 +174,23 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
             f"{where} was begun with something else, so its samples would not go together. {'; '.join(differences)}. "
             "Give another directory, or the same arguments as before."
         )
+
+
+def _reduce_difference(before: Any, after: Any) -> str:
+    """Says how two functions differ, or two mappings from layers to functions."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
+        return f"reduce of {key!r}: {_reduce_difference(before.get(key), after.get(key)).removeprefix('reduce: ')}"
+    then, now = (_reduce_name(value) for value in (before, after))
+    if then == now:
+        return f"reduce: the code of {then} is another (reduce_id= names it for good)"
+    return f"reduce: {then} then, {now} now"
+
+
+def _reduce_name(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"one for each of {listed(value, 3)}"
+    return "none" if value is None else str(value).split(" ")[0]
 
 
 def _model_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

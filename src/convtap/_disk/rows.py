@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
 from convtap._errors import ConvtapError, InvalidType, Unsupported
+from convtap._reduce import Reductions
 from convtap._structure import Omitted, walk_leaves
 
 #: (layer, path of the part that was kept, value) of each call of one forward pass, in execution order.
@@ -31,7 +32,7 @@ class RowMaker:
 
     calls: str
     rule: ValidLengths | None
-    reduce: Callable[[Tensor], Tensor] | None
+    reduce: Reductions
     dtype: torch.dtype | None
 
     def columns(self, calls: Calls, size: int, lengths: list[int] | None, full: int) -> dict[str, Rows]:
@@ -46,7 +47,7 @@ class RowMaker:
             Unsupported: a layer ran several times, or gave no rows that are samples.
         """
         columns: dict[str, Rows] = {}
-        for key, layer, tensor in self._tensors(calls):
+        for key, layer, name, tensor in self._tensors(calls):
             if key in columns:
                 raise Unsupported(
                     f"two outputs would both be stored as {key!r}. Rename a layer, or select one of them."
@@ -59,31 +60,37 @@ class RowMaker:
                 self.rule.check(layer, full, tensor.shape[axis])
                 frames = [self.rule.frames(layer, length) for length in lengths]
                 columns[key] = _stacked(
-                    [self._cut(key, row.narrow(axis, 0, count)) for row, count in zip(tensor, frames, strict=True)]
+                    [
+                        self._cut(key, name, row.narrow(axis, 0, count))
+                        for row, count in zip(tensor, frames, strict=True)
+                    ]
                 )
         return columns
 
-    def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, Tensor]]:
-        """Yields key, layer and tensor of everything that is to be stored."""
+    def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, str, Tensor]]:
+        """Yields key, layer, name (of the layer, or of the part of it) and tensor of everything that is to be stored."""
         by_layer: dict[tuple[str, str], list[Any]] = {}
         for layer, part, value in calls:
             by_layer.setdefault((layer, part), []).append(value)
         for (layer, part), values in by_layer.items():
             if self.calls == "keys":
                 for number, value in enumerate(values):
-                    yield from ((key, layer, tensor) for key, tensor in _leaves(f"{layer}#{number}{part}", value))
+                    yield from (
+                        (key, layer, layer + part, tensor) for key, tensor in _leaves(f"{layer}#{number}{part}", value)
+                    )
                 continue
             if len(values) > 1 and self.calls == "error":
                 raise Unsupported(
                     f"layer {layer + part!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls "
                     "on time, or calls='keys' to store each under its own key."
                 )
-            yield from ((key, layer, tensor) for key, tensor in _joined(layer + part, values))
+            yield from ((key, layer, layer + part, tensor) for key, tensor in _joined(layer + part, values))
 
-    def _cut(self, key: str, row: Tensor) -> Tensor:
-        if self.reduce is not None:
+    def _cut(self, key: str, name: str, row: Tensor) -> Tensor:
+        reduce = self.reduce.of(name)
+        if reduce is not None:
             try:
-                reduced = self.reduce(row)
+                reduced = reduce(row)
             except Exception as error:
                 raise ConvtapError(
                     f"layer {key!r}: reduce failed on a row of shape {tuple(row.shape)}: {type(error).__name__}: {error}"
