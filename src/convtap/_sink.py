@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from convtap._errors import ConvtapError, InvalidType
 from convtap._policy import Policy
 from convtap._structure import MISSING, map_leaves, part_of
-from convtap.taps.module import _as_input
+from convtap.taps.module import as_input
 
 #: The paths of the parts that are kept of a layer (empty for all of it), and what to do with each.
 Parts: TypeAlias = "tuple[tuple[str, Policy], ...]"
@@ -36,7 +36,7 @@ def keep_output(sink: Sink, name: str, parts: Parts, module: nn.Module, args: An
 def keep_input(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook: keeps what the layer is given, or parts of it."""
     if sink.calls is not None:
-        _keep(sink.calls, name, parts, _as_input(args, kwargs))
+        _keep(sink.calls, name, parts, as_input(args, kwargs))
 
 
 def _keep(calls: list[tuple[str, str, Any]], name: str, parts: Parts, value: Any) -> None:

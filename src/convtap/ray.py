@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from convtap._disk.chain import ValidLengths, checked_lengths
 from convtap._disk.forward import Runner, checked_inputs, module_mode
-from convtap._disk.job import last_axis
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
@@ -96,7 +95,7 @@ class Extractor:
         self._inputs = inputs
         self._lengths = lengths
         self._keep = None if keep is None else list(keep)
-        rule = None if lengths is None else ValidLengths(self._model)
+        rule = None if lengths is None else ValidLengths(self._model, at)
         capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
         self._runner = Runner(
             self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
@@ -118,13 +117,10 @@ class Extractor:
         size, kept = self._checked(batch)
         tensors = {name: _as_tensors(column) for name, column in batch.items()}
         args, kwargs = self._called_with(tensors)
-        full, lengths = 0, None
-        if self._lengths is not None:
-            full = last_axis((args, kwargs))
-            lengths = checked_lengths(self._of_lengths(tensors), size, full)
+        lengths = None if self._lengths is None else checked_lengths(self._of_lengths(tensors), size)
         with module_mode(self._model, "eval"), torch.inference_mode():
-            calls = self._runner.run(args, kwargs)
-            columns = self._rows.columns(calls, size, lengths, full)
+            calls = self._runner.run(args, kwargs, lengths)
+            columns = self._rows.columns(calls, size)
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 

@@ -120,7 +120,7 @@ def extract(
         raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    rule = None if lengths is None else ValidLengths(model)
+    rule = None if lengths is None else ValidLengths(model, at)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
     runner = Runner(model, layers, capture, device=device, autocast=autocast, compile=compile, stop=stop, rule=rule)
     rows = RowMaker(calls, rule, Reductions(reduce, runner.selection), dtype)

@@ -161,7 +161,7 @@ class Runner:
         if self._tapped is not None:
             self._tapped.close()
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
 
         Raises:
@@ -170,7 +170,7 @@ class Runner:
         args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
         with torch.inference_mode(), self._casting():
             if self._rule is not None:
-                self._rule.learn(args, kwargs)
+                self._rule.learn(args, kwargs, lengths or [], self.selection.modules)
             if self._compiled is not None:
                 return self._run_compiled(args, kwargs)
             with self._capture as acts:

@@ -27,7 +27,6 @@ from convtap._disk.shards import Batch
 from convtap._disk.state import StateWatch
 from convtap._disk.writer import Writer
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
-from convtap._structure import walk_tensors
 from convtap._table import human_bytes
 
 
@@ -178,16 +177,13 @@ class Job:
     def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
         inputs = (given.args, given.kwargs)
         names = self._names.of(number, indices, given.ids, inputs)
-        full, lengths = 0, None
-        if self._lengths is not None:
-            full = last_axis(inputs)
-            lengths = checked_lengths(given.lengths, len(names), full)
+        lengths = None if self._lengths is None else checked_lengths(given.lengths, len(names))
         contents = given.contents  # before the model runs, which may change its inputs
         self._state.before(number)
-        calls = self._runner.run(*inputs)
+        calls = self._runner.run(*inputs, lengths)
         self._state.after()
         with torch.inference_mode():
-            columns = self._rows.columns(calls, len(names), lengths, full)
+            columns = self._rows.columns(calls, len(names))
         labels = None if self._labels is None else _checked_labels(given.labels, len(names))
         return Batch(number, names, columns, labels, contents)
 
@@ -218,19 +214,6 @@ class _Done:
 
     def __contains__(self, number: int) -> bool:
         return number < len(self._here) and self._here[number] == 1
-
-
-def last_axis(inputs: Any) -> int:
-    """Returns the length of the padded input: the last axis of the first input tensor that has more than one.
-
-    Raises:
-        InvalidValue: there is none.
-    """
-    shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
-    shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
-    if not shapes:
-        raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return int(shapes[0][-1])
 
 
 def _checked_labels(found: Any, size: int) -> Tensor:

@@ -29,12 +29,14 @@ from convtap._tree import ModuleTree
 _ENOUGH = 8
 
 
-def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
+def follow(
+    model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
+) -> tuple[list[Record], ModuleTree]:
     """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
     with torch.inference_mode(False):
         signal = dict(walk_tensors(example))[path].detach().clone()
     tree = ModuleTree(model)
-    follower = Follower(tree, signal, axis)
+    follower = Follower(tree, signal, axis, every)
     try:
         compile_stance.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
@@ -58,7 +60,9 @@ class Doubt:
     place: str | None = None
 
 
-def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, Doubt]:
+def settle(
+    records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
+) -> dict[int, Doubt]:
     """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
 
     Returns:
@@ -73,7 +77,7 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
         if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
-            others, _ = follow(model, _resized(example, path, axis, change), path, axis)
+            others, _ = follow(model, _resized(example, path, axis, change), path, axis, every)
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))

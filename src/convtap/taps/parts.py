@@ -17,7 +17,7 @@ from convtap._record import Recorder
 from convtap._select import Selection
 from convtap._structure import MISSING, part_of, walk_tensors, with_part
 from convtap._torch.hooks import Hooks
-from convtap.taps.module import _as_input
+from convtap.taps.module import as_input
 
 
 class Parted:
@@ -115,4 +115,4 @@ class PartTap:
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:
-            self._parted.emit_input(name, _as_input(args, kwargs), "module")
+            self._parted.emit_input(name, as_input(args, kwargs), "module")
