@@ -116,8 +116,7 @@ class Block:
         # what may be replaced by a snapshot is compared with the keyword arguments as well
         alone = asked.policy.detach and not asked.grads
         plainly = alone and self_test.SHIM not in self.broken
-        whole = {name: module for name, module in modules.items() if name not in selection.parts}
-        module_tap = ModuleTap(whole, recorder, self.token, at=at, plainly=plainly)
+        module_tap = ModuleTap(self.parted.others(modules), recorder, self.token, at=at, plainly=plainly)
         taps.extend((PartTap(modules, self.parted, at=at), module_tap))
         if self.functional or selection.tree.has_script:
             tap = ConvolutionTap(

@@ -34,6 +34,12 @@ class Parted:
         self._exact = selection.exact
         self._modules = selection.modules
 
+    def others(self, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Returns the modules that are recorded whole."""
+        if not self.parts:
+            return modules
+        return {name: module for name, module in modules.items() if name not in self.parts}
+
     def emit(self, name: str, output: Any, via: str, inputs: Any = (), alone: bool = False) -> Any:
         """Takes what a layer returned. Returns what the model is to go on with instead, or None."""
         if name not in self.parts:
@@ -90,7 +96,7 @@ class PartTap:
     """Emits parts of what modules return, or of what they are given."""
 
     def __init__(self, modules: Mapping[str, nn.Module], parted: Parted, *, at: str) -> None:
-        self._modules = {name: module for name, module in modules.items() if name in parted.parts}
+        self._modules = {name: modules[name] for name in parted.parts if name in modules}
         self._parted = parted
         self._at = at
         self._hooks = Hooks()
