@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from convtap import AmbiguousCall, Call, LayerNotFound, NotCaptured, Unsupported, capture
+from convtap import AmbiguousCall, Call, LayerNotFound, NotCaptured, Unsupported, capture, list_layers
 from convtap._errors import OutOfRange
 from tests.models import (
     AfterConv,
@@ -616,3 +616,16 @@ def test_each_direct_call_of_a_layer_is_a_pass_of_its_own_also_for_inputs():
     assert [call.forward for call in acts.calls()] == [0, 1]
     assert [len(acts.calls(forward=i)) for i in (0, 1)] == [1, 1]
     assert torch.equal(acts.sample(4)["convs.0"], second[2])
+
+
+def test_reduce_by_layer_is_the_functions_own_for_each():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 3, 3))
+    x = torch.randn(4, 1, 12)
+    with torch.no_grad(), capture(model, reduce={"1": lambda t: t.mean(-1)}) as acts:
+        y = model(x)
+    assert torch.equal(acts["0"], nn.functional.conv1d(x, model[0].weight, model[0].bias))
+    assert torch.equal(acts["1"], y.mean(-1))
+    rows = list_layers(model, example=x, reduce={"1": lambda t: t.mean(-1)})
+    assert [tuple(row.shape) for row in rows] == [(4, 2, 10), (4, 3)]
+    with pytest.raises(LayerNotFound, match="reduce has an entry for '7'"):
+        capture(model, reduce={"7": torch.abs})

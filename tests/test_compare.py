@@ -518,7 +518,7 @@ def test_layers_choose_and_keyword_examples_work():
 
     a = Keyword()
     result = compare(a, copy.deepcopy(a), example={"audio": X}, layers="net.conv1")
-    assert [row.name for row in result] == ["net.conv1", "<output>.logits"]
+    assert [row.name for row in result] == ["net.conv1", "<output>[logits]"]
 
 
 # -- compiled

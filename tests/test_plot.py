@@ -411,7 +411,7 @@ def test_the_place_of_a_structure_is_that_of_one_of_its_tensors():
     with capture(model) as acts:
         model(torch.randn(1, 1, 12))
     entry = Entry(0, 1, 3)
-    entry.path = "1"
+    entry.path = "[1]"
     figure = plot(acts, timeline={"0": entry})
     assert [image.get_extent()[:2] for image in maps(figure)] == [[-0.5, 9.5], [0.5, 10.5]]
     assert texts(figure).count("not on the time axis") == 1

@@ -30,9 +30,19 @@ class Tally:
     computed = False
     separator = "#"
 
-    def __init__(self, name: str, kind: type) -> None:
+    def __init__(self, name: str, kind: type, part: str = "") -> None:
         self.name = name
         self.kind = kind
+        self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer, whose output has the part."""
+        return self.name.removesuffix(self.part)
+
+    def key(self, number: int, count: int) -> str:
+        """Returns the key of one of ``count`` calls: ``conv#1``, ``lstm#1[0]``."""
+        return numbered(self.layer, number, count, self.separator, self.part)
 
     @property
     def is_conv1d(self) -> bool:
@@ -81,6 +91,16 @@ class Call:
         return self._tally.name
 
     @property
+    def layer(self) -> str:
+        """The name of the layer, without the part of its output that alone is kept."""
+        return self._tally.layer
+
+    @property
+    def part(self) -> str:
+        """The path of the part of the layer's output that alone is kept, such as ``[0]``; empty if all of it is."""
+        return self._tally.part
+
+    @property
     def _is_conv1d(self) -> bool:
         """Whether this is a 1-D convolution: of a module, or one that was seen without its module."""
         return self._tally.is_conv1d or self.via in ("function", "compiled", "script")
@@ -89,7 +109,7 @@ class Call:
     def key(self) -> str:
         """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
         tally = self._tally
-        return numbered(tally.name, self.index, tally.held, tally.separator)
+        return tally.key(self.index, tally.held)
 
     @property
     def output(self) -> Any:
@@ -162,9 +182,9 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def numbered(name: str, index: int, count: int, separator: str = "#") -> str:
+def numbered(name: str, index: int, count: int, separator: str = "#", part: str = "") -> str:
     """Returns the key of one call of a layer: the name if the layer has only that one, else ``name#index``."""
-    return name if count == 1 else f"{name}{separator}{index}"
+    return name + part if count == 1 else f"{name}{separator}{index}{part}"
 
 
 def separator(name: str, names: Iterable[str]) -> str:
@@ -176,4 +196,4 @@ def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
     names = [name for name in names if "#" in name]
     for tally in list(tallies) if names else ():
-        tally.separator = separator(tally.name, names)
+        tally.separator = separator(tally.layer, names)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
 from convtap._example import Example, arguments, run_once
+from convtap._reduce import Reduce
 from convtap._result import Activations
 from convtap._samples import Samples
 from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
@@ -58,7 +58,7 @@ def list_layers(
     *,
     types: Types = CONV1D,
     example: Example | None = None,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Reduce | None = None,
     dtype: torch.dtype | None = None,
 ) -> Table:
     """Lists the layers that a selection selects, in definition order. Print it, or iterate over its rows.
@@ -90,7 +90,7 @@ def list_layers(
     layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
-    rows = {name: _row(name, module) for name, module in selection.modules.items()}
+    rows = {name: _row(name, module) for name, module in selection.names.items() if module is not None}
     if example is None:
         if not rows and not selection.function_names:
             raise LayerNotFound(selection.nothing())

@@ -23,6 +23,7 @@ class Log:
         unclear: by forward pass, why its rows may not be the inputs, and the pass that they may belong to.
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
+        lacking: parts that a glob asked for, and that the output of some layer did not have.
         changes: grows with every call kept or forgotten.
         cleared: how often the calls were forgotten.
     """
@@ -35,6 +36,7 @@ class Log:
     unclear: dict[int, tuple[str, int]] = field(default_factory=dict)
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lacking: dict[str, None] = field(default_factory=dict)
     changes: int = 0
     cleared: int = 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,13 +88,14 @@ class Policy:
     Attributes:
         detach: keep no autograd graph.
         copy: keep a value that later in-place operations do not change.
-        reduce: a function of the output, applied first.
+        reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
+            that of the layer.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
     """
 
     detach: bool = True
     copy: bool = True
-    reduce: Callable[[Any], Any] | None = None
+    reduce: Any = None
     dtype: torch.dtype | None = None
 
     @property
@@ -153,7 +154,7 @@ class Policy:
         Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
         where the output is a structure of a type that a copy may not equal; nor while it is traced.
         """
-        if self.detach or not self.copy or self.transforms or _is_traced() or not _is_plain(output):
+        if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output):
             return False
         tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
@@ -181,7 +182,14 @@ class Policy:
         return own(result)
 
     def __post_init__(self) -> None:
-        if self.reduce is not None and not callable(self.reduce):
+        if isinstance(self.reduce, Mapping):
+            for key, function in self.reduce.items():
+                if not isinstance(key, str) or not callable(function):
+                    raise InvalidType(
+                        f"reduce has the entry {key!r}: {type(function).__name__}, and a mapping must have names of layers, "
+                        "or globs, for functions of a tensor. Write for example reduce={'conv1': lambda t: t.mean(-1)}."
+                    )
+        elif self.reduce is not None and not callable(self.reduce):
             raise InvalidType(
                 f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor: "
                 "reduce=lambda t: t.mean(-1)."
@@ -195,15 +203,15 @@ def _is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain_structure(value: Any) -> bool:
     """Whether a structure consists of tuples, lists, dicts and dataclasses that are nothing more: a copy equals it."""
     if type(value) in (tuple, list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain_structure(item) for item in value)
     if type(value) is dict:
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain_structure(item) for item in value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, dict):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return vars(value).keys() == fields.keys() and all(_is_plain(item) for item in fields.values())
+        return vars(value).keys() == fields.keys() and all(is_plain_structure(item) for item in fields.values())
     return not isinstance(value, (tuple, list, dict))
 
 

@@ -86,7 +86,7 @@ class Recorder:
         self.follower: Follower | None = None
         self._token = token
         self._log = log
-        self._modules = selection.modules
+        self._modules, self._paths = selection.names, selection.paths
         self.name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
@@ -284,7 +284,7 @@ class Recorder:
 
     def _open_tally(self, name: str) -> Tally:
         log = self._log
-        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)))
+        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)), self._paths.get(name, ""))
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return tally

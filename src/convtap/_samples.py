@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from convtap._call import Call, numbered
+from convtap._call import Call
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, plural
 from convtap._log import Log
 from convtap._structure import walk_tensors
@@ -40,14 +40,14 @@ class _Pass:
         found: dict[str, Tensor] = {}
         for call, stem in zip(self.calls, self._keys, strict=True):
             for path, tensor in walk_tensors(call.output):
-                key = f"{stem}.{path}" if path else stem
+                key = f"{stem}{path}"
                 one = self._cut(key, tensor, row)
                 if key in found:
                     raise Unsupported(
                         f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
                         "output. Read them with acts.calls()."
                     )
-                found[key] = (one if cut is None else cut(call, path, one, row)).clone()
+                found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
         return found
 
     def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:
@@ -138,7 +138,7 @@ def _keys(calls: list[Call]) -> list[str]:
     numbers = dict.fromkeys(counts, 0)
     found = []
     for call in calls:
-        found.append(numbered(call.name, numbers[call.name], counts[call.name], call._tally.separator))
+        found.append(call._tally.key(numbers[call.name], counts[call.name]))
         numbers[call.name] += 1
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convtap._atomic import write_whole
 from convtap._call import Call, Tally
 from convtap._errors import StoreError
 from convtap._log import Log
@@ -27,6 +27,7 @@ _COMPLEX = {"complex32", "complex64", "complex128"}
 
 def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     """Writes what was collected: to a temporary name, then renamed, so that a file of this name is always whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -36,27 +37,19 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [{**asdict(state), "is_conv1d": is_conv1d.get(state.name, False)} for state in log.states()],
+        "layers": [
+            {**asdict(state), "is_conv1d": is_conv1d.get(state.name, False), **_part(log, state.name)}
+            for state in log.states()
+        ],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
     }
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."
-        ) from error
-    try:
-        save_file(tensors, temporary, metadata={"convtap": json.dumps(content)})
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise StoreError(f"cannot write to {str(target)!r}: {error}.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        write_whole(target, lambda temporary: save_file(tensors, temporary, metadata={"convtap": json.dumps(content)}))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(unwritable(target, error)) from error
 
 
 def load(path: str | os.PathLike[str]) -> Activations:
@@ -107,9 +100,9 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         notes=list(content["notes"]),
     )
     for layer in content["layers"]:
-        name, is_conv1d = layer.pop("name"), layer.pop("is_conv1d")
+        name, is_conv1d, part = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("part", "")
         if any(layer.values()):
-            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module)
+            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module, part)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
                 setattr(tally, key, value)
@@ -120,6 +113,11 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         value = _decode(saved["value"], tensors)
         log.calls[log.changes] = Call(tally, saved["index"], saved["forward"], saved["via"], value)
     return log
+
+
+def _part(log: Log, name: str) -> dict[str, str]:
+    part = log.tallies[name].part if name in log.tallies else ""
+    return {"part": part} if part else {}
 
 
 def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -184,7 +182,6 @@ def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     return value["plain"] if "plain" in value else Omitted(value["omitted"])
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def unwritable(target: Path, error: Exception) -> str:
+    """Says why one file cannot be written."""
+    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."

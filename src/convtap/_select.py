@@ -14,6 +14,7 @@ import torch.ao.nn.quantized as nnq
 from torch import nn
 
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._parts import outermost, read_part
 from convtap._tree import ModuleTree, is_keras, is_kind
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
@@ -33,7 +34,8 @@ class Selection:
     Attributes:
         modules: the selected modules by clean name, in definition order.
         name_of: their names by the modules' identity.
-        exact: the names of those that were asked for by exact name or by instance.
+        parts: by the name of a module of which only parts were asked for, their paths, such as ``[0]``.
+        exact: what was asked for by exact name or by instance, as in ``names``.
         tree: all modules of the model.
     """
 
@@ -43,6 +45,7 @@ class Selection:
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
         if tree.has_script or tree.has_keras:
             self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
+        self.parts: dict[str, tuple[str, ...]] = {}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
@@ -51,15 +54,34 @@ class Selection:
         self.name_of = {id(module): name for name, module in self.modules.items()}
 
     def _chosen(self, layers: Layers) -> dict[str, nn.Module]:
-        chosen: set[str] = set()
+        whole: set[str] = set()
+        parts: dict[str, list[str]] = {}
         for selector in _selectors(layers):
-            chosen.update(self._choose(selector))
-        return {name: module for name, module in self.tree.names.items() if name in chosen}
+            part = read_part(selector, self.tree, self.typed, self._owners()) if isinstance(selector, str) else None
+            if part is None:
+                whole.update(self._choose(selector))
+                continue
+            for name in part.names:
+                parts.setdefault(name, []).append(part.path)
+            self.exact.update(name + part.path for name in part.names if part.exact)
+        self.parts = {name: outermost(paths) for name, paths in parts.items() if name not in whole}
+        self.exact -= {
+            name + path for name, paths in parts.items() for path in set(paths) - {*self.parts.get(name, ())}
+        }
+        return {name: module for name, module in self.tree.names.items() if name in whole or name in parts}
 
     @property
     def names(self) -> Mapping[str, nn.Module | None]:
-        """The selected modules, then the parameters that were asked for by name (without a module)."""
-        return {**self.modules, **dict.fromkeys(self.function_names)} if self.function_names else self.modules
+        """The selected modules, or parts of them, then the parameters that were asked for by name (without a module)."""
+        found: Mapping[str, nn.Module | None] = self.modules
+        if self.parts:
+            found = {name + part: m for name, m in self.modules.items() for part in self.parts.get(name, ("",))}
+        return {**found, **dict.fromkeys(self.function_names)} if self.function_names else found
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths of the parts that were asked for, by their names."""
+        return {name + part: part for name, parts in self.parts.items() for part in parts}
 
     @property
     def takes_conv1d(self) -> bool:

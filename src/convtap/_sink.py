@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from convtap._call import numbered
 from convtap._errors import ConvtapError, InvalidType
 from convtap._policy import Policy
-from convtap._structure import map_leaves
-from convtap.taps.module import _as_input
+from convtap._structure import MISSING, map_leaves, part_of
+from convtap.taps.module import as_input
+
+#: The paths of the parts that are kept of a layer (empty for all of it), and what to do with each.
+Parts: TypeAlias = "tuple[tuple[str, Policy], ...]"
 
 
 class Sink(threading.local):
@@ -22,21 +25,26 @@ class Sink(threading.local):
 
     # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] | None = None
+        self.calls: list[tuple[str, str, Any]] | None = None
 
 
-def keep_output(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: keeps what the layer gave."""
-    calls = sink.calls
-    if calls is not None:
-        calls.append((name, _kept(output, name, policy)))
+def keep_output(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: keeps what the layer gave, or parts of it."""
+    if sink.calls is not None:
+        _keep(sink.calls, name, parts, output)
 
 
-def keep_input(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: keeps what the layer is given."""
-    calls = sink.calls
-    if calls is not None:
-        calls.append((name, _kept(_as_input(args, kwargs), name, policy)))
+def keep_input(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook: keeps what the layer is given, or parts of it."""
+    if sink.calls is not None:
+        _keep(sink.calls, name, parts, as_input(args, kwargs))
+
+
+def _keep(calls: list[tuple[str, str, Any]], name: str, parts: Parts, value: Any) -> None:
+    for part, policy in parts:
+        found = part_of(value, part)
+        if found is not MISSING:  # what does not come out is an error of the whole forward
+            calls.append((name, part, _kept(found, name + part, policy)))
 
 
 def _kept(value: Any, name: str, policy: Policy) -> Any:
@@ -69,15 +77,15 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
     return value if policy.reduce is None else value.clone()  # reduce may return a small view of a large clone
 
 
-def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
-    """Gives each call its key: the layer's name if it ran once, else the name with the call's number."""
+def keyed(calls: list[tuple[str, str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
+    """Gives each call its key: the layer's name if it ran once, else the name with the call's number; then the part."""
     times: dict[str, int] = {}  # counted by hand: this is compiled too, and torch 2.6 does not trace list.count
-    for name, _ in calls:
-        times[name] = times.get(name, 0) + 1
+    for name, part, _ in calls:
+        times[name + part] = times.get(name + part, 0) + 1
     numbers = dict.fromkeys(times, 0)
     found: dict[str, Any] = {}
-    for name, value in calls:
-        number = numbers[name]
-        numbers[name] = number + 1
-        found[numbered(name, number, times[name], separators[name])] = value
+    for name, part, value in calls:
+        number = numbers[name + part]
+        numbers[name + part] = number + 1
+        found[numbered(name, number, times[name + part], separators[name], part)] = value
     return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FunctionType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from convtap._call import separator
@@ -23,6 +24,7 @@ from convtap._errors import (
     plural,
 )
 from convtap._policy import Policy
+from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, Layers, Types, check_arguments, select
 from convtap._sink import Sink, keep_input, keep_output, keyed
 from convtap._torch.hooks import Hook, Hooks
@@ -63,7 +65,7 @@ class Tapped(nn.Module):
         types: the module types to choose from; Conv1d and its quantized forms by default.
         at: ``"output"``, or ``"input"`` for what the layer was given.
         dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``.
+        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``; or a mapping from layers to such.
 
     Raises:
         LayerNotFound: a selector matches nothing.
@@ -85,7 +87,7 @@ class Tapped(nn.Module):
         types: Types = CONV1D,
         at: Literal["output", "input"] = "output",
         dtype: torch.dtype | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         super().__init__()
         selection = select(model, layers, check_arguments(model, layers, types, "call the result: tapped(model)(x)"))
@@ -97,9 +99,12 @@ class Tapped(nn.Module):
             raise LayerNotFound(selection.nothing())
         self.model = model
         self.training = model.training
-        self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        policy = Policy(detach=False, reduce=reduce, dtype=dtype)
+        reductions = Reductions(reduce, selection)
+        self._policies = {name: dataclasses.replace(policy, reduce=reductions.of(name)) for name in selection.names}
         self._at = at
         self._layers = dict(selection.modules)
+        self._parts = {name: selection.parts.get(name, ("",)) for name in self._layers}
         self._separators = {name: separator(name, self._layers) for name in self._layers}
         self._closed = False
         self._open()
@@ -109,10 +114,11 @@ class Tapped(nn.Module):
         self._sink = sink = Sink()
         self._hooks = hooks = Hooks()
         for name, module in self._layers.items():
+            kept = tuple((part, self._policies[name + part]) for part in self._parts[name])
             if self._at == "input":
-                hooks.before(module, keep_input, sink, name, self._policy)
+                hooks.before(module, keep_input, sink, name, kept)
             else:
-                hooks.after(module, keep_output, sink, name, self._policy)
+                hooks.after(module, keep_output, sink, name, kept)
         self._finalizer = weakref.finalize(self, hooks.remove)
         self._finalizer.atexit = False
 
@@ -126,14 +132,14 @@ class Tapped(nn.Module):
         if self._closed:
             self._refuse_closed()
         sink = self._sink
-        calls: list[tuple[str, Any]] = []
+        calls: list[tuple[str, str, Any]] = []
         sink.calls = calls
         try:
             output = self.model(*args, **kwargs)
         finally:
             sink.calls = None
-        names = [name for name, _ in calls]
-        missing = [name for name in self._layers if name not in names]
+        names = [name + part for name, part, _ in calls]
+        missing = [name + part for name, parts in self._parts.items() for part in parts if name + part not in names]
         if missing:
             self._missing(missing)
         return output, keyed(calls, self._separators)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from convtap._example import Example
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import shapes
+from convtap._structure import MISSING, part_of
 
 
 def compare(
@@ -85,24 +86,38 @@ def compare(
 
 
 def _compare_captures(a: Activations, b: Activations, map: Any, tolerance: Tolerance) -> Comparison:
-    pairs, note = match(_structure(a), _structure(b), map)
+    pairs, note = match(_structure(a, b), _structure(b, a), map)
     ledger = Ledger(pairs, tolerance)
-    theirs = {(call.name, call.index): call for call in b.calls()}
-    for call in a.calls():
-        partner = theirs.pop((pairs.get(call.name, ""), call.index), None)
-        if partner is None:
-            ledger.lone(0, call.name, call.index)
+    ledger.parts.update({call.name: call.part for acts in (a, b) for call in acts.calls()})
+    theirs = {(name, index): output for name, index, output in _outputs(b, a)}
+    for name, index, output in _outputs(a, b):
+        partner = (pairs.get(name, ""), index)
+        if partner in theirs:
+            ledger.compare(name, partner[0], index, output, theirs.pop(partner))
         else:
-            ledger.compare(call.name, partner.name, call.index, call.output, partner.output)
+            ledger.lone(0, name, index)
     for name, index in theirs:
         ledger.lone(1, name, index)
     return ledger.close([note])
 
 
-def _structure(acts: Activations) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
+def _outputs(acts: Activations, other: Activations) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, number and output of each call; of what the other side has in part only, the same parts."""
+    parts: dict[str, dict[str, None]] = {}
+    for call in other.calls():
+        if call.part:
+            parts.setdefault(call.layer, {})[call.part] = None
     for call in acts.calls():
-        found.setdefault(call.name, []).append(shapes(call.output))
+        for part in parts.get(call.layer, ("",)) if not call.part else ("",):
+            found = part_of(call.output, part)
+            if found is not MISSING:
+                yield call.name + part, call.index, found
+
+
+def _structure(acts: Activations, other: Activations) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    for name, _, output in _outputs(acts, other):
+        found.setdefault(name, []).append(shapes(output))
     return found
 
 

@@ -16,7 +16,9 @@ from convtap._debug.pairs import Flow, folded, match, observe, signature
 from convtap._debug.stream import Stream
 from convtap._errors import Unsupported, listed
 from convtap._example import arguments, eval_mode, fitted, run_once
+from convtap._parts import no_part
 from convtap._select import FUNCTION, Selection, check_arguments, select
+from convtap._structure import MISSING, part_of
 from convtap._tapped import tapped
 
 _EIGHT_BITS = 2.0**-8
@@ -186,10 +188,21 @@ def _run(plan: _Plan, ledger: Ledger, layers: Any, stack: ExitStack) -> None:
             ledger.lone(0, name, index)
             continue
         floor = max(one.floor(name), two.floor(partner))
-        ledger.compare(name, partner, index, output, found[0], plan.notes.get(name, ""), floor)
+        for part in one.selection.parts.get(name, ("",)):
+            mine, other = _part(one, name, part, output), part_of(found[0], part)
+            ledger.parts.update({name + part: part, partner + part: part})
+            ledger.compare(name + part, partner + part, index, mine, other, plan.notes.get(name, ""), floor)
     for name, index in [*waiting, *((name, index) for name, index, _ in theirs)]:
         if name not in plan.inside[1]:
             ledger.lone(1, name, index)
+
+
+def _part(side: _Side, name: str, part: str, output: Any) -> Any:
+    """The part of an output that is to be compared; an error if it was asked for by name and is not there."""
+    found = part_of(output, part)
+    if found is MISSING and name + part in side.selection.exact:
+        raise no_part(name, part, output)
+    return found
 
 
 def _find(

@@ -104,7 +104,11 @@ class _Row:
 
 
 class Ledger:
-    """Collects the rows of a comparison while it goes on."""
+    """Collects the rows of a comparison while it goes on.
+
+    Attributes:
+        parts: by the names of parts of outputs (``lstm[0]``), their paths.
+    """
 
     def __init__(self, pairs: Mapping[str, str], tolerance: Tolerance) -> None:
         self._pairs = pairs
@@ -113,6 +117,7 @@ class Ledger:
         self._lone: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
         self._counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._coarsest = 0.0
+        self.parts: dict[str, str] = {}
 
     def lone(self, side: int, name: str, index: int) -> None:
         """Notes a call without a partner, on side 0 (``a``) or 1 (``b``)."""
@@ -136,7 +141,7 @@ class Ledger:
             self._rows.append(_Row(name, partner, index, path, found))
         for side, mine, other in ((0, left, right), (1, right, left)):
             for path in [path for path in mine if path not in other]:
-                self._lone[side].append((f"{(name, partner)[side]}.{path}" if path else (name, partner)[side], index))
+                self._lone[side].append((f"{(name, partner)[side]}{path}", index))
 
     def close(self, notes: list[str]) -> Comparison:
         """Ends the comparison.
@@ -161,5 +166,6 @@ class Ledger:
         return Comparison(rows, lone[0], lone[1], self._tolerance, notes)
 
     def _key(self, side: int, name: str, index: int, path: str = "") -> str:
-        key = f"{name}#{index}" if self._counts[side][name] > 1 else name
-        return f"{key}.{path}" if path else key
+        part = self.parts.get(name, "")
+        number = f"#{index}" if self._counts[side][name] > 1 else ""
+        return f"{name.removesuffix(part)}{number}{part}{path}"

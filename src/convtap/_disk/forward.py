@@ -1,4 +1,4 @@
-"""One batch through the model, with its layers captured: device, mode, autocast, early end, compiled or not."""
+"""One batch through the model, with its layers captured: device, mode, autocast, compiled or not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
+from convtap._parts import split_key
 from convtap._select import Selection, select
-from convtap._structure import walk_tensors
 from convtap._tapped import tapped
 from convtap._verdict import conclude
 
@@ -117,7 +117,8 @@ class Runner:
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
-        ran: the layers that have run so far.
+        model: the model.
+        ran: the layers, and the parts of layers, that have run so far.
     """
 
     def __init__(
@@ -129,31 +130,29 @@ class Runner:
         device: Any,
         autocast: torch.dtype | None,
         compile: bool,
-        stop: bool | None,
+        stop: bool,
         rule: ValidLengths | None,
     ) -> None:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
         self._options = capture
-        self._whole = _quiet(Capture(model, layers, **capture, stop=bool(stop), strict=False))
-        self.selection: Selection = select(model, layers, self._whole._asked.types)
-        self._model = model
+        self._capture = Capture(model, layers, **capture, stop=stop, strict=False)
+        self._capture._judges = False  # what is missing is judged over the whole run
+        self.selection: Selection = select(model, layers, self._capture._asked.types)
+        self.model = model
         self._device = find_device(model, device)
         self._autocast = autocast
-        self._stop = stop
         self._rule = rule
         self._layers = layers
         self._tapped: Any = None
         self._compiled: Any = None
         self._compile = compile
-        self._early: Capture | None = None
-        self._settled: set[Any] = set()
         self.fresh = True
         self.ran: set[str] = set()
 
     def __enter__(self) -> Runner:
         if self._compile:
-            self._tapped = tapped(self._model, self._layers, **self._options)
+            self._tapped = tapped(self.model, self._layers, **self._options)
             self._compiled = torch.compile(self._tapped)
         return self
 
@@ -162,7 +161,7 @@ class Runner:
         if self._tapped is not None:
             self._tapped.close()
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
 
         Raises:
@@ -171,40 +170,31 @@ class Runner:
         args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
         with torch.inference_mode(), self._casting():
             if self._rule is not None:
-                self._rule.learn(args, kwargs)
+                self._rule.learn(args, kwargs, lengths or [], self.selection.modules)
             if self._compiled is not None:
                 return self._run_compiled(args, kwargs)
-            shape = tuple(tuple(tensor.shape) for _, tensor in walk_tensors((args, kwargs)))
-            early = self._early if shape in self._settled else None
-            block: Any = early or self._whole
-            with block as acts:
-                opened = block._open
-                self._model(*args, **kwargs)
+            with self._capture as acts:
+                opened = self._capture._open
+                self.model(*args, **kwargs)
             self._judge(opened, acts)
-            recorded = acts.calls()
-            calls = values_of(recorded)
-        # through TorchScript, or a Keras model, a pass cannot be ended
-        can_end = all(call.via in ("module", "function") for call in recorded)
-        if early is None and self._stop is None and can_end:
-            self._settle(calls, shape)
-        self.ran.update(name for name, _, _ in calls)
+            calls = values_of(acts.calls())
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
+
+    def idle(self) -> list[str]:
+        """Returns the selected modules, and parts of their outputs, that have not run so far."""
+        functions = self.selection.function_names
+        return [name for name in self.selection.names if name not in self.ran and name not in functions]
 
     def _casting(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, dtype=self._autocast)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
         _, outputs = self._compiled(*args, **kwargs)
-        calls = [(*self._split(key), value) for key, value in outputs.items()]
-        self.ran.update(name for name, _, _ in calls)
+        known = self.selection.modules
+        calls = [(layer, part, value) for key, value in outputs.items() for layer, _, part in [split_key(key, known)]]
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
-
-    def _split(self, key: str) -> tuple[str, int]:
-        """Splits the key of a call into the layer's name and the number of the call."""
-        name, mark, number = key.rpartition("#")
-        if key in self.selection.modules or not mark:
-            return key, 0
-        return name if name in self.selection.modules else name.removesuffix("#"), int(number)
 
     def _judge(self, block: Any, acts: Any) -> None:
         """Raises for what was not captured though it ran; a layer that did not run is no error here."""
@@ -219,20 +209,3 @@ class Runner:
             where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
             raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")
         self.fresh = False
-
-    def _settle(self, calls: Calls, shape: Any) -> None:
-        """Allows inputs of this shape to end early, if each selected layer ran exactly once."""
-        names = [name for name, _, _ in calls]
-        selected = {*self.selection.modules, *self.selection.function_names}
-        if len(set(names)) != len(names) or not selected <= set(names):
-            return
-        if self._early is None:
-            self._early = _quiet(Capture(self._model, names, **self._options, stop=True, strict=False))
-            self._early_names = set(names)
-        if set(names) == self._early_names:
-            self._settled.add(shape)
-
-
-def _quiet(capture: Capture) -> Capture:
-    capture._judges = False  # what is missing is judged over the whole run
-    return capture

@@ -181,10 +181,10 @@ class Timeline(Mapping[str, LayerTime]):
 
     def _layer_of(self, call: Call) -> LayerTime:
         """The run of a layer that a call is, in every pass anew."""
-        runs = self._calls.get(call.name)
+        runs = self._calls.get(call.layer)
         if runs is None:
             raise InvalidValue(
-                f"the timeline has no layer {call.name!r}; it has {listed(self._layers)}. It is of another model: take "
+                f"the timeline has no layer {call.layer!r}; it has {listed(self._layers)}. It is of another model: take "
                 "timeline(model, example) of the model that ran."
             )
         return runs[call.index % len(runs)]

@@ -70,7 +70,7 @@ def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None =
     for call in chosen(acts, layers) if calls is None else calls:
         stem = call.name if calls is None else call.key
         for path, _ in walk_tensors(call._shown):
-            groups.setdefault(f"{stem}.{path}" if path else stem, []).append((call, path))
+            groups.setdefault(f"{stem}{path}", []).append((call, path))
     found = []
     for name, places in groups.items():
         parts = []

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from convtap._passes import Passes
-from convtap._record import Recorder
 from convtap._tree import is_keras
+from convtap.taps.parts import Parted
 
 # Note: [Keras layers]
 # Assumption: Keras calls ``layer.call``, also in a functional model and in ``predict``, and finds one that is set in the
@@ -43,7 +43,7 @@ class KerasTap:
     """Emits what Keras layers return from ``call``: after their activation, channels last where the layer is."""
 
     def __init__(
-        self, root: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, passes: Passes, *, at: str
+        self, root: nn.Module, layers: Mapping[str, nn.Module], recorder: Parted, passes: Passes, *, at: str
     ) -> None:
         self._root = root
         self._layers = layers
