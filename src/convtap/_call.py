@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
-from convtap._memory import parts, storage_key, tensor_bytes
+from convtap._memory import memory_of, tensor_bytes
 from convtap._select import CONV1D
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
@@ -151,12 +151,8 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for tensor in (part for _, whole in walk_tensors(call._shown) for part in parts(whole)):
-            key = storage_key(tensor)
-            if key is None:
-                found[("", id(tensor))] = tensor_bytes(tensor)
-            elif key[1]:
-                found[(str(tensor.device), key[0])] = key[1]
+        for _, tensor in walk_tensors(call._shown):
+            found.update(memory_of(tensor))
         if call._gradient is not None and call._gradient.nbytes:
             found[("gradient", id(call._gradient))] = call._gradient.nbytes
     return found

@@ -32,6 +32,7 @@ class Keeper:
 
     def __init__(self, policy: Policy, offloader: Offloader | None) -> None:
         self.is_plain = policy.is_plain
+        self.takes_fakes = policy.takes_fakes
         self.moves = offloader is not None
         self._policy = policy
         self._offloader = offloader

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
-from convtap._memory import are_separate, storage_key, tensor_bytes
+from convtap._memory import are_separate, memory_of, tensor_bytes
 from convtap._structure import Held, walk_tensors
 
 # Note: [Copy-on-write snapshots]
@@ -90,12 +90,15 @@ class Policy:
         copy: keep a value that later in-place operations do not change.
         reduce: a function of the output, applied first.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
+        takes_fakes: whether FakeTensors are kept as well, which have no values.
     """
 
     detach: bool = True
     copy: bool = True
     reduce: Callable[[Any], Any] | None = None
     dtype: torch.dtype | None = None
+
+    takes_fakes = False  # no annotation: not a field
 
     @property
     def is_plain(self) -> bool:
@@ -209,7 +212,7 @@ def _is_plain(value: Any) -> bool:
 
 def own(result: Tensor) -> Tensor:
     """Makes a computed tensor safe to keep: a part of a larger storage keeps its own bytes, and no more."""
-    key = storage_key(result)
-    if key is not None and tensor_bytes(result) < key[1]:
+    dense = result.layout is torch.strided and not result.is_nested
+    if dense and tensor_bytes(result) < sum(memory_of(result).values()):
         return result.clone(memory_format=torch.contiguous_format)
     return snapshot(result)

@@ -203,7 +203,7 @@ class Recorder:
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output):
+        if is_fake(output) and not self._keeper.takes_fakes:
             self.fakes += 1
             return None
         gradient = None

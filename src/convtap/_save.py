@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from convtap._call import Call, Tally
-from convtap._errors import StoreError
+from convtap._errors import StoreError, Unsupported
 from convtap._log import Log
+from convtap._memory import has_no_values
+from convtap._stats import ordinary
 from convtap._structure import Omitted
 
 if TYPE_CHECKING:
@@ -152,14 +154,18 @@ def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
 
 
 def _encode_tensor(tensor: Tensor, tensors: dict[str, Tensor], key: str) -> Any:
-    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.device.type == "meta":
-        what = (
-            "quantized" if tensor.is_quantized else "on 'meta'" if tensor.device.type == "meta" else str(tensor.layout)
-        )
+    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_nested or has_no_values(tensor):
+        what = "quantized" if tensor.is_quantized else "on 'meta'" if has_no_values(tensor) else str(tensor.layout)
+        what = "nested" if tensor.is_nested else what
+        dense = "torch.nested.to_padded_tensor(t, 0.0)" if tensor.is_nested else "t.dequantize() (or t.to_dense())"
         raise StoreError(
             f"the output of {key!r} is {what}, which safetensors has no form for. Capture it with "
-            "reduce=lambda t: t.dequantize() (or t.to_dense()), or save the other layers only."
+            f"reduce=lambda t: {dense}, or save the other layers only."
         )
+    try:
+        tensor = ordinary(tensor.detach(), key)
+    except Unsupported as error:
+        raise StoreError(str(error)) from error
     number = f"{len(tensors):06d}"
     values = tensor.detach().cpu().resolve_conj().resolve_neg()
     name = str(values.dtype).removeprefix("torch.")
