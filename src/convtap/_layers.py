@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
-from convtap._example import Example, arguments, run_once
+from convtap._example import Example, called, looking, own_tensors, prepared
 from convtap._result import Activations
 from convtap._samples import Samples
 from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
@@ -71,7 +71,7 @@ def list_layers(
         model: any PyTorch model.
         layers: what to list, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
-        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
         reduce: as in ``capture``.
         dtype: as in ``capture``.
 
@@ -102,12 +102,12 @@ def list_layers(
 
 
 def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
-    arguments(example)
+    example = own_tensors(prepared(example, model))
     watching = Capture(model, layers, types=types, functional=True, strict=False)
     watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
-    with watching as acts:
-        run_once(model, example)
+    with looking(model), watching as acts:
+        called(model, example)
     return acts
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from convtap._batch import as_example
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
 from convtap._time.timeline import Timeline, timeline
 
@@ -24,7 +24,7 @@ class ValidLengths:
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Follows a first batch through the model; later ones need no look."""
         if self._times is None:
-            self._times = timeline(self._model, _example(self._model, args, kwargs))
+            self._times = timeline(self._model, as_example(self._model, args, kwargs))
 
     def frames(self, layer: str, length: int) -> int:
         """Returns how many frames of a layer are real for an input of ``length`` samples.
@@ -62,20 +62,6 @@ class ValidLengths:
             return question(self._times[layer])
         except ConvtapError as error:
             raise Unsupported(_unknown(layer, str(error))) from error
-
-
-def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Writes a call as an example: a tuple or a dict; a call with both becomes a dict by the names of the forward."""
-    if not kwargs:
-        return args
-    if not args:
-        return kwargs
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        by_name = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-    except (TypeError, ValueError) as error:
-        raise Unsupported(f"lengths= needs inputs that can all be given by keyword: {error}.") from error
-    return by_name
 
 
 def _unknown(layer: str, why: str) -> str:

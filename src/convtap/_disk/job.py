@@ -14,7 +14,7 @@ from torch import Tensor
 from convtap._disk.beginning import Beginning
 from convtap._disk.chain import checked_lengths
 from convtap._disk.forecast import Progress
-from convtap._disk.forward import Runner, checked_inputs
+from convtap._disk.forward import Runner
 from convtap._disk.index import Index, read_index
 from convtap._disk.interrupt import Terminated, Termination
 from convtap._disk.place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
@@ -133,13 +133,14 @@ class Job:
                 bar.update(len(batch.ids), writer.written)
 
     def _compute(self, number: int, indices: list[int] | None, batch: Any) -> Batch:
-        args, kwargs = checked_inputs(self._inputs, batch)
+        args, kwargs = self._runner.inputs(self._inputs, batch)
         names = self._names.of(number, indices, batch, (args, kwargs))
         full, lengths = 0, None
         if self._lengths is not None:
             full = last_axis((args, kwargs))
             lengths = checked_lengths(self._lengths, batch, len(names), full)
-        calls = self._runner.run(args, kwargs)
+        with self._runner.naming_inputs(self._inputs, batch):
+            calls = self._runner.run(args, kwargs)
         with torch.inference_mode():
             columns = self._rows.columns(calls, len(names), lengths, full)
         labels = None if self._labels is None else _checked_labels(self._labels(batch), len(names))
