@@ -65,7 +65,7 @@ def list_layers(
 
     With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
     says how the layer is used, and what it would keep with ``reduce`` and ``dtype``, in all and for each input. Nothing is
-    kept for that.
+    kept for that, and the model stays as it is: caches, statistics and random numbers are put back.
 
     Args:
         model: any PyTorch model.
@@ -77,6 +77,7 @@ def list_layers(
 
     Raises:
         LayerNotFound: the selection matches nothing.
+        InvalidType: the model does not take the example.
 
     Example:
         >>> from torch import nn

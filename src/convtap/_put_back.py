@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from convtap._table import human_bytes
 
-#: Attributes that torch and convtap may exchange in the middle of a pass: they are not the model's.
-NOT_THE_MODEL = ("_compiled_call_impl", "_parameters")
+
+def is_of_the_model(key: Any) -> bool:
+    """Whether an attribute is the model's, and not one that torch or convtap may exchange in the middle of a pass."""
+    return not isinstance(key, str) or not key.startswith(("_compiled_call_impl", "_parameters", "_dynamo"))
 
 
 class Memory:
@@ -73,7 +75,7 @@ def put_some_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) 
 
 def put_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
     """Gives a dict the items that it had, in the order that they had."""
-    for key in [key for key in own if key not in items and key not in NOT_THE_MODEL]:
+    for key in [key for key in own if key not in items and is_of_the_model(key)]:
         kind.__delitem__(own, key)
     put_some_back(own, items, kind)
     if [key for key in own if key in items] != list(items):
@@ -144,6 +146,6 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.layout != other.layout or one.shape != other.shape:
         return False
     if one.layout is not torch.strided or one.is_nested:
-        return True
+        return False  # it may have other values and indices, which hardly any state has
     same_place = one.stride() == other.stride() and one.storage_offset() == other.storage_offset()
     return same_place and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from convtap._errors import listed
-from convtap._memory import parts
+from convtap._memory import has_no_values, parts
 from convtap._put_back import (
-    NOT_THE_MODEL,
     Memory,
+    is_of_the_model,
     methods,
     put_back,
     put_class_back,
@@ -177,7 +177,7 @@ class _State:
     def _attributes(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
-            items = {key: item for key, item in own.items() if key not in NOT_THE_MODEL}
+            items = {key: item for key, item in own.items() if is_of_the_model(key)}
             if self._sharded and isinstance(value, nn.Module):
                 items = {key: item for key, item in items.items() if not isinstance(item, Tensor)}
                 self._later(name, put_some_back, own, items)
@@ -211,24 +211,20 @@ class _State:
     def _tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
         is_parameter = isinstance(tensor, nn.Parameter)
         lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
-        for part in [tensor] if lazy else parts(tensor):
-            if part is not tensor:
-                self._remember(name, part, is_parameter)
-                continue
-            if type(tensor).__name__ == "FakeTensor":
-                return
-            self._later(
-                name, put_tensor_back, tensor, type(tensor) if lazy else None, tensor.data, tensor.requires_grad
-            )
-            if not lazy:
-                self._remember(name, tensor, is_parameter)
+        if not lazy and has_no_values(tensor) and not tensor.is_meta:
+            return  # fake
+        inner = [tensor] if lazy else parts(tensor)
+        if inner[0] is tensor or type(tensor) in (Tensor, nn.Parameter):
+            kind = type(tensor) if lazy else None
+            self._later(name, put_tensor_back, tensor, kind, tensor.data, tensor.requires_grad)
+        for part in inner if not lazy else []:
+            self._remember(name, part, is_parameter)
         if tensor.is_leaf:
             self._later(name, put_gradient_back, tensor, tensor.grad)
             if tensor.grad is not None:
                 self._remember(f"{name}.grad", tensor.grad, True)
-        if vars(tensor) if hasattr(tensor, "__dict__") else False:
-            self._later(name, put_back, vars(tensor), dict(vars(tensor)))
-            yield from ((_join(name, key), item) for key, item in vars(tensor).items())
+        if hasattr(tensor, "__dict__"):
+            yield from self._attributes(name, tensor)
 
     def _remember(self, name: str, tensor: Tensor, is_parameter: bool) -> None:
         try:

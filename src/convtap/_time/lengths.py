@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from convtap._errors import InvalidType
 from convtap._example import called, looking, own_tensors
@@ -39,8 +40,11 @@ def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[R
     try:
         compile_stance.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
-        with torch.inference_mode(False), looking(model), follower.watching():
-            called(model, _with(example, path, signal))
+        with torch.inference_mode(False), looking(model):
+            if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+                called(model, own_tensors(example))
+            with follower.watching():
+                called(model, _with(example, path, signal))
     finally:
         compile_stance.leave(follower)
     return follower.records, tree

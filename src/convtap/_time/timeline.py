@@ -34,7 +34,8 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
     """Follows the time axis of an input through a model, and says for each layer which input samples its frames see.
 
     The model runs once on the example, in eval mode and without gradients. (Where it computes numbers such as the end of
-    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.)
+    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.) The model stays as
+    it is: caches, statistics and random numbers are put back after each run.
 
     Args:
         model: any PyTorch model.

@@ -155,8 +155,7 @@ class _Search:
                 f"{layer.key!r} sees windows that hold for {layer.input_length} samples only "
                 f"({listed([*layer.whole, *layer.notes], 2)}), and an input has {samples}. Pass inputs of one length."
             )
-        once = "#" not in layer.key
-        with Capture(self._model, layer.name, stop=once, functional=True) as acts:
+        with Capture(self._model, layer.name, functional=True) as acts:  # whole passes: a model may keep state
             called(self._model, call)
         output = dict(walk_tensors(acts[layer.key]))[layer.path]
         rows, frames = len(signal), layer.frames_of(samples)
