@@ -10,13 +10,17 @@ from torch import Tensor
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
 from convtap._memory import memory_of, tensor_bytes
-from convtap._select import CONV1D
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
 
 
 class Tally:
-    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed."""
+    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed.
+
+    Attributes:
+        name: the layer.
+        is_conv1d: whether it is a Conv1d module.
+    """
 
     # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
     captured = 0
@@ -30,14 +34,15 @@ class Tally:
     computed = False
     separator = "#"
 
-    def __init__(self, name: str, kind: type) -> None:
+    def __init__(self, name: str, is_conv1d: bool) -> None:
         self.name = name
-        self.kind = kind
+        self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
 
-    @property
-    def is_conv1d(self) -> bool:
-        """Whether the layer is a Conv1d module."""
-        return issubclass(self.kind, CONV1D)
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.pending is not None:  # what read the weight is a place in code, which has no pickle
+            state["pending"] = (self.pending[0], str(self.pending[1]))
+        return state
 
     def read_by(self, reader: object, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -74,6 +79,11 @@ class Call:
         self.via = via
         self._value = value
         self._gradient = gradient
+
+    def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
+        state = {name: getattr(self, name) for name in self.__slots__}
+        state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
+        return None, state
 
     @property
     def name(self) -> str:
@@ -145,6 +155,14 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
 
 
 def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:

@@ -36,6 +36,10 @@ class Log:
     changes: int = 0
     cleared: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # while the block is open, the names are keys of its modules
+        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact)}
+
     def clear(self) -> None:
         """Forgets the calls, as if the block began here; what was ever captured stays counted."""
         self.calls.clear()

@@ -75,6 +75,16 @@ class Alias(Held):
             )
         return self.tensor
 
+    def __reduce__(self) -> Any:  # a copy, or a pickle, has no graph; its tensor counts its own versions
+        return _copied, (self.tensor.detach(), self.tensor._version - self.version)
+
+
+def _copied(tensor: Tensor, changes: int) -> Alias:
+    """Returns an alias of a tensor that was changed so often since it was kept."""
+    copy = Alias(tensor)
+    copy.version -= changes
+    return copy
+
 
 def alias(tensor: Tensor) -> Any:
     """Keeps a tensor as an alias; one without a version counter (inference mode) as a snapshot instead."""
