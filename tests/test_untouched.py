@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from convtap import capture, compare, extract, list_layers, timeline, top
 from convtap._put_back import Memory
 from convtap._state import untouched
+from tests.process import run_python
 
 X = torch.randn(2, 1, 20, generator=torch.Generator().manual_seed(0))
 
@@ -518,3 +519,40 @@ def test_what_only_the_caller_changes_in_the_meantime_is_the_callers():
 
     list_layers(Marks(), example=X)
     assert model.log.mark == 2
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from convtap import compare, list_layers
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+x = torch.randn(2, 4, 20)
+
+def trained(look):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3))
+    for part in (*model, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        if look:
+            list_layers(model, example=x)
+            compare(model, model, example=x)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.full_tensor() for parameter in model.parameters()]
+
+print(all(map(torch.equal, trained(False), trained(True))))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="torch 2.6: torch.cpu.Stream has no record_event, without which a fully_shard model does not run on the CPU",
+)
+def test_a_sharded_model_trains_on_after_a_look_as_if_there_had_been_none():
+    assert run_python(SHARDED).stdout.splitlines()[-1:] == ["True"]
