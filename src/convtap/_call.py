@@ -9,14 +9,18 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
-from convtap._memory import parts, storage_key, tensor_bytes
-from convtap._select import CONV1D
+from convtap._memory import memory_of, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
 
 
 class Tally:
-    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed."""
+    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed.
+
+    Attributes:
+        name: the layer.
+        is_conv1d: whether it is a Conv1d module.
+    """
 
     # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
     captured = 0
@@ -30,9 +34,9 @@ class Tally:
     computed = False
     separator = "#"
 
-    def __init__(self, name: str, kind: type, part: str = "") -> None:
+    def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
         self.name = name
-        self.kind = kind
+        self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
         self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
 
     @property
@@ -44,10 +48,11 @@ class Tally:
         """Returns the key of one of ``count`` calls: ``conv#1``, ``lstm#1[0]``."""
         return numbered(self.layer, number, count, self.separator, self.part)
 
-    @property
-    def is_conv1d(self) -> bool:
-        """Whether the layer is a Conv1d module."""
-        return issubclass(self.kind, CONV1D)
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.pending is not None:  # what read the weight is a place in code, which has no pickle
+            state["pending"] = (self.pending[0], str(self.pending[1]))
+        return state
 
     def read_by(self, reader: object, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -84,6 +89,11 @@ class Call:
         self.via = via
         self._value = value
         self._gradient = gradient
+
+    def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
+        state = {name: getattr(self, name) for name in self.__slots__}
+        state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
+        return None, state
 
     @property
     def name(self) -> str:
@@ -167,16 +177,20 @@ class Call:
         return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
 
 
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
+
+
 def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for tensor in (part for _, whole in walk_tensors(call._shown) for part in parts(whole)):
-            key = storage_key(tensor)
-            if key is None:
-                found[("", id(tensor))] = tensor_bytes(tensor)
-            elif key[1]:
-                found[(str(tensor.device), key[0])] = key[1]
+        for _, tensor in walk_tensors(call._shown):
+            found.update(memory_of(tensor))
         if call._gradient is not None and call._gradient.nbytes:
             found[("gradient", id(call._gradient))] = call._gradient.nbytes
     return found

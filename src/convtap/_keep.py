@@ -36,6 +36,7 @@ class Keeper:
         self.is_plain = policy.is_plain
         self._reductions = reductions
         self._of: dict[str, Keeper] = {}
+        self.takes_fakes = policy.takes_fakes
         self.moves = offloader is not None
         self._policy = policy
         self._offloader = offloader

@@ -10,7 +10,7 @@ from torch import nn
 
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
-from convtap._example import Example, arguments, run_once
+from convtap._example import Example, called, looking, own_tensors, prepared
 from convtap._reduce import Reduce
 from convtap._result import Activations
 from convtap._samples import Samples
@@ -65,18 +65,19 @@ def list_layers(
 
     With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
     says how the layer is used, and what it would keep with ``reduce`` and ``dtype``, in all and for each input. Nothing is
-    kept for that.
+    kept for that, and the model stays as it is: caches, statistics and random numbers are put back.
 
     Args:
         model: any PyTorch model.
         layers: what to list, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
-        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
         reduce: as in ``capture``.
         dtype: as in ``capture``.
 
     Raises:
         LayerNotFound: the selection matches nothing.
+        InvalidType: the model does not take the example.
 
     Example:
         >>> from torch import nn
@@ -102,12 +103,12 @@ def list_layers(
 
 
 def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
-    arguments(example)
+    example = own_tensors(prepared(example, model))
     watching = Capture(model, layers, types=types, functional=True, strict=False)
     watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
-    with watching as acts:
-        run_once(model, example)
+    with looking(model), watching as acts:
+        called(model, example)
     return acts
 
 

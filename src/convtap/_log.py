@@ -40,10 +40,15 @@ class Log:
     changes: int = 0
     cleared: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # while the block is open, the names are keys of its modules
+        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact)}
+
     def clear(self) -> None:
         """Forgets the calls, as if the block began here; what was ever captured stays counted."""
         self.calls.clear()
         self.inputs.clear()
+        self.unclear.clear()
         for tally in self.tallies.values():
             tally.held = 0
             tally.cleared = tally.captured
@@ -56,6 +61,7 @@ class Log:
             needed = {call.forward for call in self.calls.values()} | {max(self.inputs)}
             for number in [number for number in self.inputs if number not in needed]:
                 del self.inputs[number]
+                self.unclear.pop(number, None)
 
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
-from convtap._memory import are_separate, storage_key, tensor_bytes
+from convtap._memory import are_separate, memory_of, tensor_bytes
 from convtap._structure import Held, walk_tensors
 
 # Note: [Copy-on-write snapshots]
@@ -75,6 +75,16 @@ class Alias(Held):
             )
         return self.tensor
 
+    def __reduce__(self) -> Any:  # a copy, or a pickle, has no graph; its tensor counts its own versions
+        return _copied, (self.tensor.detach(), self.tensor._version - self.version)
+
+
+def _copied(tensor: Tensor, changes: int) -> Alias:
+    """Returns an alias of a tensor that was changed so often since it was kept."""
+    copy = Alias(tensor)
+    copy.version -= changes
+    return copy
+
 
 def alias(tensor: Tensor) -> Any:
     """Keeps a tensor as an alias; one without a version counter (inference mode) as a snapshot instead."""
@@ -91,12 +101,15 @@ class Policy:
         reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
             that of the layer.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
+        takes_fakes: whether FakeTensors are kept as well, which have no values.
     """
 
     detach: bool = True
     copy: bool = True
     reduce: Any = None
     dtype: torch.dtype | None = None
+
+    takes_fakes = False  # no annotation: not a field
 
     @property
     def is_plain(self) -> bool:
@@ -217,7 +230,7 @@ def is_plain_structure(value: Any) -> bool:
 
 def own(result: Tensor) -> Tensor:
     """Makes a computed tensor safe to keep: a part of a larger storage keeps its own bytes, and no more."""
-    key = storage_key(result)
-    if key is not None and tensor_bytes(result) < key[1]:
+    dense = result.layout is torch.strided and not result.is_nested
+    if dense and tensor_bytes(result) < sum(memory_of(result).values()):
         return result.clone(memory_format=torch.contiguous_format)
     return snapshot(result)

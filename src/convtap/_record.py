@@ -21,7 +21,7 @@ from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
-from convtap._select import Selection
+from convtap._select import CONV1D, Selection
 from convtap._structure import walk_tensors
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
@@ -203,7 +203,7 @@ class Recorder:
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output):
+        if is_fake(output) and not self._keeper.takes_fakes:
             self.fakes += 1
             return None
         gradient = None
@@ -284,7 +284,7 @@ class Recorder:
 
     def _open_tally(self, name: str) -> Tally:
         log = self._log
-        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)), self._paths.get(name, ""))
+        tally = log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D), self._paths.get(name, ""))
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return tally

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,8 +225,14 @@ class Activations(Mapping[str, Any]):
     # -- elsewhere
 
     def numpy(self) -> dict[str, Any]:
-        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact."""
-        return {key: map_leaves(to_numpy, call.output) for key, call in self._index().items()}
+        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact.
+
+        A sparse or quantized output becomes a dense array, and so does a DTensor if this process holds all of it.
+
+        Raises:
+            Unsupported: an output has no such array: it is nested, on meta, or a DTensor of which other processes hold a part.
+        """
+        return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._index().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
@@ -276,7 +283,7 @@ class Activations(Mapping[str, Any]):
         for key, call in self._index().items():
             device = "" if call.device is None else str(call.device)
             row: list[Any] = [key, shapes_text(call.shape), dtype_text(call.dtype), device, human_bytes(call.nbytes)]
-            rows.append([*row, *(statistics(call.output) if stats else ())])
+            rows.append([*row, *(statistics(call.output, key) if stats else ())])
         return Table(columns, rows, title="" if rows else "no outputs captured", notes=self._notes())
 
     def _notes(self) -> list[str]:
@@ -295,14 +302,5 @@ class Activations(Mapping[str, Any]):
 
 
 def _ordinal(number: int) -> str:
-    words = (
-        "the first",
-        "the second",
-        "the third",
-        "the fourth",
-        "the fifth",
-        "the sixth",
-        "the seventh",
-        "the eighth",
-    )
-    return words[number - 1] if number <= len(words) else f"call number {number}"
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"

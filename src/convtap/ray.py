@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._disk.chain import ValidLengths, checked_lengths
-from convtap._disk.forward import Runner, checked_inputs, module_mode
+from convtap._disk.forward import Runner, module_mode
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
@@ -145,7 +145,7 @@ class Extractor:
 
     def _called_with(self, tensors: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if callable(self._inputs):
-            return checked_inputs(self._inputs, tensors)
+            return self._runner.inputs(self._inputs, tensors)
         if self._inputs is None and len(tensors) > 1:
             raise InvalidValue(
                 f"the batch has the columns {listed(tensors)}, and nobody said which of them the model is called with. Pass "

@@ -54,8 +54,8 @@ def compare(
     Args:
         a: the reference: a model, or what a block captured (``load(path)`` too).
         b: what to compare with it, of the same kind.
-        example: with models: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Floating tensors in
-            it are given to each model in its own type and on its own device.
+        example: with models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Floating
+            tensors in it are given to each model in its own type and on its own device.
         map: names in ``a`` to names in ``b``, for layers whose names differ. Layers that it leaves out are paired by name,
             or by order where the names differ and the structures match.
         layers: with models: which layers of ``a`` to compare, as in ``capture``.

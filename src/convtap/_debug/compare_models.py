@@ -15,7 +15,7 @@ from convtap._debug.metrics import Tolerance
 from convtap._debug.pairs import Flow, folded, match, observe, signature
 from convtap._debug.stream import Stream
 from convtap._errors import Unsupported, listed
-from convtap._example import arguments, eval_mode, fitted, run_once
+from convtap._example import arguments, fitted, looking, own_tensors, run_once
 from convtap._parts import no_part
 from convtap._select import FUNCTION, Selection, check_arguments, select
 from convtap._structure import MISSING, part_of
@@ -86,9 +86,9 @@ class _Side:
                 f"side {self.label} is compiled, and compiled models run eagerly now (inside a capture's block, or under "
                 "torch.compiler.set_stance), so this would compare something else. Call compare outside of that."
             )
-        args, kwargs = arguments(self.example)
+        args, kwargs = arguments(own_tensors(self.example))
         before = dynamo.utils.counters["frames"]["ok"]
-        with tapped(self.python, modules, types=self.types) as taps, torch.random.fork_rng(), torch.no_grad():
+        with looking(self.python), tapped(self.python, modules, types=self.types) as taps:
             taps.eval()
             _, outputs = self.model.dynamo_ctx(taps)(*args, **kwargs)  # type: ignore[operator]
         if dynamo.utils.counters["frames"]["ok"] == before:
@@ -113,8 +113,8 @@ def compare_models(
     kinds = check_arguments(a, layers, types)
     check_arguments(b, None, types)
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(a))
-        stack.enter_context(eval_mode(b))
+        stack.enter_context(looking(a))
+        stack.enter_context(looking(b))
         one = _Side("a", a, layers, kinds, example)
         two = _Side("b", b, None, kinds, example)
         pairs, note = match(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convtap._batch import as_example
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
 from convtap._structure import walk_tensors
 from convtap._time.layer_time import LayerTime
@@ -41,7 +42,7 @@ class ValidLengths:
         Raises:
             InvalidValue: there is no tensor that can be the signal, or a length is longer than it.
         """
-        example = _example(self._model, args, kwargs)
+        example = as_example(self._model, args, kwargs)
         if self._path is None:
             self._find(example, lengths, set(layers))
         self._lengths, self._full = lengths, int(dict(walk_tensors(example))[str(self._path)].shape[-1])
@@ -157,20 +158,6 @@ def _argument_names(model: nn.Module) -> dict[str, str]:
         return {f"[{place}]": name for place, name in enumerate(inspect.signature(model.forward).parameters)}
     except (TypeError, ValueError):  # not written in Python
         return {}
-
-
-def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Writes a call as an example: a tuple or a dict; a call with both becomes a dict by the names of the forward."""
-    if not kwargs:
-        return args
-    if not args:
-        return kwargs
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        by_name = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-    except (TypeError, ValueError) as error:
-        raise Unsupported(f"lengths= needs inputs that can all be given by keyword: {error}.") from error
-    return by_name
 
 
 def _unknown(layer: str, why: str) -> str:

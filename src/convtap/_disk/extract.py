@@ -85,8 +85,8 @@ def extract(
             it is.
         reduce_id: a name for ``reduce`` that a resume compares instead of its code.
         dtype: what to cast floating-point outputs to.
-        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor is passed, a dict is passed as
-            keywords, and of a tuple or list the first element is passed.
+        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
+            passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
         lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give.
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its

@@ -2,73 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from convtap._batch import Inputs, called_with, naming_inputs
 from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
+from convtap._example import moved
 from convtap._parts import split_key
 from convtap._select import Selection, select
 from convtap._tapped import tapped
 from convtap._verdict import conclude
-
-
-def default_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turns a batch into what the model is called with: a tensor, a dict of keywords, or the first element of a sequence.
-
-    Raises:
-        InvalidType: it is none of these.
-    """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)) and batch:
-        return default_inputs(batch[0])
-    raise InvalidType(
-        f"a batch is a {type(batch).__name__}, and the model is called with a tensor, a dict of keywords, or the first element "
-        "of a tuple. Pass inputs=lambda batch: ((batch.x,), {}) to say what the model gets."
-    )
-
-
-def checked_inputs(inputs: Callable[[Any], Any] | None, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Calls the user's ``inputs``, or the default.
-
-    Raises:
-        InvalidType: it does not return ``(args, kwargs)``.
-    """
-    if inputs is None:
-        return default_inputs(batch)
-    found = inputs(batch)
-    if (
-        isinstance(found, tuple)
-        and len(found) == 2
-        and isinstance(found[0], (tuple, list))
-        and isinstance(found[1], Mapping)
-    ):
-        return tuple(found[0]), dict(found[1])
-    raise InvalidType(
-        f"inputs(batch) returned a {type(found).__name__}, and it must return (args, kwargs): "
-        "inputs=lambda batch: ((batch['audio'],), {'mask': batch['mask']})."
-    )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return value.to(device) if hasattr(value, "to") else type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
-    if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value.to(device) if hasattr(value, "to") else value
 
 
 def find_device(model: nn.Module, device: Any) -> torch.device:
@@ -161,13 +111,21 @@ class Runner:
         if self._tapped is not None:
             self._tapped.close()
 
+    def inputs(self, function: Inputs | None, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what the model is called with for a batch."""
+        return called_with(function, batch, self.model)
+
+    def naming_inputs(self, function: Inputs | None, batch: Any) -> AbstractContextManager[None]:
+        """Runs the body, which runs the batch: where the model refuses what it is called with, names ``inputs``."""
+        return naming_inputs(function, batch, self.model)
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
 
         Raises:
             NotCaptured: a layer was bypassed, or ran in another thread, or nothing at all ran in the first batch.
         """
-        args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
+        args, kwargs = moved(args, self._device), moved(kwargs, self._device)
         with torch.inference_mode(), self._casting():
             if self._rule is not None:
                 self._rule.learn(args, kwargs, lengths or [], self.selection.modules)

@@ -15,7 +15,7 @@ from torch import Tensor
 from convtap._disk.chain import checked_lengths
 from convtap._disk.contents import Contents, SameData, contents_of
 from convtap._disk.forecast import Progress
-from convtap._disk.forward import Runner, checked_inputs
+from convtap._disk.forward import Runner
 from convtap._disk.index import Index, read_index
 from convtap._disk.interrupt import Terminated, Termination
 from convtap._disk.names import Names, listing
@@ -157,10 +157,13 @@ class Job:
         given = self._given(batch)
         if number in self._looked:
             self._look(number, given)
-        return self._compute(number, indices, given) if self._wanted(number) else None
+        if not self._wanted(number):
+            return None
+        with self._runner.naming_inputs(self._inputs, batch):
+            return self._compute(number, indices, given)
 
     def _given(self, batch: Any) -> _Given:
-        args, kwargs = checked_inputs(self._inputs, batch)
+        args, kwargs = self._runner.inputs(self._inputs, batch)
         functions = (self._ids, self._lengths, self._labels)
         ids, lengths, labels = (None if function is None else function(batch) for function in functions)
         return _Given(args, kwargs, listing(ids), lengths, labels)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from convtap._errors import InvalidType
-from convtap._example import run_once
+from convtap._example import called, looking, own_tensors
 from convtap._structure import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
 from convtap._time.follow import Follower, Record
@@ -34,14 +35,18 @@ def follow(
 ) -> tuple[list[Record], ModuleTree]:
     """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
     with torch.inference_mode(False):
-        signal = dict(walk_tensors(example))[path].detach().clone()
+        example = own_tensors(example)  # the model may write into them
+        signal = dict(walk_tensors(example))[path].clone()
     tree = ModuleTree(model)
     follower = Follower(tree, signal, axis, every)
     try:
         compile_stance.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
-        with torch.inference_mode(False), follower.watching():
-            run_once(model, _with(example, path, signal))
+        with torch.inference_mode(False), looking(model):
+            if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+                called(model, own_tensors(example))
+            with follower.watching():
+                called(model, _with(example, path, signal))
     finally:
         compile_stance.leave(follower)
     return follower.records, tree
