@@ -384,6 +384,24 @@ def test_what_is_not_finite_on_one_side_only_is_over_and_on_both_is_no_differenc
     assert row.note == "not finite: 0 in a, 80 in b"  # one channel of two samples
 
 
+def test_a_complex_output_is_compared_with_a_real_one_by_both_parts():
+    class Sized(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 2, 1, bias=False, dtype=dtype)
+
+        def forward(self, x):
+            return self.conv(x.to(self.conv.weight.dtype))
+
+    a, b = Sized(torch.float32), Sized(torch.complex64)
+    b.conv.weight.data = torch.complex(a.conv.weight.data, torch.full((2, 1, 1), 0.25))
+    x = torch.randn(1, 1, 2)  # (B, C, T) is (1, 2, 2): pairs of numbers would broadcast
+    row = compare(a, b, example=x).first
+    with torch.no_grad():
+        mine, theirs = a(x).numpy(), b(x).numpy()
+    assert row.relative == pytest.approx(np.linalg.norm(mine - theirs) / np.linalg.norm(mine), rel=1e-5)
+
+
 def test_to_dict_is_plain():
     a, b = plain(2), plain(2)
     found = compare(a, b, example=X, sqnr_db=30).to_dict()

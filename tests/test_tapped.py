@@ -179,6 +179,18 @@ def test_reduce_and_dtype_are_applied_to_floating_point_tensors_only(x):
     assert torch.equal(mask, expected_mask[:, :1])
 
 
+def test_a_complex_output_is_cast_to_complex_types_and_to_no_others(x):
+    model = InplaceReluTwice()
+    both = tapped(model, "first", reduce=torch.fft.fft, dtype=torch.float16)
+    with pytest.raises(InvalidValue, match="layer 'first': dtype=torch.float16 would drop the imaginary part"):
+        both(x)
+    with pytest.raises(Exception, match="dtype=torch.float16 would drop the imaginary part"):
+        torch.compile(both, backend="eager", fullgraph=True)(x)
+    _, acts = tapped(model, "first", reduce=torch.fft.fft, dtype=torch.complex128)(x)
+    expected = torch.fft.fft(F.conv1d(x, model.first.weight, model.first.bias, padding=1)).to(torch.complex128)
+    torch.testing.assert_close(acts["first"], expected)
+
+
 def test_a_reduced_view_keeps_only_its_own_bytes(x):
     _, acts = tapped(InplaceReluTwice(), "first", reduce=lambda t: t[:, :1])(x)
     assert acts["first"].untyped_storage().nbytes() == 2 * 1 * 16 * 4  # (B, 1, T) in float32, of (B, 4, T)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from convtap._errors import ConvtapError, InvalidType
-from convtap._policy import Policy
+from convtap._policy import Policy, cast
 from convtap._structure import map_leaves
 from convtap.taps.module import _as_input
 
@@ -39,7 +39,7 @@ def keep_input(sink: Sink, name: str, policy: Policy, module: nn.Module, args: A
 
 
 def _kept(value: Any, name: str, policy: Policy) -> Any:
-    if policy.reduce is None or torch.compiler.is_compiling():
+    if not policy.transforms or torch.compiler.is_compiling():
         return map_leaves(lambda tensor: _transformed(tensor, policy), value)
     try:
         # Activation checkpointing counts the tensors saved for backward through its own hooks, and its recomputation
@@ -63,8 +63,7 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
                 f"reduce returned a {type(value).__name__}, and it must return a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
-    if policy.dtype is not None and (value.is_floating_point() or value.is_complex()):
-        value = value.to(policy.dtype)
+    value = cast(value, policy.dtype)
     return value if policy.reduce is None else value.clone()  # reduce may return a small view of a large clone
 
 
