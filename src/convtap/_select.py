@@ -133,7 +133,7 @@ class Selection:
         if others:
             raise LayerNotFound(
                 f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
-                f"pass types=nn.Module (or their type), or select other names. {self._here()}"
+                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
@@ -153,7 +153,9 @@ class Selection:
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
         found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
-            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
+            theirs = self._keras_namesakes(kind)
+            hint = f"Pass {_shown(theirs[0])} for its Keras layers. " if theirs else ""
+            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
         return found
 
     def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
@@ -186,16 +188,35 @@ class Selection:
 
     def nothing(self) -> str:
         """Says that the model has none of the selected types, what it has instead, and what to write."""
-        others = Counter(
-            type(module).__name__ for module in self.tree.names.values() if "Conv" in type(module).__name__
+        kinds = Counter(type(module) for module in self.tree.names.values())
+        namesakes = [kind for wanted in self.types for kind in self._keras_namesakes(wanted)]
+        others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
+        has = (
+            ", ".join(f"{kinds[kind]} {_shown(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
+            or self.tree.census()
         )
-        has = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or self.tree.census()
-        first = others.most_common(1)
-        remedy = f"pass types=nn.{first[0][0]}" if first and hasattr(nn, first[0][0]) else "pass types=nn.Module"
+        first = _shown(others[0]) if others else ""
+        remedy = f"pass types={first if '.' in first else self._any_type()}"
         return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+
+    def _any_type(self) -> str:
+        """What to pass as ``types=`` for every layer of the model."""
+        return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
+
+    def _keras_namesakes(self, wanted: type) -> list[type]:
+        """The model's Keras types that have the name of a PyTorch type, which selects none of them."""
+        kinds = dict.fromkeys(type(module) for module in self.tree.names.values())
+        return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
 
 
 _SHOW = "list_layers(model) shows all."
+
+
+def _shown(kind: type) -> str:
+    """The name of a module type, as it is written where PyTorch or Keras has it."""
+    if kind.__module__.startswith("torch.nn.") and hasattr(nn, kind.__name__):
+        return f"nn.{kind.__name__}"
+    return f"keras.layers.{kind.__name__}" if kind.__module__.startswith("keras.src.layers.") else kind.__name__
 
 
 def _kinds(types: tuple[type[nn.Module], ...]) -> str:
@@ -262,7 +283,8 @@ def check_arguments(
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types=nn.Conv2d.")
+            example = "keras.layers.Conv2D" if is_keras(type(model)) else "nn.Conv2d"
+            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types={example}.")
     if not kinds:
         raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
     return kinds
