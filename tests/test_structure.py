@@ -62,6 +62,7 @@ ORDER = (
     "_block",
     "_capture",
     "_sink",
+    "_functional",
     "_tapped",
     "_weigh",
     "_layers",

@@ -12,33 +12,54 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from convtap._errors import ConvtapError, InvalidType
 from convtap._policy import Policy, cast
+from convtap._select import CONV1D
 from convtap._structure import map_leaves
+from convtap._tree import is_kind
 from convtap.taps.module import _as_input
 
 
 class Sink(threading.local):
-    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs."""
+    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs.
+
+    ``running`` holds the name and the module of each watched layer that is being called, outermost first.
+    """
 
     # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] | None = None
+        self.running: list[tuple[str, nn.Module]] = []
 
 
-def keep_output(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: keeps what the layer gave."""
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a 1-D convolution, so that the convolution in its call is its own."""
+    return is_kind(module, CONV1D)
+
+
+def enter(sink: Sink, name: str, policy: Policy | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook: notes that the layer runs, and keeps its input if there is a policy for that."""
     calls = sink.calls
     if calls is not None:
-        calls.append((name, _kept(output, name, policy)))
+        sink.running.append((name, module))
+        if policy is not None:
+            calls.append((name, keep_value(_as_input(args, kwargs), name, policy)))
 
 
-def keep_input(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: keeps what the layer is given."""
+def leave(sink: Sink, name: str, policy: Policy | None, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: notes that the layer has run, and keeps its output if there is a policy for that.
+
+    A convolution that raised has the output None.
+    """
     calls = sink.calls
     if calls is not None:
-        calls.append((name, _kept(_as_input(args, kwargs), name, policy)))
+        running = sink.running
+        if running and running[-1][1] is module:
+            running.pop()
+        if policy is not None and (output is not None or not is_convolution(module)):
+            calls.append((name, keep_value(output, name, policy)))
 
 
-def _kept(value: Any, name: str, policy: Policy) -> Any:
+def keep_value(value: Any, name: str, policy: Policy) -> Any:
+    """Applies the policy to what a layer gave or is given; an error in it names the layer."""
     if not policy.transforms or torch.compiler.is_compiling():
         return map_leaves(lambda tensor: _transformed(tensor, policy), value)
     try:
