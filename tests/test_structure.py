@@ -110,6 +110,7 @@ ORDER = (
     "_debug.pairs",
     "_debug.stream",
     "_debug.comparison",
+    "_debug.plan",
     "_debug.compare_models",
     "_debug.compare",
     "_view.labels",

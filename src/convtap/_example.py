@@ -35,21 +35,30 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and every module back into the mode it was in."""
+def eval_mode(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
+    """Puts a model into eval mode, and every module back into the mode it was in.
+
+    Args:
+        mode: ``"train"`` for train mode, None to leave each module's mode. In these, buffers get their values back.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [] if mode == "eval" else [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        model.eval()
+        if mode is not None:
+            model.train(mode == "train")
         yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
-def run_once(model: nn.Module, example: Any) -> Any:
-    """Runs a model on an example in eval mode, without gradients, and returns its output."""
+def run_once(model: nn.Module, example: Any, mode: str | None = "eval") -> Any:
+    """Runs a model on an example in a mode, without gradients, and returns its output."""
     args, kwargs = arguments(example)
-    with eval_mode(model), torch.random.fork_rng(), torch.no_grad():
+    with eval_mode(model, mode), torch.random.fork_rng(), torch.no_grad():
         return model(*args, **kwargs)
 
 

@@ -46,8 +46,11 @@ class Stream:
         output: what the model returned, once the calls are through.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any, mode: str | None = "eval"
+    ) -> None:
         self.output: Any = None
+        self._mode = mode
         self._model = model
         self._example = example
         self._capture = Capture(model, layers, types=types, strict=False)
@@ -115,7 +118,7 @@ class Stream:
                         stack.enter_context(setting)
                     acts = stack.enter_context(self._capture)
                     acts._log.calls = _Handover(self)
-                    self.output = run_once(self._model, self._example)
+                    self.output = run_once(self._model, self._example, self._mode)
         except _Abandoned:
             pass
         except BaseException as error:
