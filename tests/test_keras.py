@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from convtap import LayerNotFound, NotCaptured, Unsupported, capture, list_layers  # noqa: E402
+from convtap import LayerNotFound, NotCaptured, Unsupported, capture, compare, list_layers  # noqa: E402
 from tests.reference import same  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")
@@ -379,3 +379,14 @@ def test_training_records_no_symbolic_call():
     with capture(model) as acts:
         model.fit(X, y, epochs=1, batch_size=3, verbose=0)
     assert [(call.name, call.via, str(call.device)) for call in acts.calls()] == [("a", "keras", "cpu")] * 2
+
+
+def test_keras_models_are_compared_as_their_calls_say():
+    model = functional([keras.layers.Conv1D(4, 5, name="conv"), keras.layers.Dropout(0.5), keras.layers.Conv1D(1, 1)])
+    same = compare(model, model, example=torch.from_numpy(X))
+    assert same.agrees
+    assert same.notes == []  # a flag of torch's that Keras does not read says nothing
+    with pytest.raises(Unsupported, match="side a is a Keras model.*'training': True"):
+        compare(model, model, example=torch.from_numpy(X), mode="train")
+    trained = compare(model, model, example={"inputs": torch.from_numpy(X), "training": True})
+    assert not any(row.over for row in trained if row.name == "conv")

@@ -18,6 +18,7 @@ from convtap._errors import LayerNotFound, Unsupported, listed
 from convtap._example import arguments, eval_mode, fitted, run_once
 from convtap._select import Selection, check_arguments, select
 from convtap._tapped import tapped
+from convtap._tree import is_keras
 
 _EIGHT_BITS = 2.0**-8
 
@@ -153,7 +154,16 @@ def compare_models(
 
 def _modes_text(a: nn.Module, b: nn.Module, mode: str | None) -> str:
     """Says in which modes two models run, if it is not what they are in or not the same."""
-    training = [any(module.training for module in model.modules()) for model in (a, b)]
+    keras = [label for label, model in zip("ab", (a, b), strict=True) if is_keras(type(model))]
+    if keras and mode == "train":
+        raise Unsupported(
+            f"side {keras[0]} is a Keras model, whose calls say whether it trains. Leave mode= out, and say it in the example: "
+            "example={'inputs': x, 'training': True}."
+        )
+    training = [
+        any(module.training for module in model.modules() if not is_keras(type(module))) and label not in keras
+        for label, model in zip("ab", (a, b), strict=True)
+    ]
     if mode == "train":
         return "both ran in train mode"
     if mode is None:
