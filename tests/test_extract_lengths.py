@@ -86,6 +86,20 @@ def test_reduce_sees_one_sample_of_valid_frames_and_dtype_comes_after_it(tmp_pat
     assert torch.equal(torch.stack(list(store["2"])), torch.stack([row.mean(-1) for row in rows]).bfloat16())
 
 
+def test_a_complex_row_is_cast_to_complex_types_and_to_no_others(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 2, 5))
+    options = {"lengths": lambda batch: batch["lengths"], "reduce": lambda t: torch.fft.fft(t)}
+    for number, lengths in enumerate((options["lengths"], None)):
+        with pytest.raises(
+            InvalidValue, match="layer '0': dtype=torch.float16 would drop the imaginary part of a torch.c"
+        ):
+            go(model, tmp_path / f"real{number}", **{**options, "lengths": lengths}, dtype=torch.float16)
+    store = go(model, tmp_path / "complex", **options, dtype=torch.complex128)
+    with torch.no_grad():
+        expected = torch.fft.fft(model(Signals()[1][None, None])[0]).to(torch.complex128)
+    torch.testing.assert_close(store["0"][1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_lengths_reduce_sees_the_batch(tmp_path):
     shapes = []
 

@@ -102,8 +102,9 @@ class Block:
         if selection.tree.has_script:
             _check_script(asked, sorted(selection.scripted))
         keras = selection.keras
+        follower = self._follower(asked, owners) if at == "activation" else None
         if selection.tree.has_keras:
-            taps.append(KerasTap(asked.model, keras, self.parted, passes, at=at))
+            taps.append(KerasTap(asked.model, keras, self.parted, passes, at=at, follower=follower))
         compiled = selection.tree.compiled if self.eager is None else {}
         others, modules = {*selection.scripted, *keras}, selection.modules
         if others:
@@ -112,7 +113,6 @@ class Block:
         if compiled:
             outside = {name: module for name, module in modules.items() if name not in compiled}
         modules = modules if at == "output" else outside  # a hook would become part of what is compiled
-        follower = self._follower(asked, owners) if at == "activation" else None
         if follower is not None:
             taps.append(follower)
         # what may be replaced by a snapshot is compared with the keyword arguments as well

@@ -151,28 +151,34 @@ def _unchanged(value: Any) -> Any:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and every module back into the mode it was in."""
-    training = [module for module in model.modules() if getattr(module, "training", False)]
+def eval_mode(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
+    """Puts a model into eval mode, and every module back into the mode it was in.
+
+    Args:
+        mode: ``"train"`` for train mode, None to leave each module's mode.
+    """
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     try:
-        if training:
-            model.eval()
+        if mode == "train" or (mode == "eval" and any(training for _, training in modes)):
+            model.train(mode == "train")
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
 
 
 @contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
-    """Runs the body with a model in eval mode, without gradients, and leaves the model as it was.
+def looking(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
+    """Runs the body with a model in a mode, without gradients, and leaves the model as it was.
 
     See Note: [Looking at a model].
     """
-    training = [module for module in model.modules() if getattr(module, "training", False)]
+    other = mode == "train"
+    training = [part for part in model.modules() if mode is not None and getattr(part, "training", other) != other]
     # A train or eval of the model's own may write into weights (low-rank adapters merge theirs), so all are copied.
     own = any(type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval for part in training)
-    with untouched(model, everything=own), eval_mode(model), torch.no_grad():
+    with untouched(model, everything=own), eval_mode(model, mode), torch.no_grad():
         yield
 
 
@@ -210,7 +216,7 @@ def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
         return False
 
 
-def run_once(model: nn.Module, example: Any) -> Any:
-    """Returns a model's output for an example, in eval mode and without gradients; leaves the model as it was."""
-    with looking(model):
+def run_once(model: nn.Module, example: Any, mode: str | None = "eval") -> Any:
+    """Returns a model's output for an example, in a mode and without gradients; leaves the model as it was."""
+    with looking(model, mode):
         return called(model, own_tensors(example))

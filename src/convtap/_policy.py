@@ -183,13 +183,7 @@ class Policy:
                 f"reduce returned a {type(result).__name__}, and it must return a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
-        if self.dtype is not None and result.is_complex() and not self.dtype.is_complex:
-            raise InvalidValue(
-                f"dtype={self.dtype} would drop the imaginary part of a {result.dtype} output. Cast to a complex type, or "
-                "take a part first: reduce=lambda t: t.abs()."
-            )
-        if self.dtype is not None and (result.is_floating_point() or result.is_complex()):
-            result = result.to(self.dtype)
+        result = cast(result, self.dtype)
         if self.detach and result.requires_grad:
             result = result.detach()
         return own(result)
@@ -209,6 +203,37 @@ class Policy:
             )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise InvalidType(f"dtype is {self.dtype!r}, and it must be a torch.dtype such as torch.float16.")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Casts a floating or complex tensor to ``dtype``: the rule of every ``dtype=`` option.
+
+    Other tensors (integers, booleans, quantized ones) are returned as they are, and so is any tensor if ``dtype`` is None.
+
+    Raises:
+        InvalidValue: the cast would drop an imaginary part.
+    """
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    if drops_imaginary_part(tensor, dtype):
+        _refuse_cast(tensor.dtype, dtype)
+    return tensor.to(dtype)
+
+
+def drops_imaginary_part(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    """Says whether a cast to ``dtype`` would drop the imaginary part of a tensor."""
+    return dtype is not None and tensor.is_complex() and not dtype.is_complex
+
+
+def _refuse_cast(kind: torch.dtype, dtype: torch.dtype) -> None:
+    raise InvalidValue(
+        f"dtype={dtype} would drop the imaginary part of a {kind} tensor. Cast to a complex type, or take a part first: "
+        "reduce=lambda t: t.abs()."
+    )
+
+
+# Dynamo runs this while it traces, so that its message is what a user of a compiled tapped model sees.
+_refuse_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_traced() -> bool:

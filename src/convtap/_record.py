@@ -213,7 +213,7 @@ class Recorder:
             value, replacement = self._kept(name, output, inputs, fresh, alone)
             if self._grads is not None and tracing_state() is None:
                 with outside_modes():
-                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+                    gradient, replacement = self._noted(self._grads.follow, name, output, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
 
@@ -226,7 +226,7 @@ class Recorder:
         self._store(name, kept, via)
 
     def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
-        """Keeps a value. An error in that is remembered, since a model may swallow it."""
+        """Keeps a value, or follows its gradient. An error in that is remembered, since a model may swallow it."""
         try:
             return keep(*args)
         except ConvtapError as error:

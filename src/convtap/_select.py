@@ -15,7 +15,7 @@ from torch import nn
 
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
 from convtap._parts import outermost, read_part
-from convtap._tree import ModuleTree, is_keras, is_kind
+from convtap._tree import ModuleTree, is_keras, is_kind, kind_name
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -155,7 +155,7 @@ class Selection:
         if others:
             raise LayerNotFound(
                 f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
-                f"pass types=nn.Module (or their type), or select other names. {self._here()}"
+                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
@@ -175,7 +175,9 @@ class Selection:
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
         found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
-            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
+            theirs = self._keras_namesakes(kind)
+            hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
+            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
         return found
 
     def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
@@ -208,13 +210,25 @@ class Selection:
 
     def nothing(self) -> str:
         """Says that the model has none of the selected types, what it has instead, and what to write."""
-        others = Counter(
-            type(module).__name__ for module in self.tree.names.values() if "Conv" in type(module).__name__
+        kinds = Counter(type(module) for module in self.tree.names.values())
+        namesakes = [kind for wanted in self.types for kind in self._keras_namesakes(wanted)]
+        others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
+        has = (
+            ", ".join(f"{kinds[kind]} {kind_name(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
+            or self.tree.census()
         )
-        has = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or self.tree.census()
-        first = others.most_common(1)
-        remedy = f"pass types=nn.{first[0][0]}" if first and hasattr(nn, first[0][0]) else "pass types=nn.Module"
+        first = kind_name(others[0]) if others else ""
+        remedy = f"pass types={first if '.' in first else self._any_type()}"
         return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+
+    def _any_type(self) -> str:
+        """What to pass as ``types=`` for every layer of the model."""
+        return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
+
+    def _keras_namesakes(self, wanted: type) -> list[type]:
+        """The model's Keras types that have the name of a PyTorch type, which selects none of them."""
+        kinds = dict.fromkeys(type(module) for module in self.tree.names.values())
+        return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
 
 
 _SHOW = "list_layers(model) shows all."
@@ -284,7 +298,8 @@ def check_arguments(
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types=nn.Conv2d.")
+            example = "keras.layers.Conv2D" if is_keras(type(model)) else "nn.Conv2d"
+            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types={example}.")
     if not kinds:
         raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
     return kinds

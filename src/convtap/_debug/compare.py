@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -30,10 +30,11 @@ def compare(
     atol: float | None = None,
     rtol: float | None = None,
     sqnr_db: float | None = None,
+    mode: Literal["eval", "train"] | None = "eval",
 ) -> Comparison:
     """Compares two captures, or two models on an example, and marks the first layer over the tolerance.
 
-    Two models run side by side, in eval mode and without gradients, and stop at each layer, so that no more than the outputs
+    Two models run side by side, without gradients, and stop at each layer, so that no more than the outputs
     being compared is held. A compiled model runs compiled, through ``torch.compile(tapped(model))``, which holds all of its
     outputs. The row ``<output>`` compares what the models return when they are run without taps. ``a`` is the reference.
 
@@ -65,20 +66,24 @@ def compare(
         sqnr_db: the least signal to quantization noise ratio of a layer. With none of the three, a layer's relative error
             ‖a − b‖ / ‖a‖ must be at most √ε of the coarsest type so far: 3.5e-4 for float32, 0.09 for bfloat16, 0.06 for
             eight bits.
+        mode: with models: ``"eval"``, ``"train"``, or None for the mode in which each module is. Each gets its own back, and
+            buffers are as they were. The result says so if it is not the mode that a model was in.
 
     Raises:
         InvalidType: the sides are not of one kind.
         InvalidValue: models without an example, or no layer has a partner.
-        LayerNotFound: ``map`` or ``layers`` names a layer that is not there.
+        LayerNotFound: ``map`` or ``layers`` names a layer that is not there, or a model has no layer of ``types``.
         Unsupported: a compiled side cannot run compiled here.
     """
     tolerance = Tolerance(*(_tolerance(name, v) for name, v in (("atol", atol), ("rtol", rtol), ("sqnr_db", sqnr_db))))
+    if mode not in ("eval", "train", None):
+        raise InvalidValue(f"mode={mode!r} is none of 'eval', 'train', None.")
     if isinstance(a, Activations) and isinstance(b, Activations):
         return _compare_captures(a, b, map, tolerance)
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         if example is None:
             raise InvalidValue("two models are compared on an example. Write: compare(a, b, example=x)")
-        return compare_models(a, b, example, map, layers, types, tolerance)
+        return compare_models(a, b, example, map, layers, types, tolerance, mode)
     raise InvalidType(
         f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
         "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example."

@@ -46,8 +46,11 @@ class Stream:
         output: what the model returned, once the calls are through.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any, mode: str | None = "eval"
+    ) -> None:
         self.output: Any = None
+        self._mode = mode
         self._model = model
         self._example = example
         self._capture = Capture(model, layers, types=types, strict=False)
@@ -113,7 +116,7 @@ class Stream:
                 with ExitStack() as stack:
                     for setting in self._settings:
                         stack.enter_context(setting)
-                    stack.enter_context(looking(self._model))
+                    stack.enter_context(looking(self._model, self._mode))
                     acts = stack.enter_context(self._capture)
                     acts._log.calls = _Handover(self)
                     self.output = called(self._model, own_tensors(self._example))

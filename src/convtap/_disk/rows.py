@@ -11,7 +11,8 @@ from torch import Tensor
 
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
-from convtap._errors import ConvtapError, InvalidType, Unsupported
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
+from convtap._policy import cast
 from convtap._reduce import Reductions
 from convtap._structure import Omitted, walk_leaves
 
@@ -92,8 +93,10 @@ class RowMaker:
                     "one sample (C, T): reduce=lambda t: t.mean(-1)."
                 )
             row = reduced
-        if self.dtype is not None and (row.is_floating_point() or row.is_complex()):
-            row = row.to(self.dtype)
+        try:
+            row = cast(row, self.dtype)
+        except InvalidValue as error:
+            raise InvalidValue(f"layer {key!r}: {error}") from None
         # its own memory: a part of the batch would keep all of it alive
         return row.detach().to("cpu", copy=True).contiguous()
 

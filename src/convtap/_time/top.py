@@ -13,6 +13,7 @@ from convtap._batch import Inputs, as_example, called_with, naming_inputs
 from convtap._capture import Capture
 from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, listed, plural
 from convtap._example import Example, called, is_array, looking, moved, own_tensors
+from convtap._stats import real_values
 from convtap._structure import walk_tensors
 from convtap._table import Table
 from convtap._time.hit import Hit
@@ -167,7 +168,7 @@ class _Search:
                 "Pass an example of the data's length."
             )
         output = output.movedim(layer.dim, -1).reshape(rows, -1, frames)
-        output = output if output.dtype == torch.float64 else output.float()
+        output = real_values(output)  # of complex numbers the magnitudes, as in pictures and statistics
         if bool(output.isnan().any()):
             row = int(output.isnan().flatten(1).any(1).nonzero()[0])
             raise NonFiniteOutput(f"{layer.key!r} gives NaN for input {self._seen + row}, so nothing is highest there.")
