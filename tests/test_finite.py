@@ -122,7 +122,7 @@ def test_ranges_of_masked_inputs_count_their_infinities():
     with finite(Masks(), raise_at="never", inf=False) as f:
         f._model(torch.arange(8.0).reshape(1, 1, 8))
     assert [str(found) for found in f.first.inputs] == ["[0] [0, 5] and 2 Inf", "[y] [1, 6] and 2 Inf"]
-    assert "Its input: 0 [0, 5] and 2 Inf, y [1, 6] and 2 Inf." in str(f.first)
+    assert "Its input: [0] [0, 5] and 2 Inf, [y] [1, 6] and 2 Inf." in str(f.first)
 
 
 def test_an_element_of_a_complex_tensor_is_counted_once():

@@ -175,7 +175,7 @@ class Selection:
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
         found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
-            theirs = self._keras_namesakes(kind)
+            theirs = self.tree.keras_namesakes(kind)
             hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
             raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
         return found
@@ -211,7 +211,7 @@ class Selection:
     def nothing(self) -> str:
         """Says that the model has none of the selected types, what it has instead, and what to write."""
         kinds = Counter(type(module) for module in self.tree.names.values())
-        namesakes = [kind for wanted in self.types for kind in self._keras_namesakes(wanted)]
+        namesakes = [kind for wanted in self.types for kind in self.tree.keras_namesakes(wanted)]
         others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
         has = (
             ", ".join(f"{kinds[kind]} {kind_name(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
@@ -224,11 +224,6 @@ class Selection:
     def _any_type(self) -> str:
         """What to pass as ``types=`` for every layer of the model."""
         return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
-
-    def _keras_namesakes(self, wanted: type) -> list[type]:
-        """The model's Keras types that have the name of a PyTorch type, which selects none of them."""
-        kinds = dict.fromkeys(type(module) for module in self.tree.names.values())
-        return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
 
 
 _SHOW = "list_layers(model) shows all."

@@ -200,6 +200,11 @@ class ModuleTree:
             for key, tensor in tensors_of(module):
                 yield parameter_name(name, key), tensor
 
+    def keras_namesakes(self, wanted: type) -> list[type]:
+        """Returns the model's Keras types that have the name of a PyTorch type, which selects none of them."""
+        kinds = dict.fromkeys(type(module) for module in self.names.values())
+        return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
+
     def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         """Returns the names of the outermost modules of some types."""
         if not any(issubclass(kind, kinds) for kind in self._kinds):
