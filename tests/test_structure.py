@@ -36,6 +36,7 @@ ORDER = (
     "_structure",
     "_memory",
     "_tree",
+    "_arguments",
     "_parts",
     "_select",
     "_reduce",

@@ -146,8 +146,9 @@ class Block:
                 "at='activation' follows the outputs through the functions that the model calls, and functional=False does "
                 "not watch those. Leave functional out."
             )
-        self.recorder.follower = Follower(self.selection.tree.names, owners, self.recorder, asked.activations)
-        return self.recorder.follower
+        follower = Follower(self.selection.tree.names, owners, self.recorder, asked.activations)
+        self.recorder.follow = follower.emit
+        return follower
 
     def open(self) -> None:
         """Puts everything on; ``steps`` takes it off, also what is half done."""
@@ -193,7 +194,7 @@ class Block:
                     )
         finally:
             self.recorder.failure = None  # its traceback leads back here: a cycle
-            self.recorder.follower = None  # which has the recorder: another one
+            self.recorder.follow = None  # which has the recorder: another one
         return stopped
 
     def _compiled(self) -> Collection[str]:

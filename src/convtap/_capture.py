@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
+from convtap._arguments import as_selection, check_arguments
 from convtap._block import Asked, Block
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
 from convtap._memory import parse_bytes
@@ -16,7 +17,7 @@ from convtap._offload import Offloader
 from convtap._policy import Policy
 from convtap._reduce import Reduce
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, select
 from convtap._torch import compile_stance
 from convtap._torch.cleanup import Guard, Spent, undo
 from convtap.taps.activation import check_activations

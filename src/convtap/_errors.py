@@ -91,7 +91,14 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Returns the name most like ``name``, or None if none is at all like it."""
+    """Returns the name most like ``name``, or None if none is at all like it.
+
+    A name that has the same parts in a row, or parts that lie in ``name`` so, comes first: wrappers of models add parts
+    (``module.``, ``base_model.model.``), and some add one behind.
+    """
+    inside = [other for other in names if other and (f".{name}." in f".{other}." or f".{other}." in f".{name}.")]
+    if inside and name:
+        return min(inside, key=lambda other: (abs(len(other) - len(name)), other))
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return found[0] if found else None
 

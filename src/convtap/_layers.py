@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from convtap._arguments import as_selection, check_arguments
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
 from convtap._example import Example, called, looking, own_tensors, prepared
 from convtap._reduce import Reduce
 from convtap._result import Activations
 from convtap._samples import Samples
-from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, select
 from convtap._stats import dtype_text, shapes_text
 from convtap._table import Table, human_bytes
 from convtap._weigh import Weigher, weight

@@ -55,6 +55,18 @@ class Log:
         self.changes += 1
         self.cleared += 1
 
+    def withdraw(self, name: str) -> Call | None:
+        """Forgets the newest call of a layer, as if it had not been; returns it."""
+        newest: list[tuple[Any, Call]] = list(reversed(self.calls.items()))
+        for key, call in newest:
+            if call.name == name:
+                del self.calls[key]
+                call._tally.held -= 1
+                call._tally.captured -= 1
+                self.changes += 1
+                return call
+        return None
+
     def trim(self) -> None:
         """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
         if len(self.inputs) > 2 * len(self.calls) + 16:

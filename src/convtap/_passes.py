@@ -19,6 +19,7 @@ from convtap._torch.call_stack import (
     CALL,
     Members,
     arguments_of,
+    is_plain_call,
     module_calls,
     own_methods,
     pass_by_in_dynamo,
@@ -30,6 +31,9 @@ from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens, outside_function_modes
 from convtap._torch.transforms import unwrapped
 from convtap._tree import is_keras
+
+#: Where code runs that has a context of its own in the capture's thread: a coroutine, or ``contextvars.Context().run``.
+TASK = "another task of this thread"
 
 
 class _Here(threading.local):
@@ -148,7 +152,7 @@ class Passes:
         tokens, here = open_tokens(), self.here
         if self._token not in tokens:
             if not tokens and threading.get_ident() != self._home:
-                self.elsewhere.append(threading.current_thread().name)
+                self.elsewhere.append(self.where())
             return call(*args, **kwargs)
         if here.depth:
             return call(*args, **kwargs)
@@ -170,6 +174,12 @@ class Passes:
             here.depth, here.number = 0, before
             if self.companion is not None:
                 self.companion.leave(visit)
+
+    def where(self) -> str:
+        """Names the thread, or the task of the capture's own thread, that this code runs in."""
+        if threading.get_ident() != self._home:
+            return threading.current_thread().name
+        return TASK
 
     def in_forward(self) -> bool:
         """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
@@ -252,7 +262,7 @@ class Passes:
         known = marked(frame, self._owner)
         if isinstance(known, int):
             return known
-        if known is None and module is not self._model and _is_call(frame):
+        if known is None and module is not self._model and is_plain_call(frame):
             inputs = (
                 [frame.f_locals.get(key) for key in ("args", "kwargs")] if frame.f_code is CALL else arguments_of(frame)
             )
@@ -290,11 +300,6 @@ class Passes:
             tensor = _first_tensor(inputs)
             self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
         return number
-
-
-def _is_call(frame: FrameType) -> bool:
-    """Whether a frame is that of a plain call of a module, and not of another method."""
-    return frame.f_code is CALL or frame.f_code.co_name in ("forward", "call", "__call__")
 
 
 def _first_tensor(inputs: Any) -> Tensor | None:

@@ -131,7 +131,10 @@ class Activations(Mapping[str, Any]):
             if state.captured:
                 why = "its outputs were cleared"
             elif state.unactivated:
-                why = f"it {state}. Capture it with at='output', or name its activation's type with activations=(...)"
+                why = (
+                    f"it {state}. Capture it with at='output', the activations themselves with types=nn.ReLU, or name its "
+                    "activation's type with activations=(...)"
+                )
             else:
                 why = f"it is {state}: no output of it was seen"
             return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")

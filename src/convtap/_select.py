@@ -6,14 +6,14 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import nn
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
 from convtap._parts import outermost, read_part
 from convtap._tree import ModuleTree, is_keras, is_kind, kind_name
 
@@ -138,7 +138,8 @@ class Selection:
             return []
         if not any(mark in name for mark in "*?["):
             known = [*self.tree.names, *self._owners()]
-            raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{did_you_mean(name, known)} {_SHOW}")
+            hint = did_you_mean(name, list(self.typed)) or did_you_mean(name, known)
+            raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{hint} {_SHOW}")
         return self._by_pattern(re.compile(fnmatch.translate(name)), repr(name), name)
 
     def _by_pattern(self, pattern: re.Pattern[str], shown: str, selector: Any) -> Iterable[str]:
@@ -149,7 +150,7 @@ class Selection:
                 name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
             }
             self.function_names.update(name for name in kernels if pattern.fullmatch(name))
-        if found or any(pattern.fullmatch(name) for name in self._owners()):
+        if found or self.function_names or (self.takes_conv1d and pattern.fullmatch(FUNCTION)):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
         if others:
@@ -158,6 +159,11 @@ class Selection:
                 f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
+        tensors = [name for name, _ in self.tree.model.named_parameters() if pattern.fullmatch(name)]
+        if tensors:
+            hint = (
+                f" It matches parameters ({listed(tensors, 3)}), and a selection names layers: leave their names out."
+            )
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
 
     def _by_instance(self, module: nn.Module) -> Iterable[str]:
@@ -256,48 +262,6 @@ def _selectors(layers: Layers) -> list[Any]:
     if not selectors:
         raise InvalidValue("layers is empty, so nothing would be captured. Pass None for every 1-D convolution.")
     return selectors
-
-
-def as_selection(layers: Any) -> Any:
-    """Returns a selection that can be read more than once: an iterator, such as a generator, as a list."""
-    return list(layers) if isinstance(layers, Iterator) else layers
-
-
-def check_arguments(
-    model: Any,
-    layers: Any,
-    types: Any,
-    instead: str = "run the model inside: with capture(model) as acts: model(x)",
-) -> tuple[type[nn.Module], ...]:
-    """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
-
-    ``instead`` is what to write where an input was given as layers.
-
-    Raises:
-        InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
-    """
-    if not isinstance(model, nn.Module):
-        if is_keras(type(model)):
-            raise Unsupported(
-                "this Keras model runs on another backend than torch, so PyTorch never sees its convolutions. Set the "
-                "environment variable KERAS_BACKEND=torch before keras is imported, and build the model then."
-            )
-        raise InvalidType(
-            f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
-            "Write: with capture(model) as acts: model(x)"
-        )
-    if isinstance(layers, (bytes, bytearray)):
-        raise InvalidType(f"layers is {layers!r}, and a name is text: write {layers.decode(errors='replace')!r}.")
-    if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
-    kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
-    for kind in kinds:
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            example = "keras.layers.Conv2D" if is_keras(type(model)) else "nn.Conv2d"
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types={example}.")
-    if not kinds:
-        raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
-    return kinds
 
 
 def select(model: nn.Module, layers: Layers, types: tuple[type[nn.Module], ...]) -> Selection:

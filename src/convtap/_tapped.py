@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from convtap._arguments import check_arguments
 from convtap._call import separator
 from convtap._errors import (
     ConvtapError,
@@ -28,7 +29,7 @@ from convtap._errors import (
 from convtap._functional import FunctionalTap, kernels_of
 from convtap._policy import Policy
 from convtap._reduce import Reduce, Reductions
-from convtap._select import CONV1D, FUNCTION, Layers, Types, check_arguments, select
+from convtap._select import CONV1D, FUNCTION, Layers, Types, select
 from convtap._sink import Sink, enter, is_convolution, keyed, leave
 from convtap._torch.hooks import Hook, Hooks
 from convtap._tree import ModuleTree, is_keras

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convtap._arguments import check_arguments
 from convtap._debug.comparison import OUTPUT, Comparison, Ledger
 from convtap._debug.metrics import Tolerance
 from convtap._debug.pairs import Flow, Run, match, observe, signature
@@ -17,7 +18,7 @@ from convtap._debug.stream import Stream
 from convtap._errors import LayerNotFound, Unsupported, listed
 from convtap._example import arguments, fitted, looking, own_tensors, run_once
 from convtap._parts import no_part
-from convtap._select import Selection, check_arguments, select
+from convtap._select import Selection, select
 from convtap._structure import MISSING, part_of
 from convtap._tapped import tapped
 from convtap._tree import is_keras

@@ -55,7 +55,7 @@ def read_description(path: Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(file.read_bytes())
-        kind, version = found["kind"], found["version"]
+        kind, version = found["kind"], int(found["version"])
     except FileNotFoundError:
         shards = list(shard_files(path))
         if shards:
@@ -68,10 +68,27 @@ def read_description(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{str(file)!r} is damaged, or convtap did not write it.") from None
     if kind != _KIND:
-        raise StoreError(f"{str(file)!r} was not written by convtap: it is a {kind!r}.")
+        raise StoreError(
+            f"{str(file)!r} was not written by convtap: its kind is {kind!r}. Pass the directory of a store."
+        )
     if version > VERSION:
         raise StoreError(f"{str(path)!r} has format {version}, and this convtap reads up to {VERSION}: update convtap.")
+    if not _is_whole(found.get("identity")):
+        raise StoreError(
+            f"{str(file)!r} is damaged: what it says of the extraction is not all there. Copy the whole directory again, or "
+            "extract once more into another one."
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _is_whole(identity: Any) -> bool:
+    """Whether the identity of a store has what readers ask it for."""
+    if not isinstance(identity, dict):
+        return False
+    layers, data, given = identity.get("layers"), identity.get("data"), identity.get("given", [])
+    named = isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+    batches = data.get("batches") if isinstance(data, dict) else "none"
+    return named and isinstance(given, list) and isinstance(batches, (int, type(None)))
 
 
 def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
@@ -240,7 +257,7 @@ def write_finished(folder: Path, batches: int) -> None:
 def read_finished(path: Path) -> int | None:
     """Returns how many batches the data has, if a rank has come to its end."""
     for rank in rank_folders(path):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return int(json.loads((path / rank / "finished.json").read_bytes())["batches"])
     return None
 

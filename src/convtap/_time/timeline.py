@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convtap._arguments import check_arguments
 from convtap._call import Call
 from convtap._errors import (
     AmbiguousCall,
@@ -21,7 +22,6 @@ from convtap._errors import (
 )
 from convtap._example import Example, prepared
 from convtap._samples import Cut
-from convtap._select import check_arguments
 from convtap._structure import walk_tensors
 from convtap._table import Table
 from convtap._time.follow import Record

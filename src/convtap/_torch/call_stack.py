@@ -141,6 +141,11 @@ def first_argument(frame: FrameType) -> Any:
     return rest[0] if isinstance(rest, tuple) and rest else None
 
 
+def is_plain_call(frame: FrameType) -> bool:
+    """Whether a frame is that of a plain call of a module, and not of another method."""
+    return frame.f_code is CALL or frame.f_code.co_name in ("forward", "call", "__call__")
+
+
 def arguments_of(frame: FrameType) -> list[Any]:
     """Returns the arguments of a function that runs, as they are now, without the first one."""
     code = frame.f_code

@@ -19,8 +19,7 @@ from convtap._tree import is_keras
 ACTIVATIONS = frozenset(
     (  # noqa: SIM905 (forty quoted words read worse)
         "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish glu hardtanh hardswish hardsigmoid hardshrink "
-        "softshrink tanhshrink threshold softplus softsign softmax softmin log_softmax sigmoid tanh logsigmoid log_sigmoid "
-        "clamp clamp_min clip"
+        "softshrink tanhshrink threshold softplus softsign softmax softmin log_softmax sigmoid tanh logsigmoid log_sigmoid"
     ).split()
 )
 
@@ -34,6 +33,9 @@ TRANSPARENT = frozenset(
         "narrow slice pad constant_pad_nd unbind chunk split requires_grad mT T"
     ).split()
 )
+#: Functions that are an activation if they cut at zero (``clamp(min=0)`` is a ReLU), and else keep values in a safe range.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max", "clip"))
+_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__", "__imul__"))
 _ADDITIONS = frozenset(("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__isub__"))
 
 #: Where Keras defines its activation layers, and the layers that thin out or normalize.
@@ -54,12 +56,17 @@ _KERAS_TRANSPARENT = ("keras.src.layers.normalization.", "keras.src.layers.regul
 class _Search:
     """One convolution's output on its way to an activation."""
 
-    __slots__ = ("done", "name", "via")
+    __slots__ = ("done", "gate", "name", "via")
 
     def __init__(self, name: str, via: str) -> None:
         self.name = name
         self.via = via
         self.done = False
+        self.gate: Callable[[], Any] = _nothing  # what an activation made of it, which may be its own factor
+
+
+def _nothing() -> None:
+    return None
 
 
 class Follower:
@@ -107,23 +114,48 @@ class Follower:
         given = (*args, *kwargs.values()) if kwargs else args
         if self._inside or self._followed.keys().isdisjoint(map(id, given)):
             return None
-        search = self._search(given)
-        if search is None:
-            return None
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         name = name.partition(".")[0]
         name = name if name.startswith("__") else name.strip("_")
-        if name in ACTIVATIONS:
-            return self._found(search, result, (args, kwargs))
-        if name in TRANSPARENT or (name in _ADDITIONS and self._is_bias(args)):
+        search = self._search(given)
+        if search is None:
+            return self._gated(name, given, result, (args, kwargs))
+        if name in ACTIVATIONS or (name in _CLAMPS and _cuts_at_zero(args, kwargs)):
+            replacement = self._found(search, result, (args, kwargs))
+            self._remember(search, result if replacement is None else replacement)
+            return replacement
+        if name in _ADDITIONS and not self._is_bias(args):
+            self._recorder.summed.add(search.name)
+        if name in TRANSPARENT or name in _CLAMPS or (name in _ADDITIONS and self._is_bias(args)):
             self._follow_all(result, search)
         return None
 
     def _found(self, search: _Search, output: Any, inputs: Any) -> Any:
         search.done = True
         return self._recorder.record(search.name, output, search.via, inputs)
+
+    def _remember(self, search: _Search, gate: Any) -> None:
+        """Follows what an activation made, for the product with its own input: ``y * sigmoid(y)``."""
+        if isinstance(gate, Tensor):
+            search.gate = weakref.ref(gate)
+            self._follow(gate, search)
+
+    def _gated(self, name: str, given: tuple[Any, ...], result: Any, inputs: Any) -> Any:
+        """Records the product of a layer's output and of what an activation made of it, in place of that."""
+        entries = [(arg, self._followed[id(arg)][1]) for arg in given if id(arg) in self._followed]
+        gates = [(arg, search) for arg, search in entries if search.gate() is arg]
+        if not gates:
+            return None
+        search = gates[0][1]
+        if name in ACTIVATIONS:
+            self._remember(search, result)
+        elif name in _PRODUCTS and any(other is search and arg is not gates[0][0] for arg, other in entries):
+            self._recorder.withdraw(search.name)
+            search.gate = _nothing
+            return self._found(search, result, inputs)
+        return None
 
     def _search(self, args: Any) -> _Search | None:
         for arg in args:
@@ -208,6 +240,12 @@ def _is_transparent(layer: nn.Module) -> bool:
     if getattr(layer, "_layers", ()):
         return False
     return "Norm" in type(layer).__name__ or _is_of(layer, (*_KERAS_TRANSPARENT, *_KERAS_ACTIVATIONS))
+
+
+def _cuts_at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``clamp(x, min, max)`` or ``clamp_min(x, min)`` has a least value of zero."""
+    least = args[1] if len(args) > 1 else kwargs.get("min")
+    return isinstance(least, (int, float)) and least == 0
 
 
 def check_activations(activations: Any) -> tuple[type[nn.Module], ...]:

@@ -44,7 +44,7 @@ class Parted:
         """Takes what a layer returned. Returns what the model is to go on with instead, or None."""
         if name not in self.parts:
             return self._recorder.emit(name, output, via, inputs)
-        if self._recorder.follower is not None:
+        if self._recorder.follow is not None:
             for part, found in self._found(name, output):
                 self._recorder.emit(name + part, found, via)
             return None
