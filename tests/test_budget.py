@@ -37,7 +37,8 @@ def test_going_over_raises_before_storing_with_who_holds_what_and_the_remedies()
     with (
         pytest.raises(
             MemoryLimitExceeded,
-            match=r"the output of 'convs.3' needs 1.9 KiB more, and only 5 B of max_bytes=\d+ .*Held now: convs.2 1.9 KiB, convs.0 960 B, "
+            match=r"the output of 'convs.3' needs 1.9 KiB more, and only 5 B of max_bytes=\d+ .*Held now: convs.2 1.9 KiB, "
+            r"convs.0 960 B, "
             r"convs.1 960 B\. .*reduce=.*dtype=.*fewer layers.*keep='last'.*acts.clear\(\).*larger max_bytes",
         ),
         capture(model, max_bytes=sum(SIZES[:3]) + 5) as acts,

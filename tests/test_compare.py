@@ -765,3 +765,22 @@ def test_a_run_that_has_ended_is_closed_although_its_thread_is_still_there():
     closing.start()
     closing.join(20)
     assert not closing.is_alive()
+
+
+class NamedLikeACall(nn.Module):
+    """Has a layer named as the first call of another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(2, 2, 1)
+        self.add_module("a#0", nn.Conv1d(2, 2, 1))
+
+    def forward(self, x):
+        return self.get_submodule("a#0")(self.a(self.a(x)))
+
+
+def test_no_two_rows_of_a_comparison_have_one_key():
+    model = NamedLikeACall()
+    found = compare(model, copy.deepcopy(model), example=torch.randn(1, 2, 5))
+    assert [row.name for row in found.rows] == ["a##0", "a##1", "a#0", "<output>"]
+    assert found.agrees

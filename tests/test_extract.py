@@ -789,3 +789,22 @@ def test_what_comes_after_the_activation_is_extracted_as_well(tmp_path):
         LayerNotFound, match="'2' was selected, but did not run for any sample .or, with at='activation'"
     ):
         store["2"]
+
+
+def test_the_calls_of_a_layer_and_a_layer_named_like_a_call_have_keys_of_their_own(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv1d(2, 2, 1)
+            self.add_module("a#0", nn.Conv1d(2, 2, 1))
+
+        def forward(self, x):
+            return self.get_submodule("a#0")(self.a(self.a(x)))
+
+    model, x = Named(), torch.randn(3, 2, 5)
+    store = extract(model, [x], tmp_path / "s", calls="keys", progress=False)
+    first = model.a(x)
+    expected = {"a##0": first, "a##1": model.a(first), "a#0": model(x)}
+    assert set(store.layers) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(store[key].numpy()), value.detach())

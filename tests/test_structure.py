@@ -42,6 +42,7 @@ ORDER = (
     "_reduce",
     "_policy",
     "_grad",
+    "_keys",
     "_stats",
     "_coverage",
     "_call",

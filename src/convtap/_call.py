@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
+from convtap._keys import numbered, separator
 from convtap._memory import memory_of, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
@@ -194,16 +195,6 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
         if call._gradient is not None and call._gradient.nbytes:
             found[("gradient", id(call._gradient))] = call._gradient.nbytes
     return found
-
-
-def numbered(name: str, index: int, count: int, separator: str = "#", part: str = "") -> str:
-    """Returns the key of one call of a layer: the name if the layer has only that one, else ``name#index``."""
-    return name + part if count == 1 else f"{name}{separator}{index}{part}"
-
-
-def separator(name: str, names: Iterable[str]) -> str:
-    """Returns what precedes the number of a call: ``#``, or ``##`` if ``name#0`` could be the name of another layer."""
-    return "##" if any(other.startswith(name + "#") for other in names) else "#"
 
 
 def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from convtap._call import numbered
 from convtap._errors import ConvtapError, InvalidType
+from convtap._keys import numbered
 from convtap._policy import Policy, cast
 from convtap._select import CONV1D
 from convtap._structure import MISSING, map_leaves, part_of

@@ -15,7 +15,6 @@ from torch import nn
 from typing_extensions import Self
 
 from convtap._arguments import check_arguments
-from convtap._call import separator
 from convtap._errors import (
     ConvtapError,
     CoverageWarning,
@@ -27,6 +26,7 @@ from convtap._errors import (
     plural,
 )
 from convtap._functional import FunctionalTap, kernels_of
+from convtap._keys import separator
 from convtap._policy import Policy
 from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, FUNCTION, Layers, Types, select

@@ -9,6 +9,7 @@ from typing import Any
 
 from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
+from convtap._keys import numbered, separator
 from convtap._structure import walk_tensors
 from convtap._table import Table
 
@@ -193,5 +194,5 @@ class Ledger:
 
     def _key(self, side: int, name: str, index: int, path: str = "") -> str:
         part = self.parts.get(name, "")
-        number = f"#{index}" if self._counts[side][name] > 1 else ""
-        return f"{name.removesuffix(part)}{number}{part}{path}"
+        layer, counts = name.removesuffix(part), self._counts[side]
+        return numbered(layer, index, counts[name], separator(layer, counts), part) + path

@@ -12,6 +12,7 @@ from torch import Tensor
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
+from convtap._keys import numbered, separator
 from convtap._policy import cast
 from convtap._reduce import Reductions
 from convtap._structure import Omitted, walk_leaves
@@ -64,10 +65,12 @@ class RowMaker:
         by_layer: dict[tuple[str, str], list[Any]] = {}
         for layer, part, value in calls:
             by_layer.setdefault((layer, part), []).append(value)
+        names = {layer for layer, _ in by_layer}
+        marks = {layer: separator(layer, names) for layer in names}
         for (layer, part), values in by_layer.items():
             if self.calls == "keys":
                 for number, value in enumerate(values):
-                    key = f"{layer}#{number}{part}"
+                    key = numbered(layer, number, 0, marks[layer], part)
                     yield from ((key + path, layer, part, path, tensor) for path, tensor in _leaves(key, value))
                 continue
             if len(values) > 1 and self.calls == "error":

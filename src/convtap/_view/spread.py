@@ -96,10 +96,7 @@ def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
         numbers[id(call)] = times[call.name, call.forward]
         times[call.name, call.forward] += 1
     several = {name for (name, _), count in times.items() if count > 1}
-    return {
-        id(call): f"{call.name}{call._tally.separator}{numbers[id(call)]}" if call.name in several else call.name
-        for call in calls
-    }
+    return {id(call): call._tally.key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
 
 
 def _by_channel(array: Array, batched: bool) -> Array:
