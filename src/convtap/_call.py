@@ -75,7 +75,7 @@ class Call:
 
     Attributes:
         index: how many times the layer had run before, in this block.
-        forward: the number of the outermost forward pass that it was part of.
+        forward: the number of the forward pass that it was part of: a call of the model, or of one of its methods.
         via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
     """
 

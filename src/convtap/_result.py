@@ -216,7 +216,8 @@ class Activations(Mapping[str, Any]):
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
 
-        The keys are those of the mapping (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
+        The keys are the layers' names within their forward pass: ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran
+        several times in it (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
         several forward passes the inputs are numbered through.
 
         Raises:
