@@ -170,7 +170,8 @@ def _tied(names: list[str], selection: Selection) -> str:
     owners = {id(tensor): name for name, tensor in reversed(list(selection.tree.parameters()))}
     tied = []
     for name in names:
-        weight = getattr(selection.modules.get(name), "weight", None)
+        module = selection.modules.get(name)
+        weight = None if module is None else module.__dict__["_parameters"].get("weight")
         if weight is not None and owners.get(id(weight), name) != name:
             tied.append(f"the weight of {name!r} is that of {owners[id(weight)]!r}")
     return f" {'; '.join(tied)}: a convolution called as a function with it has that name." if tied else ""
