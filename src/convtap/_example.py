@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from convtap._errors import InvalidType
+from convtap._errors import InvalidType, InvalidValue, did_you_mean, listed
 from convtap._structure import map_leaves
 
 #: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
@@ -46,11 +46,36 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run_once(model: nn.Module, example: Any) -> Any:
-    """Runs a model on an example in eval mode, without gradients, and returns its output."""
+def run_once(model: nn.Module, example: Any, method: str | None = None) -> Any:
+    """Runs a model, or a method of it, on an example in eval mode, without gradients, and returns its output."""
     args, kwargs = arguments(example)
+    run = entry(model, method)
     with eval_mode(model), torch.random.fork_rng(), torch.no_grad():
-        return model(*args, **kwargs)
+        return run(*args, **kwargs)
+
+
+def entry(model: nn.Module, method: Any) -> Callable[..., Any]:
+    """Returns what is called to run a model: the model itself, or the method of that name.
+
+    Raises:
+        InvalidType: ``method`` is not a str.
+        InvalidValue: the model has no such method.
+    """
+    if method is None or method == "forward":
+        return model
+    if not isinstance(method, str):
+        raise InvalidType(f"method is a {type(method).__name__}. Pass the name of a method: method='encode'.")
+    found = getattr(model, method, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    kind = type(getattr(model, "_orig_mod", model))
+    own = [
+        name for name in dir(kind) if name not in dir(nn.Module) and name[0] != "_" and callable(getattr(kind, name))
+    ]
+    raise InvalidValue(
+        f"method={method!r} names no method of {kind.__name__}.{did_you_mean(method, own)} Its methods are: "
+        f"{listed(['forward', *own])}."
+    )
 
 
 def fitted(example: Any, model: nn.Module) -> Any:

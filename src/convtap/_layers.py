@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
-from convtap._example import Example, arguments, run_once
+from convtap._example import Example, arguments, entry, run_once
 from convtap._result import Activations
 from convtap._samples import Samples
 from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
@@ -58,6 +58,7 @@ def list_layers(
     *,
     types: Types = CONV1D,
     example: Example | None = None,
+    method: str | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Table:
@@ -72,11 +73,13 @@ def list_layers(
         layers: what to list, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
         example: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        method: the name of the method to run on the example, such as ``"encode"``; None to call the model itself.
         reduce: as in ``capture``.
         dtype: as in ``capture``.
 
     Raises:
         LayerNotFound: the selection matches nothing.
+        InvalidValue: the model has no such method.
 
     Example:
         >>> from torch import nn
@@ -90,24 +93,25 @@ def list_layers(
     layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
+    entry(model, method)
     rows = {name: _row(name, module) for name, module in selection.modules.items()}
     if example is None:
         if not rows and not selection.function_names:
             raise LayerNotFound(selection.nothing())
         return _table(list(rows.values()), ("parameters", "kernel", "stride", "dilation"))
-    acts = _observe(model, layers, kinds, example, reduce, dtype)
+    acts = _observe(model, layers, kinds, example, method, reduce, dtype)
     batch = Samples(acts._log).count
     used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts, batch) for name in acts.coverage]
     return _table(used, ("used", "shape", "dtype", "bytes", "per sample"), _forecast(used, batch))
 
 
-def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
+def _observe(model: Any, layers: Any, types: Any, example: Any, method: Any, reduce: Any, dtype: Any) -> Activations:
     arguments(example)
     watching = Capture(model, layers, types=types, functional=True, strict=False)
     watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
     with watching as acts:
-        run_once(model, example)
+        run_once(model, example, method)
     return acts
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from convtap._disk.chain import ValidLengths, checked_lengths
 from convtap._disk.forward import Runner, checked_inputs, module_mode
-from convtap._disk.job import last_axis
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
 from convtap._policy import Policy
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import to_numpy
+from convtap._time.padded import warn
 
 #: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.
 Inputs = Callable[[dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -119,11 +119,16 @@ class Extractor:
         args, kwargs = self._called_with(tensors)
         full, lengths = 0, None
         if self._lengths is not None:
-            full = last_axis((args, kwargs))
+            assert self._rows.rule is not None
+            full = self._rows.rule.samples(args, kwargs)
             lengths = checked_lengths(self._of_lengths, tensors, size, full)
+            self._rows.rule.expect(lengths, full)
         with module_mode(self._model, "eval"), torch.inference_mode():
             calls = self._runner.run(args, kwargs)
             columns = self._rows.columns(calls, size, lengths, full)
+        rule = self._rows.rule
+        if lengths is not None and rule is not None and rule.compare([layer for layer, _, _ in calls], lengths, full):
+            warn(rule.differences, stacklevel=2)
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 

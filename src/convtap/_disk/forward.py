@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
-from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, listed
+from convtap._example import entry
 from convtap._select import Selection, select
 from convtap._structure import walk_tensors
 from convtap._tapped import tapped
@@ -114,6 +115,7 @@ class Runner:
     Args:
         capture: the options of ``Capture``.
         rule: where to note how lengths become frames; None if nobody asks.
+        method: the method to run instead of the model itself, or None.
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
@@ -131,13 +133,19 @@ class Runner:
         compile: bool,
         stop: bool | None,
         rule: ValidLengths | None,
+        method: str | None = None,
     ) -> None:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
+        if compile and method is not None:
+            raise Unsupported(
+                f"compile=True compiles the model's forward, and method={method!r} is another one. Leave one of them out."
+            )
         self._options = capture
         self._whole = _quiet(Capture(model, layers, **capture, stop=bool(stop), strict=False))
         self.selection: Selection = select(model, layers, self._whole._asked.types)
         self._model = model
+        self._run = entry(model, method)
         self._device = find_device(model, device)
         self._autocast = autocast
         self._stop = stop
@@ -179,7 +187,7 @@ class Runner:
             block: Any = early or self._whole
             with block as acts:
                 opened = block._open
-                self._model(*args, **kwargs)
+                self._run(*args, **kwargs)
             self._judge(opened, acts)
             recorded = acts.calls()
             calls = values_of(recorded)

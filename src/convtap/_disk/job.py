@@ -17,7 +17,15 @@ from convtap._disk.forecast import Progress
 from convtap._disk.forward import Runner, checked_inputs
 from convtap._disk.index import Index, read_index
 from convtap._disk.interrupt import Terminated, Termination
-from convtap._disk.place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
+from convtap._disk.place import (
+    RankFolder,
+    rank_folders,
+    read_finished,
+    set_aside,
+    shard_files,
+    write_finished,
+    write_padding,
+)
 from convtap._disk.plan import IterPlan, MapPlan
 from convtap._disk.reading import Shard
 from convtap._disk.rows import RowMaker
@@ -26,6 +34,7 @@ from convtap._disk.writer import Writer
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._structure import walk_tensors
 from convtap._table import human_bytes
+from convtap._time.padded import warn
 
 
 class Job:
@@ -91,6 +100,8 @@ class Job:
         def before(batches: Sequence[Batch]) -> None:
             bar.check_room(batches)
             settle()
+            if self._rows.rule is not None:
+                write_padding(self._folder.path, self._rows.rule.differences)
             if self._beginning is not None:
                 self._beginning.settle()
 
@@ -135,13 +146,16 @@ class Job:
     def _compute(self, number: int, indices: list[int] | None, batch: Any) -> Batch:
         args, kwargs = checked_inputs(self._inputs, batch)
         names = self._names.of(number, indices, batch, (args, kwargs))
-        full, lengths = 0, None
-        if self._lengths is not None:
-            full = last_axis((args, kwargs))
+        full, lengths, rule = 0, None, self._rows.rule
+        if self._lengths is not None and rule is not None:
+            full = rule.samples(args, kwargs)
             lengths = checked_lengths(self._lengths, batch, len(names), full)
+            rule.expect(lengths, full)
         calls = self._runner.run(args, kwargs)
         with torch.inference_mode():
             columns = self._rows.columns(calls, len(names), lengths, full)
+        if lengths is not None and rule is not None and rule.compare([layer for layer, _, _ in calls], lengths, full):
+            warn(rule.differences, stacklevel=5)
         labels = None if self._labels is None else _checked_labels(self._labels(batch), len(names))
         return Batch(number, names, columns, labels)
 
@@ -232,19 +246,6 @@ class _Names:
                 )
             fresh.add(name)
         return names
-
-
-def last_axis(inputs: Any) -> int:
-    """Returns the length of the padded input: the last axis of the first input tensor that has more than one.
-
-    Raises:
-        InvalidValue: there is none.
-    """
-    shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
-    shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
-    if not shapes:
-        raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return int(shapes[0][-1])
 
 
 def _checked_labels(found: Any, size: int) -> Tensor:

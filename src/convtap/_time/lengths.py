@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap._errors import InvalidType
+from convtap._errors import InvalidType, listed
 from convtap._example import run_once
 from convtap._structure import walk_tensors
 from convtap._time.axis_count import Guess
-from convtap._time.follow import Follower, Record
+from convtap._time.axis_edge import Edges
+from convtap._time.follow import Follower
+from convtap._time.record import Record
 from convtap._torch import compile_stance
 from convtap._tree import ModuleTree
 
@@ -29,20 +31,41 @@ from convtap._tree import ModuleTree
 _ENOUGH = 8
 
 
-def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
-    """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
-    with torch.inference_mode(False):
-        signal = dict(walk_tensors(example))[path].detach().clone()
-    tree = ModuleTree(model)
-    follower = Follower(tree, signal, axis)
-    try:
-        compile_stance.enter(follower)
-        # In inference mode, operations are not taken apart into those that have rules.
-        with torch.inference_mode(False), follower.watching():
-            run_once(model, _with(example, path, signal))
-    finally:
-        compile_stance.leave(follower)
-    return follower.records, tree
+@dataclass(frozen=True)
+class Pass:
+    """What is run, and what is followed in it.
+
+    Attributes:
+        model: the model.
+        path: where in an example the signal is.
+        axis: the axis of the signal that is time.
+        method: the method that is called instead of the model itself, or None.
+        zeros: whether the signal is known to be padded with zeros.
+    """
+
+    model: nn.Module
+    path: str
+    axis: int
+    method: str | None = None
+    zeros: bool = False
+
+    def follow(self, example: Any) -> tuple[list[Record], ModuleTree]:
+        """Runs the model once on an example; works on a copy of the signal."""
+        tensors = dict(walk_tensors(example))
+        with torch.inference_mode(False):
+            signal = tensors.pop(self.path).detach().clone()
+        tree = ModuleTree(self.model)
+        trains = {module for module in tree.names.values() if module.training}
+        more: dict[str, Any] = {"others": tensors, "path": self.path, "trains": trains, "zeros": self.zeros}
+        follower = Follower(tree, signal, self.axis, **more)
+        try:
+            compile_stance.enter(follower)
+            # In inference mode, operations are not taken apart into those that have rules.
+            with torch.inference_mode(False), follower.watching():
+                run_once(self.model, _with(example, self.path, signal), self.method)
+        finally:
+            compile_stance.leave(follower)
+        return follower.records, tree
 
 
 @dataclass(frozen=True)
@@ -52,28 +75,34 @@ class Doubt:
     Attributes:
         count: why its frame counts at other lengths are not known, or None.
         place: why its frames' places hold for one length only, or None.
+        axis: why there is a time axis that is not followed, or None.
     """
 
     count: str | None = None
     place: str | None = None
+    axis: str | None = None
 
 
-def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, Doubt]:
+def settle(records: Sequence[Record], how: Pass, example: Any) -> dict[int, Doubt]:
     """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
 
     Returns:
         By position among the records, what is still in doubt.
     """
-    if not _guesses(records):
+    # where all frames were mixed, an axis may have come back that is not known to be time: another length tells
+    mixed = any(record.mark.whole or not (record.mark.digits or record.mark.unknown) for record in records)
+    if not mixed and not _guesses(records):
         return {}
+    path, axis = how.path, how.axis
     passes: list[tuple[int, list[Record]]] = []
     length = int(dict(walk_tensors(example))[path].shape[axis])
-    for change in _changes(records, length):
-        settled = len(passes) > 1 and not any(guess.is_open for guess in _guesses(records))
+    guesses = _guesses(records)
+    for change in _changes(records, length) if guesses else (length // 3 | 1, 1):
+        settled = len(passes) > bool(guesses) and not any(guess.is_open for guess in guesses)
         if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
-            others, _ = follow(model, _resized(example, path, axis, change), path, axis)
+            others, _ = how.follow(_resized(example, path, axis, change))
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))
@@ -82,8 +111,27 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
         guess.conclude()
     doubts: dict[int, Doubt] = {}
     for samples, others in passes:
-        doubts.update(_contradictions(records, others, samples))
+        for i, doubt in (*_contradictions(records, others, samples).items(), *_grown(records, others).items()):
+            before = doubts.get(i, Doubt())
+            doubts[i] = Doubt(before.count or doubt.count, before.place or doubt.place, before.axis or doubt.axis)
     return doubts
+
+
+def _grown(records: Sequence[Record], others: Sequence[Record]) -> dict[int, Doubt]:
+    """Which layers' outputs have an axis that changes with the length, and is not known to be time."""
+    found: dict[int, Doubt] = {}
+    for i, one, other in _pairs(records, others):
+        rest = [
+            [size for dim, size in enumerate(record.shape) if dim and dim not in record.mark.dims]
+            for record in (one, other)
+        ]
+        if not one.mark.unknown and not other.mark.unknown and rest[0] != rest[1]:
+            shapes = f"{one.shape} and {other.shape}"
+            by = f" after {listed([*one.mark.whole, *one.mark.statistics], 2)}" if one.mark.whole else ""
+            found[i] = Doubt(
+                axis=f"its output has shape {shapes} for two lengths{by}, and its frames were not followed"
+            )
+    return found
 
 
 def _changes(records: Sequence[Record], length: int) -> list[int]:
@@ -94,7 +142,16 @@ def _changes(records: Sequence[Record], length: int) -> list[int]:
 
 
 def _guesses(records: Sequence[Record]) -> list[Guess]:
+    return list({id(guess): guess for guess in (*_counted(records), *_edge_guesses(records))}.values())
+
+
+def _counted(records: Sequence[Record]) -> list[Guess]:
     return [guess for record in records for digit in record.mark.digits for guess in digit.count.guesses()]
+
+
+def _edge_guesses(records: Sequence[Record]) -> list[Guess]:
+    """The guesses on which only the edges rest: see Note: [Padded inputs]."""
+    return Edges([record.mark.edge for record in records]).guesses()
 
 
 def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tuple[int, Record, Record]]:
@@ -106,8 +163,12 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tupl
 def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
     """Shows each guess, once, the same operation in another pass."""
     done: set[int] = set()
-    for _, one, other in _pairs(records, others):
-        for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
+    pairs = [(_counted([one]), _counted([other])) for _, one, other in _pairs(records, others)]
+    edges = (_edge_guesses(records), _edge_guesses(others))
+    if len(edges[0]) == len(edges[1]):
+        pairs.append(edges)
+    for mine, theirs in pairs:
+        for guess, same in zip(mine, theirs, strict=False):
             if id(guess) not in done and guess.what == same.what:
                 done.add(id(guess))
                 guess.settle(same, samples, length)

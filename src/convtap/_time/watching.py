@@ -1,0 +1,54 @@
+"""The two modes through which a pass is followed, and quantized convolutions as the plain ones that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Follows(Protocol):
+    """What is told of each call."""
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Takes a call of a torch function, and runs it."""
+
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Takes a low-level operation, and runs it."""
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells of every low-level operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # with True, the first operation imports torch's compiler, which takes over a second
+
+    def __init__(self, follower: Follows) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._follower = follower
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._follower.operation(func, args, kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """Tells of every call of a torch function."""
+
+    def __init__(self, follower: Follows) -> None:
+        super().__init__()
+        self._follower = follower
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._follower.call(func, args, kwargs or {})
+
+
+def quantized_arguments(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
+    """Returns the arguments of the plain convolution that a quantized one stands for; of the weight only the shape."""
+    weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
+    padding = (0,) if module.padding_mode != "zeros" else module.padding
+    return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
