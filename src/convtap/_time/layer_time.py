@@ -29,8 +29,9 @@ class LayerTime:
     """The time axis of one layer's output, in samples of the model's input.
 
     Frame t sees the input samples ``first`` to ``stop - 1`` of ``span(t)``; the count goes on below 0 and past the end
-    where a frame sees padding. Where a recurrence or an attention has mixed the frames, ``receptive_field`` is infinite
-    and ``span`` is the whole input, while ``stride`` and ``centre`` still say where a frame has its place.
+    where a frame sees padding (and the samples that fill it, if it reflects or goes round). Where a recurrence or
+    an attention has mixed the frames, ``receptive_field`` is infinite and ``span`` is the whole input, while
+    ``stride`` and ``centre`` still say where a frame has its place.
 
     Attributes:
         name: the layer.

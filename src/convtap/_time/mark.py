@@ -213,7 +213,11 @@ def windowed(
         return moved
     new = replace(digit, size=size, weight=digit.weight * stride, count=digit.count.then(step))
     found = normal(replace(moved, digits=tuple(new if one is digit else one for one in mark.digits)))
-    return found.within(size) if len(mark.digits) == 1 else found
+    if len(mark.digits) == 1:
+        return found.within(size)
+    # of segments that are padded each, no frame is known to see no padding
+    inside = before <= 0 and (size - 1) * stride - before + dilation * (taps - 1) < digit.size
+    return found if inside else replace(found, clear=(0, 0))
 
 
 def resampled(
