@@ -75,8 +75,8 @@ def test_keep_last_does_not_add_up_over_many_passes():
     # The layer that ran in the first pass only still has that pass's three inputs: numbers 0, 1, 2.
     assert torch.equal(acts.sample(2)["2"], acts["2"][2])
     assert (
-        len(acts.samples()) == 3 + 2 + 2
-    )  # a slice is no part of the model, so each layer in it ran in a pass of its own
+        len(acts.samples()) == 3 + 2
+    )  # a slice is no part of the model: its layers are called one by one, in one pass
 
 
 def test_clear_makes_room():

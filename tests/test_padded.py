@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convtap import CoverageWarning, Store, capture, extract, timeline
+from convtap import CoverageWarning, Store, Unsupported, capture, extract, timeline
 from tests.test_timeline import CroppedToItsInput, CutToAMultiple, DilatedTCN, FilledUp, Then, UNet
 
 FULL = 60
@@ -539,6 +539,50 @@ def test_extract_cuts_by_the_input_and_the_axis_that_are_named(tmp_path):
         model, data, tmp_path, "text", lengths=lambda batch: lengths, signal="letters", time_dim=1, progress=False
     )
     assert [tuple(row.shape) for row in store["text"]] == [(2, 26), (2, 16)]
+
+
+def test_the_input_that_is_named_comes_before_the_one_that_extract_finds(tmp_path):
+    class Sides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv1d(1, 2, 3), nn.Conv1d(1, 2, 5)
+
+        def forward(self, left, right):
+            return self.left(left).mean() + self.right(right).mean()
+
+    model, data = Sides(), [{"left": torch.rand(2, 1, 50), "right": torch.rand(2, 1, 50)}]
+    options = {"lengths": lambda batch: [50, 20], "progress": False}
+    found = extract(model, data, tmp_path / "found", "right", **options)
+    assert [tuple(row.shape) for row in found["right"]] == [(2, 46), (2, 16)]
+    for number, signal in enumerate(("right", 1, -1)):
+        named = extract(model, data, tmp_path / str(number), "right", signal=signal, **options)
+        assert [tuple(row.shape) for row in named["right"]] == [(2, 46), (2, 16)]
+    with pytest.raises(Unsupported, match="'right', and .* not depend on the signal 'left', but on the input 'right'"):
+        extract(model, data, tmp_path / "left", "right", signal="left", **options)
+
+
+def test_each_part_of_an_output_has_its_own_difference(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"near": y, "far": [self.norm(y).transpose(1, 2)]}
+
+    model = prepared(nn.Sequential(Two()))
+    x, options = batch_of(LENGTHS), {"types": Two, "lengths": lambda batch: LENGTHS, "progress": False}
+    with pytest.warns(CoverageWarning, match=re.escape("every frame of '0[far][0]'.")):
+        store = extract(model, [x], tmp_path / "all", **options)
+    assert store.padding == {"0[far][0]": "group_norm in '0.norm': every frame"}
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            one = model(x[row : row + 1, :, :length])
+        assert torch.allclose(store["0[near]"][row], one["near"][0], rtol=1e-9, atol=0)
+        assert store["0[far][0]"][row].shape == one["far"][0][0].shape
+        assert torch.allclose(store["0[far][0]"][row], one["far"][0][0], rtol=1e-9, atol=0) == (length == max(LENGTHS))
+    assert extract(model, [x], tmp_path / "near", "0[near]", **options).padding == {}
 
 
 def test_extract_runs_the_method_and_takes_it_into_the_identity(tmp_path):

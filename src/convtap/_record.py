@@ -21,7 +21,7 @@ from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
-from convtap._select import Selection
+from convtap._select import CONV1D, Selection
 from convtap._structure import walk_tensors
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
@@ -86,7 +86,7 @@ class Recorder:
         self.follower: Follower | None = None
         self._token = token
         self._log = log
-        self._modules = selection.modules
+        self._modules, self._paths = selection.names, selection.paths
         self.name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
@@ -203,7 +203,7 @@ class Recorder:
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output):
+        if is_fake(output) and not self._keeper.takes_fakes:
             self.fakes += 1
             return None
         gradient = None
@@ -213,7 +213,7 @@ class Recorder:
             value, replacement = self._kept(name, output, inputs, fresh, alone)
             if self._grads is not None and tracing_state() is None:
                 with outside_modes():
-                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+                    gradient, replacement = self._noted(self._grads.follow, name, output, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
 
@@ -226,7 +226,7 @@ class Recorder:
         self._store(name, kept, via)
 
     def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
-        """Keeps a value. An error in that is remembered, since a model may swallow it."""
+        """Keeps a value, or follows its gradient. An error in that is remembered, since a model may swallow it."""
         try:
             return keep(*args)
         except ConvtapError as error:
@@ -284,7 +284,7 @@ class Recorder:
 
     def _open_tally(self, name: str) -> Tally:
         log = self._log
-        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)))
+        tally = log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D), self._paths.get(name, ""))
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return tally

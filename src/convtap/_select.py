@@ -14,7 +14,8 @@ import torch.ao.nn.quantized as nnq
 from torch import nn
 
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
-from convtap._tree import ModuleTree, is_keras, is_kind
+from convtap._parts import outermost, read_part
+from convtap._tree import ModuleTree, is_keras, is_kind, kind_name
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -33,7 +34,8 @@ class Selection:
     Attributes:
         modules: the selected modules by clean name, in definition order.
         name_of: their names by the modules' identity.
-        exact: the names of those that were asked for by exact name or by instance.
+        parts: by the name of a module of which only parts were asked for, their paths, such as ``[0]``.
+        exact: what was asked for by exact name or by instance, as in ``names``.
         tree: all modules of the model.
     """
 
@@ -43,6 +45,7 @@ class Selection:
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
         if tree.has_script or tree.has_keras:
             self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
+        self.parts: dict[str, tuple[str, ...]] = {}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
@@ -51,15 +54,34 @@ class Selection:
         self.name_of = {id(module): name for name, module in self.modules.items()}
 
     def _chosen(self, layers: Layers) -> dict[str, nn.Module]:
-        chosen: set[str] = set()
+        whole: set[str] = set()
+        parts: dict[str, list[str]] = {}
         for selector in _selectors(layers):
-            chosen.update(self._choose(selector))
-        return {name: module for name, module in self.tree.names.items() if name in chosen}
+            part = read_part(selector, self.tree, self.typed, self._owners()) if isinstance(selector, str) else None
+            if part is None:
+                whole.update(self._choose(selector))
+                continue
+            for name in part.names:
+                parts.setdefault(name, []).append(part.path)
+            self.exact.update(name + part.path for name in part.names if part.exact)
+        self.parts = {name: outermost(paths) for name, paths in parts.items() if name not in whole}
+        self.exact -= {
+            name + path for name, paths in parts.items() for path in set(paths) - {*self.parts.get(name, ())}
+        }
+        return {name: module for name, module in self.tree.names.items() if name in whole or name in parts}
 
     @property
     def names(self) -> Mapping[str, nn.Module | None]:
-        """The selected modules, then the parameters that were asked for by name (without a module)."""
-        return {**self.modules, **dict.fromkeys(self.function_names)} if self.function_names else self.modules
+        """The selected modules, or parts of them, then the parameters that were asked for by name (without a module)."""
+        found: Mapping[str, nn.Module | None] = self.modules
+        if self.parts:
+            found = {name + part: m for name, m in self.modules.items() for part in self.parts.get(name, ("",))}
+        return {**found, **dict.fromkeys(self.function_names)} if self.function_names else found
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths of the parts that were asked for, by their names."""
+        return {name + part: part for name, parts in self.parts.items() for part in parts}
 
     @property
     def takes_conv1d(self) -> bool:
@@ -133,7 +155,7 @@ class Selection:
         if others:
             raise LayerNotFound(
                 f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
-                f"pass types=nn.Module (or their type), or select other names. {self._here()}"
+                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
@@ -153,7 +175,9 @@ class Selection:
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
         found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
-            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
+            theirs = self.tree.keras_namesakes(kind)
+            hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
+            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
         return found
 
     def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
@@ -186,13 +210,20 @@ class Selection:
 
     def nothing(self) -> str:
         """Says that the model has none of the selected types, what it has instead, and what to write."""
-        others = Counter(
-            type(module).__name__ for module in self.tree.names.values() if "Conv" in type(module).__name__
+        kinds = Counter(type(module) for module in self.tree.names.values())
+        namesakes = [kind for wanted in self.types for kind in self.tree.keras_namesakes(wanted)]
+        others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
+        has = (
+            ", ".join(f"{kinds[kind]} {kind_name(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
+            or self.tree.census()
         )
-        has = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or self.tree.census()
-        first = others.most_common(1)
-        remedy = f"pass types=nn.{first[0][0]}" if first and hasattr(nn, first[0][0]) else "pass types=nn.Module"
+        first = kind_name(others[0]) if others else ""
+        remedy = f"pass types={first if '.' in first else self._any_type()}"
         return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+
+    def _any_type(self) -> str:
+        """What to pass as ``types=`` for every layer of the model."""
+        return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
 
 
 _SHOW = "list_layers(model) shows all."
@@ -262,7 +293,8 @@ def check_arguments(
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types=nn.Conv2d.")
+            example = "keras.layers.Conv2D" if is_keras(type(model)) else "nn.Conv2d"
+            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types={example}.")
     if not kinds:
         raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
     return kinds

@@ -112,6 +112,11 @@ def _why_nothing(
             "the selected layers ran only during a backward pass (activation checkpointing recomputes them there). "
             "Put the forward pass inside the block: with capture(model) as acts: model(x)"
         )
+    if log.lacking:
+        return (
+            f"no output has the part that was asked for: {listed(log.lacking)}. Select the layers whole to see what they "
+            "return, or other ones with types=."
+        )
     unactivated = [state.name for state in log.states() if state.unactivated]
     if unactivated:
         return (

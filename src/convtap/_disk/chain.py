@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from convtap._batch import as_example
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
-from convtap._example import entry
+from convtap._example import forward_of
+from convtap._structure import walk_tensors
+from convtap._time.layer_time import LayerTime
+from convtap._time.lengths import follow, settle
 from convtap._time.padded import Differences
-from convtap._time.signal import signal_of, time_axis
-from convtap._time.timeline import Timeline, followed
+from convtap._time.record import Pass
+from convtap._time.signal import argument_of, likely_signals, signal_of, time_axis
+from convtap._time.timeline import layer_times
 
 #: Over how many lengths the most frames that differ are looked for, at most.
 _LENGTHS = 512
@@ -25,161 +29,215 @@ class ValidLengths:
 
     Args:
         model: the model.
+        at: ``"input"`` for what layers are given, else for what they return.
         method: the method that is run, or None.
-        signal: which input has the lengths; None for the first floating-point tensor.
+        signal: which input has the lengths; None to find it.
         time_dim: the axis of it that is time.
 
     Attributes:
-        differences: the layers whose frames are not those of each input alone, and why.
+        differences: the tensors of layers whose frames are not those of each input alone, and why.
         axis_of: the signal and its axis, for an identity; None for the default.
     """
 
     def __init__(
-        self, model: nn.Module, method: str | None = None, signal: str | int | None = None, time_dim: int = -1
+        self,
+        model: nn.Module,
+        at: str = "output",
+        *,
+        method: str | None = None,
+        signal: str | int | None = None,
+        time_dim: int = -1,
     ) -> None:
         self.differences: dict[str, str] = {}
         self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
+        self._every = "input" if at == "input" else "output"
         self._method = method
         self._signal = signal
         self._time_dim = time_dim
-        self._times: Timeline | None = None
-        self._counts: dict[tuple[str, int], int] = {}
-        self._is_padded = False
+        self._path: str | None = None
         self._lengths: list[int] = []
+        self._full = 0
+        self._times: dict[tuple[str, str], list[LayerTime]] = {}
+        self._counts: dict[tuple[str, str, int], int] = {}
+        self._is_padded = False
         self._learned_padded = False
         self._compared: set[str] = set()
+        self._has_warned = False
 
-    def samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Returns how many samples a batch has on its time axis, the padding included.
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int], layers: Iterable[str]) -> None:
+        """Notes the lengths of a batch, and follows a first batch through the model, and the first padded one.
+
+        Only a padded batch has a mask of the padding; later ones need no look.
+
+        Args:
+            lengths: how many samples of the signal are real, for each row.
+            layers: the selected layers, by which the signal is told from the other arguments.
 
         Raises:
-            InvalidValue: the model is given no tensor that has one.
+            InvalidValue: there is no tensor that can be the signal, or a length is longer than it.
         """
-        example = _example(self._model, self._method, args, kwargs)
-        signal = signal_of(example, self._signal, forward_of(self._model, self._method))[1]
-        if signal.dim() < 2:
+        example = as_example(self._model, args, kwargs, self._method)
+        is_first = self._path is None
+        path = self._find(example, lengths, set(layers)) if self._path is None else self._path
+        signal = dict(walk_tensors(example)).get(path)
+        if signal is None:
             raise InvalidValue(
-                f"lengths= needs an input tensor (B, T) or (B, C, T), and the model is given {tuple(signal.shape)}. Name "
-                "the argument that is the signal: signal='audio'."
+                f"the lengths are of the input {argument_of(path)!r}, and a batch has no such tensor. Return the same "
+                "arguments for each batch with inputs=."
             )
-        return int(signal.shape[time_axis(signal, self._time_dim)])
+        self._path, self._lengths, self._full = path, lengths, int(signal.shape[time_axis(signal, self._time_dim)])
+        for number in lengths:
+            if number > self._full:
+                raise InvalidValue(
+                    f"lengths(batch) returned {number}, and the padded input has {self._full} samples: a row's length lies "
+                    "between."
+                )
+        self._is_padded = any(number < self._full for number in lengths)
+        if self._is_padded and not is_first and not self._learned_padded:
+            self._times, _ = self._follow(example, path, lengths)
+            self._counts.clear()
+        self._learned_padded |= self._is_padded
 
-    def expect(self, lengths: list[int], full: int) -> None:
-        """Tells of the lengths in the batch that comes next."""
-        self._is_padded = any(length < full for length in lengths)
-        self._lengths = lengths
+    def _find(self, example: Any, lengths: list[int], layers: set[str]) -> str:
+        """Finds the signal: what was named, or of the tensors that can be it, the first that reaches the most layers."""
+        forward = forward_of(self._model, self._method)
+        if self._signal is not None:
+            path, signal = signal_of(example, self._signal, forward)
+            if signal.dim() < 2:
+                raise InvalidValue(
+                    f"lengths= needs an input tensor (B, T) or (B, C, T), and signal={self._signal!r} has shape "
+                    f"{tuple(signal.shape)}. Name another argument: signal='audio'."
+                )
+            self._times, _ = self._follow(example, path, lengths)
+            return path
+        best, most, failure = "", -1, None
+        for path in likely_signals(example, max(lengths, default=0), self._time_dim, forward):
+            try:
+                times, reached = self._follow(example, path, lengths)
+            except ConvtapError as error:  # that axis is not time
+                failure = failure or error
+                continue
+            if len(reached & layers) > most:
+                best, most, self._times = path, len(reached & layers), times
+            if most == len(layers):
+                break
+        if most < 0 and failure is not None:
+            raise failure
+        return best
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Follows a first batch through the model, and the first padded one: only that has a mask of the padding."""
-        if self._times is None or (self._is_padded and not self._learned_padded):
-            example = _example(self._model, self._method, args, kwargs)
-            zeros = self._is_padded and self._has_zeros(example)
-            self._times = followed(self._model, example, self._time_dim, self._signal, self._method, zeros=zeros)
-            self._learned_padded = self._is_padded
+    def _follow(
+        self, example: Any, path: str, lengths: list[int]
+    ) -> tuple[dict[tuple[str, str], list[LayerTime]], set[str]]:
+        """Returns the time axis of each tensor of each layer, and which layers depend on the signal."""
+        signal = dict(walk_tensors(example))[path]
+        axis = time_axis(signal, self._time_dim)
+        samples = int(signal.shape[axis])
+        zeros = any(length < samples for length in lengths) and _has_zeros(signal.movedim(axis, -1), lengths)
+        how = Pass(self._model, path, axis, self._method, zeros, self._every)
+        records, _ = follow(how, example)
+        doubts = settle(records, how, example)
+        found: dict[tuple[str, str], list[LayerTime]] = {}
+        times = layer_times(records, [record.name + record.path for record in records], samples, doubts)
+        for record, time in zip(records, times, strict=True):
+            found.setdefault((record.name, record.path), []).append(time)
+        return found, {record.name for record in records if record.depends}
 
-    def _has_zeros(self, example: Any) -> bool:
-        """Whether the padding of a batch is zero everywhere."""
-        signal = signal_of(example, self._signal, forward_of(self._model, self._method))[1]
-        frames = signal.movedim(self._time_dim, -1)
-        rows = zip(frames, self._lengths, strict=False)
-        return len(frames) == len(self._lengths) and not any(bool(row[..., length:].any()) for row, length in rows)
+    def cut(self, layer: str, path: str, tensor: Tensor) -> list[Tensor] | None:
+        """Cuts each row of a tensor to its real frames; None for one that is to be left whole.
 
-    def compare(self, layers: list[str], lengths: list[int], full: int) -> bool:
-        """Notes which of the layers' frames differ from those of each input alone. Returns whether it has found any first.
+        Left whole is what does not come from the signal, beside something that does: a mask, a conditioning vector.
 
-        A layer is looked at in its first padded batch: at the lengths of that, and at those around the longest one, after
-        which the numbers of frames repeat themselves.
-        """
-        fresh = [layer for layer in dict.fromkeys(layers) if layer not in self._compared]
-        if not self._is_padded or not fresh or self._times is None:
-            return False
-        found = Differences()
-        for layer in fresh:
-            self._compared.add(layer)
-            time = self._ask(layer, lambda time: time)
-            strides = [one.stride for one in (time,) if one.unknown is None and one.dim is not None]
-            period = min(max((Fraction(one).numerator for one in strides), default=1), _LENGTHS)
-            pairs = [(length, full) for length in set(lengths)]
-            pairs += [(length, full + period) for length in range(max(1, full - period), full)]
-            for length, padded in pairs:
-                found.add(layer, time._difference(length, padded))
-        had = bool(self.differences)
-        self.differences.update(found.described())
-        return bool(self.differences) and not had
-
-    def frames(self, layer: str, length: int) -> int:
-        """Returns how many frames of a layer are real for an input of ``length`` samples.
+        Args:
+            layer: the layer.
+            path: which tensor of its output, or input.
 
         Raises:
-            Unsupported: nobody knows.
+            Unsupported: nobody knows how many frames are real.
         """
-        found = self._counts.get((layer, length))
+        times = self._times.get((layer, path), [])
+        if not times and path and any(name == layer for name, _ in self._times):
+            return None
+        self._check(layer, path, times, tensor)
+        self._compare(layer + path, times[0])
+        axis = times[0].dim
+        assert axis is not None
+        counts = [self._frames(layer, path, times, length) for length in self._lengths]
+        return [row.narrow(axis, 0, count) for row, count in zip(tensor, counts, strict=True)]
+
+    def _frames(self, layer: str, path: str, times: list[LayerTime], length: int) -> int:
+        found = self._counts.get((layer, path, length))
         if found is None:
-            found = self._counts[layer, length] = int(self._ask(layer, lambda time: time.frames_of(length)))
+            found = int(self._ask(layer + path, times, lambda time: time.frames_of(length)))
+            self._counts[layer, path, length] = found
         return found
 
-    def axis(self, layer: str) -> int:
-        """Returns which axis of a layer's output is time, counted from the end (-1 for (B, C, T))."""
-        dim = self._ask(layer, lambda time: time.dim)
-        if dim is None:
-            raise Unsupported(_unknown(layer, "its output has no time axis"))
-        return int(dim)
-
-    def check(self, layer: str, full: int, seen: int) -> None:
-        """Compares the rule with what was seen for a padded batch of ``full`` samples.
-
-        Raises:
-            Unsupported: they differ.
-        """
-        expected = self.frames(layer, full)
+    def _check(self, layer: str, path: str, times: list[LayerTime], tensor: Tensor) -> None:
+        """Compares the rule with what was seen for the padded batch."""
+        expected = self._frames(layer, path, times, self._full)
+        seen = tensor.shape[self._ask(layer + path, times, lambda time: time.dim)]
         if expected != seen:
-            raise Unsupported(
-                _unknown(layer, f"for {full} input samples it gave {seen} frames, and its geometry gives {expected}")
-            )
+            why = f"for {self._full} input samples there are {seen} frames, and the geometry gives {expected}"
+            raise Unsupported(_unknown(layer + path, why))
 
-    def _ask(self, layer: str, question: Callable[[Any], Any]) -> Any:
-        assert self._times is not None
+    def _ask(self, key: str, times: list[LayerTime], question: Callable[[LayerTime], Any]) -> Any:
+        if not times:
+            raise Unsupported(_unknown(key, "nothing of it depends on the signal"))
+        if len(times) > 1:
+            raise Unsupported(_unknown(key, f"{key!r} ran {len(times)} times, each with a time axis of its own"))
         try:
-            return question(self._times[layer])
+            return question(times[0])
         except ConvtapError as error:
-            raise Unsupported(_unknown(layer, str(error))) from error
+            raise Unsupported(_unknown(key, str(error))) from error
+
+    # -- what padding changes
+
+    def _compare(self, key: str, time: LayerTime) -> None:
+        """Notes whether a tensor's frames differ from those of each input alone.
+
+        It is looked at in its first padded batch: at the lengths of that, and at those around the longest one, after
+        which the numbers of frames repeat themselves.
+        """
+        if not self._is_padded or key in self._compared:
+            return
+        self._compared.add(key)
+        found = Differences()
+        period = min(Fraction(time.stride).numerator, _LENGTHS)
+        for length in set(self._lengths):
+            found.add(key, time._difference(length, self._full))
+        for length in range(max(1, self._full - period), self._full):
+            found.add(key, time._difference(length, self._full + period))
+        self.differences.update(found.described())
+
+    def unwarned(self) -> dict[str, str]:
+        """Returns the differences when there are any for the first time, and nothing after that."""
+        if self._has_warned or not self.differences:
+            return {}
+        self._has_warned = True
+        return self.differences
 
 
-def forward_of(model: nn.Module, method: str | None) -> Any:
-    """Returns the function whose arguments a batch is."""
-    return model.forward if method is None else entry(model, method)
-
-
-def _example(model: nn.Module, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Writes a call as an example: a tuple or a dict; a call with both becomes a dict by the names of the forward."""
-    if not kwargs:
-        return args
-    if not args:
-        return kwargs
-    try:
-        bound = inspect.signature(forward_of(model, method)).bind(*args, **kwargs)
-        by_name = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-    except (TypeError, ValueError) as error:
-        raise Unsupported(f"lengths= needs inputs that can all be given by keyword: {error}.") from error
-    return by_name
+def _has_zeros(rows: Tensor, lengths: list[int]) -> bool:
+    """Whether the padding of a batch (B, ..., T) is zero everywhere."""
+    return len(rows) == len(lengths) and not any(
+        bool(row[..., length:].any()) for row, length in zip(rows, lengths, strict=True)
+    )
 
 
 def _unknown(layer: str, why: str) -> str:
     return (
         f"lengths= needs the number of real frames of {layer!r}, and it is not known: {why.rstrip('.')}. Leave the layer "
-        "out, or extract without lengths= and cut the rows yourself."
+        "out (or that part of it, with 'layer[0]'), or extract without lengths= and cut the rows yourself."
     )
 
 
-def checked_lengths(lengths: Callable[[Any], Any], batch: Any, size: int, full: int) -> list[int]:
-    """Calls the user's ``lengths`` on a batch, and checks what it returns: one number of input samples a row.
+def checked_lengths(found: Any, size: int) -> list[int]:
+    """Checks what the user's ``lengths`` returned for a batch: one number of input samples a row.
 
     Raises:
         InvalidType: it is not a sequence of ints.
-        InvalidValue: there are more or fewer than rows, or one is longer than the padded input.
+        InvalidValue: there are more or fewer than rows, or one is negative.
     """
-    found = lengths(batch)
     try:
         values = torch.as_tensor(found).reshape(-1)
         good = not values.is_floating_point() and values.dtype != torch.bool
@@ -194,8 +252,6 @@ def checked_lengths(lengths: Callable[[Any], Any], batch: Any, size: int, full: 
     if len(numbers) != size:
         raise InvalidValue(f"lengths(batch) returned {len(numbers)} lengths for {size} rows. Return one for each row.")
     for number in numbers:
-        if not 0 <= number <= full:
-            raise InvalidValue(
-                f"lengths(batch) returned {number}, and the padded input has {full} samples: a row's length lies between."
-            )
+        if number < 0:
+            raise InvalidValue(f"lengths(batch) returned {number}, and a row has no fewer than 0 samples.")
     return numbers

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from convtap._atomic import TEMPORARY, sync_folder, write_whole
 from convtap._errors import InvalidValue, StoreError, listed
 
 VERSION = 1
@@ -28,46 +29,15 @@ _RANK = re.compile(r"rank-(\d{5,})")
 _held: set[Path] = set()
 
 
-def sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def write_first(path: Path, content: bytes) -> None:
+    """Writes a small file, unless it exists: another process may have been first."""
+    with contextlib.suppress(FileExistsError):
+        write_whole(path, lambda temporary: temporary.write_bytes(content), replace=False)
 
 
-def write_whole(path: Path, content: bytes, *, replace: bool = True) -> bool:
-    """Writes a small file that appears whole. Returns False if it exists and ``replace`` is False."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Gives a file its name, unless another process was first (FileExistsError)."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links: the moment between looking and renaming stays open
-        if path.exists():
-            raise FileExistsError(str(path)) from None
-        os.replace(temporary, path)
+def _note(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content)
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -139,7 +109,7 @@ def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Gives a directory an identity, once and for all. Returns the one it has: another process may have been first."""
     content = {"kind": _KIND, "version": VERSION, "identity": identity}
     if not (path / DESCRIPTION).exists():
-        write_whole(path / DESCRIPTION, json.dumps(content, indent=1).encode(), replace=False)
+        write_first(path / DESCRIPTION, json.dumps(content, indent=1).encode())
     found: dict[str, Any] = read_description(path)["identity"]
     return found
 
@@ -175,7 +145,7 @@ class RankFolder:
     def __enter__(self) -> RankFolder:
         self.path.mkdir(exist_ok=True)
         self._handle = self._lock()
-        for entry in self.path.glob(".*.part"):
+        for entry in self.path.glob(TEMPORARY):
             with contextlib.suppress(OSError):
                 entry.unlink()
         return self
@@ -247,7 +217,7 @@ def check_part(part: Any) -> tuple[int, int]:
 
 def note_part(folder: RankFolder, part: int, parts: int) -> None:
     """Notes in a rank's folder which part of how many its process computes."""
-    write_whole(folder.path / "part.json", json.dumps({"part": part, "parts": parts}).encode())
+    _note(folder.path / "part.json", {"part": part, "parts": parts})
 
 
 def read_parts(path: Path) -> int:
@@ -264,7 +234,7 @@ def read_parts(path: Path) -> int:
 
 def write_finished(folder: Path, batches: int) -> None:
     """Notes in a rank's folder that the data has come to its end, and how many batches it has."""
-    write_whole(folder / "finished.json", json.dumps({"batches": batches}).encode())
+    _note(folder / "finished.json", {"batches": batches})
 
 
 def read_finished(path: Path) -> int | None:
@@ -279,7 +249,7 @@ def write_padding(folder: Path, layers: dict[str, str]) -> None:
     """Notes in a rank's folder which layers' frames are not those of each input alone, and why."""
     known = _padding_in(folder)
     if not layers.items() <= known.items():
-        write_whole(folder / "padding.json", json.dumps({**known, **layers}).encode())
+        _note(folder / "padding.json", {**known, **layers})
 
 
 def read_padding(path: Path) -> dict[str, str]:

@@ -22,10 +22,11 @@ from convtap._time.axis_table import CONSTANT, apply, apply_pieces, rule_for
 from convtap._time.axis_views import MANY, VIEWS
 from convtap._time.mark import Digit, Mark, collapsed, unknown
 from convtap._time.origins import LEAVES, Origins
-from convtap._time.record import Record
-from convtap._time.watching import Functions, Operations, quantized_arguments
+from convtap._time.record import Pass, Record
+from convtap._time.watching import Functions, Operations, quantized_arguments, whole_slices
 from convtap._torch.hooks import Hooks
 from convtap._tree import ModuleTree
+from convtap.taps.module import as_input
 
 # Note: [Two modes]
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.
@@ -43,37 +44,29 @@ class Follower:
     """Follows one pass.
 
     Args:
-        others: the other tensors of the example, by their paths in it.
-        path: that of the signal.
+        inputs: the tensors of the example, by their paths in it.
         trains: the modules that are in train mode outside of this pass.
-        zeros: whether the signal is padded with zeros.
 
     Attributes:
         records: the layers' runs in order.
     """
 
     def __init__(
-        self,
-        tree: ModuleTree,
-        signal: Tensor,
-        time_dim: int,
-        *,
-        others: Mapping[str, Tensor],
-        path: str,
-        trains: Collection[nn.Module],
-        zeros: bool = False,
+        self, tree: ModuleTree, how: Pass, inputs: Mapping[str, Tensor], trains: Collection[nn.Module] = ()
     ) -> None:
         self.records: list[Record] = []
         self._tree = tree
-        self._path = path
+        self._path = how.path
+        self._every = how.every
         self._trains = trains
-        self._origins = Origins(tree.names.values(), {**others, path: signal})
+        self._origins = Origins(tree.names.values(), inputs)
+        signal, time_dim = inputs[how.path], how.axis
         # of (B, T) no other axis can be meant
         self._time_dim: int | None = time_dim if signal.dim() > 2 or time_dim == 0 else None
         self._nodes: Any = WeakTensorKeyDictionary()
         samples = int(signal.shape[time_dim])
         start = Mark((Digit(time_dim, samples),), clear=(0, samples), edge=Edge(Start()))
-        self._nodes[signal] = Node(replace(start, zeroed=start.edge if zeros else None))
+        self._nodes[signal] = Node(replace(start, zeroed=start.edge if how.zeros else None))
         self._stack: list[tuple[str, nn.Module]] = []
         self._owners = Owners(tree, tree.names)
         self._muted = False
@@ -95,25 +88,35 @@ class Follower:
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._stack.append((name, module))
+        if self._every == "input":
+            self._look_at(name, module, as_input(args, kwargs))
 
     def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1][1] is module:
             self._stack.pop()
-        is_layer = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D))
-        tensors = list(walk_tensors(output))
+        if self._every != "input":
+            self._look_at(name, module, output)
+
+    def _look_at(self, name: str, module: nn.Module, value: Any) -> None:
+        """Records what is known of the tensors in a module's output or input."""
+        is_layer, kind = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D)), type(module).__name__
+        tensors, depends = list(walk_tensors(value)), False
         for path, tensor in tensors:
             self._adopt(tensor)
             mark = self.mark(tensor)
             if mark is not None:
-                self._record(name, type(module).__name__, is_layer, mark, tensor, path)
-                return
-        if is_layer and tensors:
-            self._record(name, type(module).__name__, True, self._elsewhere(tensors[0][1]), tensors[0][1])
+                self._record(name, kind, is_layer, mark, tensor, path)
+                depends = True
+                if self._every is None:
+                    return
+        if is_layer and tensors and not depends:
+            self._record_elsewhere(name, kind, *tensors[0])
 
-    def _elsewhere(self, tensor: Tensor) -> Mark:
-        """The mark of a layer's output that does not depend on the signal: it says what else it depends on."""
+    def _record_elsewhere(self, name: str, kind: str, path: str, tensor: Tensor) -> None:
+        """Records a layer's tensor that does not depend on the signal: the mark says what else it depends on."""
         why = self._origins.instead_of(self._path, tensor)
-        return Mark() if why is None else unknown(why)
+        mark = Mark() if why is None else unknown(why)
+        self._record(name, kind, True, mark, tensor, path, depends=False)
 
     def _adopt(self, *given: Any) -> None:
         """Marks tensors that came from outside of torch after values of the signal went there."""
@@ -122,9 +125,11 @@ class Follower:
             why = f"values of the signal left torch by {self._origins.left}, and what came back is not followed"
             self._nodes[tensor] = Node(unknown(why))
 
-    def _record(self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "") -> None:
-        mark = collapsed(mark, name)
-        self.records.append(Record(name, kind, is_layer, mark, tuple(tensor.shape), path, self._origins.numbers))
+    def _record(
+        self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "", *, depends: bool = True
+    ) -> None:
+        mark, shape = collapsed(mark, name), tuple(tensor.shape)
+        self.records.append(Record(name, kind, is_layer, mark, shape, path, self._origins.numbers, depends))
 
     @property
     def _module(self) -> str:
@@ -178,15 +183,9 @@ class Follower:
         tensor, index = args
         if not isinstance(out, Tensor) or out.shape != tensor.shape or self.mark(tensor) is None:
             return out
-        parts = index if isinstance(index, tuple) else (index,)
-        if not all(part is ... or isinstance(part, slice) for part in parts):
-            return out
-        kept = next((i for i, part in enumerate(parts) if part is ...), len(parts))
-        for i, part in enumerate(parts):
-            dim = i if i < kept else tensor.dim() - len(parts) + i
-            if isinstance(part, slice) and isinstance(part.stop, int) and part.stop >= tensor.shape[dim]:
-                view = (Shape(tensor), dim, 0, part.stop, 1)
-                self._view(torch.ops.aten.slice.Tensor, "slice", view, {}, out, self._node(tensor))
+        for dim, stop in whole_slices(tensor, index):
+            view = (Shape(tensor), dim, 0, stop, 1)
+            self._view(torch.ops.aten.slice.Tensor, "slice", view, {}, out, self._node(tensor))
         return out
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,13 +226,10 @@ class Follower:
         return out
 
     def _touches(self, values: Any) -> bool:
-        for value in values:
-            if isinstance(value, Tensor):
-                if self.mark(value) is not None:
-                    return True
-            elif isinstance(value, (list, tuple)) and value and self._touches(value):
-                return True
-        return False
+        return any(
+            self._touches(value) if isinstance(value, (list, tuple)) else self.mark(value) is not None
+            for value in values
+        )
 
     def _op(self, name: str, args: Any, kwargs: Any, out: Any) -> Op:
         inside = self._stack[-1][1] if self._stack else None
@@ -303,7 +299,11 @@ class Follower:
         inside = any(isinstance(module, CONV1D) for _, module in self._stack)
         if inside or weight.dim() != 3 or args[6]:
             return
+        name = self._owners.find(weight) or FUNCTION
         if mark is None:
             self._origins.note(out, args)
-            mark = self._elsewhere(out)
-        self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
+            self._record_elsewhere(name, "function", "", args[0] if self._every == "input" else out)
+            return
+        if self._every == "input":
+            mark, out = self.mark(args[0]) or mark, args[0]
+        self._record(name, "function", True, mark, out)

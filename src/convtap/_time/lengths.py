@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from convtap._errors import InvalidType, listed
-from convtap._example import run_once
-from convtap._structure import walk_tensors
+from convtap._example import called, looking, own_tensors
+from convtap._structure import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
 from convtap._time.axis_edge import Edges
 from convtap._time.follow import Follower
-from convtap._time.record import Record
+from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
 from convtap._tree import ModuleTree
 
@@ -31,41 +32,27 @@ from convtap._tree import ModuleTree
 _ENOUGH = 8
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What is run, and what is followed in it.
-
-    Attributes:
-        model: the model.
-        path: where in an example the signal is.
-        axis: the axis of the signal that is time.
-        method: the method that is called instead of the model itself, or None.
-        zeros: whether the signal is known to be padded with zeros.
-    """
-
-    model: nn.Module
-    path: str
-    axis: int
-    method: str | None = None
-    zeros: bool = False
-
-    def follow(self, example: Any) -> tuple[list[Record], ModuleTree]:
-        """Runs the model once on an example; works on a copy of the signal."""
-        tensors = dict(walk_tensors(example))
-        with torch.inference_mode(False):
-            signal = tensors.pop(self.path).detach().clone()
-        tree = ModuleTree(self.model)
-        trains = {module for module in tree.names.values() if module.training}
-        more: dict[str, Any] = {"others": tensors, "path": self.path, "trains": trains, "zeros": self.zeros}
-        follower = Follower(tree, signal, self.axis, **more)
-        try:
-            compile_stance.enter(follower)
-            # In inference mode, operations are not taken apart into those that have rules.
-            with torch.inference_mode(False), follower.watching():
-                run_once(self.model, _with(example, self.path, signal), self.method)
-        finally:
-            compile_stance.leave(follower)
-        return follower.records, tree
+def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
+    """Runs a model once on an example; works on a copy of its tensors, and leaves the model as it was."""
+    with torch.inference_mode(False):
+        example = own_tensors(example)  # the model may write into them
+        inputs = dict(walk_tensors(example))
+    tree = ModuleTree(how.model)
+    trains = {module for module in tree.names.values() if module.training}
+    opened = object()
+    try:
+        compile_stance.enter(opened)
+        # In inference mode, operations are not taken apart into those that have rules.
+        with torch.inference_mode(False), looking(how.model):
+            if any(isinstance(parameter, UninitializedParameter) for parameter in how.model.parameters()):
+                called(how.model, own_tensors(example), how.method)
+            inputs[how.path] = inputs[how.path].clone()  # it may be in the example twice
+            follower = Follower(tree, how, inputs, trains)
+            with follower.watching():
+                called(how.model, _with(example, how.path, inputs[how.path]), how.method)
+    finally:
+        compile_stance.leave(opened)
+    return follower.records, tree
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,7 @@ def settle(records: Sequence[Record], how: Pass, example: Any) -> dict[int, Doub
         if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
-            others, _ = how.follow(_resized(example, path, axis, change))
+            others, _ = follow(how, _resized(example, path, axis, change))
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))
@@ -216,13 +203,7 @@ def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
 
 def _with(value: Any, path: str, tensor: Tensor) -> Any:
     """Returns an example with the tensor at a path replaced."""
-    if not path:
-        return tensor
-    head, _, rest = path.partition(".")
-    if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        items = [_with(item, rest, tensor) if name == head else item for name, item in zip(names, value, strict=True)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        return {key: _with(item, rest, tensor) if str(key) == head else item for key, item in value.items()}
-    raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    found = with_part(value, path, tensor)
+    if found is MISSING:
+        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    return found

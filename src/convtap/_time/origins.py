@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from convtap._errors import listed
+from convtap._time.signal import argument_of
 
 #: Functions with which values leave torch: what is made of them comes back as a tensor that nothing is known of.
 LEAVES = {"numpy", "__array__", "tolist", "__dlpack__", "to_dlpack"}
@@ -32,7 +33,7 @@ class Origins:
             for tensor in (*own, *(one for value in vars(module).values() for one in _tensors(value, 2))):
                 self._from[tensor] = nothing
         for path, tensor in inputs.items():
-            self._from[tensor] = frozenset([path or "0"])
+            self._from[tensor] = frozenset([argument_of(path) or "0"])
 
     def note(self, out: Any, *given: Any) -> None:
         """Notes the results of an operation."""
@@ -45,7 +46,8 @@ class Origins:
 
     def instead_of(self, signal: str, tensor: Tensor) -> str | None:
         """Says which inputs a tensor depends on that does not depend on the signal; None if it depends on none."""
-        inputs = sorted(path for path in self._from.get(tensor, ()) if path != signal)
+        signal = argument_of(signal) or "0"
+        inputs = sorted(name for name in self._from.get(tensor, ()) if name != signal)
         if not inputs and (self.left or self.numbers):
             out = self.left or self.numbers[0]
             return f"values of the signal left torch by {out}, and its input may have been made of them"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convtap._errors import InvalidType, InvalidValue, OutOfRange, did_you_mean, listed
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, OutOfRange, did_you_mean, listed
 from convtap._structure import walk_tensors
 
 
@@ -34,28 +34,76 @@ def signal_of(example: Any, signal: str | int | None = None, forward: Any = None
     raise InvalidValue("the example holds no tensor, so it has no time axis. Pass what the model is called with.")
 
 
+def likely_signals(example: Any, longest: int, time_dim: int, forward: Any) -> list[str]:
+    """Returns the paths of the tensors that lengths can count samples of, the likeliest first.
+
+    Those come first whose time axis is as long as the longest row, then those that are longer; of these, numbers of
+    floating point, and what is not called a mask.
+
+    Raises:
+        InvalidValue: there is none.
+        OutOfRange: those there are have no such axis.
+    """
+    found, failure = [], None
+    names = {path: " ".join(names) for names, path in _arguments(example, forward)}
+    for number, (path, tensor) in enumerate(walk_tensors(example)):
+        if tensor.dim() < 2:
+            continue
+        try:
+            samples = int(tensor.shape[time_axis(tensor, time_dim)])
+        except ConvtapError as error:
+            failure = failure or error
+            continue
+        size = 0 if samples == longest else 1 if samples > longest else 2
+        mask = "mask" in path or "mask" in names.get(path.partition("]")[0] + "]", "")
+        found.append((size, mask, not (tensor.is_floating_point() or tensor.is_complex()), number, path))
+    if not found:
+        raise failure or InvalidValue(
+            "lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none."
+        )
+    return [path for *_, path in sorted(found)]
+
+
+def argument_of(path: str) -> str:
+    """Returns a path in an example as the argument and what follows it: ``audio[0]`` for ``[audio][0]``."""
+    head, _, rest = path.removeprefix("[").partition("]")
+    return head + rest
+
+
 def _chosen(tensors: list[tuple[str, Tensor]], example: Any, signal: Any, forward: Any) -> tuple[str, Tensor]:
     if isinstance(signal, bool) or not isinstance(signal, (str, int)):
         raise InvalidType(
             f"signal is a {type(signal).__name__}. Pass the name or the position of an argument: signal=0."
         )
-    places = {str(signal)}
-    names = [] if not isinstance(example, tuple) else _parameters(forward)
-    if isinstance(signal, str) and signal in names:
-        places.add(str(names.index(signal)))
+    known = _arguments(example, forward)
     if isinstance(signal, int):
-        keys = list(example) if isinstance(example, Mapping) else list(map(str, range(len(example))))
-        places = (
-            {str(key) for key in keys[signal : signal + 1 or None]} if isinstance(example, (tuple, Mapping)) else {""}
-        )
+        places = [path for _, path in known[signal : signal + 1 or None]]
+    else:
+        places = [
+            path + signal[len(name) :]
+            for names, path in known
+            for name in names
+            if signal == name or signal.startswith(f"{name}[")
+        ]
     for path, tensor in tensors:
-        if path in places or (path.partition(".")[0] in places and path):
+        if any(path == place or path.startswith(f"{place}[") for place in places):
             return path, tensor
-    shown = [f"{path or 'the example'} {tuple(tensor.shape)}" for path, tensor in tensors]
+    shown = [f"{argument_of(path) or 'the example'} {tuple(tensor.shape)}" for path, tensor in tensors]
     raise InvalidValue(
         f"signal={signal!r} names no tensor of the example, which has: {listed(shown)}."
-        f"{did_you_mean(str(signal), [path for path, _ in tensors])}"
+        f"{did_you_mean(str(signal), [argument_of(path) for path, _ in tensors])}"
     )
+
+
+def _arguments(example: Any, forward: Any) -> list[tuple[list[str], str]]:
+    """Returns the arguments in an example: how each may be called, and its path."""
+    if isinstance(example, Mapping):
+        return [([str(key)], f"[{key}]") for key in example]
+    names = _parameters(forward)
+    if isinstance(example, Tensor):
+        return [(["0", *names[:1]], "")]
+    places = getattr(example, "_fields", range(len(example)))
+    return [([str(i), *names[i : i + 1]], f"[{place}]") for i, place in enumerate(places)]
 
 
 def _parameters(forward: Any) -> list[str]:

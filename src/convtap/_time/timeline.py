@@ -16,16 +16,16 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
-from convtap._example import Example, arguments, entry
+from convtap._example import Example, forward_of, prepared
 from convtap._select import check_arguments
 from convtap._structure import walk_tensors
 from convtap._table import Table
 from convtap._time.axis_edge import Edges, Tail
 from convtap._time.layer_time import LayerTime
-from convtap._time.lengths import Doubt, Pass, settle
+from convtap._time.lengths import Doubt, follow, settle
 from convtap._time.padded import Cutter, Differences
-from convtap._time.record import Record
-from convtap._time.signal import signal_of, time_axis
+from convtap._time.record import Pass, Record
+from convtap._time.signal import argument_of, signal_of, time_axis
 from convtap._tree import ModuleTree, resolve_name
 
 
@@ -40,11 +40,12 @@ def timeline(
     """Follows the time axis of an input through a model, and says for each layer which input samples its frames see.
 
     The model runs once on the example, in eval mode and without gradients. (Where it computes numbers such as the end of
-    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.)
+    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.) The model stays as
+    it is: caches, statistics and random numbers are put back after each run.
 
     Args:
         model: any PyTorch model.
-        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Its first floating-point
+        example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Its first floating-point
             tensor, or else its first tensor that is no mask, is the signal.
         time_dim: the axis of the signal that is time.
         signal: which input is the signal, by the name or the position of the argument. Layers that depend only on other
@@ -52,7 +53,7 @@ def timeline(
         method: the name of the method to run, such as ``"encode"``; None to call the model itself.
 
     Raises:
-        InvalidType: the example is no tensor, tuple or dict.
+        InvalidType: the example is no tensor, array, tuple or mapping, or the model does not take it.
         InvalidValue: it has no tensor, no such axis, no such input, or the axis turns out to be no time to a convolution;
             or the model has no such method.
 
@@ -72,29 +73,27 @@ def timeline(
         >>> times["2"].valid_lengths([1000, 500])
         tensor([100,  50])
     """
-    return followed(model, example, time_dim, signal, method)
-
-
-def followed(
-    model: nn.Module,
-    example: Example,
-    time_dim: int,
-    signal: str | int | None,
-    method: str | None,
-    *,
-    zeros: bool = False,
-) -> Timeline:
-    """Makes a timeline; ``zeros`` says that the example is padded, and with zeros."""
     check_arguments(model, None, nn.Conv1d)
-    arguments(example)
-    run = entry(model, method)
-    path, found = signal_of(example, signal, getattr(run, "forward", run))
+    check_arguments(model, None, nn.Conv1d)
+    example, forward = prepared(example, model), forward_of(model, method)
+    path, found = signal_of(example, signal, forward)
     axis = time_axis(found, time_dim)
-    how = Pass(model, path, axis, method, zeros)
-    records, tree = how.follow(example)
+    how = Pass(model, path, axis, method)
+    records, tree = follow(how, example)
     doubts = settle(records, how, example)
     first = next((name for name, tensor in walk_tensors(example) if tensor.dim() > 1), path)
     return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, doubts, path, is_first=first == path)
+
+
+def layer_times(
+    records: Sequence[Record], keys: Sequence[str], input_length: int, doubts: Mapping[int, Doubt]
+) -> list[LayerTime]:
+    """Returns what the records of one pass say, each under its key."""
+    edges = Edges([record.mark.edge for record in records])
+    return [
+        LayerTime(record, key, input_length, doubts.get(i), Tail(edges, edges.places[i], record.numbers))
+        for i, (record, key) in enumerate(zip(records, keys, strict=True))
+    ]
 
 
 class Timeline(Mapping[str, LayerTime]):
@@ -120,7 +119,7 @@ class Timeline(Mapping[str, LayerTime]):
         is_first: bool = True,
     ) -> None:
         self.input_length = input_length
-        self.signal = signal
+        self.signal = argument_of(signal)
         self._is_first = is_first
         self.time_dim = time_dim
         self._aliases = tree.aliases
@@ -130,16 +129,15 @@ class Timeline(Mapping[str, LayerTime]):
         self._all: dict[str, LayerTime] = {}
         self._calls: dict[str, list[LayerTime]] = {}
         self._layers: dict[str, LayerTime] = {}
-        edges = Edges([record.mark.edge for record in records])
-        for i, record in enumerate(records):
-            number = next(numbers[record.name])
-            key = record.name if times[record.name] == 1 else f"{record.name}#{number}"
-            tail = Tail(edges, edges.places[i], record.numbers)
-            found = LayerTime(record, key, input_length, doubts.get(i), tail)
-            self._all[key] = found
+        keys = [
+            record.name if times[record.name] == 1 else f"{record.name}#{next(numbers[record.name])}"
+            for record in records
+        ]
+        for record, found in zip(records, layer_times(records, keys, input_length, doubts), strict=True):
+            self._all[found.key] = found
             self._calls.setdefault(record.name, []).append(found)
             if record.is_layer:
-                self._layers[key] = found
+                self._layers[found.key] = found
 
     def __getitem__(self, key: str) -> LayerTime:
         """Returns the time axis of a layer's output.
@@ -199,10 +197,10 @@ class Timeline(Mapping[str, LayerTime]):
 
     def _layer_of(self, call: Call) -> LayerTime:
         """The run of a layer that a call is, in every pass anew."""
-        runs = self._calls.get(call.name)
+        runs = self._calls.get(call.layer)
         if runs is None:
             raise InvalidValue(
-                f"the timeline has no layer {call.name!r}; it has {listed(self._layers)}. It is of another model: take "
+                f"the timeline has no layer {call.layer!r}; it has {listed(self._layers)}. It is of another model: take "
                 "timeline(model, example) of the model that ran."
             )
         return runs[call.index % len(runs)]

@@ -1,4 +1,4 @@
-"""The two modes through which a pass is followed, and quantized convolutions as the plain ones that they stand for."""
+"""The two modes through which a pass is followed, and what some calls in it stand for."""
 
 from __future__ import annotations
 
@@ -52,3 +52,17 @@ def quantized_arguments(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
     weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
     padding = (0,) if module.padding_mode != "zeros" else module.padding
     return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
+
+
+def whole_slices(tensor: Tensor, index: Any) -> list[tuple[int, int]]:
+    """Returns the axes that an index such as ``[..., :n]`` takes all of, n being all there is or more; with each its n."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is ... or isinstance(part, slice) for part in parts):
+        return []
+    kept = next((i for i, part in enumerate(parts) if part is ...), len(parts))
+    dims = [i if i < kept else tensor.dim() - len(parts) + i for i in range(len(parts))]
+    return [
+        (dim, part.stop)
+        for dim, part in zip(dims, parts, strict=True)
+        if isinstance(part, slice) and isinstance(part.stop, int) and part.stop >= tensor.shape[dim]
+    ]

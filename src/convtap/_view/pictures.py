@@ -91,7 +91,7 @@ def pictures(
     drawn: list[Picture] = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
-            key = f"{call.key}.{path}" if path else call.key
+            key = f"{call.key}{path}"
             try:
                 cut = one_input(found, key, tensor, position)
             except Unsupported as error:
@@ -107,7 +107,7 @@ def _place(call: Call, calls: list[Call], axis: TimeAxis) -> Place:
     """A call's place, by its number among the layer's calls in the pass; the name alone if it is the only one."""
     same = [other for other in calls if other.name == call.name]
     number = None if len(same) == 1 else next(i for i, other in enumerate(same) if other is call)
-    return axis.place(call.name, number, call._tally.separator)
+    return axis.place(call.layer, number, call._tally.separator, call.part)
 
 
 def _frames(tensor: Tensor, dim: int) -> int:

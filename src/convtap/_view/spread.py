@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,18 +60,21 @@ class Spread:
 
 
 def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None = None) -> list[Spread]:
-    """Computes the spread of each chosen layer over all its calls, or of each of some calls; one at a time.
+    """Computes the spread of each chosen layer over all inputs, or of each of some calls; one at a time.
+
+    A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
 
     Raises:
         NotCaptured: there are no outputs.
         LayerNotFound: ``layers`` means nothing that is here.
     """
     single = {id(call) for found in Samples(acts._log)._passes if found.single for call in found.calls}
+    stems = _numbered_in_passes(acts.calls())
     groups: dict[str, list[tuple[Call, str]]] = {}
     for call in chosen(acts, layers) if calls is None else calls:
-        stem = call.name if calls is None else call.key
+        stem = stems[id(call)] if calls is None else call.key
         for path, _ in walk_tensors(call._shown):
-            groups.setdefault(f"{stem}.{path}" if path else stem, []).append((call, path))
+            groups.setdefault(f"{stem}{path}", []).append((call, path))
     found = []
     for name, places in groups.items():
         parts = []
@@ -82,6 +86,20 @@ def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None =
                 parts.append(_by_channel(array, batched))
         found.append(_spread(name, parts))
     return found
+
+
+def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
+    """Returns the layer's name for each call, with the number of the call in its pass if any pass has several."""
+    numbers: dict[int, int] = {}
+    times: Counter[tuple[str, int]] = Counter()
+    for call in calls:
+        numbers[id(call)] = times[call.name, call.forward]
+        times[call.name, call.forward] += 1
+    several = {name for (name, _), count in times.items() if count > 1}
+    return {
+        id(call): f"{call.name}{call._tally.separator}{numbers[id(call)]}" if call.name in several else call.name
+        for call in calls
+    }
 
 
 def _by_channel(array: Array, batched: bool) -> Array:

@@ -61,7 +61,7 @@ class TimeAxis:
         self.unit = "input samples" if sample_rate is None else "seconds"
         self.bounds: tuple[float, float] | None = None
 
-    def place(self, name: str, number: int | None, separator: str) -> Place:
+    def place(self, name: str, number: int | None, separator: str, part: str = "") -> Place:
         """What the timeline knows of a call: a layer's only one in its pass, or the one of some number.
 
         A layer that ran several times in a pass has no one place by its name, so that only ``name#0``, … is asked for.
@@ -73,7 +73,10 @@ class TimeAxis:
         except (LookupError, ConvtapError):
             return Place()
         dim = getattr(entry, "dim", -1)
-        return Place(entry, -1 if dim is None else dim, getattr(entry, "path", None))
+        path: str | None = getattr(entry, "path", None)
+        if path is not None and part:  # what is drawn is this part, so that its own path is empty
+            path = path.removeprefix(part) if path.startswith(part) else "none"
+        return Place(entry, -1 if dim is None else dim, path)
 
     def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
         """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from convtap._owners import Owners
 from convtap._record import Recorder
 from convtap._structure import walk_tensors
 from convtap._torch.hooks import Hooks
+from convtap._tree import is_keras
 
 #: Functions that are activations, by name: ``F.relu``, ``torch.relu``, ``Tensor.relu_`` and ``aten.relu`` are one.
 ACTIVATIONS = frozenset(
@@ -35,10 +36,15 @@ TRANSPARENT = frozenset(
 )
 _ADDITIONS = frozenset(("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__isub__"))
 
+#: Where Keras defines its activation layers, and the layers that thin out or normalize.
+_KERAS_ACTIVATIONS = ("keras.src.layers.activations.",)
+_KERAS_TRANSPARENT = ("keras.src.layers.normalization.", "keras.src.layers.regularization.")
+
 # Note: [Following a tensor]
 # Assumption: a tensor goes from one call to the next as the same Python object, and every call shows its arguments to the
 #   function mode; modules that are named as activations, and modules without parts of a type called ...Norm, show theirs
-#   to hooks.
+#   to hooks. Keras writes normalization, and some activations, as sums and products, so its layers of those kinds show
+#   theirs to a shim.
 # Failure: identity is a number that Python uses again, and what consumes a tensor need not be an activation.
 # Choice: tensors are known by identity for as long as a weak reference to them lives. What consumes one makes its result
 #   another name of it (TRANSPARENT, an added parameter or number), ends the search (an activation), or is a branch that
@@ -75,12 +81,12 @@ class Follower:
         self._inside = 0
 
     def open(self) -> None:
-        """Puts hooks on the modules that are followed as a whole."""
+        """Puts hooks on the modules that are followed as a whole (Keras layers have shims of their own tap)."""
         for module in self._modules.values():
             is_activation = isinstance(module, self._activations)
             kind = type(module)
             own_norm = "Norm" in kind.__name__ and not module._modules and not kind.__module__.startswith("torch.nn.")
-            if is_activation or own_norm:
+            if (is_activation or own_norm) and not is_keras(kind):
                 self._hooks.before(module, self._enter)
                 self._hooks.after(module, self._leave, is_activation, always=True)
 
@@ -108,7 +114,7 @@ class Follower:
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         name = name.partition(".")[0]
-        name = name if name.startswith("__") else name.rstrip("_")
+        name = name if name.startswith("__") else name.strip("_")
         if name in ACTIVATIONS:
             return self._found(search, result, (args, kwargs))
         if name in TRANSPARENT or (name in _ADDITIONS and self._is_bias(args)):
@@ -149,11 +155,36 @@ class Follower:
 
     # -- modules that are followed as a whole
 
+    def keras_layers(self) -> list[tuple[nn.Module, bool]]:
+        """Returns the Keras layers that are followed as a whole, and whether each is an activation."""
+        layers = [module for module in self._modules.values() if is_keras(type(module))]
+        roles = [(layer, self._is_keras_activation(layer)) for layer in layers]
+        return [(layer, is_activation) for layer, is_activation in roles if is_activation or _is_transparent(layer)]
+
+    def _is_keras_activation(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self._activations) or (_is_of(layer, _KERAS_ACTIVATIONS) and not _is_linear(layer))
+
+    def around(
+        self, is_activation: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a layer that is followed as a whole, and returns what its caller is to get."""
+        self._inside += 1
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self._inside -= 1
+        replacement = self._consumed(is_activation, (*args, *kwargs.values()), output)
+        return output if replacement is None else replacement
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside += 1
 
     def _leave(self, is_activation: bool, module: nn.Module, args: Any, output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
+        return self._consumed(is_activation, args, output)
+
+    def _consumed(self, is_activation: bool, args: tuple[Any, ...], output: Any) -> Any:
+        """Goes on with what a module made of its inputs, if one of them is followed."""
         search = self._search(args)
         if search is None:
             return None
@@ -161,6 +192,22 @@ class Follower:
             return self._found(search, output, args)
         self._follow_all(output, search)
         return None
+
+
+def _is_of(layer: nn.Module, places: tuple[str, ...]) -> bool:
+    return any(f"{base.__module__}.".startswith(places) for base in type(layer).__mro__)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a Keras layer has the activation ``linear``, which returns its input."""
+    return getattr(getattr(layer, "activation", None), "__name__", "") == "linear"
+
+
+def _is_transparent(layer: nn.Module) -> bool:
+    """Whether a Keras layer does what TRANSPARENT lists. A layer with layers in it is followed inside."""
+    if getattr(layer, "_layers", ()):
+        return False
+    return "Norm" in type(layer).__name__ or _is_of(layer, (*_KERAS_TRANSPARENT, *_KERAS_ACTIVATIONS))
 
 
 def check_activations(activations: Any) -> tuple[type[nn.Module], ...]:
