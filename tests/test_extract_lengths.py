@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convtap._disk.extract import extract
-from convtap._errors import InvalidType, InvalidValue, Unsupported
+from convtap._errors import CoverageWarning, InvalidType, InvalidValue, Unsupported
 from tests.reference import cloning_hooks, same
 
 
@@ -67,7 +67,8 @@ def by_hand(model, layer):
 
 def test_rows_are_cut_to_their_valid_frames(tmp_path):
     model = chain()
-    store = go(model, tmp_path)
+    with pytest.warns(CoverageWarning, match="same padding"):
+        store = go(model, tmp_path)
     for layer in ("0", "2", "3"):
         assert same(list(store[layer]), by_hand(model, layer))
     assert store["3"].shape == (7, 3, None)
@@ -80,7 +81,8 @@ def test_reduce_sees_one_sample_of_valid_frames_and_dtype_comes_after_it(tmp_pat
         shapes.append((tuple(row.shape), row.dtype))
         return row.mean(-1)
 
-    store = go(model, tmp_path, "2", reduce=mean, dtype=torch.bfloat16)
+    with pytest.warns(CoverageWarning, match="same padding: the last 2 frames of '2'"):
+        store = go(model, tmp_path, "2", reduce=mean, dtype=torch.bfloat16)
     rows = by_hand(model, "2")
     assert shapes == [(tuple(row.shape), torch.float32) for row in rows]
     assert torch.equal(torch.stack(list(store["2"])), torch.stack([row.mean(-1) for row in rows]).bfloat16())
@@ -270,7 +272,8 @@ def test_the_part_of_an_input_that_is_the_signal_can_be_selected_alone(tmp_path)
 
 def test_strided_and_transposed_inputs_have_their_own_frames(tmp_path):
     model = chain()
-    store = go(model, tmp_path / "a", at="input")
+    with pytest.warns(CoverageWarning, match="same padding: the last 2 frames of '3'"):
+        store = go(model, tmp_path / "a", at="input")
     for layer, before in (("2", "0"), ("3", "2")):
         assert [row.shape[-1] for row in store[layer]] == [frames(before, n) for n in Signals.lengths]
     assert [row.shape[-1] for row in store["0"]] == list(Signals.lengths)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convtap import AmbiguousCall, LayerNotFound, Unsupported, capture
+from convtap import AmbiguousCall, CoverageWarning, LayerNotFound, Unsupported, capture
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
 from convtap._time.timeline import timeline
 from tests.models import ReusedConv
@@ -250,6 +250,126 @@ def test_spans_and_counts_after_other_operations_equal_the_gradients_and_the_mod
     assert_lengths(model, layer, (60, 61, 55, 90))
 
 
+def overlap_add(x):
+    windows = x.unfold(-1, 8, 4).permute(0, 1, 3, 2).flatten(1, 2)
+    return F.fold(windows, (1, (windows.shape[-1] - 1) * 4 + 8), (1, 8), stride=(1, 4))[:, :, 0]
+
+
+def mixed_windows(x):
+    """Each window is multiplied with a matrix of all its places, and then added to the others again."""
+    windows = x.unfold(-1, 8, 4).permute(0, 1, 3, 2).flatten(1, 2)
+    windows = torch.ones(8, windows.shape[1], dtype=x.dtype) @ windows
+    return F.fold(windows, (1, (windows.shape[-1] - 1) * 4 + 8), (1, 8), stride=(1, 4))[:, :, 0]
+
+
+def whole(x, size):
+    return x[..., : x.shape[-1] // size * size]
+
+
+@pytest.mark.parametrize(
+    ("function", "channels", "after"),
+    [
+        # framing: windows as frames, their places as channels
+        (lambda x: x[:, 0].unfold(-1, 8, 4).transpose(1, 2), 1, 8),
+        (lambda x: x.unfold(-1, 8, 4).permute(0, 1, 3, 2).flatten(1, 2), 2, 16),
+        (lambda x: x.unfold(-1, 8, 4).permute(0, 3, 1, 2).flatten(1, 2), 2, 16),
+        (lambda x: x[:, 0].unfold(-1, 8, 12).transpose(1, 2), 1, 8),
+        (lambda x: F.unfold(x[:, :, None], (1, 8), stride=(1, 4)), 2, 16),
+        (lambda x: F.unfold(x[..., None], (6, 1), stride=(3, 1), padding=(2, 0), dilation=(2, 1)), 2, 12),
+        # time folded into channels
+        (lambda x: whole(x, 4).unflatten(-1, (-1, 4)).permute(0, 1, 3, 2).flatten(1, 2), 2, 8),
+        (lambda x: whole(x, 4).unflatten(-1, (-1, 4)).permute(0, 3, 1, 2).flatten(1, 2), 2, 8),
+        (lambda x: torch.cat([whole(x, 2)[..., ::2], whole(x, 2)[..., 1::2]], 1), 2, 4),
+        (lambda x: F.pixel_unshuffle(whole(x, 2)[:, :, None].expand(-1, -1, 2, -1), 2)[:, :, 0], 2, 8),
+        # and out of them
+        (lambda x: F.pixel_shuffle(x[:, :, None], 2).flatten(1, 2), 4, 2),
+        (lambda x: x.unflatten(1, (2, 2)).transpose(2, 3).flatten(2), 4, 2),
+        # overlap-add
+        (overlap_add, 2, 2),
+        (mixed_windows, 2, 1),
+        (lambda x: F.fold(x, (1, (x.shape[-1] - 1) * 2 + 4), (1, 4), stride=(1, 2))[:, :, 0], 8, 2),
+        (lambda x: F.fold(x, (x.shape[-1] * 3, 1), (5, 1), padding=(1, 0), stride=(3, 1))[..., 0], 10, 2),
+        # interleaved, and stacked in other ways
+        (lambda x: torch.stack([x, x], -1).flatten(-2), 2, 2),
+        (lambda x: torch.stack([y := torch.stack([x, x], -1).flatten(-2), y], -1).flatten(-2), 2, 2),
+        (lambda x: torch.stack([x[:, :1, 1:-1], F.avg_pool1d(x[:, 1:], 3, 1)], -1).flatten(-2), 2, 1),
+        (lambda x: torch.stack([x[:, :1, 3:], x[:, 1:, :-3]], 2).transpose(2, 3).reshape(1, 1, -1), 2, 1),
+        (lambda x: torch.stack([x[:, :1, 3:], x[:, 1:, :-3]], -1).sum(-1), 2, 1),
+        (lambda x: torch.stack([x[:, :, 3:], x[:, :, :-3]], 1).flatten(1, 2), 2, 4),
+        (lambda x: torch.stack([x, torch.zeros_like(x)], -1).flatten(-2), 2, 2),
+        (lambda x: torch.stack([x[..., 3:], x[..., :-3]], 1).sum(1) * x[..., 3:], 2, 2),
+        # frames at the ends again
+        (lambda x: torch.cat([x, x[..., -1:]], -1), 2, 2),
+        (lambda x: torch.cat([x[..., :1], x, x[..., -1:]], -1), 2, 2),
+    ],
+)
+def test_spans_after_framing_folding_and_interleaving_equal_the_gradients(function, channels, after):
+    model = nn.Sequential(nn.Conv1d(1, channels, 3, padding=1), Then(function), nn.Conv1d(after, 1, 2))
+    assert_spans(model, 60)
+    assert_lengths(model, timeline(model, torch.zeros(1, 1, 60).double())["2"], (60, 61, 55, 90))
+
+
+def test_frames_of_the_input_itself_have_a_step_and_a_field():
+    class Framed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(400, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x.unfold(-1, 400, 160).transpose(1, 2))
+
+    model = Framed()
+    layer = timeline(model, torch.zeros(1, 4000))["conv"]
+    assert (layer.stride, layer.receptive_field, layer.start) == (160, 400 + 2 * 160, 0)
+    assert layer.valid_lengths([4000, 1200]).tolist() == [(4000 - 400) // 160 + 1 - 2, (1200 - 400) // 160 + 1 - 2]
+    assert_spans(nn.Sequential(Then(lambda x: x[:, 0].unfold(-1, 8, 4).transpose(1, 2)), nn.Conv1d(8, 2, 2)), 60, "1")
+
+
+def test_depthwise_channels_that_hold_frames_stay_frames_and_other_groups_are_unknown():
+    class Grouped(nn.Module):
+        def __init__(self, groups) -> None:
+            super().__init__()
+            self.before, self.conv = nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(4, 8, 1, groups=groups)
+            self.out = nn.Conv1d(2, 1, 2)
+
+        def forward(self, x):
+            y = self.conv(self.before(x)[:, 0].unfold(-1, 4, 4).transpose(1, 2))
+            return self.out(y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).flatten(2))
+
+    assert_spans(Grouped(4), 60, "out")
+    assert "2 groups of channels hold frames" in timeline(Grouped(2), torch.zeros(1, 1, 60))["conv"].unknown
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.roll(1, -1),
+        lambda x: x.roll(-3, -1),
+        lambda x: x + x.roll(2, -1),
+        lambda x: torch.cat([x[..., -2:], x[..., :-2]], -1),
+        lambda x: torch.cat([x[..., -3:], x, x[..., :3]], -1),
+        lambda x: F.pad(x, (4, 4), mode="circular"),
+        lambda x: F.pad(x, (6, 3), mode="reflect"),
+        lambda x: F.pad(x, (6, 3), mode="replicate"),
+    ],
+)
+def test_frames_that_see_no_padding_see_their_span_whatever_the_padding_is_filled_with(function):
+    model = positive(after(function))
+    x = torch.rand(1, 1, 60, dtype=torch.float64) + 0.5
+    layer, spans = timeline(model, x)["2"], gradient_spans(model, x, "2")
+    assert len(layer.unpadded) >= len(spans) - 20
+    assert [spans[t] for t in layer.unpadded] == [layer.span(t) for t in layer.unpadded]
+    # of the others, some see what the padding is filled with, which lies elsewhere
+    others = [t for t in range(len(spans)) if t not in layer.unpadded]
+    assert any(spans[t][0] < layer.span(t)[0] or spans[t][1] > layer.span(t)[1] for t in others)
+    assert_lengths(model, layer, (60, 61, 55, 90))
+
+
+def test_a_roll_by_half_of_the_length_has_places_for_this_length_only():
+    layer = timeline(after(lambda x: x.roll(x.shape[-1] // 2, -1)), torch.zeros(1, 1, 60))["2"]
+    assert any("lie elsewhere" in note for note in layer.notes)
+
+
 def test_spans_of_concatenated_and_added_branches_are_their_hull():
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -341,6 +461,52 @@ def test_segments_in_a_batch_are_counted_and_have_no_single_length():
     assert (layer.segments, layer.frames, layer.span(4)) == (5, 18, (4, 7))
     with pytest.raises(Unsupported, match="runs on 5 segments of 18 frames"):
         layer.valid_lengths([100])
+
+
+class Windows(nn.Module):
+    """An encoder of windows in the batch, and a convolution over what it makes of them."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Conv1d(1, 2, 3, padding=1), nn.Conv1d(2, 3, 3)
+        self.embed, self.out = nn.Linear(16, 3), nn.Conv1d(3, 2, 2)
+        self.function = function
+
+    def forward(self, x):
+        return self.out(self.function(self, self.before(x)))
+
+
+def averaged(model, y):
+    windows = y.unfold(-1, 8, 4).transpose(1, 2)
+    return model.inner(windows.flatten(0, 1)).mean(-1).unflatten(0, windows.shape[:2]).transpose(1, 2)
+
+
+def embedded(model, y):
+    return model.embed(y.unfold(-1, 8, 4).transpose(1, 2).flatten(2)).transpose(1, 2)
+
+
+def patched(model, y):
+    return model.embed(whole(y, 8).transpose(1, 2).reshape(len(y), -1, 16)).transpose(1, 2)
+
+
+def padded_each(model, y):
+    windows = F.pad(whole(y, 8).unflatten(-1, (-1, 8)).transpose(1, 2).flatten(0, 1), (1, 1))
+    return model.inner(windows).unflatten(0, (len(y), -1)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("function", "stride", "field"), [(averaged, 4, 14), (embedded, 4, 14), (patched, 8, 18), (padded_each, 1, 6)]
+)
+def test_windows_in_the_batch_or_in_features_are_put_together_again(function, stride, field):
+    model = positive(Windows(function))
+    for batch in (1, 3):
+        layer = timeline(model, torch.rand(batch, 1, 64).double())["out"]
+        assert (layer.stride, layer.receptive_field, layer.unknown) == (stride, field, None)
+    spans = gradient_spans(model, torch.rand(1, 1, 64).double(), "out")
+    assert len(spans) == layer.frames
+    assert [spans[t] for t in layer.unpadded] == [layer.span(t) for t in layer.unpadded]
+    assert all(layer.span(t)[0] <= first and stop <= layer.span(t)[1] for t, (first, stop) in enumerate(spans))
+    assert len(layer.unpadded) == (0 if function is padded_each else len(spans) - 2)
 
 
 def test_interpolation_with_fixed_size_follows_the_other_branch():
@@ -449,7 +615,6 @@ def test_what_works_on_each_frame_alone_leaves_no_remark(middle):
     ("function", "why"),
     [
         (lambda x: x.flip(1), "flip"),
-        (lambda x: x.roll(1, 1), "roll"),
         (lambda x: x.sort(1).values, "sort"),
         (lambda x: x[:, torch.randperm(x.shape[1])], "index"),
         (lambda x: x + x[:, :1], "one frame is given to 19"),
@@ -464,6 +629,247 @@ def test_an_operation_that_is_not_followed_makes_the_axis_unknown_and_says_which
         layer.span(0)
     with pytest.raises(Unsupported, match="unknown"):
         layer.valid_lengths([40])
+
+
+ATTENTIONS = {
+    "queries first": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "keys first": lambda q, k, v: (v.mT @ (k @ q.mT).softmax(1)).mT,
+    "keys first, transposed back": lambda q, k, v: (k @ q.mT).softmax(1).mT @ v,
+    "scaled, with a bias": lambda q, k, v: ((q / 2) @ k.mT + torch.arange(q.shape[1])).softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", q, k).softmax(2), v),
+    "einsum, keys first": lambda q, k, v: torch.einsum(
+        "bji,bjc->bic", torch.einsum("bjc,bic->bji", k, q).softmax(1), v
+    ),
+    "einsum, channels first": lambda q, k, v: (
+        torch.einsum("bcj,bji->bci", v.mT, torch.einsum("bcj,bci->bji", k.mT, q.mT).softmax(1)).mT
+    ),
+    "two heads": lambda q, k, v: torch.einsum(
+        "bhij,bjhc->bihc",
+        torch.einsum("bihc,bjhc->bhij", q.unflatten(-1, (2, 2)), k.unflatten(-1, (2, 2))).softmax(-1),
+        v.unflatten(-1, (2, 2)),
+    ).flatten(2),
+    "normalized by hand": lambda q, k, v: ((s := (q @ k.mT).exp()) / s.sum(-1, keepdim=True)) @ v,
+    "normalized by hand, keys first": lambda q, k, v: (v.mT @ ((s := (k @ q.mT).exp()) / s.sum(1, keepdim=True))).mT,
+    "linear": lambda q, k, v: q.softmax(-1) @ (k.softmax(1).mT @ v),
+    "linear, einsum": lambda q, k, v: torch.einsum("bic,bcd->bid", q, torch.einsum("bjc,bjd->bcd", k, v)),
+    "scaled dot product": lambda q, k, v: F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0],
+    "with transposes": lambda q, k, v: (
+        F.scaled_dot_product_attention(*(one.unflatten(-1, (2, 2)).transpose(1, 2) for one in (q, k, v)))
+        .transpose(1, 2)
+        .flatten(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_behind_an_attention_in_any_order_frames_keep_their_places_and_see_everything(name):
+    function = ATTENTIONS[name]
+    model = Mixed(Then(lambda x: function(x, x + 1, x * 2)))
+    layer = timeline(model, torch.rand(2, 1, 40))["behind"]
+    assert (layer.unknown, layer.dim, layer.frames, layer.stride) == (None, -1, 19, 2)
+    assert layer.receptive_field == math.inf
+    assert layer.valid_lengths([40, 20]).tolist() == [19, 9]
+    assert_lengths(model, layer, (40, 41, 20))
+    x = torch.rand(1, 1, 40, dtype=torch.float64)
+    # of 40 samples, a kernel of 4 every 2 samples reaches all
+    assert gradient_spans(model.double(), x, "behind") == [(0, 40)] * 19
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multi_head_attention_is_followed_in_either_layout(batch_first):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            x = x if batch_first else x.transpose(0, 1)
+            y = self.heads(x, x, x)[0]
+            return y if batch_first else y.transpose(0, 1)
+
+    layer = timeline(Mixed(Heads()), torch.rand(2, 1, 40))["behind"]
+    assert (layer.unknown, layer.dim, layer.receptive_field) == (None, -1, math.inf)
+    assert layer.valid_lengths([40, 20]).tolist() == [19, 9]
+
+
+def test_attention_over_channels_keeps_the_frames_that_the_values_have():
+    def across_channels(x):
+        q = x.mT[:, None]  # (B, 1, C, T): the product sums over time
+        return F.scaled_dot_product_attention(q, q, q)[:, 0].mT
+
+    layer = timeline(Mixed(Then(across_channels)), torch.rand(2, 1, 40))["behind"]
+    assert (layer.unknown, layer.dim, layer.frames, layer.receptive_field) == (None, -1, 19, math.inf)
+
+
+def test_scores_of_frames_against_frames_are_loud():
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scores, self.out = nn.Conv1d(1, 4, 3), Then(lambda x: x.mT @ x), nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            return self.out(self.scores(self.conv(x))[:, None])
+
+    model, x = Scores(), torch.rand(2, 1, 40)
+    times = timeline(model, x)
+    assert "frames on two axes" in times["scores"].unknown
+    assert "frames on two axes" in times["out"].unknown
+    with torch.no_grad(), capture(model, ["scores", "conv"]) as acts:
+        model(x)
+    with pytest.raises(Unsupported, match="'scores' is unknown: its output .* has frames on two axes"):
+        acts.samples(lengths=[40, 20], timeline=times)
+
+
+@pytest.mark.parametrize(
+    ("middle", "why"),
+    [
+        # the frames come back after all of them were mixed into something without a time axis
+        (
+            Then(lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), dim=1, n=x.shape[1])),
+            "from frequencies back to frames",
+        ),
+        (Then(lambda x: x.mean(1, keepdim=True).expand(-1, x.shape[1], -1)), "for two lengths"),
+        (Then(lambda x: x.new_ones(x.shape[1], 1) @ x.sum(1, keepdim=True)), "for two lengths"),
+    ],
+)
+def test_frames_that_come_back_from_nowhere_are_loud_and_never_kept_with_their_padding(middle, why):
+    model, x = Mixed(middle), torch.rand(2, 1, 40)
+    times = timeline(model, x)
+    assert why in times["behind"].unknown
+    with torch.no_grad(), capture(model, "behind") as acts:
+        model(x)
+    with pytest.raises(Unsupported, match="'behind' is unknown"):
+        acts.samples(lengths=[40, 20], timeline=times)
+
+
+# -- what does not come from the signal
+
+
+class Detour(nn.Module):
+    """Something between two convolutions that leaves torch, and comes back."""
+
+    def __init__(self, detour) -> None:
+        super().__init__()
+        self.before, self.behind, self.last = nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 1)
+        self.detour, self.window = detour, [torch.ones(2, 1)]
+
+    def forward(self, x):
+        return self.last(self.behind(self.detour(self.before(x)) * self.window[0]))
+
+
+@pytest.mark.parametrize(
+    ("detour", "by"),
+    [
+        (lambda y: torch.from_numpy(y.detach().cpu().numpy() * 2), "numpy"),
+        (lambda y: torch.from_numpy(y.detach().numpy()), "numpy"),
+        (lambda y: torch.as_tensor(y.detach().numpy() + 1), "numpy"),
+        (lambda y: torch.frombuffer(bytearray(y.detach().numpy().tobytes()), dtype=y.dtype).view(y.shape), "numpy"),
+        (lambda y: torch.tensor(y.tolist()), "tolist"),
+        (lambda y: y.new_tensor(y.tolist()), "tolist"),
+        (lambda y: torch.from_dlpack(y.detach()), "__dlpack__"),
+        (lambda y: torch.tensor([[[float(v) for v in row] for row in rows] for rows in y.detach()]), "item"),
+        (lambda y: (out := torch.empty(y.shape), out.numpy().__setitem__(..., y.detach().numpy()))[0], "numpy"),
+    ],
+)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_layers_behind_a_detour_through_numpy_have_a_line_that_says_so(detour, by, fixed):
+    def checked(y):
+        if fixed and y.shape[-1] != 18:
+            raise ValueError("this model takes 20 samples")
+        return detour(y)
+
+    times = timeline(Detour(checked), torch.rand(1, 1, 20))
+    assert list(times) == ["before", "behind", "last"]
+    assert times["before"].unknown is None
+    for name in ("behind", "last"):
+        assert f"left torch by {by}" in times[name].unknown or "for two lengths" in times[name].unknown
+    assert "unknown: " in str(times)
+
+
+def test_the_data_of_a_tensor_is_a_view_of_it():
+    layer = timeline(Detour(lambda y: y.data), torch.rand(1, 1, 20))["behind"]
+    assert (layer.unknown, layer.receptive_field) == (None, 5)
+
+
+class Speaker(nn.Module):
+    """Two inputs with a time axis each, and a layer that sees neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speech, self.text, self.both = nn.Conv1d(1, 2, 3, 2), nn.Conv1d(4, 2, 5), nn.Conv1d(2, 2, 1)
+        self.constant, self.tokens = nn.Conv1d(2, 2, 1), nn.Parameter(torch.rand(1, 2, 7))
+
+    def forward(self, wave, letters, gain=None):
+        letters = self.text(F.one_hot(letters, 4).float().transpose(1, 2))
+        return self.both(self.speech(wave) + letters.mean(-1, keepdim=True)) + self.constant(self.tokens).mean()
+
+
+SPOKEN = (torch.rand(1, 1, 50), torch.zeros(1, 30, dtype=torch.long))
+
+
+def test_layers_of_another_input_have_a_line_that_names_it():
+    times = timeline(Speaker(), SPOKEN)
+    assert list(times) == ["text", "speech", "both", "constant"]
+    assert times.signal == "0"
+    assert (times["speech"].frames, times["both"].frames) == (24, 24)
+    assert "not depend on the signal '0', but on the input '1'" in times["text"].unknown
+    assert "signal=1" in str(times)
+    with pytest.raises(Unsupported, match="'constant' has no time axis: it is constant"):
+        times["constant"].span(0)
+
+
+@pytest.mark.parametrize("signal", ["letters", 1])
+def test_the_signal_is_chosen_by_name_or_position(signal):
+    times = timeline(Speaker(), SPOKEN, signal=signal)
+    assert (times.signal, times["text"].frames, times["text"].receptive_field) == ("1", 26, 5)
+    assert "on the input '0'" in times["speech"].unknown
+    by_name = timeline(Speaker(), dict(zip(("wave", "letters"), SPOKEN, strict=True)), signal=signal)
+    assert (by_name.signal, by_name["text"].frames) == ("letters", 26)
+
+
+@pytest.mark.parametrize(
+    ("signal", "error", "message"),
+    [
+        (
+            "leters",
+            InvalidValue,
+            r"signal='leters' names no tensor .*wave \(1, 1, 50\), letters \(1, 30\).*mean 'letters'",
+        ),
+        (2, InvalidValue, "signal=2 names no tensor"),
+        (0.5, InvalidType, "signal is a float. Pass the name or the position"),
+    ],
+)
+def test_a_signal_that_is_not_there_is_refused(signal, error, message):
+    with pytest.raises(error, match=message):
+        timeline(Speaker(), dict(zip(("wave", "letters"), SPOKEN, strict=True)), signal=signal)
+
+
+class Codec(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv1d(1, 2, 8, stride=4), nn.ConvTranspose1d(2, 1, 8, stride=4)
+
+    def encode(self, x, *, scale=1.0):
+        return self.encoder(x * scale)
+
+    def forward(self, x):
+        return self.decoder(self.encode(x))
+
+
+def test_a_method_is_followed_and_a_wrong_name_is_refused_with_the_near_one():
+    from convtap import list_layers
+
+    model, x = Codec(), torch.rand(1, 1, 80)
+    assert list(timeline(model, x)) == ["encoder", "decoder"]
+    assert list(timeline(model, x, method="encode")) == ["encoder"]
+    assert list(timeline(torch.compile(model, backend="eager"), x, method="encode")) == ["encoder"]
+    assert timeline(model, {"x": x, "scale": 2.0}, method="encode")["encoder"].frames == 19
+    assert [row.used for row in list_layers(model, example=x, method="encode")] == ["module × 1"]
+    for call in (timeline, lambda *args, **more: list_layers(args[0], example=args[1], **more)):
+        with pytest.raises(InvalidValue, match=r"method='encod' names no method of Codec\. Did you mean 'encode'\?"):
+            call(model, x, method="encod")
+        with pytest.raises(InvalidType, match="method is a int"):
+            call(model, x, method=3)
 
 
 def test_branches_of_different_strides_are_unknown():
@@ -713,7 +1119,8 @@ def test_samples_are_cut_to_their_valid_frames_over_several_passes():
     with capture(model) as acts:
         for batch in batches:
             model(batch)
-    rows = acts.samples(lengths=torch.tensor([80, 50, 9, 60, 30]), timeline=times)
+    with pytest.warns(CoverageWarning, match="same padding: the last frame of '2'"):
+        rows = acts.samples(lengths=torch.tensor([80, 50, 9, 60, 30]), timeline=times)
     frames = [15, 9, 0, 11, 5]  # (n - 10) // 5 + 1, and none where the kernel does not fit
     for i, row in enumerate(rows):
         pass_, place = divmod(i, 3)
@@ -736,7 +1143,8 @@ def test_samples_cut_the_axis_that_is_time_and_leave_outputs_without_one():
     times = timeline(model, x, time_dim=1)
     with capture(model, ["conv", "norm", "gate"]) as acts:
         model(x)
-    rows = acts.samples(lengths=[41, 11], timeline=times)
+    with pytest.warns(CoverageWarning, match=r"mean in '\(root\)': every frame of 'gate'"):
+        rows = acts.samples(lengths=[41, 11], timeline=times)
     assert [tuple(row["norm"].shape) for row in rows] == [(19, 4), (4, 4)]
     assert [tuple(row["conv"].shape) for row in rows] == [(4, 19), (4, 4)]
     assert [tuple(row["gate"].shape) for row in rows] == [(4, 1), (4, 1)]
@@ -879,3 +1287,18 @@ def test_the_table_is_what_print_shows():
         "0      5                    10      0      19",
         "2      1/2                  10      0     190",
     ]
+
+
+def test_no_run_of_a_layer_is_lost_to_a_layer_that_is_named_like_one():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv1d(2, 2, 3)
+            self.add_module("a#0", nn.Conv1d(2, 2, 5))
+
+        def forward(self, x):
+            return self.get_submodule("a#0")(self.a(self.a(x)))
+
+    times = timeline(Named(), torch.zeros(1, 2, 50))
+    assert {key: times[key].receptive_field for key in times} == {"a##0": 3, "a##1": 5, "a#0": 9}
+    assert [time.receptive_field for time in times.calls("a")] == [3, 5]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from convtap import capture
+from convtap import CoverageWarning, capture
 from convtap._time.timeline import timeline
 
 transformers = pytest.importorskip("transformers", reason="transformers comes with the test extra")
@@ -78,7 +78,10 @@ def test_wav2vec2_cuts_samples_to_the_frames_of_each_input():
     lengths = torch.tensor([4000, 2500])
     with capture(model) as acts, torch.no_grad():
         model(torch.randn(2, 4000))
-    rows = acts.samples(lengths=lengths, timeline=timeline(model, torch.zeros(1, 8000)))
+    with pytest.warns(
+        CoverageWarning, match="group_norm in 'feature_extractor.conv_layers.0.layer_norm': every frame of "
+    ):
+        rows = acts.samples(lengths=lengths, timeline=timeline(model, torch.zeros(1, 8000)))
     frames = model._get_feat_extract_output_lengths(lengths).tolist()
     assert [row["feature_extractor.conv_layers.6.conv"].shape[-1] for row in rows] == frames
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from convtap._errors import ConvtapError, InvalidType, Unsupported, one_line
-from convtap._example import is_array, signature_of, with_tensors
+from convtap._example import forward_of, is_array, signature_of, with_tensors
 
 #: Turns a batch into ``(args, kwargs)``.
 Inputs: TypeAlias = "Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]"
@@ -54,8 +54,11 @@ def _default(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: str | None = None) -> Any:
     """Returns a call as an example: a tuple or a dict; one with both becomes a dict by the names of the forward.
+
+    Args:
+        method: the method that is called instead of the model itself, or None.
 
     Raises:
         Unsupported: the forward has no such names.
@@ -65,7 +68,7 @@ def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not args:
         return kwargs
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = inspect.signature(forward_of(model, method)).bind(*args, **kwargs)
         return {**bound.arguments, **bound.arguments.pop("kwargs", {})}
     except (TypeError, ValueError) as error:
         raise Unsupported(
@@ -75,7 +78,7 @@ def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @contextmanager
-def naming_inputs(inputs: Inputs | None, batch: Any, model: nn.Module) -> Iterator[None]:
+def naming_inputs(inputs: Inputs | None, batch: Any, model: nn.Module, method: str | None = None) -> Iterator[None]:
     """Runs the body, the model on a batch; if that was passed by default and the model refuses it, names ``inputs``.
 
     Raises:
@@ -86,7 +89,7 @@ def naming_inputs(inputs: Inputs | None, batch: Any, model: nn.Module) -> Iterat
     except Exception as error:
         if inputs is not None:
             raise
-        advice = f"Pass inputs=, a function from a batch to (args, kwargs): inputs={_code(batch, model)}."
+        advice = f"Pass inputs=, a function from a batch to (args, kwargs): inputs={_code(batch, signature_of(model, method))}."
         refused = error.__cause__ if isinstance(error, InvalidType) else error
         if isinstance(refused, TypeError) and not isinstance(refused, ConvtapError):
             raise InvalidType(f"the model refused {_passed(batch)}: {one_line(refused)}. {advice}") from refused
@@ -103,10 +106,9 @@ def _passed(batch: Any) -> str:
     return f"the batch, a {type(batch).__name__}"
 
 
-def _code(batch: Any, model: nn.Module) -> str:
-    """Returns a function to write for a batch like this one."""
+def _code(batch: Any, signature: inspect.Signature | None) -> str:
+    """Returns a function to write for a batch like this one, and a model that has this signature."""
     if isinstance(batch, Mapping) and batch:
-        signature = signature_of(model)
         taken = [] if signature is None else [key for key in batch if key in signature.parameters]
         if taken:
             return "lambda batch: ((), {" + ", ".join(f"{key!r}: batch[{key!r}]" for key in taken) + "})"
@@ -115,13 +117,12 @@ def _code(batch: Any, model: nn.Module) -> str:
         )
         return f"lambda batch: ((batch[{key!r}],), {{}})"
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return "lambda batch: (tuple(batch), {})" if _needs(model) > 1 else "lambda batch: ((batch[1],), {})"
+        return "lambda batch: (tuple(batch), {})" if _needs(signature) > 1 else "lambda batch: ((batch[1],), {})"
     return "lambda batch: ((batch,), {})"
 
 
-def _needs(model: nn.Module) -> int:
+def _needs(signature: inspect.Signature | None) -> int:
     """Counts the positional arguments that a model cannot do without."""
-    signature = signature_of(model)
     found = [] if signature is None else signature.parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(1 for one in found if one.kind in kinds and one.default is one.empty)

@@ -66,7 +66,7 @@ class InvalidValue(ConvtapError, ValueError):
 
 
 class CoverageWarning(UserWarning):
-    """Something that was selected was not captured, and the block was not strict about it."""
+    """Something that was selected was not captured, or not as the input alone gives it."""
 
 
 class OffloadWarning(UserWarning):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from convtap._errors import ConvtapError, InvalidType, one_line
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, did_you_mean, listed, one_line
 from convtap._state import untouched
 from convtap._structure import map_leaves
 from convtap._tree import ROOT, ModuleTree
@@ -182,17 +182,19 @@ def looking(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
         yield
 
 
-def called(model: nn.Module, example: Any) -> Any:
-    """Calls a model on an example.
+def called(model: nn.Module, example: Any, method: str | None = None) -> Any:
+    """Calls a model, or a method of it, on an example.
 
     Raises:
-        InvalidType: the model's forward does not take such arguments.
+        InvalidType: the model's forward, or the method, does not take such arguments.
+        InvalidValue: the model has no such method.
     """
     args, kwargs = arguments(example)
+    run = entry(model, method)
     try:
-        return model(*args, **kwargs)
+        return run(*args, **kwargs)
     except TypeError as error:
-        if isinstance(error, ConvtapError) or _takes(model, args, kwargs):
+        if isinstance(error, ConvtapError) or _takes(signature_of(model, method), args, kwargs):
             raise
         raise InvalidType(
             f"the model does not take this example: {one_line(error)}. Pass what it is called with, a tuple of positional "
@@ -200,16 +202,45 @@ def called(model: nn.Module, example: Any) -> Any:
         ) from error
 
 
-def signature_of(model: nn.Module) -> inspect.Signature | None:
-    """Returns the signature of a model's forward, inside its wrappers; None if it is not known."""
+def entry(model: nn.Module, method: Any) -> Callable[..., Any]:
+    """Returns what is called to run a model: the model itself, or the method of that name.
+
+    Raises:
+        InvalidType: ``method`` is not a str.
+        InvalidValue: the model has no such method.
+    """
+    if method is None or method == "forward":
+        return model
+    if not isinstance(method, str):
+        raise InvalidType(f"method is a {type(method).__name__}. Pass the name of a method: method='encode'.")
+    found = getattr(model, method, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    kind = type(getattr(model, "_orig_mod", model))
+    own = [
+        name for name in dir(kind) if name not in dir(nn.Module) and name[0] != "_" and callable(getattr(kind, name))
+    ]
+    raise InvalidValue(
+        f"method={method!r} names no method of {kind.__name__}.{did_you_mean(method, own)} Its methods are: "
+        f"{listed(['forward', *own])}."
+    )
+
+
+def forward_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
+    """Returns the function whose arguments a model is called with: its forward, or a method."""
+    run = entry(model, method)
+    return model.forward if run is model else run
+
+
+def signature_of(model: nn.Module, method: str | None = None) -> inspect.Signature | None:
+    """Returns the signature of a model's forward or method, inside its wrappers; None if it is not known."""
     try:
-        return inspect.signature(ModuleTree(model).names.get(ROOT, model).forward)
+        return inspect.signature(forward_of(ModuleTree(model).names.get(ROOT, model), method))
     except (TypeError, ValueError, AttributeError):
         return None
 
 
-def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    signature = signature_of(model)
+def _takes(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         return signature is None or bool(signature.bind(*args, **kwargs))
     except TypeError:

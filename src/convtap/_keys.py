@@ -29,9 +29,10 @@ def keys_of(names: Sequence[str]) -> list[str]:
         ['a#0', 'b', 'a#1']
     """
     counts = Counter(names)
+    clashing = [name for name in counts if "#" in name]
     numbers = dict.fromkeys(counts, 0)
     found = []
     for name in names:
-        found.append(numbered(name, numbers[name], counts[name], separator(name, counts)))
+        found.append(numbered(name, numbers[name], counts[name], separator(name, clashing)))
         numbers[name] += 1
     return found

@@ -11,7 +11,7 @@ from torch import nn
 from convtap._arguments import as_selection, check_arguments
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
-from convtap._example import Example, called, looking, own_tensors, prepared
+from convtap._example import Example, called, entry, looking, own_tensors, prepared
 from convtap._reduce import Reduce
 from convtap._result import Activations
 from convtap._samples import Samples
@@ -59,6 +59,7 @@ def list_layers(
     *,
     types: Types = CONV1D,
     example: Example | None = None,
+    method: str | None = None,
     reduce: Reduce | None = None,
     dtype: torch.dtype | None = None,
 ) -> Table:
@@ -73,12 +74,14 @@ def list_layers(
         layers: what to list, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
         example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
+        method: the name of the method to run on the example, such as ``"encode"``; None to call the model itself.
         reduce: as in ``capture``.
         dtype: as in ``capture``.
 
     Raises:
         LayerNotFound: the selection matches nothing.
         InvalidType: the model does not take the example.
+        InvalidValue: the model has no such method.
 
     Example:
         >>> from torch import nn
@@ -92,24 +95,25 @@ def list_layers(
     layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
+    entry(model, method)
     rows = {name: _row(name, module) for name, module in selection.names.items() if module is not None}
     if example is None:
         if not rows and not selection.function_names:
             raise LayerNotFound(selection.nothing())
         return _table(list(rows.values()), ("parameters", "kernel", "stride", "dilation"))
-    acts = _observe(model, layers, kinds, example, reduce, dtype)
+    acts = _observe(model, layers, kinds, example, method, reduce, dtype)
     batch = Samples(acts._log).count
     used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts, batch) for name in acts.coverage]
     return _table(used, ("used", "shape", "dtype", "bytes", "per sample"), _forecast(used, batch))
 
 
-def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
+def _observe(model: Any, layers: Any, types: Any, example: Any, method: Any, reduce: Any, dtype: Any) -> Activations:
     example = own_tensors(prepared(example, model))
     watching = Capture(model, layers, types=types, functional=True, strict=False)
     watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
     with looking(model), watching as acts:
-        called(model, example)
+        called(model, example, method)
     return acts
 
 

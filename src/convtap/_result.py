@@ -201,7 +201,7 @@ class Activations(Mapping[str, Any]):
 
         Args:
             lengths: the samples of each input before it was padded, (B,), over all forward passes. Each output is then cut
-                to the frames that the input makes by itself.
+                to the frames that the input makes by itself. A warning names the layers whose frames are still other numbers.
             timeline: ``convtap.timeline(model, example)`` of the model, which says how many frames those are.
 
         Raises:

@@ -110,9 +110,11 @@ class Samples:
                 "samples of each, over all forward passes."
             )
         rows: list[dict[str, Tensor]] = []
+        cutter = timeline._cutter()
         for found in self._passes:
-            cut = timeline._cutter(numbers[len(rows) : len(rows) + found.size], found.shape)
+            cut = cutter.of(numbers[len(rows) : len(rows) + found.size], found.shape)
             rows.extend([found.row(row, cut) for row in range(found.size)])
+        cutter.warn(stacklevel=3)
         return rows
 
     def one(self, i: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from convtap._policy import Policy
 from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import to_numpy
+from convtap._time.padded import warn
 
 #: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.
 Inputs = Callable[[dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -121,6 +122,8 @@ class Extractor:
         with module_mode(self._model, "eval"), torch.inference_mode():
             calls = self._runner.run(args, kwargs, lengths)
             columns = self._rows.columns(calls, size)
+        if self._rows.rule is not None:
+            warn(self._rows.rule.unwarned(), stacklevel=2)
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 

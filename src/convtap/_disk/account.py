@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convtap._disk.index import Index, read_index
-from convtap._disk.place import rank_folders, read_finished, read_parts
+from convtap._disk.place import rank_folders, read_finished, read_padding, read_parts
 from convtap._disk.reading import Shard
 from convtap._errors import StoreError, listed, plural
 from convtap._parts import split_key
@@ -86,6 +86,12 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         notes.append(f"{_batches(double)} twice: the later copies, in {listed(shards, 3)}, are not used")
     if "ids" in identity.get("given", ()) and (several := _several(index)):
         notes.append(f"{plural(len(several), 'id')} of several samples each: {listed(map(repr, several), 3)}")
+    padding = read_padding(path)
+    if padding:
+        causes = listed((f"{cause} ({layer})" for layer, cause in padding.items()), 3)
+        notes.append(
+            f"padded batches: the frames of {plural(len(padding), 'layer')} are not those of each input alone: {causes}"
+        )
     if index.bad:
         notes.append(unreadable(index))
     return notes

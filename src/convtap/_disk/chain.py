@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -11,29 +11,64 @@ from torch import Tensor, nn
 
 from convtap._batch import as_example
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
+from convtap._example import forward_of
 from convtap._structure import walk_tensors
 from convtap._time.layer_time import LayerTime
 from convtap._time.lengths import follow, settle
+from convtap._time.padded import Differences
+from convtap._time.record import Pass
+from convtap._time.signal import argument_of, likely_signals, signal_of, time_axis
+from convtap._time.timeline import layer_times
+
+#: Over how many lengths the most frames that differ are looked for, at most.
+_LENGTHS = 512
 
 
 class ValidLengths:
-    """The rule of each layer, found by following the time axis of the first batch through the model.
+    """The rule of each layer, found by following the time axis of a batch through the model.
 
     Args:
+        model: the model.
         at: ``"input"`` for what layers are given, else for what they return.
+        method: the method that is run, or None.
+        signal: which input has the lengths; None to find it.
+        time_dim: the axis of it that is time.
+
+    Attributes:
+        differences: the tensors of layers whose frames are not those of each input alone, and why.
+        axis_of: the signal and its axis, for an identity; None for the default.
     """
 
-    def __init__(self, model: nn.Module, at: str = "output") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        at: str = "output",
+        *,
+        method: str | None = None,
+        signal: str | int | None = None,
+        time_dim: int = -1,
+    ) -> None:
+        self.differences: dict[str, str] = {}
+        self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
         self._every = "input" if at == "input" else "output"
+        self._method = method
+        self._signal = signal
+        self._time_dim = time_dim
         self._path: str | None = None
         self._lengths: list[int] = []
         self._full = 0
         self._times: dict[tuple[str, str], list[LayerTime]] = {}
         self._counts: dict[tuple[str, str, int], int] = {}
+        self._is_padded = False
+        self._learned_padded = False
+        self._compared: set[str] = set()
+        self._has_warned = False
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int], layers: Iterable[str]) -> None:
-        """Notes the lengths of a batch, and follows a first batch through the model; later ones need no look.
+        """Notes the lengths of a batch, and follows a first batch through the model, and the first padded one.
+
+        Only a padded batch has a mask of the padding; later ones need no look.
 
         Args:
             lengths: how many samples of the signal are real, for each row.
@@ -42,45 +77,71 @@ class ValidLengths:
         Raises:
             InvalidValue: there is no tensor that can be the signal, or a length is longer than it.
         """
-        example = as_example(self._model, args, kwargs)
-        if self._path is None:
-            self._find(example, lengths, set(layers))
-        self._lengths, self._full = lengths, int(dict(walk_tensors(example))[str(self._path)].shape[-1])
+        example = as_example(self._model, args, kwargs, self._method)
+        is_first = self._path is None
+        path = self._find(example, lengths, set(layers)) if self._path is None else self._path
+        signal = dict(walk_tensors(example)).get(path)
+        if signal is None:
+            raise InvalidValue(
+                f"the lengths are of the input {argument_of(path)!r}, and a batch has no such tensor. Return the same "
+                "arguments for each batch with inputs=."
+            )
+        self._path, self._lengths, self._full = path, lengths, int(signal.shape[time_axis(signal, self._time_dim)])
         for number in lengths:
             if number > self._full:
                 raise InvalidValue(
                     f"lengths(batch) returned {number}, and the padded input has {self._full} samples: a row's length lies "
                     "between."
                 )
+        self._is_padded = any(number < self._full for number in lengths)
+        if self._is_padded and not is_first and not self._learned_padded:
+            self._times, _ = self._follow(example, path, lengths)
+            self._counts.clear()
+        self._learned_padded |= self._is_padded
 
-    def _find(self, example: Any, lengths: list[int], layers: set[str]) -> None:
-        """Finds the signal: of the tensors that can be it, the first that reaches the most layers."""
-        most, failure = -1, None
-        for path in _signals(example, self._model, max(lengths, default=0)):
+    def _find(self, example: Any, lengths: list[int], layers: set[str]) -> str:
+        """Finds the signal: what was named, or of the tensors that can be it, the first that reaches the most layers."""
+        forward = forward_of(self._model, self._method)
+        if self._signal is not None:
+            path, signal = signal_of(example, self._signal, forward)
+            if signal.dim() < 2:
+                raise InvalidValue(
+                    f"lengths= needs an input tensor (B, T) or (B, C, T), and signal={self._signal!r} has shape "
+                    f"{tuple(signal.shape)}. Name another argument: signal='audio'."
+                )
+            self._times, _ = self._follow(example, path, lengths)
+            return path
+        best, most, failure = "", -1, None
+        for path in likely_signals(example, max(lengths, default=0), self._time_dim, forward):
             try:
-                times = self._follow(example, path)
-            except ConvtapError as error:  # its last axis is not time
+                times, reached = self._follow(example, path, lengths)
+            except ConvtapError as error:  # that axis is not time
                 failure = failure or error
                 continue
-            reached = len({name for name, _ in times} & layers)
-            if reached > most:
-                most, self._path, self._times = reached, path, times
-            if reached == len(layers):
-                return
-        if self._path is None and failure is not None:
+            if len(reached & layers) > most:
+                best, most, self._times = path, len(reached & layers), times
+            if most == len(layers):
+                break
+        if most < 0 and failure is not None:
             raise failure
+        return best
 
-    def _follow(self, example: Any, path: str) -> dict[tuple[str, str], list[LayerTime]]:
+    def _follow(
+        self, example: Any, path: str, lengths: list[int]
+    ) -> tuple[dict[tuple[str, str], list[LayerTime]], set[str]]:
+        """Returns the time axis of each tensor of each layer, and which layers depend on the signal."""
         signal = dict(walk_tensors(example))[path]
-        axis = signal.dim() - 1
-        records, _ = follow(self._model, example, path, axis, self._every)
-        doubts = settle(records, self._model, example, path, axis, self._every)
+        axis = time_axis(signal, self._time_dim)
+        samples = int(signal.shape[axis])
+        zeros = any(length < samples for length in lengths) and _has_zeros(signal.movedim(axis, -1), lengths)
+        how = Pass(self._model, path, axis, self._method, zeros, self._every)
+        records, _ = follow(how, example)
+        doubts = settle(records, how, example)
         found: dict[tuple[str, str], list[LayerTime]] = {}
-        for number, record in enumerate(records):
-            key = record.name + record.path
-            time = LayerTime(record, key, int(signal.shape[axis]), doubts.get(number))
+        times = layer_times(records, [record.name + record.path for record in records], samples, doubts)
+        for record, time in zip(records, times, strict=True):
             found.setdefault((record.name, record.path), []).append(time)
-        return found
+        return found, {record.name for record in records if record.depends}
 
     def cut(self, layer: str, path: str, tensor: Tensor) -> list[Tensor] | None:
         """Cuts each row of a tensor to its real frames; None for one that is to be left whole.
@@ -97,10 +158,10 @@ class ValidLengths:
         times = self._times.get((layer, path), [])
         if not times and path and any(name == layer for name, _ in self._times):
             return None
-        axis = self._ask(layer + path, times, lambda time: time.dim)
-        if axis is None:
-            raise Unsupported(_unknown(layer + path, "it has no time axis"))
-        self._check(layer, path, times, tensor.shape[axis])
+        self._check(layer, path, times, tensor)
+        self._compare(layer + path, times[0])
+        axis = times[0].dim
+        assert axis is not None
         counts = [self._frames(layer, path, times, length) for length in self._lengths]
         return [row.narrow(axis, 0, count) for row, count in zip(tensor, counts, strict=True)]
 
@@ -111,9 +172,10 @@ class ValidLengths:
             self._counts[layer, path, length] = found
         return found
 
-    def _check(self, layer: str, path: str, times: list[LayerTime], seen: int) -> None:
+    def _check(self, layer: str, path: str, times: list[LayerTime], tensor: Tensor) -> None:
         """Compares the rule with what was seen for the padded batch."""
         expected = self._frames(layer, path, times, self._full)
+        seen = tensor.shape[self._ask(layer + path, times, lambda time: time.dim)]
         if expected != seen:
             why = f"for {self._full} input samples there are {seen} frames, and the geometry gives {expected}"
             raise Unsupported(_unknown(layer + path, why))
@@ -128,36 +190,38 @@ class ValidLengths:
         except ConvtapError as error:
             raise Unsupported(_unknown(key, str(error))) from error
 
+    # -- what padding changes
 
-def _signals(example: Any, model: nn.Module, longest: int) -> list[str]:
-    """Returns the paths of the tensors that lengths can count samples of, the likeliest first.
+    def _compare(self, key: str, time: LayerTime) -> None:
+        """Notes whether a tensor's frames differ from those of each input alone.
 
-    Those come first whose last axis is as long as the longest row, then those that are longer; of these, numbers of
-    floating point, and what is not called a mask.
+        It is looked at in its first padded batch: at the lengths of that, and at those around the longest one, after
+        which the numbers of frames repeat themselves.
+        """
+        if not self._is_padded or key in self._compared:
+            return
+        self._compared.add(key)
+        found = Differences()
+        period = min(Fraction(time.stride).numerator, _LENGTHS)
+        for length in set(self._lengths):
+            found.add(key, time._difference(length, self._full))
+        for length in range(max(1, self._full - period), self._full):
+            found.add(key, time._difference(length, self._full + period))
+        self.differences.update(found.described())
 
-    Raises:
-        InvalidValue: there is none.
-    """
-    names = _argument_names(model)
-    found = []
-    for number, (path, tensor) in enumerate(walk_tensors(example)):
-        if tensor.dim() < 2:
-            continue
-        samples = int(tensor.shape[-1])
-        size = 0 if samples == longest else 1 if samples > longest else 2
-        mask = "mask" in path or (isinstance(example, tuple) and "mask" in names.get(path.partition("]")[0] + "]", ""))
-        found.append((size, mask, not (tensor.is_floating_point() or tensor.is_complex()), number, path))
-    if not found:
-        raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return [path for *_, path in sorted(found)]
+    def unwarned(self) -> dict[str, str]:
+        """Returns the differences when there are any for the first time, and nothing after that."""
+        if self._has_warned or not self.differences:
+            return {}
+        self._has_warned = True
+        return self.differences
 
 
-def _argument_names(model: nn.Module) -> dict[str, str]:
-    """By the place of a positional argument, ``[0]``, its name."""
-    try:
-        return {f"[{place}]": name for place, name in enumerate(inspect.signature(model.forward).parameters)}
-    except (TypeError, ValueError):  # not written in Python
-        return {}
+def _has_zeros(rows: Tensor, lengths: list[int]) -> bool:
+    """Whether the padding of a batch (B, ..., T) is zero everywhere."""
+    return len(rows) == len(lengths) and not any(
+        bool(row[..., length:].any()) for row, length in zip(rows, lengths, strict=True)
+    )
 
 
 def _unknown(layer: str, why: str) -> str:

@@ -40,12 +40,15 @@ def extract(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     ids: Callable[[Any], Sequence[Id] | Tensor] | None = None,
     lengths: Callable[[Any], Sequence[int] | Tensor] | None = None,
+    signal: str | int | None = None,
+    time_dim: int = -1,
     calls: Literal["error", "cat", "keys"] = "error",
     labels: Callable[[Any], Any] | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
     collate_fn: Callable[[Any], Any] | None = None,
     device: str | torch.device | None = None,
+    method: str | None = None,
     mode: Literal["eval", "train"] = "eval",
     autocast: torch.dtype | None = None,
     compile: bool = False,
@@ -88,7 +91,11 @@ def extract(
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
             passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
-        lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give.
+        lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give. A warning
+            names the layers whose frames are still not those of each input alone; ``Store.padding`` keeps it.
+        signal: with ``lengths``: which input they are of, by the name or the position of the argument; None for the one that
+            is as long as the longest row and reaches the layers.
+        time_dim: with ``lengths``: the axis of that input that is time, 1 for (B, T, C).
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
             calls on time, ``"keys"`` to store each as ``name#k``.
         labels: from a batch, one label (a number, or a row of numbers) for each sample, to store with it.
@@ -96,6 +103,7 @@ def extract(
         num_workers: processes that load samples, for a ``Dataset``.
         collate_fn: joins samples to a batch, for a ``Dataset``.
         device: where inputs go; where the model is, if None.
+        method: the name of the method to run, such as ``"encode"``; None to call the model itself.
         mode: ``"eval"`` or ``"train"`` during the run; each module gets its own mode back.
         autocast: a dtype to run the model in, such as ``torch.bfloat16``.
         compile: run under ``torch.compile``.
@@ -120,9 +128,10 @@ def extract(
         raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    rule = None if lengths is None else ValidLengths(model, at)
+    rule = None if lengths is None else ValidLengths(model, at, method=method, signal=signal, time_dim=time_dim)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
-    runner = Runner(model, layers, capture, device=device, autocast=autocast, compile=compile, stop=stop, rule=rule)
+    options: dict[str, Any] = {"device": device, "autocast": autocast, "compile": compile, "stop": stop}
+    runner = Runner(model, layers, capture, **options, rule=rule, method=method)
     rows = RowMaker(calls, rule, Reductions(reduce, runner.selection), dtype)
     planned = plan(data, batch_size, num_workers, collate_fn)
     shard_size = parse_bytes(shard_bytes, "shard_bytes")
@@ -132,6 +141,8 @@ def extract(
         "at": at,
         "reduce": reduce_id or _reduce_identity(reduce),
         **_texts(dtype=dtype, calls=calls, mode=mode, autocast=autocast, compile=bool(compile), stop=bool(stop)),
+        "method": method,
+        "signal": rule and rule.axis_of,
         "given": [name for name, function in functions.items() if function is not None],
         "data": planned.identity,
         "model": model_identity(model),

@@ -13,8 +13,8 @@ from convtap._batch import Inputs, called_with, naming_inputs
 from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
-from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
-from convtap._example import moved
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, listed
+from convtap._example import entry, moved
 from convtap._parts import split_key
 from convtap._select import Selection, select
 from convtap._tapped import tapped
@@ -64,6 +64,7 @@ class Runner:
     Args:
         capture: the options of ``Capture``.
         rule: where to note how lengths become frames; None if nobody asks.
+        method: the method to run instead of the model itself, or None.
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
@@ -82,14 +83,21 @@ class Runner:
         compile: bool,
         stop: bool,
         rule: ValidLengths | None,
+        method: str | None = None,
     ) -> None:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
+        if compile and method is not None:
+            raise Unsupported(
+                f"compile=True compiles the model's forward, and method={method!r} is another one. Leave one of them out."
+            )
         self._options = capture
         self._capture = Capture(model, layers, **capture, stop=stop, strict=False)
         self._capture._judges = False  # what is missing is judged over the whole run
         self.selection: Selection = select(model, layers, self._capture._asked.types)
         self.model = model
+        self._method = method
+        self._run = entry(model, method)
         self._device = find_device(model, device)
         self._autocast = autocast
         self._rule = rule
@@ -117,7 +125,7 @@ class Runner:
 
     def naming_inputs(self, function: Inputs | None, batch: Any) -> AbstractContextManager[None]:
         """Runs the body, which runs the batch: where the model refuses what it is called with, names ``inputs``."""
-        return naming_inputs(function, batch, self.model)
+        return naming_inputs(function, batch, self.model, self._method)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
@@ -133,7 +141,7 @@ class Runner:
                 return self._run_compiled(args, kwargs)
             with self._capture as acts:
                 opened = self._capture._open
-                self.model(*args, **kwargs)
+                self._run(*args, **kwargs)
             self._judge(opened, acts)
             calls = values_of(acts.calls())
         self.ran.update(layer + part for layer, part, _ in calls)

@@ -19,7 +19,15 @@ from convtap._disk.forward import Runner
 from convtap._disk.index import Index, read_index
 from convtap._disk.interrupt import Terminated, Termination
 from convtap._disk.names import Names, listing
-from convtap._disk.place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
+from convtap._disk.place import (
+    RankFolder,
+    rank_folders,
+    read_finished,
+    set_aside,
+    shard_files,
+    write_finished,
+    write_padding,
+)
 from convtap._disk.plan import IterPlan, MapPlan
 from convtap._disk.reading import Shard
 from convtap._disk.rows import RowMaker
@@ -28,6 +36,7 @@ from convtap._disk.state import StateWatch
 from convtap._disk.writer import Writer
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._table import human_bytes
+from convtap._time.padded import warn
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,8 @@ class Job:
         def before(batches: Sequence[Batch]) -> None:
             bar.check_room(batches)
             settle()
+            if self._rows.rule is not None:
+                write_padding(self._folder.path, self._rows.rule.differences)
             self._same.settle()
 
         writer = Writer(self._folder, shard_bytes, before)
@@ -187,6 +198,8 @@ class Job:
         self._state.after()
         with torch.inference_mode():
             columns = self._rows.columns(calls, len(names))
+        if self._rows.rule is not None:
+            warn(self._rows.rule.unwarned(), stacklevel=6)
         labels = None if self._labels is None else _checked_labels(given.labels, len(names))
         return Batch(number, names, columns, labels, contents)
 

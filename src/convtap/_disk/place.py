@@ -262,6 +262,28 @@ def read_finished(path: Path) -> int | None:
     return None
 
 
+def write_padding(folder: Path, layers: dict[str, str]) -> None:
+    """Notes in a rank's folder which layers' frames are not those of each input alone, and why."""
+    known = _padding_in(folder)
+    if not layers.items() <= known.items():
+        _note(folder / "padding.json", {**known, **layers})
+
+
+def read_padding(path: Path) -> dict[str, str]:
+    """Returns what the ranks have noted of padded batches, by layer."""
+    found: dict[str, str] = {}
+    for rank in rank_folders(path):
+        found.update(_padding_in(path / rank))
+    return found
+
+
+def _padding_in(folder: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "padding.json").read_bytes())
+        return {str(layer): str(cause) for layer, cause in found.items()} if isinstance(found, dict) else {}
+    return {}
+
+
 def set_aside(shard: Path) -> Path:
     """Renames a bad shard, so that nobody reads it and its number is not used again."""
     target = shard.with_name(f"{shard.name}.bad")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convtap._disk.account import missing, stem, summary, unreadable, verify
 from convtap._disk.index import read_index
-from convtap._disk.place import read_description
+from convtap._disk.place import read_description, read_padding
 from convtap._disk.reading import Shard
 from convtap._disk.shards import Id
 from convtap._errors import (
@@ -196,6 +196,15 @@ class Store:
     def missing(self) -> list[int] | None:
         """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
         return missing(self.path, self._identity, self._index)
+
+    @property
+    def padding(self) -> dict[str, str]:
+        """The layers whose frames are not those of each input alone, since batches were padded, and why.
+
+        For example ``{"conv2": "same padding: the last 2 frames"}``; empty if ``extract`` padded nothing, or no frame
+        depends on the padding.
+        """
+        return read_padding(self.path)
 
     def summary(self) -> Table:
         """Returns a table with one line a layer, and what is missing, double or unreadable."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from convtap._time.axis import TooFine
-from convtap._time.axis_op import Op
-from convtap._time.axis_table import apply
-from convtap._time.axis_views import COVERING, base_after, pieces
+from convtap._time.axis_table import apply, apply_pieces
+from convtap._time.axis_views import COVERING, base_after
 from convtap._time.mark import Mark, unknown
 
 
@@ -30,9 +29,9 @@ class Node:
         if base is None:
             return None
         func, op = self._op
-        op = _with_mark(op, base)
+        op = op.seen_as(lambda value: base)
         try:
-            return apply(func, op) if self._index is None else pieces(op, base)[self._index]
+            return apply(func, op) if self._index is None else apply_pieces(op)[self._index]
         except TooFine:
             return unknown(f"{op.what}: the rate of frames is too fine")
 
@@ -47,7 +46,3 @@ class Node:
                 self._parent.put(None)
             return
         self._parent.put(base_after(op, self._parent.get(), mark, self._index))
-
-
-def _with_mark(op: Op, mark: Mark) -> Op:
-    return Op(op.name, op.args, op.kwargs, op.out, op.module, None, lambda value: mark)

@@ -43,6 +43,8 @@ class Op:
         module: the module in whose forward it ran.
         time_dim: which axis of the model's input is time, until a convolution has run over it; None afterwards.
         settled: whether its numbers are those of a layer, and so do not depend on the input's length.
+        trains: whether the module was in train mode before the pass.
+        partner: the other time axis, if the rule looks at one axis of frames against frames.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Op:
         mark_of: Callable[[Any], Mark | None],
         *,
         settled: bool = False,
+        trains: bool = False,
     ) -> None:
         self.name = name
         self.args = args
@@ -64,6 +67,8 @@ class Op:
         self.module = module
         self.time_dim = time_dim
         self.settled = settled
+        self.trains = trains
+        self.partner: Mark | None = None
         self._mark_of = mark_of
 
     @property
@@ -80,6 +85,19 @@ class Op:
     def mark(self, value: Any) -> Mark | None:
         """Returns what is known of a tensor; None if it does not depend on the input, or is no tensor."""
         return self._mark_of(value)
+
+    def seen_as(self, mark_of: Callable[[Any], Mark | None], partner: Mark | None = None) -> Op:
+        """Returns the same operation with other knowledge of its arguments."""
+        found = Op(self.name, self.args, self.kwargs, self.out, self.module, self.time_dim, mark_of)
+        found.settled, found.trains, found.partner = self.settled, self.trains, partner
+        return found
+
+    def tensors(self) -> list[Any]:
+        """Returns the tensors among the arguments, those in lists included."""
+        found: list[Any] = []
+        for value in (*self.args, *self.kwargs.values()):
+            found.extend(one for one in (value if isinstance(value, (list, tuple)) else [value]) if hasattr(one, "dim"))
+        return found
 
     @property
     def rank(self) -> int:

@@ -1,16 +1,19 @@
-"""What joining, products, normalization and reduction do to the time axis."""
+"""What joining, normalization and reduction do to the time axis."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from convtap._time.axis_join import appended, joined, stacked
 from convtap._time.axis_op import Op
+from convtap._time.axis_products import hidden
 from convtap._time.axis_shape import dropped
-from convtap._time.mark import Mark, appended, as_axis, joined, normal, reduced, unknown
+from convtap._time.mark import Mark, as_axis, normal, reduced, unknown
 
 # -- joining
 
@@ -27,10 +30,16 @@ def cat(op: Op) -> Mark | None:
 
 def stack(op: Op) -> Mark | None:
     """``stack(tensors, dim)``."""
-    marks = [mark for mark in map(op.mark, op.args[0]) if mark is not None]
     dim = int(op.arg(1, "dim", 0)) % (op.args[0][0].dim() + 1)
-    mark = joined(marks, op.what)
-    return mark if mark is None else mark.moved(lambda one: one + (one >= dim))
+    plain = [(mark := op.mark(tensor)) and _plain_axis(mark, tensor.shape) for tensor in op.args[0]]
+    return stacked(plain, dim, op.what)
+
+
+#: Elementwise operations after which zeros are still zeros.
+KEEP_ZEROS = {
+    *("mul", "div", "native_dropout", "dropout", "clone", "_to_copy", "to", "contiguous", "copy", "masked_fill"),
+    *("index_put", "_index_put_impl", "relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "neg", "abs", "glu"),
+}
 
 
 def elementwise(op: Op) -> Mark | None:
@@ -48,7 +57,31 @@ def elementwise(op: Op) -> Mark | None:
                 return unknown(f"{op.what}: one frame is given to {size}")
         mark = _plain_axis(mark, value.shape)
         marks.append(mark.moved(lambda dim, ahead=ahead: dim + ahead) if ahead else mark)  # type: ignore[misc]
-    return joined(marks, op.what)
+    found = joined(marks, op.what)
+    if found is None or op.name not in KEEP_ZEROS:
+        return found and replace(found, hides=None)
+    blocked = _blocked(op)
+    return found if blocked is None else zeroed(found, blocked)
+
+
+def _blocked(op: Op) -> Tensor | None:
+    """Where a product with a mask, or a fill of it, sets zero; None if it does not."""
+    a, b = (*op.args, None)[:2]
+    if op.name == "masked_fill":
+        return b if isinstance(b, Tensor) and not op.args[2] else None
+    if op.name != "mul" or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    mask = b if op.mark(b) is None else a if op.mark(a) is None else None
+    return None if mask is None else (mask == 0).expand(op.out.shape)
+
+
+def zeroed(mark: Mark, blocked: Tensor) -> Mark:
+    """Returns the mark after values were set to zero, which may be those of the padding of some rows."""
+    digit = mark.digits[0] if len(mark.digits) == 1 else None
+    if digit is None or mark.edge is None or not digit.dim or digit.inner > 1 or blocked.dim() <= digit.dim:
+        return mark
+    rows = blocked.movedim(digit.dim, -1).reshape(blocked.shape[0], -1, blocked.shape[digit.dim])
+    return replace(mark, zeroed=mark.edge) if hidden(rows, square=False) == "padding" else mark
 
 
 def _plain_axis(mark: Mark, shape: Sequence[int]) -> Mark:
@@ -60,7 +93,7 @@ def _plain_axis(mark: Mark, shape: Sequence[int]) -> Mark:
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
+    return [value for value in values if hasattr(value, "dim")]  # a tensor, or the shape of one
 
 
 def _broadcast_size(op: Op, dim: int, rank: int) -> int:
@@ -68,69 +101,7 @@ def _broadcast_size(op: Op, dim: int, rank: int) -> int:
     return max(sizes, default=1)
 
 
-# -- products
-
-
-def product(op: Op) -> Mark | None:
-    """``mm``, ``bmm``, ``addmm``, ``mv``, …: the last axis of the first factor is summed with one of the second."""
-    ahead = {"addmm": 1, "baddbmm": 1, "addmv": 1, "addbmm": 1, "_addmm_activation": 1}.get(op.name, 0)
-    a, b = op.args[ahead], op.args[ahead + 1]
-    left, right = op.mark(a), op.mark(b)
-    row = joined_product(op, a, b, left, right)
-    bias = op.mark(op.args[0]) if ahead else None
-    if bias is None or row is None:
-        return row if bias is None else unknown(op.what)
-    return joined([row, bias], op.what)
-
-
-def joined_product(op: Op, a: Tensor, b: Tensor, left: Mark | None, right: Mark | None) -> Mark | None:
-    """The mark of ``a @ b`` for two matrices, two batches of them, or a matrix and a vector."""
-    if left is not None and not left.unknown:
-        left = reduced(left, [a.dim() - 1], op.what, mixes=True)
-    if right is not None and not right.unknown:
-        summed = b.dim() - 2 if b.dim() > 1 else 0
-        right = reduced(right, [summed], op.what, mixes=True)
-    if left is None or right is None:
-        return left if right is None else right
-    if left.unknown or right.unknown:
-        return left if left.unknown else right
-    if left.digits and right.digits and left.dims != right.dims:
-        # Frames against frames, as in an attention: the rows keep their places, and see everything.
-        return left.with_reasons(right).with_reasons(Mark(whole=(op.what,)))
-    return joined([left, right], op.what)
-
-
-def linear(op: Op) -> Mark | None:
-    """``linear(input, weight, bias)``: over the last axis."""
-    mark = op.mark(op.args[0])
-    return mark if mark is None or mark.unknown else reduced(mark, [op.rank - 1], op.what, mixes=True)
-
-
-def attention(op: Op) -> Mark | None:
-    """Scaled dot-product attention: ``(query, key, value, …)``, time on the last axis but one."""
-    query, key, value = (op.mark(tensor) for tensor in op.args[:3])
-    dim = op.rank - 2
-    if query is None:
-        others = [mark for mark in (key, value) if mark is not None]
-        found = joined(others, op.what)
-        return found if found is None or found.unknown else reduced(found, [dim], op.what, mixes=True)
-    mixed = query
-    for mark in (key, value):
-        if mark is not None and mark.unknown:
-            return mark
-        if mark is not None and dim in mark.dims:
-            mixed = mixed.with_reasons(mark).with_reasons(Mark(whole=(op.what,)))
-        elif mark is not None:
-            mixed = joined([mixed, mark], op.what) or mixed
-    return mixed
-
-
-def recurrence(op: Op) -> Mark | None:
-    """``lstm``, ``gru``, ``rnn_tanh``: every frame after every other; features change, time stays where it is."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown:
-        return mark
-    return mark.with_reasons(Mark(whole=(op.what,)))
+# -- frame by frame
 
 
 def embedding(op: Op) -> Mark | None:
@@ -139,14 +110,6 @@ def embedding(op: Op) -> Mark | None:
 
 
 # -- statistics
-
-
-def over(op: Op) -> Mark | None:
-    """Softmax and the like: each value is scaled by what stands on an axis with it."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown or not mark.dims.intersection(op.dims(op.arg(1, "dim"))):
-        return mark
-    return mark.with_reasons(Mark(statistics=(op.what,)))
 
 
 def scan(op: Op) -> Mark | None:
@@ -172,6 +135,10 @@ def batch_norm(op: Op) -> Mark | None:
     position = {"_native_batch_norm_legit": 5, "_batch_norm_with_update": 99}.get(op.name, 5)
     values = [value for value in op.args[3:] if isinstance(value, bool)]
     training = bool(values[0]) if position == 5 and values else position == 99
+    mark = op.mark(op.args[0])
+    if op.trains and not training and mark is not None and not mark.unknown:
+        # in train mode, which the model was in before this pass, it takes the statistics of its batch
+        return mark.mixes(f"{op.what}, in train mode", [dim for dim in mark.dims if dim != 1])
     return _normalized(op, [dim for dim in range(op.rank) if dim != 1] if training else [])
 
 
@@ -179,7 +146,7 @@ def _normalized(op: Op, dims: Sequence[int]) -> Mark | None:
     mark = op.mark(op.args[0])
     if mark is None or mark.unknown or not mark.dims.intersection(dims):
         return mark
-    return mark.with_reasons(Mark(statistics=(op.what,)))
+    return mark.with_reasons(Mark(statistics=(op.what,))).mixes(op.what, dims)
 
 
 def reduction(op: Op) -> Mark | None:
@@ -193,7 +160,7 @@ def reduction(op: Op) -> Mark | None:
     dims = op.dims(value if not isinstance(value, (bool, torch.dtype)) else None)
     if op.name in ("norm", "linalg_vector_norm") and len(op.args) < 3 and "dim" not in op.kwargs:
         dims = op.dims(None)
-    mark = reduced(mark, dims, op.what, mixes=False)
+    mark = reduced(mark, dims, op.what, mixes=False, sums=op.name == "sum")
     if out.dim() == op.rank or not mark.digits:
         return mark
     return dropped(mark, dims)
@@ -230,7 +197,13 @@ def index_put(op: Op) -> Mark | None:
     """``index_put(input, indices, values)``: of constants, nothing moves."""
     given = [op.args[2], *(index for index in op.args[1] if index is not None)]
     broken = [mark for mark in map(op.mark, given) if mark is not None]
-    return unknown(f"{op.what}: frames were put by number") if broken else op.mark(op.args[0])
+    if broken:
+        return unknown(f"{op.what}: frames were put by number")
+    mark, value, mask = op.mark(op.args[0]), op.args[2], op.args[1][0]
+    is_mask = len(op.args[1]) == 1 and mask is not None and mask.dtype == torch.bool and value.numel() == 1
+    if mark is None or mark.unknown or not is_mask or bool(value != 0):
+        return mark
+    return zeroed(mark, mask)
 
 
 def nothing(op: Op) -> Mark | None:
@@ -242,6 +215,8 @@ def fourier(op: Op) -> Mark | None:
     """``_fft_r2c(input, dims, …)``: over time, frames become frequencies."""
     mark = op.mark(op.args[0])
     dims = op.dims(op.arg(1))
+    if mark is not None and not mark.digits and not mark.unknown and op.name != "_fft_r2c":
+        return unknown(f"{op.what}: from frequencies back to frames")
     if mark is None or mark.unknown or not mark.dims.intersection(dims):
         return mark
     return reduced(normal(mark), dims, op.what, mixes=True)

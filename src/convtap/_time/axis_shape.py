@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from convtap._time.axis_count import Affine, Fixed, Guess, Window
-from convtap._time.mark import Digit, Mark, as_axis, joined, longer, normal, unknown, windowed
+from convtap._time.axis_join import joined, longer
+from convtap._time.mark import Digit, Mark, as_axis, normal, unknown, windowed
 
 #: How a slice without an end is written.
 _END = (1 << 63) - 1
@@ -53,7 +54,7 @@ def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
         count = digit.count
         if size != digit.size:
             count = count.then(_share(digit, faster, size, slowest=top == high))
-        parts.append(Digit(dim, size, bottom // stride, digit.weight * faster, count))
+        parts.append(Digit(dim, size, bottom // stride, digit.weight * faster, count, digit.stacked))
     return parts
 
 
@@ -121,13 +122,17 @@ def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None,
         last = stop if stop is not None and 0 <= stop < _END else None
         still = cut if last is None else Window(begin, last, step)
         settled = Guess(what, size, frames, cut, still, (begin, last))
-    return windowed(mark, dim, stride=step, before=-begin, taps=1, dilation=1, size=frames, step=settled)
+    return windowed(
+        mark, dim, stride=step, before=-begin, taps=1, dilation=1, size=frames, step=settled, what="padding"
+    )
 
 
 def written(
     base: Mark | None, part: Mark, dim: int, size: int, start: int, step: int, *, selects: bool, what: str
 ) -> Mark:
     """Returns the mark of a tensor after ``part`` was written into a slice (or one position) of its axis ``dim``."""
+    if part.across is not None or (base is not None and base.across is not None):
+        return unknown(f"{what}: frames against frames were written")
     if selects:
         part = inserted(part, dim)
     if part.unknown:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from convtap._time import axis_folds as folds
+from convtap._time import axis_products as products
 from convtap._time import axis_rules as rules
 from convtap._time import axis_windows as windows
 from convtap._time.axis import LONGEST, TooFine
+from convtap._time.axis_join import each_axis, halves
 from convtap._time.axis_op import Op
-from convtap._time.axis_views import VIEWS
+from convtap._time.axis_views import VIEWS, pieces
 from convtap._time.mark import Mark, unknown
 
 Rule = Callable[[Op], "Mark | None"]
@@ -33,17 +37,17 @@ RULES: dict[str, Rule] = {
     **_all(windows.upsample, "upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d"),
     **_all(rules.cat, "cat concat"),
     **_all(rules.stack, "stack"),
-    **_all(rules.product, "mm bmm addmm baddbmm addbmm addmv mv dot _addmm_activation _int_mm"),
-    **_all(rules.linear, "linear _linear_pointwise mkldnn_linear linear_dynamic linear_relu"),
-    **_all(rules.attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
-    **_all(rules.attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
+    **_all(products.product, "mm bmm addmm baddbmm addbmm addmv mv dot _addmm_activation _int_mm"),
+    **_all(products.linear, "linear _linear_pointwise mkldnn_linear linear_dynamic linear_relu"),
+    **_all(products.attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
+    **_all(products.attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
     **_all(
-        rules.attention,
+        products.attention,
         "scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable",
     ),
-    **_all(rules.recurrence, "lstm gru rnn_tanh rnn_relu"),
+    **_all(products.recurrence, "lstm gru rnn_tanh rnn_relu"),
     **_all(rules.embedding, "embedding"),
-    **_all(rules.over, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
+    **_all(products.over, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
     **_all(rules.scan, "cumsum cumprod cummax cummin logcumsumexp"),
     **_all(rules.layer_norm, "native_layer_norm _fused_rms_norm"),
     **_all(rules.group_norm, "native_group_norm"),
@@ -57,6 +61,10 @@ RULES: dict[str, Rule] = {
     **_all(rules.glu, "glu"),
     **_all(rules.scatter, "scatter scatter_add scatter_reduce"),
     **_all(rules.index_put, "index_put _index_put_impl _unsafe_index_put"),
+    **_all(folds.roll, "roll"),
+    **_all(folds.fold, "col2im"),
+    **_all(folds.unfold, "im2col"),
+    **_all(folds.shuffle, "pixel_shuffle pixel_unshuffle"),
     **_all(rules.fourier, "_fft_r2c _fft_c2c _fft_c2r"),
     **_all(rules.nothing, "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"),
     **_all(rules.nothing, "new_zeros new_ones new_empty new_full new_empty_strided empty_strided"),
@@ -86,6 +94,53 @@ def apply(func: Any, op: Op) -> Mark | None:
     if rule is None:
         return unknown(f"{op.what} is not followed")
     try:
-        return rule(op)
+        found = _by_axis(rule, op)
+        kept = found is None or found.zeroed is None or op.name in VIEWS or op.name in rules.KEEP_ZEROS
+        return found if kept else replace(found, zeroed=None)  # type: ignore[type-var]
     except TooFine:
         return unknown(f"{op.what}: more than {LONGEST} frames before the rate repeats itself")
+
+
+def apply_pieces(op: Op) -> list[Mark | None]:
+    """Returns what is known of each result of ``split``, ``chunk`` and ``unbind``."""
+    mark = op.mark(op.args[0])
+    if mark is None or mark.across is None:
+        return pieces(op, mark)
+    first, second = (pieces(op.seen_as(lambda value, one=one: one), one) for one in halves(mark))  # type: ignore[misc]
+    return [each_axis([a, b].__getitem__, op.what) for a, b in zip(first, second, strict=True)]
+
+
+def _by_axis(rule: Rule, op: Op) -> Mark | None:
+    """Runs a rule; of frames against frames for each of the two axes. See Note: [Frames against frames]."""
+    tensors = op.tensors()
+    matrices = [
+        (tensor.dim(), halves(mark)) for tensor in tensors if (mark := op.mark(tensor)) is not None and mark.across
+    ]
+    if not matrices:
+        return rule(op)
+
+    def seen(number: int) -> Mark | None:
+        def mark_of(value: Any) -> Mark | None:
+            mark = op.mark(value)
+            if mark is None or mark.unknown:
+                return mark
+            if mark.across is not None:
+                return halves(mark)[number]
+            if _axis_of(mark, value, op, matrices) == number:
+                return mark
+            return replace(mark, digits=(), edge=None)
+
+        return rule(op.seen_as(mark_of, matrices[0][1][1 - number]))
+
+    return each_axis(seen, op.what)
+
+
+def _axis_of(mark: Mark, value: Any, op: Op, matrices: list[tuple[int, tuple[Mark, Mark]]]) -> int:
+    """To which of the two axes the time axis of another argument belongs."""
+    rank, pair = matrices[0]
+    dims = {dim - value.dim() for dim in mark.dims}
+    if RULES.get(op.name) is products.product:
+        dims = (
+            {-2} if value is op.args[products.AHEAD.get(op.name, 0)] else {-1}
+        )  # the matrix's axis that is summed over
+    return next((i for i, half in enumerate(pair) if {dim - rank for dim in half.dims} == dims), 0)

@@ -9,7 +9,7 @@ from typing import Any
 from convtap._time.axis_count import Affine
 from convtap._time.axis_op import Op
 from convtap._time.axis_shape import dropped, expanded, inserted, permuted, reshaped, sliced, written
-from convtap._time.mark import Digit, Mark, as_axis, normal, unknown
+from convtap._time.mark import Digit, Mark, as_axis, normal, reduced, unknown
 
 
 def _of(rule: Callable[[Op, Mark], Mark]) -> Callable[[Op], Mark | None]:
@@ -135,14 +135,14 @@ def _index(op: Op, mark: Mark) -> Mark:
     return unknown(f"{op.what}: frames were picked by number")
 
 
-def _moves(op: Op, mark: Mark) -> Mark:
-    """``flip(dims)`` and ``roll(shifts, dims)``."""
-    dims = op.dims(op.arg(2 if op.name == "roll" else 1))
+def _flip(op: Op, mark: Mark) -> Mark:
+    dims = op.dims(op.arg(1))
     return unknown(f"{op.what}: the frames were reordered") if mark.dims.intersection(dims) else mark
 
 
 def _complex(op: Op, mark: Mark) -> Mark:
-    return mark if op.rank - (op.name == "view_as_complex") not in mark.dims else unknown(op.what)
+    """``view_as_complex``: the last axis, of two, is put together."""
+    return reduced(mark, [op.rank - 1], op.what, mixes=False)
 
 
 def pieces(op: Op, mark: Mark | None) -> list[Mark | None]:
@@ -177,10 +177,11 @@ VIEWS: dict[str, Callable[[Op], Mark | None]] = {
     "repeat": _of(_repeat),
     "unfold": _of(_unfold),
     "as_strided": _of(_as_strided),
-    **dict.fromkeys(("detach", "alias", "view_as_real", "view_as_complex"), _of(_same)),
+    **dict.fromkeys(("detach", "alias", "view_as_real"), _of(_same)),
+    "view_as_complex": _of(_complex),
     **dict.fromkeys(("index_select", "gather"), _of(_index_select)),
     "index": _of(_index),
-    **dict.fromkeys(("flip", "roll"), _of(_moves)),
+    "flip": _of(_flip),
 }
 
 MANY = {"split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"}
@@ -202,6 +203,8 @@ def base_after(op: Op, base: Mark | None, part: Mark, index: int | None = None) 
     """
     if part.unknown:
         return part
+    if part.across is not None or (base is not None and base.across is not None):
+        return unknown(f"a write through {op.what}: frames against frames")
     if op.name in _RESHAPES:
         return reshaped(part, tuple(op.out.shape), op.shape, op.what)
     if op.name in _PERMUTES:

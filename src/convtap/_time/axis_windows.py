@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from convtap._errors import InvalidValue
+from convtap._time.axis import IDENTITY
 from convtap._time.axis_count import Affine, CeilPool, Fixed, Guess
 from convtap._time.axis_op import Op
 from convtap._time.mark import Mark, as_axis, reduced, resampled, unknown, windowed
@@ -46,8 +48,13 @@ def convolution(op: Op) -> Mark | None:
     weight = op.args[1]
     axes = weight.dim() - 2
     channel = op.rank - axes - 1
-    if channel in mark.dims or (0 in mark.dims and op.time_dim == 0):
-        return _off_axis(op, mark, channel)
+    if _is_signal(op, mark) and (channel in mark.dims or (0 in mark.dims and op.time_dim == 0)):
+        raise _off_axis(op, channel if channel in mark.dims else 0, channel)
+    if channel in mark.dims:
+        folded = _from_channels(op, mark, channel)
+        if folded.unknown or not folded.digits:
+            return folded
+        mark = folded
     stride, padding, dilation = op.arg(3), op.arg(4), op.arg(5)
     transposed, extra = op.arg(6), op.arg(7)
 
@@ -56,25 +63,42 @@ def convolution(op: Op) -> Mark | None:
         s, p, d = _one(stride, index), _one(padding, index), _one(dilation, index)
         if transposed:
             return _transposed(op, mark, dim, kernel, s, p, d, _one(extra, index))
-        return _slide(op, mark, dim, kernel, s, p, d)
+        return _slide(op, mark, dim, kernel, s, p, d, zeros=True)
 
     return _spatial(op, mark, axes, each)
 
 
-def _off_axis(op: Op, mark: Mark, channel: int) -> Mark:
-    """A convolution to which the time axis is not time."""
-    dim = channel if channel in mark.dims else 0
-    if op.time_dim is None:
-        return unknown(f"{op.what}: time lies on axis {dim} of its input {op.shape}, which it does not slide over")
+def _is_signal(op: Op, mark: Mark) -> bool:
+    """Whether a tensor has the frames of the model's input as they are, each a sample, on one axis."""
+    return op.time_dim is not None and len(mark.digits) == 1 and mark.first == mark.last == IDENTITY
+
+
+def _off_axis(op: Op, dim: int, channel: int) -> InvalidValue:
+    """A first convolution to which the time axis is not time."""
     kind = "channel" if dim == channel else "batch"
     other = "time_dim=1 for (B, T, C)" if op.time_dim == op.rank - 1 else "time_dim=-1 for (B, C, T)"
-    raise InvalidValue(
+    return InvalidValue(
         f"time_dim says that axis {op.time_dim} of the model's input is time, and that makes time the {kind} axis of "
         f"{op.module!r}, whose input is {op.shape}. Pass the axis that is time: {other}."
     )
 
 
-def _slide(op: Op, mark: Mark, dim: int, kernel: int, stride: int, padding: int, dilation: int) -> Mark:
+def _from_channels(op: Op, mark: Mark, channel: int) -> Mark:
+    """The mark of a convolution's sum over channels that hold frames, as after framing or a fold into patches."""
+    groups, channels, out = int(op.arg(8, default=1)), op.shape[channel], int(op.out.shape[channel])
+    if groups == 1:
+        return reduced(mark, [channel], op.what, mixes=True)
+    digit = mark.on(channel)
+    if groups == channels and digit is not None:
+        times = out // channels
+        moved = replace(digit, inner=digit.inner * times)
+        return replace(mark, digits=tuple(moved if one is digit else one for one in mark.digits))
+    return unknown(f"{op.what}: its {groups} groups of channels hold frames")
+
+
+def _slide(
+    op: Op, mark: Mark, dim: int, kernel: int, stride: int, padding: int, dilation: int, *, zeros: bool = False
+) -> Mark:
     extent = dilation * (kernel - 1) + 1
     digit = mark.on(dim)
     assert digit is not None
@@ -84,7 +108,9 @@ def _slide(op: Op, mark: Mark, dim: int, kernel: int, stride: int, padding: int,
         last.aligns(extent - 2 * padding, stride)
     step = Affine(1, 2 * padding - extent + stride, stride)
     size = step(digit.size)
-    return windowed(mark, dim, stride=stride, before=padding, taps=kernel, dilation=dilation, size=size, step=step)
+    return windowed(
+        mark, dim, stride=stride, before=padding, taps=kernel, dilation=dilation, size=size, step=step, zeros=zeros
+    )
 
 
 def _transposed(
@@ -168,7 +194,9 @@ def pad(op: Op) -> Mark | None:
         step: Any = Affine(1, left + right, 1)
         if not op.settled:
             step = Guess(op.what, op.shape[dim], size, step, Fixed(size), (left, right), pads=True)
-        mark = windowed(axis, dim, stride=1, before=left, taps=1, dilation=1, size=size, step=step)
+        if op.name == "pad":  # the circular one: what is put in front comes from the end
+            axis = axis.mixes(f"circular padding in {op.module!r}" if op.module else "circular padding", [dim])
+        mark = windowed(axis, dim, stride=1, before=left, taps=1, dilation=1, size=size, step=step, what="padding")
     return mark
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from convtap._owners import Owners
 from convtap._select import CONV1D, FUNCTION
 from convtap._structure import walk_tensors
+from convtap._time.axis_edge import Edge, Start
 from convtap._time.axis_node import Node
 from convtap._time.axis_op import Op, Shape, is_composite, is_view, written
-from convtap._time.axis_table import CONSTANT, apply, rule_for
-from convtap._time.axis_views import MANY, VIEWS, pieces
-from convtap._time.mark import Digit, Mark, unknown
+from convtap._time.axis_table import CONSTANT, apply, apply_pieces, rule_for
+from convtap._time.axis_views import MANY, VIEWS
+from convtap._time.mark import Digit, Mark, collapsed, unknown
+from convtap._time.origins import LEAVES, Origins
+from convtap._time.record import Pass, Record
+from convtap._time.watching import Functions, Operations, quantized_arguments, whole_slices
 from convtap._torch.hooks import Hooks
 from convtap._tree import ModuleTree
 from convtap.taps.module import as_input
@@ -34,47 +36,37 @@ _CALLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention")
 
 _CONVOLUTIONS = ("convolution", "_convolution")
 
-
-@dataclass(frozen=True)
-class Record:
-    """One run of one layer.
-
-    Attributes:
-        name: the layer.
-        kind: the class of the module, or ``"function"``.
-        is_layer: whether it is a convolution, and so has a line in the table.
-        mark: what is known of its output's time axis.
-        shape: the shape of the output.
-        path: which tensor of the output it is about; empty if the output is one.
-    """
-
-    name: str
-    kind: str
-    is_layer: bool
-    mark: Mark
-    shape: tuple[int, ...]
-    path: str = ""
+#: What ``tensor.data`` calls: no operation, and yet a view.
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Follower:
     """Follows one pass.
 
     Args:
-        every: ``"output"`` or ``"input"`` to record every tensor that modules return, or are given; None for the first one
-            that they return.
+        inputs: the tensors of the example, by their paths in it.
+        trains: the modules that are in train mode outside of this pass.
 
     Attributes:
         records: the layers' runs in order.
     """
 
-    def __init__(self, tree: ModuleTree, signal: Tensor, time_dim: int, every: str | None = None) -> None:
+    def __init__(
+        self, tree: ModuleTree, how: Pass, inputs: Mapping[str, Tensor], trains: Collection[nn.Module] = ()
+    ) -> None:
         self.records: list[Record] = []
         self._tree = tree
-        self._every = every
-        self._time_dim: int | None = time_dim
+        self._path = how.path
+        self._every = how.every
+        self._trains = trains
+        self._origins = Origins(tree.names.values(), inputs)
+        signal, time_dim = inputs[how.path], how.axis
+        # of (B, T) no other axis can be meant
+        self._time_dim: int | None = time_dim if signal.dim() > 2 or time_dim == 0 else None
         self._nodes: Any = WeakTensorKeyDictionary()
         samples = int(signal.shape[time_dim])
-        self._nodes[signal] = Node(Mark((Digit(time_dim, samples),), clear=(0, samples)))
+        start = Mark((Digit(time_dim, samples),), clear=(0, samples), edge=Edge(Start()))
+        self._nodes[signal] = Node(replace(start, zeroed=start.edge if how.zeros else None))
         self._stack: list[tuple[str, nn.Module]] = []
         self._owners = Owners(tree, tree.names)
         self._muted = False
@@ -88,8 +80,8 @@ class Follower:
             for name, module in self._tree.names.items():
                 hooks.before(module, self._enter, name)
                 hooks.after(module, self._leave, name, always=True)
-            stack.enter_context(_Functions(self))
-            stack.enter_context(_Operations(self))
+            stack.enter_context(Functions(self))
+            stack.enter_context(Operations(self))
             yield
 
     # -- modules
@@ -107,16 +99,37 @@ class Follower:
 
     def _look_at(self, name: str, module: nn.Module, value: Any) -> None:
         """Records what is known of the tensors in a module's output or input."""
-        for path, tensor in walk_tensors(value):
+        is_layer, kind = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D)), type(module).__name__
+        tensors, depends = list(walk_tensors(value)), False
+        for path, tensor in tensors:
+            self._adopt(tensor)
             mark = self.mark(tensor)
             if mark is not None:
-                is_layer = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D))
-                self._record(name, type(module).__name__, is_layer, mark, tensor, path)
+                self._record(name, kind, is_layer, mark, tensor, path)
+                depends = True
                 if self._every is None:
                     return
+        if is_layer and tensors and not depends:
+            self._record_elsewhere(name, kind, *tensors[0])
 
-    def _record(self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "") -> None:
-        self.records.append(Record(name, kind, is_layer, mark, tuple(tensor.shape), path))
+    def _record_elsewhere(self, name: str, kind: str, path: str, tensor: Tensor) -> None:
+        """Records a layer's tensor that does not depend on the signal: the mark says what else it depends on."""
+        why = self._origins.instead_of(self._path, tensor)
+        mark = Mark() if why is None else unknown(why)
+        self._record(name, kind, True, mark, tensor, path, depends=False)
+
+    def _adopt(self, *given: Any) -> None:
+        """Marks tensors that came from outside of torch after values of the signal went there."""
+        for tensor in self._origins.strangers(*given):
+            self._origins.note(tensor)
+            why = f"values of the signal left torch by {self._origins.left}, and what came back is not followed"
+            self._nodes[tensor] = Node(unknown(why))
+
+    def _record(
+        self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "", *, depends: bool = True
+    ) -> None:
+        mark, shape = collapsed(mark, name), tuple(tensor.shape)
+        self.records.append(Record(name, kind, is_layer, mark, shape, path, self._origins.numbers, depends))
 
     @property
     def _module(self) -> str:
@@ -139,6 +152,13 @@ class Follower:
         """Takes one call of a torch function as one operation. See Note: [Two modes]."""
         name = getattr(func, "__name__", "")
         values = list(args)
+        if name in LEAVES and args and self.mark(args[0]) is not None and self._origins.left is None:
+            self._origins.left = self._op(name, args, kwargs, None).what
+        if func == _DATA and not self._muted:
+            out = func(*args)
+            self._view(torch.ops.aten.detach.default, "detach", (Shape(args[0]),), {}, out, self._node(args[0]))
+            self._origins.note(out, args)
+            return out
         circular = name == "pad" and func is torch.nn.functional.pad and "circular" in (*args[2:3], kwargs.get("mode"))
         if func is Tensor.__getitem__ and not self._muted:
             return self._indexed(func, args)
@@ -151,8 +171,10 @@ class Follower:
             self._muted = False
         if circular and len(values) < 2:
             values.append(kwargs["pad"])
+        self._adopt(args, kwargs)
         op = self._op(name, values, kwargs, out)
         self._assign(out, apply(func, op), op)
+        self._origins.note(out, args, kwargs)
         return out
 
     def _indexed(self, func: Any, args: Any) -> Any:
@@ -161,15 +183,9 @@ class Follower:
         tensor, index = args
         if not isinstance(out, Tensor) or out.shape != tensor.shape or self.mark(tensor) is None:
             return out
-        parts = index if isinstance(index, tuple) else (index,)
-        if not all(part is ... or isinstance(part, slice) for part in parts):
-            return out
-        kept = next((i for i, part in enumerate(parts) if part is ...), len(parts))
-        for i, part in enumerate(parts):
-            dim = i if i < kept else tensor.dim() - len(parts) + i
-            if isinstance(part, slice) and isinstance(part.stop, int) and part.stop >= tensor.shape[dim]:
-                view = (Shape(tensor), dim, 0, part.stop, 1)
-                self._view(torch.ops.aten.slice.Tensor, "slice", view, {}, out, self._node(tensor))
+        for dim, stop in whole_slices(tensor, index):
+            view = (Shape(tensor), dim, 0, stop, 1)
+            self._view(torch.ops.aten.slice.Tensor, "slice", view, {}, out, self._node(tensor))
         return out
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,8 +197,14 @@ class Follower:
         if name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
         if rule_for(func, name) is None and schema.name.startswith("aten::") and is_composite(func):
-            with _Operations(self):
+            with Operations(self):
                 return func.decompose(*args, **kwargs)
+        self._adopt(args, kwargs)
+        out = self._followed(func, schema, name, args, kwargs)
+        self._origins.note(out, args, kwargs)
+        return out
+
+    def _followed(self, func: Any, schema: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = written(schema, args, kwargs)
         if target is not None and name in VIEWS:
             before = Shape(target)
@@ -193,33 +215,34 @@ class Follower:
         if target is not None:
             self._write(func, name, args, kwargs, out, target)
         elif is_view(schema) and args and isinstance(args[0], Tensor):
-            if isinstance(out, Tensor) or name in MANY:
+            if out is not args[0] and (isinstance(out, Tensor) or name in MANY):
                 self._view(func, name, (Shape(args[0]), *args[1:]), kwargs, out, self._node(args[0]))
         elif self._touches(args) or self._touches(kwargs.values()):
+            if name == "_local_scalar_dense" and args[0].dtype != torch.bool:
+                self._origins.read(self._op("item", args, kwargs, out).what)
             self._result(func, name, args, kwargs, out)
+        elif name in _CONVOLUTIONS:
+            self._convolved(args, out, None)
         return out
 
     def _touches(self, values: Any) -> bool:
-        for value in values:
-            if isinstance(value, Tensor):
-                if self.mark(value) is not None:
-                    return True
-            elif isinstance(value, (list, tuple)) and value and self._touches(value):
-                return True
-        return False
+        return any(
+            self._touches(value) if isinstance(value, (list, tuple)) else self.mark(value) is not None
+            for value in values
+        )
 
     def _op(self, name: str, args: Any, kwargs: Any, out: Any) -> Op:
         inside = self._stack[-1][1] if self._stack else None
-        settled = isinstance(inside, nn.modules.conv._ConvNd)
-        return Op(name, args, kwargs, out, self._module, self._time_dim, self.mark, settled=settled)
+        flags = {"settled": isinstance(inside, nn.modules.conv._ConvNd), "trains": inside in self._trains}
+        return Op(name, args, kwargs, out, self._module, self._time_dim, self.mark, **flags)
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         inside = self._stack[-1][1] if self._stack else None
         if isinstance(inside, nnq.Conv1d) and name.startswith("conv"):
-            name, args, kwargs = "convolution", _quantized(inside, args[0]), {}
+            name, args, kwargs = "convolution", quantized_arguments(inside, args[0]), {}
         op = self._op(name, args, kwargs, out)
         if name in MANY:
-            for tensor, mark in zip(out, pieces(op, self.mark(args[0])), strict=True):
+            for tensor, mark in zip(out, apply_pieces(op), strict=True):
                 self._nodes[tensor] = Node(mark)
             return
         mark = apply(func, op)
@@ -274,37 +297,13 @@ class Follower:
             self._time_dim = None
         weight = args[1]
         inside = any(isinstance(module, CONV1D) for _, module in self._stack)
-        if mark is None or inside or weight.dim() != 3 or args[6]:
+        if inside or weight.dim() != 3 or args[6]:
+            return
+        name = self._owners.find(weight) or FUNCTION
+        if mark is None:
+            self._origins.note(out, args)
+            self._record_elsewhere(name, "function", "", args[0] if self._every == "input" else out)
             return
         if self._every == "input":
             mark, out = self.mark(args[0]) or mark, args[0]
-        self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
-
-
-def _quantized(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
-    """The arguments of the plain convolution that a quantized one stands for; of the weight only the shape."""
-    weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
-    padding = (0,) if module.padding_mode != "zeros" else module.padding
-    return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # with True, the first operation imports torch's compiler, which takes over a second
-
-    def __init__(self, follower: Follower) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._follower = follower
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._follower.operation(func, args, kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    def __init__(self, follower: Follower) -> None:
-        super().__init__()
-        self._follower = follower
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._follower.call(func, args, kwargs or {})
+        self._record(name, "function", True, mark, out)

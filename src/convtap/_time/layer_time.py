@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._samples import whole_numbers
 from convtap._time.axis_count import Count
-from convtap._time.follow import Record
+from convtap._time.axis_edge import Difference, Tail
 from convtap._time.lengths import Doubt
 from convtap._time.mark import Digit, Mark
+from convtap._time.record import Record
 
 
 def exact(value: Fraction) -> int | Fraction:
@@ -27,8 +29,9 @@ class LayerTime:
     """The time axis of one layer's output, in samples of the model's input.
 
     Frame t sees the input samples ``first`` to ``stop - 1`` of ``span(t)``; the count goes on below 0 and past the end
-    where a frame sees padding. Where a recurrence or an attention has mixed the frames, ``receptive_field`` is infinite
-    and ``span`` is the whole input, while ``stride`` and ``centre`` still say where a frame has its place.
+    where a frame sees padding (and the samples that fill it, if it reflects or goes round). Where a recurrence or
+    an attention has mixed the frames, ``receptive_field`` is infinite and ``span`` is the whole input, while
+    ``stride`` and ``centre`` still say where a frame has its place.
 
     Attributes:
         name: the layer.
@@ -44,7 +47,14 @@ class LayerTime:
         notes: what holds for the example's length only.
     """
 
-    def __init__(self, record: Record, key: str, input_length: int, doubt: Doubt | None = None) -> None:
+    def __init__(
+        self,
+        record: Record,
+        key: str,
+        input_length: int,
+        doubt: Doubt | None = None,
+        tail: Tail | None = None,
+    ) -> None:
         mark = record.mark
         self.name = record.name
         self.key = key
@@ -52,9 +62,10 @@ class LayerTime:
         self.input_length = input_length
         self.whole = mark.whole
         self.statistics = mark.statistics
-        self.unknown = mark.unknown or _in_pieces(mark, record.shape)
+        self.unknown = mark.unknown or _in_pieces(mark, record.shape) or (None if doubt is None else doubt.axis)
         self.notes = mark.fixed if doubt is None or doubt.place is None else (*mark.fixed, doubt.place)
-        self._mark = mark
+        self._mark = replace(mark, edge=None, across=None)
+        self._tail = tail
         self._digit: Digit | None = None
         if not self.unknown and mark.digits:
             self._digit = mark.digits[-1]
@@ -255,6 +266,11 @@ class LayerTime:
                 f"Make the timeline with an example of {others[0]} samples."
             )
 
+    def _difference(self, length: int, padded: int) -> Difference | None:
+        """How the frames of ``length`` samples, padded to ``padded``, differ from those of the samples alone."""
+        count = None if self._digit is None else self._digit.count
+        return None if self._tail is None else self._tail.differs(count, self.notes, length, padded)
+
     # -- state
 
     def _known(self) -> Digit:
@@ -262,7 +278,8 @@ class LayerTime:
             raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}.")
         if self._digit is None:
             why = listed([*self.whole, *self.statistics], 2)
-            raise Unsupported(f"{self.key!r} has no time axis: what it is given was reduced over time ({why}).")
+            gone = f"its input was reduced over time ({why})" if self.whole or self.statistics else "it is constant"
+            raise Unsupported(f"{self.key!r} has no time axis: {gone}.")
         return self._digit
 
     def _cells(self) -> tuple[Any, ...]:
@@ -283,6 +300,8 @@ class LayerTime:
 
 def _in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
     """Why an output's frames cannot be numbered, or None."""
+    if mark.across is not None:
+        return f"its output {shape} has frames on two axes, those of the queries and those of the keys"
     if not mark.digits:
         return None
     digit = mark.digits[-1]

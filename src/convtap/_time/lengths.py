@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from convtap._errors import InvalidType
+from convtap._errors import InvalidType, listed
 from convtap._example import called, looking, own_tensors
 from convtap._structure import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
-from convtap._time.follow import Follower, Record
+from convtap._time.axis_edge import Edges
+from convtap._time.follow import Follower
+from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
 from convtap._tree import ModuleTree
 
@@ -30,25 +32,26 @@ from convtap._tree import ModuleTree
 _ENOUGH = 8
 
 
-def follow(
-    model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
-) -> tuple[list[Record], ModuleTree]:
-    """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
+def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
+    """Runs a model once on an example; works on a copy of its tensors, and leaves the model as it was."""
     with torch.inference_mode(False):
         example = own_tensors(example)  # the model may write into them
-        signal = dict(walk_tensors(example))[path].clone()
-    tree = ModuleTree(model)
-    follower = Follower(tree, signal, axis, every)
+        inputs = dict(walk_tensors(example))
+    tree = ModuleTree(how.model)
+    trains = {module for module in tree.names.values() if module.training}
+    opened = object()
     try:
-        compile_stance.enter(follower)
+        compile_stance.enter(opened)
         # In inference mode, operations are not taken apart into those that have rules.
-        with torch.inference_mode(False), looking(model):
-            if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-                called(model, own_tensors(example))
+        with torch.inference_mode(False), looking(how.model):
+            if any(isinstance(parameter, UninitializedParameter) for parameter in how.model.parameters()):
+                called(how.model, own_tensors(example), how.method)
+            inputs[how.path] = inputs[how.path].clone()  # it may be in the example twice
+            follower = Follower(tree, how, inputs, trains)
             with follower.watching():
-                called(model, _with(example, path, signal))
+                called(how.model, _with(example, how.path, inputs[how.path]), how.method)
     finally:
-        compile_stance.leave(follower)
+        compile_stance.leave(opened)
     return follower.records, tree
 
 
@@ -59,30 +62,34 @@ class Doubt:
     Attributes:
         count: why its frame counts at other lengths are not known, or None.
         place: why its frames' places hold for one length only, or None.
+        axis: why there is a time axis that is not followed, or None.
     """
 
     count: str | None = None
     place: str | None = None
+    axis: str | None = None
 
 
-def settle(
-    records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
-) -> dict[int, Doubt]:
+def settle(records: Sequence[Record], how: Pass, example: Any) -> dict[int, Doubt]:
     """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
 
     Returns:
         By position among the records, what is still in doubt.
     """
-    if not _guesses(records):
+    # where all frames were mixed, an axis may have come back that is not known to be time: another length tells
+    mixed = any(record.mark.whole or not (record.mark.digits or record.mark.unknown) for record in records)
+    if not mixed and not _guesses(records):
         return {}
+    path, axis = how.path, how.axis
     passes: list[tuple[int, list[Record]]] = []
     length = int(dict(walk_tensors(example))[path].shape[axis])
-    for change in _changes(records, length):
-        settled = len(passes) > 1 and not any(guess.is_open for guess in _guesses(records))
+    guesses = _guesses(records)
+    for change in _changes(records, length) if guesses else (length // 3 | 1, 1):
+        settled = len(passes) > bool(guesses) and not any(guess.is_open for guess in guesses)
         if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
-            others, _ = follow(model, _resized(example, path, axis, change), path, axis, every)
+            others, _ = follow(how, _resized(example, path, axis, change))
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))
@@ -91,8 +98,27 @@ def settle(
         guess.conclude()
     doubts: dict[int, Doubt] = {}
     for samples, others in passes:
-        doubts.update(_contradictions(records, others, samples))
+        for i, doubt in (*_contradictions(records, others, samples).items(), *_grown(records, others).items()):
+            before = doubts.get(i, Doubt())
+            doubts[i] = Doubt(before.count or doubt.count, before.place or doubt.place, before.axis or doubt.axis)
     return doubts
+
+
+def _grown(records: Sequence[Record], others: Sequence[Record]) -> dict[int, Doubt]:
+    """Which layers' outputs have an axis that changes with the length, and is not known to be time."""
+    found: dict[int, Doubt] = {}
+    for i, one, other in _pairs(records, others):
+        rest = [
+            [size for dim, size in enumerate(record.shape) if dim and dim not in record.mark.dims]
+            for record in (one, other)
+        ]
+        if not one.mark.unknown and not other.mark.unknown and rest[0] != rest[1]:
+            shapes = f"{one.shape} and {other.shape}"
+            by = f" after {listed([*one.mark.whole, *one.mark.statistics], 2)}" if one.mark.whole else ""
+            found[i] = Doubt(
+                axis=f"its output has shape {shapes} for two lengths{by}, and its frames were not followed"
+            )
+    return found
 
 
 def _changes(records: Sequence[Record], length: int) -> list[int]:
@@ -103,7 +129,16 @@ def _changes(records: Sequence[Record], length: int) -> list[int]:
 
 
 def _guesses(records: Sequence[Record]) -> list[Guess]:
+    return list({id(guess): guess for guess in (*_counted(records), *_edge_guesses(records))}.values())
+
+
+def _counted(records: Sequence[Record]) -> list[Guess]:
     return [guess for record in records for digit in record.mark.digits for guess in digit.count.guesses()]
+
+
+def _edge_guesses(records: Sequence[Record]) -> list[Guess]:
+    """The guesses on which only the edges rest: see Note: [Padded inputs]."""
+    return Edges([record.mark.edge for record in records]).guesses()
 
 
 def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tuple[int, Record, Record]]:
@@ -115,8 +150,12 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tupl
 def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
     """Shows each guess, once, the same operation in another pass."""
     done: set[int] = set()
-    for _, one, other in _pairs(records, others):
-        for guess, same in zip(_guesses([one]), _guesses([other]), strict=False):
+    pairs = [(_counted([one]), _counted([other])) for _, one, other in _pairs(records, others)]
+    edges = (_edge_guesses(records), _edge_guesses(others))
+    if len(edges[0]) == len(edges[1]):
+        pairs.append(edges)
+    for mine, theirs in pairs:
+        for guess, same in zip(mine, theirs, strict=False):
             if id(guess) not in done and guess.what == same.what:
                 done.add(id(guess))
                 guess.settle(same, samples, length)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convtap._time.axis import IDENTITY, Line
-from convtap._time.axis_count import NO_STEPS, Affine, Count, Fixed, Guess, Sum
+from convtap._time.axis_count import NO_STEPS, Affine, Count
+from convtap._time.axis_edge import Edge, Masked, Zeroed, earliest
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Digit:
         inner: the size of what varies faster within the same axis (1 unless axes were merged).
         weight: frames from one position to the next.
         count: positions for a given number of input samples.
+        stacked: whether the positions are tensors that were stacked, each with frames that see other samples.
     """
 
     dim: int
@@ -30,6 +32,7 @@ class Digit:
     inner: int = 1
     weight: int = 1
     count: Count = NO_STEPS
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Mark:
         statistics: what gave every frame a statistic over all frames, such as a GroupNorm.
         fixed: why the places of the frames hold for this input length only.
         unknown: why nothing is known, or None.
+        edge: which frames of a padded input differ from those of the input alone; see Note: [Padded inputs].
+        across: the second time axis of a matrix of frames against frames, such as attention scores, or None.
+        paired: whether it is one of the two axes of such a matrix.
+        zeroed: the edge of the mark when a mask set the padding to zero, and nothing has changed that since.
+        hides: what the weights along such an axis leave out: ``"later"`` frames, or the ``"padding"``; or None.
     """
 
     digits: tuple[Digit, ...] = ()
@@ -55,6 +63,11 @@ class Mark:
     statistics: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     unknown: str | None = None
+    edge: Edge | None = None
+    across: Mark | None = None
+    paired: bool = False
+    zeroed: Edge | None = None
+    hides: str | None = None
 
     @property
     def dims(self) -> set[int]:
@@ -68,7 +81,8 @@ class Mark:
 
     def moved(self, where: Callable[[int], int]) -> Mark:
         """Returns the mark with the axes renumbered."""
-        return replace(self, digits=tuple(replace(digit, dim=where(digit.dim)) for digit in self.digits))
+        across = None if self.across is None else self.across.moved(where)
+        return replace(self, digits=tuple(replace(digit, dim=where(digit.dim)) for digit in self.digits), across=across)
 
     def with_reasons(self, other: Mark) -> Mark:
         """Returns the mark with another's remarks added."""
@@ -77,12 +91,39 @@ class Mark:
             whole=_union(self.whole, other.whole),
             statistics=_union(self.statistics, other.statistics),
             fixed=_union(self.fixed, other.fixed),
+            edge=earliest((self.edge, other.edge)),
         )
+
+    def mixes(self, what: str, dims: Sequence[int] | None = None, *, sums: bool = False) -> Mark:
+        """Returns the mark with an edge at the first frame: the operation ``what`` mixes the frames on some axes.
+
+        A sum (``sums=True``) gets nothing of padding that was set to zero.
+        """
+        gone = [digit for digit in self.digits if dims is None or digit.dim in dims]
+        edge = self.edge
+        if edge is None or self.hides == "later":
+            return self
+        slowest = max(gone, key=lambda digit: digit.weight, default=None)
+        if slowest is None:
+            return replace(self, edge=edge.mixed(what))
+        if self.hides == "padding" or (sums and self.zeroed is edge):
+            return replace(self, edge=Edge(Masked(slowest.count, slowest.weight, what), edge))
+        return replace(self, edge=edge.beyond(slowest.count, slowest.weight, what).mixed(what))
+
+    def looks(self, dim: int, what: str, *, zeros: bool = False) -> Mark:
+        """Returns the mark for an operation that may look past the last frame of an axis, where alone there are zeros."""
+        digit = self.on(dim)
+        if self.edge is None or digit is None:
+            return self
+        if zeros and self.zeroed is self.edge:
+            return replace(self, edge=Edge(Zeroed(digit.count, digit.weight, what), self.edge))
+        return replace(self, edge=self.edge.beyond(digit.count, digit.weight, what))
 
     def spread(self, before: int, after: int) -> Mark:
         """Returns the mark of frames that each reach from ``before`` frames earlier to ``after`` later."""
         clear = (self.clear[0] + before, self.clear[1] - after)
-        return replace(self, first=self.first.of(1, -before), last=self.last.of(1, after), clear=clear)
+        edge = None if self.edge is None else self.edge.of(1, after)
+        return replace(self, first=self.first.of(1, -before), last=self.last.of(1, after), clear=clear, edge=edge)
 
     def within(self, frames: int) -> Mark:
         """Returns the mark of a tensor that has frames 0 to ``frames`` - 1, and so no others to see."""
@@ -110,6 +151,7 @@ def normal(mark: Mark) -> Mark:
         digits=(replace(digit, weight=1),),
         first=mark.first.of(times, 0),
         last=mark.last.of(times, 0),
+        edge=None if mark.edge is None else mark.edge.of(times, 0),
         clear=(-(-mark.clear[0] // times), -(-mark.clear[1] // times)),
     )
 
@@ -131,17 +173,51 @@ def as_axis(mark: Mark, dim: int, size: int) -> Mark | None:
     return resampled(whole, dim, (1, 0, times), (1, 0, times), size, Affine(times, 0, 1))
 
 
-def windowed(mark: Mark, dim: int, *, stride: int, before: int, taps: int, dilation: int, size: int, step: Any) -> Mark:
+#: Over how many frames a hull is computed one by one.
+_MOST = 256
+
+
+def hull(mark: Mark, places: Sequence[int]) -> Mark:
+    """Returns the mark of frames t that each see the frames t + ``places``, given in order."""
+    if not places or len(places) == 1 or (mark.first.grows and mark.last.grows):
+        return mark.spread(-places[0], places[-1]) if places else mark
+    if len(places) > _MOST:
+        return unknown("a window over frames that lie in no order")
+    wide = mark.spread(-places[0], places[-1])
+    first, last = mark.first.of(1, places[0]), mark.last.of(1, places[0])
+    for place in places[1:]:
+        first = first.with_(mark.first.of(1, place), min)
+        last = last.with_(mark.last.of(1, place), max)
+    return replace(wide, first=first, last=last)
+
+
+def windowed(
+    mark: Mark,
+    dim: int,
+    *,
+    stride: int,
+    before: int,
+    taps: int,
+    dilation: int,
+    size: int,
+    step: Any,
+    what: str = "same padding",
+    zeros: bool = False,
+) -> Mark:
     """Returns the mark after a window slides over an axis: frame x sees x·stride - before + dilation·(0, …, taps - 1)."""
+    mark = mark.looks(dim, what, zeros=zeros)
     digit = mark.on(dim)
     assert digit is not None
-    if not (mark.first.grows and mark.last.grows):
-        return unknown("a window over frames that a strided and dilated transposed convolution left in no order")
-    reach = dilation * (taps - 1) - before
-    moved = mark.spread(before * digit.weight, reach * digit.weight)
+    moved = hull(mark, [(dilation * tap - before) * digit.weight for tap in range(taps)])
+    if moved.unknown:
+        return moved
     new = replace(digit, size=size, weight=digit.weight * stride, count=digit.count.then(step))
     found = normal(replace(moved, digits=tuple(new if one is digit else one for one in mark.digits)))
-    return found.within(size) if len(mark.digits) == 1 else found
+    if len(mark.digits) == 1:
+        return found.within(size)
+    # of segments that are padded each, no frame is known to see no padding
+    inside = before <= 0 and (size - 1) * stride - before + dilation * (taps - 1) < digit.size
+    return found if inside else replace(found, clear=(0, 0))
 
 
 def resampled(
@@ -152,19 +228,23 @@ def resampled(
     digit = mark.on(dim)
     if digit is None or len(mark.digits) > 1:
         return unknown("segments were resampled")
+    if not (mark.first.grows and mark.last.grows) and first != last:
+        return unknown("frames that lie in no order were resampled")
+    mark = mark.looks(dim, "resampling")
     new = replace(digit, size=size, count=digit.count.then(step))
     # The first frame with ⌊(a·x + b) / c⌋ >= low, and the first with ⌊(a·x + b) / c⌋ >= high.
     low = -((first[1] - mark.clear[0] * first[2]) // first[0])
     high = -((last[1] - mark.clear[1] * last[2]) // last[0])
+    edge = None if mark.edge is None else mark.edge.of(*last)
     moved = replace(mark, digits=(new,), first=mark.first.of(*first), last=mark.last.of(*last), clear=(low, high))
-    return moved.within(size)
+    return replace(moved, edge=edge).within(size)
 
 
-def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool) -> Mark:
+def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: bool = False) -> Mark:
     """Returns the mark after axes were reduced, the axes themselves kept.
 
     If time is left on other axes, each frame sees the frames that were reduced into it. If none is left, the result sees
-    the whole input: as a statistic (``mixes=False``), or as something that mixes frames.
+    the whole input: as a statistic (``mixes=False``), or as something that mixes frames; ``sums`` says that it is a sum.
     """
     gone = [digit for digit in mark.digits if digit.dim in dims]
     if not gone:
@@ -172,121 +252,21 @@ def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool) -> Mark:
     left = tuple(digit for digit in mark.digits if digit.dim not in dims)
     if not left:
         reason = Mark(whole=(why,) if mixes else (), statistics=() if mixes else (why,))
-        return replace(mark, digits=()).with_reasons(reason)
-    reach = sum((digit.size - 1) * digit.weight for digit in gone)
-    return normal(replace(mark.spread(0, reach), digits=left))
+        found = mark.mixes(why, dims, sums=sums).with_reasons(reason)
+        return replace(found, digits=(), paired=False, hides=None)
+    places = [0]
+    for digit in gone:
+        places = sorted({at + i * digit.weight for at in places for i in (0, *_inner(mark, digit))})
+    found = hull(mark, places)
+    return found if found.unknown else normal(replace(found, digits=left))
 
 
-def joined(marks: Sequence[Mark], what: str) -> Mark | None:
-    """Returns the mark of frames that are computed from the frames of several tensors at the same place."""
-    found: Mark | None = None
-    for mark in marks:
-        found = mark if found is None else _pair(found, mark, what)
-    return found
+def _inner(mark: Mark, digit: Digit) -> Sequence[int]:
+    """The positions of a digit that a hull has to look at: the last one is enough where spans grow with the frames."""
+    return (digit.size - 1,) if mark.first.grows and mark.last.grows else range(1, digit.size)
 
 
-def _pair(a: Mark, b: Mark, what: str) -> Mark:
-    if a.unknown or b.unknown:
-        return a if a.unknown else b
-    if not a.digits or not b.digits:
-        return (a if a.digits else b).with_reasons(b if a.digits else a)
-    a, b = normal(a), normal(b)
-    both = replace(a.with_reasons(b), clear=(max(a.clear[0], b.clear[0]), min(a.clear[1], b.clear[1])))
-    if (a.first, a.last) == (b.first, b.last) and _same_places(a, b):
-        return replace(both, digits=_certain(a, b))
-    if not _same_places(a, b):
-        return unknown(f"{what}: the time axes of its operands do not lie on each other")
-    if a.first.slope != b.first.slope:
-        return unknown(f"{what}: its operands have {a.first.slope} and {b.first.slope} samples a frame")
-    first, last = a.first.with_(b.first, min), a.last.with_(b.last, max)
-    return replace(both, digits=_certain(a, b), first=first, last=last)
-
-
-def _same_places(a: Mark, b: Mark) -> bool:
-    key = [[(digit.dim, digit.size, digit.inner, digit.weight) for digit in mark.digits] for mark in (a, b)]
-    return key[0] == key[1]
-
-
-def _certain(a: Mark, b: Mark) -> tuple[Digit, ...]:
-    """The digits of two operands, each with the count that was less guessed."""
-    pairs = zip(a.digits, b.digits, strict=True)
-    return tuple(y if len(y.count.guesses()) < len(x.count.guesses()) else x for x, y in pairs)
-
-
-def appended(pieces: Sequence[tuple[Mark | None, int]], dim: int, what: str) -> Mark | None:
-    """Returns the mark of tensors joined along an axis; ``pieces`` are their marks and sizes there.
-
-    Along time, a piece without a mark counts as padding, and the others must continue each other.
-    """
-    marks = [mark for mark, _ in pieces if mark is not None]
-    if not marks:
-        return None
-    broken = next((mark for mark in marks if mark.unknown), None)
-    if broken is not None:
-        return broken
-    if not any(dim in mark.dims for mark in marks):
-        return joined(marks, what)
-    total = sum(size for _, size in pieces)
-    found: Mark | None = None
-    counts: list[Count] = []
-    offset = 0
-    for mark, size in pieces:
-        if mark is None:
-            counts.append(Count((Fixed(size),)))
-        else:
-            clean = as_axis(mark, dim, size)
-            if clean is None:
-                return unknown(f"{what} along time: one of its pieces has no time axis there")
-            piece = normal(clean)
-            counts.append(piece.digits[0].count)
-            placed = _placed(piece, dim, offset, total)
-            if placed is None or (found is not None and not _continues(found, placed)):
-                return unknown(f"{what} along time: its pieces do not continue each other")
-            found = placed if found is None else longer(found.with_reasons(placed), placed)
-        offset += size
-    assert found is not None
-    return _with_count(found, counts, len(marks), pieces)
-
-
-def _placed(mark: Mark, dim: int, offset: int, total: int) -> Mark | None:
-    """A piece's mark in the numbering of the whole."""
-    if len(mark.digits) != 1:
-        return None
-    moved = mark.spread(offset, -offset)
-    return replace(moved, digits=(replace(mark.digits[0], size=total),))
-
-
-def longer(a: Mark, b: Mark) -> Mark:
-    """Adds a piece's clear frames: to those before, if they go on there, or instead of them, if they are more."""
-    if a.clear[1] >= b.clear[0]:
-        return replace(a, clear=(a.clear[0], max(a.clear[1], b.clear[1])))
-    return a if a.clear[1] - a.clear[0] >= b.clear[1] - b.clear[0] else replace(a, clear=b.clear)
-
-
-def _continues(a: Mark, b: Mark) -> bool:
-    return (a.first, a.last) == (b.first, b.last)
-
-
-def _with_count(mark: Mark, counts: list[Count], marked: int, pieces: Sequence[tuple[Mark | None, int]]) -> Mark:
-    digit = mark.digits[0]
-    if marked == 1:
-        own = next(normal(piece).digits[0].count for piece, _ in pieces if piece is not None)
-        count = own.then(Affine(1, sum(size for piece, size in pieces if piece is None), 1))
-    else:
-        count = _tiled(counts) or Count((Sum(tuple(counts)),))
-    return replace(mark, digits=(replace(digit, count=count),))
-
-
-def _tiled(counts: list[Count]) -> Count | None:
-    """The count of slices that together are all frames of one tensor, in order: that of the tensor. None for others."""
-    before = counts[0].steps[:-1]
-    at: int | None = 0
-    for count in counts:
-        last = count.steps[-1] if count.steps else None
-        if count.steps[:-1] != before or not isinstance(last, Guess) or last.given is None or last.given[0] != at:
-            return None
-        at = last.given[1]
-    frames = last.n if isinstance(last, Guess) else 0
-    if at not in (None, frames):
-        return None
-    return Count(before).then(Guess("pieces joined again", frames, frames, Affine(1, 0, 1), Fixed(frames)))
+def collapsed(mark: Mark, what: str) -> Mark:
+    """Returns the mark with stacked tensors seen as one whose frames see what any of them sees."""
+    dims = [digit.dim for digit in mark.digits if digit.stacked]
+    return reduced(mark, dims, what, mixes=False) if dims and len(dims) < len(mark.digits) else mark

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convtap._arguments import check_arguments
 from convtap._call import Call
 from convtap._errors import (
     AmbiguousCall,
-    InvalidType,
     InvalidValue,
     LayerNotFound,
-    OutOfRange,
     did_you_mean,
     listed,
 )
-from convtap._example import Example, prepared
-from convtap._samples import Cut
+from convtap._example import Example, forward_of, prepared
+from convtap._keys import keys_of
 from convtap._structure import walk_tensors
 from convtap._table import Table
-from convtap._time.follow import Record
+from convtap._time.axis_edge import Edges, Tail
 from convtap._time.layer_time import LayerTime
 from convtap._time.lengths import Doubt, follow, settle
+from convtap._time.padded import Cutter, Differences
+from convtap._time.record import Pass, Record
+from convtap._time.signal import argument_of, signal_of, time_axis
 from convtap._tree import ModuleTree, resolve_name
 
 
-def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timeline:
+def timeline(
+    model: nn.Module,
+    example: Example,
+    *,
+    time_dim: int = -1,
+    signal: str | int | None = None,
+    method: str | None = None,
+) -> Timeline:
     """Follows the time axis of an input through a model, and says for each layer which input samples its frames see.
 
     The model runs once on the example, in eval mode and without gradients. (Where it computes numbers such as the end of
@@ -42,10 +47,14 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
         example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Its first floating-point
             tensor, or else its first tensor that is no mask, is the signal.
         time_dim: the axis of the signal that is time.
+        signal: which input is the signal, by the name or the position of the argument. Layers that depend only on other
+            inputs have a line that names these.
+        method: the name of the method to run, such as ``"encode"``; None to call the model itself.
 
     Raises:
         InvalidType: the example is no tensor, array, tuple or mapping, or the model does not take it.
-        InvalidValue: it has no tensor, no such axis, or the axis turns out to be no time to a convolution.
+        InvalidValue: it has no tensor, no such axis, no such input, or the axis turns out to be no time to a convolution;
+            or the model has no such method.
 
     Example:
         >>> import torch
@@ -64,18 +73,36 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
         tensor([100,  50])
     """
     check_arguments(model, None, nn.Conv1d)
-    example = prepared(example, model)
-    path, signal = signal_of(example)
-    axis = _axis(signal, time_dim)
-    records, tree = follow(model, example, path, axis)
-    doubts = settle(records, model, example, path, axis)
-    return Timeline(records, int(signal.shape[axis]), axis - signal.dim(), tree, doubts)
+    example, forward = prepared(example, model), forward_of(model, method)
+    path, found = signal_of(example, signal, forward)
+    axis = time_axis(found, time_dim)
+    how = Pass(model, path, axis, method)
+    records, tree = follow(how, example)
+    doubts = settle(records, how, example)
+    first = next((name for name, tensor in walk_tensors(example) if tensor.dim() > 1), path)
+    return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, doubts, path, is_first=first == path)
+
+
+def layer_times(
+    records: Sequence[Record], keys: Sequence[str], input_length: int, doubts: Mapping[int, Doubt]
+) -> list[LayerTime]:
+    """Returns what the records of one pass say, each under its key."""
+    edges = Edges([record.mark.edge for record in records])
+    return [
+        LayerTime(record, key, input_length, doubts.get(i), Tail(edges, edges.places[i], record.numbers))
+        for i, (record, key) in enumerate(zip(records, keys, strict=True))
+    ]
 
 
 class Timeline(Mapping[str, LayerTime]):
     """The layers of a model on the time axis of its input, by name, in the order in which they ran.
 
     Iterating goes over the convolutions; any other module that gave out a time axis can be asked for by its name.
+
+    Attributes:
+        input_length: how many samples the example had.
+        time_dim: which axis of the signal is time, counted from the end.
+        signal: where the signal is in the example, such as ``"0"`` or ``"audio"``; empty if the example is a tensor.
     """
 
     def __init__(
@@ -85,24 +112,25 @@ class Timeline(Mapping[str, LayerTime]):
         time_dim: int,
         tree: ModuleTree,
         doubts: Mapping[int, Doubt],
+        signal: str = "",
+        *,
+        is_first: bool = True,
     ) -> None:
         self.input_length = input_length
+        self.signal = argument_of(signal)
+        self._is_first = is_first
         self.time_dim = time_dim
         self._aliases = tree.aliases
         self._names = tuple(tree.names)
-        times = Counter(record.name for record in records)
-        numbers = {name: itertools.count() for name in times}
         self._all: dict[str, LayerTime] = {}
         self._calls: dict[str, list[LayerTime]] = {}
         self._layers: dict[str, LayerTime] = {}
-        for i, record in enumerate(records):
-            number = next(numbers[record.name])
-            key = record.name if times[record.name] == 1 else f"{record.name}#{number}"
-            found = LayerTime(record, key, input_length, doubts.get(i))
-            self._all[key] = found
+        keys = keys_of([record.name for record in records])
+        for record, found in zip(records, layer_times(records, keys, input_length, doubts), strict=True):
+            self._all[found.key] = found
             self._calls.setdefault(record.name, []).append(found)
             if record.is_layer:
-                self._layers[key] = found
+                self._layers[found.key] = found
 
     def __getitem__(self, key: str) -> LayerTime:
         """Returns the time axis of a layer's output.
@@ -117,10 +145,9 @@ class Timeline(Mapping[str, LayerTime]):
         if found is not None:
             return found
         stem, mark, number = key.rpartition("#")
-        if mark and (base := resolve_name(stem, self._calls, self._aliases)) is not None:
-            found = self._all.get(f"{base}#{number}")
-            if found is not None:
-                return found
+        base = resolve_name(stem.removesuffix("#"), self._calls, self._aliases) if mark else None
+        if base is not None and number.isdecimal() and int(number) < len(self._calls[base]) > 1:
+            return self._calls[base][int(number)]
         name = resolve_name(key, self._calls, self._aliases)
         if name is None:
             raise self._missing(key)
@@ -145,34 +172,14 @@ class Timeline(Mapping[str, LayerTime]):
 
     # -- samples
 
-    def _cutter(self, lengths: Sequence[int], shape: tuple[int, ...] | None) -> Cut:
-        """Returns what cuts one input's output to its valid frames, for the inputs of one pass.
+    def _cutter(self) -> Cutter:
+        """Returns what cuts the outputs of a block to their valid frames."""
+        return Cutter(self._layer_of, self._samples_of, Differences())
 
-        Args:
-            lengths: the samples of each input.
-            shape: the shape of what the model was given.
-        """
-        padded = self._samples_of(shape)
-
-        def cut(call: Call, path: str, tensor: Tensor, row: int) -> Tensor:
-            layer = self._layer_of(call)
-            if layer.unknown is None and (layer.dim is None or layer.path != path):
-                return tensor
-            valid = int(layer.valid_lengths([lengths[row]], padded)[0])
-            assert layer.dim is not None
-            expected = layer.shape_of_one(padded)
-            if tuple(tensor.shape) != expected:
-                raise InvalidValue(
-                    f"{call.key!r} has shape {tuple(tensor.shape)} for one input of {padded} samples, and by the timeline "
-                    f"it has {expected}. The timeline is of another model, or the output was reduced: take "
-                    "timeline(model, example) of the model that ran, and reduce after samples."
-                )
-            return tensor.narrow(layer.dim, 0, valid)
-
-        return cut
-
-    def _samples_of(self, shape: tuple[int, ...] | None) -> int:
-        """How many samples the inputs of a pass were padded to."""
+    def _samples_of(self, shape: tuple[int, ...] | None) -> int | None:
+        """How many samples the inputs of a pass were padded to; None if the signal is not what the shape is of."""
+        if not self._is_first:
+            return None
         if shape is None or len(shape) < -self.time_dim:
             raise InvalidValue(
                 f"the timeline's input has its time on axis {self.time_dim}, and the model was given shape {shape}. Make the "
@@ -238,31 +245,3 @@ class Timeline(Mapping[str, LayerTime]):
 
     def _repr_html_(self) -> str:
         return self._table()._repr_html_()
-
-
-# -- the example
-
-
-def signal_of(example: Any) -> tuple[str, Tensor]:
-    """Returns the tensor of an example whose time axis is followed, and its path in it."""
-    tensors = list(walk_tensors(example))
-    floating = [pair for pair in tensors if pair[1].is_floating_point() or pair[1].is_complex()]
-    others = [pair for pair in tensors if "mask" not in pair[0]]
-    for pairs in (floating, others, tensors):
-        if pairs:
-            return pairs[0]
-    raise InvalidValue("the example holds no tensor, so it has no time axis. Pass what the model is called with.")
-
-
-def _axis(signal: Tensor, time_dim: Any) -> int:
-    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise InvalidType(f"time_dim is a {type(time_dim).__name__}, and it must be an int, such as -1 or 1.")
-    if not -signal.dim() <= time_dim < signal.dim():
-        raise OutOfRange(
-            f"time_dim={time_dim} is no axis of the input, which has shape {tuple(signal.shape)}. "
-            "For (B, C, T) it is -1, for (B, T, C) it is 1."
-        )
-    axis = time_dim % signal.dim()
-    if not signal.shape[axis]:
-        raise InvalidValue(f"axis {time_dim} of the input has no samples: its shape is {tuple(signal.shape)}.")
-    return axis

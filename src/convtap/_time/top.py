@@ -18,7 +18,8 @@ from convtap._structure import walk_tensors
 from convtap._table import Table
 from convtap._time.hit import Hit
 from convtap._time.layer_time import LayerTime
-from convtap._time.timeline import signal_of, timeline
+from convtap._time.signal import signal_of
+from convtap._time.timeline import timeline
 
 
 def top(
