@@ -597,3 +597,12 @@ def test_extract_runs_the_method_and_takes_it_into_the_identity(tmp_path):
         extract(model, data, tmp_path, progress=False)
     cut = extract(model, data, tmp_path / "cut", method="encode", lengths=lambda batch: [50, 21], progress=False)
     assert [row.shape[-1] for row in cut["speech"]] == [24, 10]
+
+
+def test_extract_of_activations_says_that_the_way_to_them_is_not_followed(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.GroupNorm(1, 4), nn.ReLU())
+    x = torch.randn(2, 1, 20)
+    x[1, :, 12:] = 0
+    with pytest.warns(CoverageWarning, match="between the convolution and its activation is not followed"):
+        store = extract(model, [x], tmp_path / "s", at="activation", lengths=lambda batch: [20, 12], progress=False)
+    assert "not followed" in store.padding["0"]

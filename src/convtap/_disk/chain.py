@@ -52,6 +52,7 @@ class ValidLengths:
         self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
         self._every = "input" if at == "input" else "output"
+        self._at = at
         self._method = method
         self._signal = signal
         self._time_dim = time_dim
@@ -208,6 +209,8 @@ class ValidLengths:
         for length in range(max(1, self._full - period), self._full):
             found.add(key, time._difference(length, self._full + period))
         self.differences.update(found.described())
+        if self._at == "activation":
+            self.differences.setdefault(key, "what lies between the convolution and its activation is not followed")
 
     def unwarned(self) -> dict[str, str]:
         """Returns the differences when there are any for the first time, and nothing after that."""
