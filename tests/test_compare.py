@@ -297,7 +297,7 @@ def test_models_in_train_mode_are_compared_in_eval_mode_which_is_said():
     a = net()
     b = copy.deepcopy(a)
     assert compare(a, b, example=SIGNAL).notes == []
-    for left, right, was in ((a, b.train(), "b was"), (b, a, "a was"), (b, b, "a was and b was")):
+    for left, right, was in ((a, b.train(), "b was"), (b, a, "a was"), (b, b, "a and b were")):
         result = compare(left, right, example=SIGNAL)
         assert result.agrees
         assert result.notes == [

@@ -174,14 +174,15 @@ def _modes_text(a: nn.Module, b: nn.Module, mode: str | None) -> str:
             return ""
         one, two = ("train" if train else "eval" for train in training)
         return f"each ran in its own mode: a in {one} mode, b in {two} mode"
-    were = [
-        f"{label} was" if model.training else f"parts of {label} were"
+    which = [
+        label if model.training else f"parts of {label}"
         for label, model, train in zip("ab", (a, b), training, strict=True)
         if train
     ]
-    if not were:
+    if not which:
         return ""
-    text = f"both ran in eval mode, and {' and '.join(were)} in train mode"
+    were = "was" if which in (["a"], ["b"]) else "were"
+    text = f"both ran in eval mode, and {' and '.join(which)} {were} in train mode"
     return f"{text}: mode='train' compares both in train mode, mode=None as they are"
 
 
