@@ -43,6 +43,7 @@ ORDER = (
     "_call",
     "_log",
     "_samples",
+    "_summary",
     "_result",
     "_example",
     "_streams",

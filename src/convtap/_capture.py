@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._block import Asked, Block
-from convtap._errors import ConvtapError, InvalidType, InvalidValue
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, brief
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
 from convtap._policy import Policy
@@ -163,7 +163,7 @@ class Capture:
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
-            f"this is the capture itself, not what it collects, so [{key!r}] means nothing here. "
+            f"this is the capture itself, not what it collects, so [{brief(key)}] means nothing here. "
             "Run the model inside a block: with capture(model) as acts: model(x)"
         )
 

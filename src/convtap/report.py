@@ -18,7 +18,7 @@ from convtap._view.choose import Chosen
 from convtap._view.gallery import Gallery
 from convtap._view.outline import layer_tree
 from convtap._view.page import escape, page
-from convtap._view.report_table import statistics_table
+from convtap._view.report_table import MAX_ROWS, statistics_table
 
 if TYPE_CHECKING:
     from convtap._result import Activations
@@ -95,8 +95,11 @@ def _coverage(acts: Activations) -> str:
     lines = [f"<p>{escape(coverage._line())}</p>"]
     if missing:
         rows = "".join(
-            f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>" for layer in missing
+            f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>"
+            for layer in missing[:MAX_ROWS]
         )
+        if len(missing) > MAX_ROWS:
+            lines.append(f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(missing), 'such layer')}.</p>")
         lines.append(f"<div class='wide'><table class='plain'><tbody>{rows}</tbody></table></div>")
     lines.extend(f"<p class='alarm'>{escape(note)}</p>" for note in coverage.notes)
     return "".join(lines)

@@ -173,9 +173,9 @@ def judge(event: Event, hint: str) -> Finding:
 
 def _ranges(inputs: list[Range], weights: list[Range], spoilt: list[str]) -> list[str]:
     """Says in sentences what went into a module, what its weights are, and which of them are bad themselves."""
-    ranges = [f"its input: {', '.join(map(str, inputs))}"] if inputs else []
+    ranges = [f"its input: {listed(map(str, inputs))}"] if inputs else []
     ranges += [f"its {weight}" for weight in weights]
-    text = f"{', '.join(ranges)}."
+    text = f"{listed(ranges)}."
     found = [text[0].upper() + text[1:]] if ranges else []
     return found + ([f"The cause is its {listed(spoilt)}: that holds NaN or Inf itself."] if spoilt else [])
 

@@ -23,7 +23,7 @@ from convtap._disk.reading import Shard
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Batch, Id
 from convtap._disk.writer import Writer
-from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
+from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, brief, listed, plural
 from convtap._structure import walk_tensors
 from convtap._table import human_bytes
 
@@ -215,7 +215,7 @@ class _Names:
     def _checked(self, found: Any) -> list[Id]:
         listing = found.tolist() if hasattr(found, "tolist") else found
         if isinstance(listing, (str, bytes)) or not hasattr(listing, "__iter__"):
-            raise InvalidType(f"ids(batch) returned {found!r}, and it must return one int or str for each sample.")
+            raise InvalidType(f"ids(batch) returned {brief(found)}, and it must return one int or str for each sample.")
         names: list[Id] = list(listing)
         fresh: set[Id] = set()
         for name in names:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
-from convtap._errors import ConvtapError, InvalidType, Unsupported
+from convtap._errors import ConvtapError, InvalidType, Unsupported, listed
 from convtap._structure import Omitted
 
 #: (layer, number of the call, value) of each call of one forward pass, in execution order.
@@ -125,7 +125,7 @@ def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
     try:
         return [(layer, torch.cat(tensors, -1))]
     except RuntimeError as error:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        shapes = listed([str(tuple(tensor.shape)) for tensor in tensors])
         raise Unsupported(
             f"the calls of layer {layer!r} have shapes {shapes}, which cannot be joined on time: calls='keys'."
         ) from error

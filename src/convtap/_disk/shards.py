@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from convtap._errors import StoreError, Unsupported
+from convtap._errors import StoreError, Unsupported, listed
 
 FORMAT = 1
 
@@ -134,7 +134,7 @@ def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str,
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     if len(dtypes) != 1:
         raise Unsupported(
-            f"layer {key!r} gives several dtypes in one data set: {', '.join(map(str, dtypes))}. "
+            f"layer {key!r} gives several dtypes in one data set: {listed(map(str, dtypes))}. "
             "Pass dtype= to store all of it as one."
         )
     (dtype,) = dtypes

@@ -26,7 +26,7 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
-from convtap._table import Table
+from convtap._table import MOST, Table
 
 if TYPE_CHECKING:
     from convtap._disk.views import LayerView, StoreDataset
@@ -194,9 +194,16 @@ class Store:
         """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
         return missing(self.path, self._identity, self._index)
 
-    def summary(self) -> Table:
-        """Returns a table with one line a layer, and what is missing, double or unreadable."""
-        return summary(self.path, self._identity, self._index, self._names)
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a layer, and what is missing, double or unreadable.
+
+        Args:
+            rows: the most layers to print, the first and the last; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        return summary(self.path, self._identity, self._index, self._names, rows)
 
     def __repr__(self) -> str:
         return str(self.summary())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._disk.shards import Id
-from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, listed, plural
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, brief, listed, plural
 
 if TYPE_CHECKING:
     from convtap._disk.store import Store
@@ -83,7 +83,9 @@ class LayerView:
                 for position in positions
             ]
         if isinstance(id, (list, tuple, Tensor)):
-            raise InvalidType(f"view[{id!r}]: one id at a time, or a slice of positions. Write [view[i] for i in ids].")
+            raise InvalidType(
+                f"view[{brief(id)}]: one id at a time, or a slice of positions. Write [view[i] for i in ids]."
+            )
         return self._at(self._store.position(id))
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._capture import Capture
-from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, listed, plural
+from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, brief, listed, plural
 from convtap._example import Example, eval_mode
 from convtap._structure import walk_tensors
 from convtap._table import Table
@@ -250,7 +250,9 @@ def _chosen(channels: Any, count: int, name: str) -> list[int]:
     try:
         numbers = [operator.index(one) for one in (channels if isinstance(channels, Iterable) else [channels])]
     except TypeError:
-        raise InvalidType(f"channels is {channels!r}, and it must be an int or several: channels=[0, 3].") from None
+        raise InvalidType(
+            f"channels is {brief(channels)}, and it must be an int or several: channels=[0, 3]."
+        ) from None
     for number in numbers:
         if not -count <= number < count:
             raise OutOfRange(f"there is no channel {number}: {name!r} has {count}, numbered 0 to {count - 1}.")

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, Unsupported, did_you_mean, listed
+from convtap._errors import (
+    InvalidType,
+    InvalidValue,
+    LayerNotFound,
+    OutOfRange,
+    Unsupported,
+    brief,
+    did_you_mean,
+    listed,
+)
 from convtap._structure import walk_tensors
 from convtap._view import draw as _draw
 from convtap._view.cells import Array
@@ -116,7 +125,7 @@ def _numbers(channels: Any, count: int) -> list[int]:
             raise InvalidValue(f"channels={channels} leaves nothing to draw. Write for example channels=64.")
         return list(range(min(count, int(channels))))
     if isinstance(channels, (bool, str)) or not isinstance(channels, Iterable):
-        raise InvalidType(f"channels is {channels!r}. Pass how many, or which: channels=[3, 17].")
+        raise InvalidType(f"channels is {brief(channels)}. Pass how many, or which: channels=[3, 17].")
     shown = [int(channel) for channel in channels]
     wrong = [channel for channel in shown if not -count <= channel < count]
     if wrong:
