@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from convtap._budget import Budget
+from convtap._call import Tally
 from convtap._errors import LayerNotFound, OffloadWarning, StopForward, Unsupported, listed
 from convtap._grad import Gradients
 from convtap._keep import Keeper
+from convtap._layer_layout import LayerLayouts
 from convtap._log import Log
 from convtap._offload import Offloader, first_failure
 from convtap._owners import Owners
@@ -76,6 +78,7 @@ class Block:
             budget=None if asked.max_bytes is None else Budget(asked.max_bytes, log),
             stop_after=set(selection.names) if asked.stop else None,
             grads=_gradients(asked),
+            new_tally=_tallies(asked, selection),
         )
         self.steps: list[Callable[[], object]] = []
         self.convolutions: ConvolutionTap | None = None
@@ -238,6 +241,18 @@ def _why_eager(asked: Asked, selection: Selection, uses_key: bool) -> str | None
 
 def _pads(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def _tallies(asked: Asked, selection: Selection) -> Callable[[str], Tally]:
+    """Returns what opens a layer's account: it knows the layer's type, and where its output has its channels."""
+    layouts = LayerLayouts(selection.tree, asked.at, asked.policy.reduce is not None)
+
+    def new(name: str) -> Tally:
+        tally = Tally(name, type(selection.modules.get(name)))
+        tally.layout = layouts.of(name)
+        return tally
+
+    return new
 
 
 def _gradients(asked: Asked) -> Gradients | None:

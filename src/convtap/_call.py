@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
+from convtap._layout import Layout
 from convtap._memory import parts, storage_key, tensor_bytes
 from convtap._select import CONV1D
 from convtap._stats import dtype_text, shapes, shapes_text
@@ -29,6 +30,7 @@ class Tally:
     pending: tuple[int, object] | None = None
     computed = False
     separator = "#"
+    layout: Layout | None = None
 
     def __init__(self, name: str, kind: type) -> None:
         self.name = name
@@ -84,6 +86,13 @@ class Call:
     def _is_conv1d(self) -> bool:
         """Whether this is a 1-D convolution: of a module, or one that was seen without its module."""
         return self._tally.is_conv1d or self.via in ("function", "compiled", "script")
+
+    def _layout(self, path: str) -> Layout | None:
+        """Where a tensor of the output has its channels and its time, if the layer's type says it."""
+        if path not in ("", "0"):
+            return None
+        found = self._tally.layout
+        return Layout() if found is None and self._is_conv1d else found
 
     @property
     def key(self) -> str:

@@ -74,6 +74,7 @@ class Recorder:
         budget: Budget | None,
         stop_after: set[str] | None,
         grads: Gradients | None,
+        new_tally: Callable[[str], Tally],
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Recorder:
         self.follower: Follower | None = None
         self._token = token
         self._log = log
-        self._modules = selection.modules
+        self._new_tally = new_tally
         self.name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
@@ -284,7 +285,7 @@ class Recorder:
 
     def _open_tally(self, name: str) -> Tally:
         log = self._log
-        tally = log.tallies[name] = Tally(name, type(self._modules.get(name)))
+        tally = log.tallies[name] = self._new_tally(name)
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return tally

@@ -239,6 +239,7 @@ class Activations(Mapping[str, Any]):
         sample_rate: float | None = None,
         timeline: Any = None,
         channels: int = 64,
+        channels_last: Any = None,
     ) -> Any:
         """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
 
@@ -247,7 +248,7 @@ class Activations(Mapping[str, Any]):
         """
         from convtap.plot import plot
 
-        return plot(self, sample, layers, signal, sample_rate, timeline, channels)
+        return plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
 
     def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
         """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convtap._call import Call, Tally
 from convtap._errors import StoreError
+from convtap._layout import Layout
 from convtap._log import Log
 from convtap._structure import Omitted
 
@@ -32,11 +33,11 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     calls = [_describe(call, tensors) for call in acts.calls()]
     log = acts._log
-    is_conv1d = {name: tally.is_conv1d for name, tally in log.tallies.items()}
+    about = {name: {"is_conv1d": tally.is_conv1d, "layout": tally.layout} for name, tally in log.tallies.items()}
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [{**asdict(state), "is_conv1d": is_conv1d.get(state.name, False)} for state in log.states()],
+        "layers": [{**asdict(state), **about.get(state.name, {"is_conv1d": False})} for state in log.states()],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
         "aliases": log.aliases,
         "notes": log.notes,
@@ -107,9 +108,10 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         notes=list(content["notes"]),
     )
     for layer in content["layers"]:
-        name, is_conv1d = layer.pop("name"), layer.pop("is_conv1d")
+        name, is_conv1d, layout = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("layout", None)
         if any(layer.values()):
             tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module)
+            tally.layout = None if layout is None else Layout(*layout)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
                 setattr(tally, key, value)

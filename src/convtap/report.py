@@ -35,6 +35,7 @@ def report(
     sample_rate: float | None = None,
     timeline: Any = None,
     channels: int = 64,
+    channels_last: bool | Chosen = None,
 ) -> None:
     """Writes one self-contained HTML page: what was captured and what was not, statistics, pictures, the layer tree.
 
@@ -51,6 +52,7 @@ def report(
         sample_rate: input samples a second, as in ``plot``.
         timeline: what ``convtap.timeline`` gives, as in ``plot``.
         channels: the most rows of a map.
+        channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Raises:
         StoreError: the file cannot be written.
@@ -77,16 +79,19 @@ def report(
         raise InvalidType(
             f"path is a {type(path).__name__}, and it must name a file: acts.report('report.html')."
         ) from None
-    gallery = Gallery(acts, sample, layers, signal, sample_rate, timeline, channels)
+    gallery = Gallery(acts, sample, layers, signal, sample_rate, timeline, channels, channels_last)
     title = "What convtap captured" if model is None else f"{type(model).__name__}: what convtap captured"
     sections = [
         ("coverage", "Coverage", _coverage(acts)),
-        ("layers", "Layers", statistics_table(acts)),
+        ("layers", "Layers", statistics_table(acts, gallery.orientation) if len(acts) else _NOTHING),
         ("pictures", "Pictures", _legend() + gallery.html() if len(acts) else "<p>There is nothing to draw.</p>"),
         ("tree", "Layer tree", layer_tree(acts.coverage, model)),
     ]
     lead = f"<p>{escape(plural(len(acts), 'call'))}, {escape(human_bytes(acts.nbytes))}</p>"
     _write_whole(target, page(title, sections, lead))
+
+
+_NOTHING = "<p>No outputs were captured.</p>"
 
 
 def _coverage(acts: Activations) -> str:
