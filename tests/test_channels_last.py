@@ -404,3 +404,42 @@ def test_keras_layers_that_are_always_channels_last(keras):
     with torch.no_grad(), capture(model, ["lstm", "norm", "dense", "add", "up"], types=layers.Layer) as acts:
         model(np.random.default_rng(0).standard_normal((3, 40, 2)).astype("float32"))
     assert [(one.channels, one.assumed) for one in spread_of(acts)] == [(6, ""), (6, ""), (7, ""), (7, ""), (7, "")]
+
+
+# -- the time axis
+
+
+class TimeFirst(nn.Module):
+    """A layer that takes (T, B, C), in a model that takes (B, T, C)."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.layer = inner
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x.sigmoid()
+
+
+def test_valid_rows_of_time_first_layers_are_cut_on_their_time():
+    torch.manual_seed(0)
+    model = TimeFirst(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)).eval()
+    for batch in (2, 9):
+        x = torch.randn(batch, 9, 8)
+        times = timeline(model, x, time_dim=1)
+        with torch.no_grad(), capture(model, types=nn.TransformerEncoderLayer) as acts:
+            y = model(x)
+        lengths = [3 + number % 5 for number in range(batch)]
+        for row, length, expected in zip(acts.samples(lengths, times), lengths, y, strict=True):
+            np.testing.assert_array_equal(row["layer"].numpy(), expected[:length].numpy())
+
+        model.other, types = Gate(), Gate
+        gated = TimeFirst(model.other).eval()
+        with torch.no_grad(), capture(gated, types=types) as acts:
+            gated(x)
+        with pytest.raises(Unsupported, match=r"time on axis 0|axis 0 is 9 and the input batch is 2"):
+            acts.samples(lengths, timeline(gated, x, time_dim=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.ao.nn.quantized as nnq
@@ -13,6 +13,9 @@ from torch import nn
 
 from convtap._layout import Layout
 from convtap._tree import ROOT, ModuleTree, is_keras
+
+#: Finds the layout of a module's output, or of its input: ``find(module, side)``.
+_Rule: TypeAlias = "Callable[[nn.Module, str], Layout | None]"
 
 #: The attributes that have the number of channels of a layer's output, and of its input.
 _COUNTS = {
@@ -162,16 +165,29 @@ class LayerLayouts:
 def layout_of(module: nn.Module, side: str = "output") -> Layout | None:
     """Returns the layout that a module's type alone gives its output (or ``side="input"``: its input), or None."""
     kind: Any = type(module)
+    find = _rule(kind)
+    return None if find is None else find(module, side)
+
+
+@functools.cache  # it is asked for every layer of every capture
+def _rule(kind: Any) -> _Rule | None:
+    """Returns what finds the layout of modules of a class, or None if the class says nothing of it."""
     if is_keras(kind):
-        return _keras(module, side)
-    if isinstance(module, torch.jit.ScriptModule):
-        kind = getattr(nn, getattr(module, "original_name", ""), nn.Module)
+        return _keras
+    if issubclass(kind, torch.jit.ScriptModule):
+        return _scripted
     if _is_sequence(kind):
-        return _last_of(list(module.children()), side)
-    for kinds, find in _RULES:
-        if issubclass(kind, kinds):
-            return find(module, side)
-    return None
+        return _sequence
+    return next((find for kinds, find in _RULES if issubclass(kind, kinds)), None)
+
+
+def _scripted(module: nn.Module, side: str) -> Layout | None:
+    find = _rule(getattr(nn, getattr(module, "original_name", ""), nn.Module))
+    return None if find is None else find(module, side)
+
+
+def _sequence(module: nn.Module, side: str) -> Layout | None:
+    return _last_of(list(module.children()), side)
 
 
 def _last_of(parts: list[nn.Module], side: str) -> Layout | None:
@@ -231,7 +247,7 @@ def _recurrent(module: nn.Module, side: str) -> Layout | None:
     return Layout(last=True, batch=0 if module.batch_first else 1, channels=channels)
 
 
-_RULES: tuple[tuple[tuple[type, ...], Callable[[nn.Module, str], Layout | None]], ...] = (
+_RULES: tuple[tuple[tuple[type, ...], _Rule], ...] = (
     (_FIRST, _first),
     (_LAST, _last),
     (tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm") if hasattr(nn, name)), _normalized),

@@ -63,7 +63,8 @@ def axes_of(shape: Sequence[int], layout: Layout | None, *, batched: bool = True
     if rank < 1:
         return Axes(None, None)
     if rank == 1:
-        return Axes(-1, None)
+        told = layout is None or layout.exact or shape[-1] == layout.channels
+        return Axes(-1, None, sure=told, timed=told)
     last, batch, channels, exact, sure = Layout(sure=False) if layout is None else layout
     batch = batch if batched and rank == 2 else 0
     if channels is not None:
@@ -107,7 +108,9 @@ def after(axes: Axes, before: Sequence[int], now: Sequence[int]) -> Axes:
         now: its shape now.
     """
     if len(now) < 2 or axes.channel is None or axes.time is None:
-        return Axes(-1 if now else None, None)
+        is_time = len(now) == 1 and axes.time is not None and now[0] == before[axes.time]
+        is_channel = len(now) == 1 and axes.channel is not None and now[0] == before[axes.channel]
+        return Axes(None, -1) if is_time and not is_channel else Axes(-1 if now else None, None)
     if len(now) != len(before):
         return Axes(-len(now), -1, sure=False, timed=False)
     channels, frames = before[axes.channel], before[axes.time]

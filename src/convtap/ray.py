@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths, checked_lengths
 from convtap._disk.forward import Runner, checked_inputs, module_mode
 from convtap._disk.job import last_axis
@@ -100,7 +101,9 @@ class Extractor:
         self._runner = Runner(
             self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=None, rule=rule
         )
-        self._rows = RowMaker(calls, rule, reduce, dtype)
+        axes = RowAxes(self._model, self._runner.selection.tree, at, reduce is not None and rule is None, rule)
+        self._runner.look = axes.look
+        self._rows = RowMaker(calls, rule, reduce, dtype, axes)
         self._columns: list[str] | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 from convtap._debug.probe import Probe, probe
 from convtap._errors import listed, plural
+from convtap._layer_layout import layout_of
+from convtap._layout import axes_of
 from convtap._stats import dtype_text
-
-# Modules whose output is (B, C, T): only for these do the numbers of an index have the field's names.
-_CHANNELS_FIRST = (
-    nn.Conv1d,
-    nn.ConvTranspose1d,
-    nn.BatchNorm1d,
-    nn.InstanceNorm1d,
-    nn.GroupNorm,
-    nn.MaxPool1d,
-    nn.AvgPool1d,
-)
 
 
 class Frame:
@@ -239,7 +230,12 @@ def _place(found: Probe, frame: Frame, where: str) -> str:
     position = found.position()
     if position is None:
         return of
-    if where in ("output", "loss") and isinstance(frame.module, _CHANNELS_FIRST) and len(position) == 3:
-        sample, channel, time = position
+    layout = layout_of(frame.module) if where in ("output", "loss") and found.path in ("", "0") else None
+    if layout is not None and len(position) == 3:
+        axes = axes_of(found.shape, layout)
+        assert axes.channel is not None
+        assert axes.time is not None
+        sample, row = position[axes.batch], [*position[: axes.batch], *position[axes.batch + 1 :]]
+        channel, time = row[axes.channel], row[axes.time]
         return f"{many}at sample {sample}, channel {channel}, time {time} ({of})"
     return f"{many}at index {position} ({of})"

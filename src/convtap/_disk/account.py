@@ -85,6 +85,9 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         notes.append(f"{_batches(double)} twice: the later copies, in {listed(shards, 3)}, are not used")
     if "ids" in identity.get("given", ()) and (several := _several(index)):
         notes.append(f"{plural(len(several), 'id')} of several samples each: {listed(map(repr, several), 3)}")
+    assumed = [key for key, layer in index.layers.items() if layer.is_assumed]
+    if assumed:
+        notes.append(f"the last axis was taken as time, since nothing said which it is: {listed(assumed, 4)}")
     if index.bad:
         notes.append(unreadable(index))
     return notes

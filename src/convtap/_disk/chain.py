@@ -16,15 +16,29 @@ from convtap._time.timeline import Timeline, timeline
 class ValidLengths:
     """The rule of each layer, found by following the time axis of the first batch through the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, time_dim: int = -1) -> None:
         self._model = model
+        self._time_dim = time_dim
         self._times: Timeline | None = None
         self._counts: dict[tuple[str, int], int] = {}
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Follows a first batch through the model; later ones need no look."""
         if self._times is None:
-            self._times = timeline(self._model, _example(self._model, args, kwargs))
+            self._times = timeline(self._model, _example(self._model, args, kwargs), time_dim=self._time_dim)
+
+    @property
+    def times(self) -> Timeline | None:
+        """The timeline of the first batch, once it was followed."""
+        return self._times
+
+    def axis_or_none(self, layer: str, path: str) -> int | None:
+        """Returns which axis of a layer's tensor is time, counted from the end, or None if it is not known or none is."""
+        if self._times is None or layer not in self._times:
+            return None
+        runs = self._times.calls(layer)
+        dims = {one.dim if one.unknown is None and one.path == path else None for one in runs}
+        return dims.pop() if len(dims) == 1 else None
 
     def frames(self, layer: str, length: int) -> int:
         """Returns how many frames of a layer are real for an input of ``length`` samples.

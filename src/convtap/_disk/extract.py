@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths
 from convtap._disk.forward import Runner, module_mode
 from convtap._disk.identity import check_same, function_identity, model_identity
@@ -39,6 +40,7 @@ def extract(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     ids: Callable[[Any], Sequence[Id] | Tensor] | None = None,
     lengths: Callable[[Any], Sequence[int] | Tensor] | None = None,
+    time_dim: int | None = None,
     calls: Literal["error", "cat", "keys"] = "error",
     labels: Callable[[Any], Any] | None = None,
     batch_size: int = 1,
@@ -79,13 +81,14 @@ def extract(
         types: the module types to choose from.
         at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
         reduce: a function of each output, run on its own device before it is stored. It sees the batch; with ``lengths``, it
-            sees one sample (C, T) at a time, cut to its real frames.
+            sees one sample at a time, such as (C, T) or (T, C), cut to its real frames.
         reduce_id: a name for ``reduce`` that a resume compares instead of its code.
         dtype: what to cast floating-point outputs to.
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor is passed, a dict is passed as
             keywords, and of a tuple or list the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
         lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give.
+        time_dim: the axis of the model's input that is time, such as 1 for (B, T, C); None for the last one.
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
             calls on time, ``"keys"`` to store each as ``name#k``.
         labels: from a batch, one label (a number, or a row of numbers) for each sample, to store with it.
@@ -116,7 +119,7 @@ def extract(
     )
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    rule = None if lengths is None else ValidLengths(model)
+    rule = None if lengths is None else ValidLengths(model, -1 if time_dim is None else time_dim)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
     runner = Runner(model, layers, capture, device=device, autocast=autocast, compile=compile, stop=stop, rule=rule)
     planned = plan(data, batch_size, num_workers, collate_fn)
@@ -131,6 +134,7 @@ def extract(
         "mode": mode,
         "autocast": autocast and str(autocast),
         "compile": bool(compile),
+        **({} if time_dim is None else {"time_dim": time_dim}),
         "given": [name for name, function in functions.items() if function is not None],
         "data": planned.identity,
         "model": model_identity(model),
@@ -146,7 +150,9 @@ def extract(
         if n > 1 or len(rank_folders(path)) > 1:
             note_part(folder, i, n)
         set_bad_aside(path, folder, i, n, progress)
-        job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype), i, n, **functions)
+        axes = RowAxes(model, runner.selection.tree, at, reduce is not None and rule is None, rule, time_dim)
+        runner.look = axes.look
+        job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype, axes), i, n, **functions)
         job.run(shard_size, settle, progress)
         settle()
     return Store(path)

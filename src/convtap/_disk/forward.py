@@ -117,6 +117,7 @@ class Runner:
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
+        look: what is shown the calls of each batch, and the batch, before they become rows.
         ran: the layers that have run so far.
     """
 
@@ -149,6 +150,7 @@ class Runner:
         self._early: Capture | None = None
         self._settled: set[Any] = set()
         self.fresh = True
+        self.look: Callable[[Calls, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.ran: set[str] = set()
 
     def __enter__(self) -> Runner:
@@ -173,7 +175,7 @@ class Runner:
             if self._rule is not None:
                 self._rule.learn(args, kwargs)
             if self._compiled is not None:
-                return self._run_compiled(args, kwargs)
+                return self._shown(self._run_compiled(args, kwargs), args, kwargs)
             shape = tuple(tuple(tensor.shape) for _, tensor in walk_tensors((args, kwargs)))
             early = self._early if shape in self._settled else None
             block: Any = early or self._whole
@@ -182,12 +184,17 @@ class Runner:
                 self._model(*args, **kwargs)
             self._judge(opened, acts)
             recorded = acts.calls()
-            calls = values_of(recorded)
+            calls = self._shown(values_of(recorded), args, kwargs)
         # through TorchScript, or a Keras model, a pass cannot be ended
         can_end = all(call.via in ("module", "function") for call in recorded)
         if early is None and self._stop is None and can_end:
             self._settle(calls, shape)
         self.ran.update(name for name, _, _ in calls)
+        return calls
+
+    def _shown(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+        if self.look is not None:
+            self.look(calls, args, kwargs)
         return calls
 
     def _casting(self) -> AbstractContextManager[Any]:

@@ -137,13 +137,13 @@ class Job:
         names = self._names.of(number, indices, batch, (args, kwargs))
         full, lengths = 0, None
         if self._lengths is not None:
-            full = last_axis((args, kwargs))
+            full = last_axis((args, kwargs), self._rows.axes.time_dim)
             lengths = checked_lengths(self._lengths, batch, len(names), full)
         calls = self._runner.run(args, kwargs)
         with torch.inference_mode():
             columns = self._rows.columns(calls, len(names), lengths, full)
         labels = None if self._labels is None else _checked_labels(self._labels(batch), len(names))
-        return Batch(number, names, columns, labels)
+        return Batch(number, names, columns, labels, {key: self._rows.axes.found[key] for key in columns})
 
     def _warn_of_idle(self) -> None:
         if self._runner.fresh:
@@ -234,8 +234,8 @@ class _Names:
         return names
 
 
-def last_axis(inputs: Any) -> int:
-    """Returns the length of the padded input: the last axis of the first input tensor that has more than one.
+def last_axis(inputs: Any, dim: int = -1) -> int:
+    """Returns the length of the padded input: the time axis of the first input tensor that has more than one.
 
     Raises:
         InvalidValue: there is none.
@@ -244,7 +244,7 @@ def last_axis(inputs: Any) -> int:
     shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
     if not shapes:
         raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return int(shapes[0][-1])
+    return int(shapes[0][dim])
 
 
 def _checked_labels(found: Any, size: int) -> Tensor:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
 from convtap._errors import ConvtapError, InvalidType, Unsupported, listed
+from convtap._layout import Axes, after
 from convtap._structure import Omitted
 
 #: (layer, number of the call, value) of each call of one forward pass, in execution order.
@@ -27,12 +29,14 @@ class RowMaker:
         rule: the rule for valid frames; None to leave rows whole.
         reduce: for rows that are cut; without a rule the batch was reduced already.
         dtype: what to cast rows to that are cut.
+        axes: which axis of an output is time, and what is noted of that for the rows.
     """
 
     calls: str
     rule: ValidLengths | None
     reduce: Callable[[Tensor], Tensor] | None
     dtype: torch.dtype | None
+    axes: RowAxes
 
     def columns(self, calls: Calls, size: int, lengths: list[int] | None, full: int) -> dict[str, Rows]:
         """Turns the calls of one forward pass into rows by key, on the CPU.
@@ -51,15 +55,21 @@ class RowMaker:
                 raise Unsupported(
                     f"two outputs would both be stored as {key!r}. Rename a layer, or select one of them."
                 )
-            _check_rows(key, tensor, size)
+            axes = self.axes.of(layer, _path(key), tensor.shape)
+            _check_rows(key, tensor, size, axes.batch)
+            tensor = tensor.movedim(axes.batch, 0)
             if self.rule is None or lengths is None:
                 columns[key] = _own(tensor.detach())
+                self.axes.note(key, axes)
             else:
-                axis = self.rule.axis(layer)
-                self.rule.check(layer, full, tensor.shape[axis])
+                if axes.time is None:
+                    raise Unsupported(
+                        f"layer {key!r} gives shape {tuple(tensor.shape)}, which has no time axis to cut."
+                    )
+                self.rule.check(layer, full, tensor.shape[axes.time])
                 frames = [self.rule.frames(layer, length) for length in lengths]
                 columns[key] = _stacked(
-                    [self._cut(key, row.narrow(axis, 0, count)) for row, count in zip(tensor, frames, strict=True)]
+                    [self._cut(key, row.narrow(axes.time, 0, n), axes) for row, n in zip(tensor, frames, strict=True)]
                 )
         return columns
 
@@ -78,9 +88,13 @@ class RowMaker:
                     f"layer {layer!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls on "
                     "time, or calls='keys' to store each under its own key."
                 )
-            yield from ((key, layer, tensor) for key, tensor in _joined(layer, values))
+            shape = next((value.shape for value in values if isinstance(value, Tensor)), ())
+            axes = self.axes.of(layer, "", shape)
+            dim = -1 if axes.time is None else axes.time - axes.batch
+            yield from ((key, layer, tensor) for key, tensor in _joined(layer, values, dim))
 
-    def _cut(self, key: str, row: Tensor) -> Tensor:
+    def _cut(self, key: str, row: Tensor, axes: Axes) -> Tensor:
+        before = row.shape
         if self.reduce is not None:
             try:
                 reduced = self.reduce(row)
@@ -94,6 +108,8 @@ class RowMaker:
                     "one sample (C, T): reduce=lambda t: t.mean(-1)."
                 )
             row = reduced
+            axes = after(axes, before, row.shape)
+        self.axes.note(key, axes)
         if self.dtype is not None and (row.is_floating_point() or row.is_complex()):
             row = row.to(self.dtype)
         # its own memory: a part of the batch would keep all of it alive
@@ -114,7 +130,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.to("cpu")
 
 
-def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
+def _joined(layer: str, values: list[Any], dim: int) -> Iterable[tuple[str, Tensor]]:
     if len(values) == 1:
         return _leaves(layer, values[0])
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -123,7 +139,7 @@ def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
             f"layer {layer!r} gives no single tensor, so calls='cat' cannot join its calls: calls='keys'."
         )
     try:
-        return [(layer, torch.cat(tensors, -1))]
+        return [(layer, torch.cat(tensors, dim))]
     except RuntimeError as error:
         shapes = listed([str(tuple(tensor.shape)) for tensor in tensors])
         raise Unsupported(
@@ -155,10 +171,15 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _leaves(f"{key}[{name}]", item)
 
 
-def _check_rows(key: str, tensor: Tensor, size: int) -> None:
-    if tensor.dim() and tensor.shape[0] == size:
+def _path(key: str) -> str:
+    """The place of a tensor in a layer's output, from its key: ``"1.0"`` of ``lstm[1][0]``."""
+    return ".".join(part.rstrip("]") for part in key.split("[")[1:])
+
+
+def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
+    if tensor.dim() and tensor.shape[batch] == size:
         return
-    axis = f"axis 0 is {tensor.shape[0]}" if tensor.dim() else "it has no axis"
+    axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
     raise Unsupported(
         f"layer {key!r} gives shape {tuple(tensor.shape)}: {axis} and the batch has {size} samples, so its rows are not the "
         "samples. Leave the layer out, bring the samples to axis 0 with reduce=, or, if the model really has other rows than "

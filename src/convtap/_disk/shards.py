@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convtap._errors import StoreError, Unsupported, listed
+from convtap._layout import Axes
 
 FORMAT = 1
 
@@ -54,12 +55,14 @@ class Batch:
         ids: one for each row.
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
+        axes: by layer key, which axis of a row is time, as far as that is known.
     """
 
     number: int
     ids: Sequence[Id]
     columns: dict[str, Rows]
     labels: Tensor | None = None
+    axes: dict[str, Axes] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +183,9 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
     for key in dict.fromkeys(chain.from_iterable(batch.columns for batch in batches)):
         present = [place for place, batch in enumerate(batches) if key in batch.columns]
         found, about["columns"][key] = _column_parts(key, [batches[place].columns[key] for place in present])
+        axes = batches[present[-1]].axes.get(key)
+        if axes is not None:
+            about["columns"][key].update({"time": axes.time} if axes.timed else {"time": axes.time, "timed": False})
         if len(present) < len(batches):
             about["columns"][key]["present"] = present
         parts.extend(found)

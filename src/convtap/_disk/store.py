@@ -150,7 +150,9 @@ class Store:
     # -- many samples
 
     def numpy(self, layer: str) -> Any:
-        """Returns all of a layer's outputs as one NumPy array, (N, C, T). bfloat16 and float8 become float32, exactly.
+        """Returns all of a layer's outputs as one NumPy array. bfloat16 and float8 become float32, exactly.
+
+        It is (N, C, T), or (N, T, C) if the layer's rows are (T, C); see ``time_dim`` of ``store[layer]``.
 
         Raises:
             LayerNotFound: no such layer.
@@ -162,6 +164,7 @@ class Store:
         self,
         layers: str | Sequence[str] | None = None,
         labels: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
+        time_dim: int | Mapping[str, int] | None = None,
     ) -> StoreDataset:
         """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
 
@@ -170,6 +173,8 @@ class Store:
         Args:
             layers: which layers; all if None.
             labels: by id, or a function of the id; None for those that were extracted, if any.
+            time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer; None
+                for the one that the store has, see ``time_dim`` of a view.
 
         Raises:
             LayerNotFound: no such layer.
@@ -177,7 +182,7 @@ class Store:
         from convtap._disk.views import StoreDataset
 
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
-        return StoreDataset(self, [self[name] for name in names], labels)
+        return StoreDataset(self, [self[name] for name in names], labels, time_dim)
 
     # -- the state of it
 

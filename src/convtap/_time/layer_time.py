@@ -238,9 +238,25 @@ class LayerTime:
             Unsupported: as ``valid_lengths``.
         """
         frames = self.frames_of(length)
-        assert self.dim is not None
-        place = len(self._shape) + self.dim
-        return (*self._shape[1:place], frames, *self._shape[place + 1 :])
+        assert self.row_dim is not None
+        row = list(self._shape[:1] + self._shape[2:] if self.is_time_first else self._shape[1:])
+        row[self.row_dim] = frames
+        return tuple(row)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the example's output."""
+        return tuple(self._shape)
+
+    @property
+    def is_time_first(self) -> bool:
+        """Whether the time is axis 0, as in (T, B, C), so that axis 1 is the inputs."""
+        return self.dim is not None and len(self._shape) > 2 and self.dim == -len(self._shape)
+
+    @property
+    def row_dim(self) -> int | None:
+        """Which axis of one input's output is time, counted from the end; None if there is none."""
+        return None if self.dim is None else self.dim + self.is_time_first
 
     def _trusted(self, count: Count, samples: list[int]) -> None:
         """Raises if frame counts at other lengths than the example's rest on something that was not found out."""

@@ -16,11 +16,13 @@ from convtap._errors import (
     InvalidValue,
     LayerNotFound,
     OutOfRange,
+    Unsupported,
     brief,
     did_you_mean,
     listed,
 )
 from convtap._example import Example, arguments
+from convtap._layout import axes_of
 from convtap._samples import Cut
 from convtap._select import check_arguments
 from convtap._structure import walk_tensors
@@ -143,6 +145,10 @@ class Timeline(Mapping[str, LayerTime]):
             raise self._missing(name)
         return list(self._calls[found])
 
+    def everything(self) -> list[LayerTime]:
+        """Returns the time axis of every run of every module that gave one out, also of those that are no convolution."""
+        return list(self._all.values())
+
     # -- samples
 
     def _cutter(self, lengths: Sequence[int], shape: tuple[int, ...] | None) -> Cut:
@@ -159,7 +165,12 @@ class Timeline(Mapping[str, LayerTime]):
             if layer.unknown is None and (layer.dim is None or layer.path != path):
                 return tensor
             valid = int(layer.valid_lengths([lengths[row]], padded)[0])
-            assert layer.dim is not None
+            assert layer.row_dim is not None
+            if layer.is_time_first and axes_of(call.shape, call._layout(path)).batch == 0:
+                raise Unsupported(
+                    f"{call.key!r} has the shape {tuple(call.shape)} with time on axis 0, so axis 0 is not the inputs. Read "
+                    f"it whole with acts[{call.key!r}], or leave it out of the selection."
+                )
             expected = layer.shape_of_one(padded)
             if tuple(tensor.shape) != expected:
                 raise InvalidValue(
@@ -167,7 +178,7 @@ class Timeline(Mapping[str, LayerTime]):
                     f"it has {expected}. The timeline is of another model, or the output was reduced: take "
                     "timeline(model, example) of the model that ran, and reduce after samples."
                 )
-            return tensor.narrow(layer.dim, 0, valid)
+            return tensor.narrow(layer.row_dim, 0, valid)
 
         return cut
 

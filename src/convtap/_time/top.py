@@ -148,10 +148,11 @@ class _Search:
         output = dict(walk_tensors(acts[layer.key]))[layer.path]
         rows, frames = len(signal), layer.frames_of(samples)
         assert layer.dim is not None
-        if output.dim() < 2 or output.shape[0] != rows or output.shape[layer.dim] != frames:
+        inputs = 1 if layer.is_time_first else 0
+        if output.dim() < 2 or output.shape[inputs] != rows or output.shape[layer.dim] != frames:
             raise Unsupported(
                 f"{layer.key!r} has shape {tuple(output.shape)} for {plural(rows, 'input')} of {samples} samples, and by "
-                f"the timeline axis 0 is the inputs and axis {layer.dim} has {frames} frames. "
+                f"the timeline axis {inputs} is the inputs and axis {layer.dim} has {frames} frames. "
                 "Pass an example of the data's length."
             )
         output = output.movedim(layer.dim, -1).reshape(rows, -1, frames)
