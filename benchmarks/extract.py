@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from benchmarks.harness import declare_torchvision_operators, environment, markdown, write_section
 
 HEAD = (
-    '`python -m benchmarks.extract`. "extract" runs the whole model, "stopping" ends the forward after the last selected layer '
-    '(the default), "write" writes the same bytes and forces them to the disk, "idiom" collects in lists and saves at the end.'
+    '`python -m benchmarks.extract`. "extract" runs the whole model, "stopping" ends the forward after the last convolution '
+    '(`stop=True`), "write" writes the same bytes and forces them to the disk, "idiom" collects in lists and saves at the end.'
 )
 CASES = ("forward", "write", "extract", "stopping", "idiom")
 
@@ -108,14 +108,14 @@ def write(model: nn.Module, data: Noise, size: int, folder: Path) -> float:
 def extract(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
     from convtap._disk.extract import extract as run
 
-    run(model, data, folder / "store", batch_size=size, stop=False, progress=False)
+    run(model, data, folder / "store", batch_size=size, progress=False)
 
 
 def stopping(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
-    """As by default: the part of the model behind the last selected layer does not run."""
+    """With ``stop=True``: the part of the model behind the last convolution does not run."""
     from convtap._disk.extract import extract as run
 
-    run(model, data, folder / "store", batch_size=size, progress=False)
+    run(model, data, folder / "store", nn.Conv1d, batch_size=size, stop=True, progress=False)
 
 
 def idiom(model: nn.Module, data: Noise, size: int, folder: Path) -> None:

@@ -53,6 +53,7 @@ ACTIVATIONS = {
     "sigmoid_": lambda m, x: x.sigmoid_(),
     "clamp": lambda m, x: x.clamp(min=0),
     "Softplus": lambda m, x: nn.Softplus()(x),
+    "Threshold": lambda m, x: nn.Threshold(0.1, 0.0)(x),
     "BatchNorm": lambda m, x: F.relu(m.norm(x), inplace=True),
     "GroupNorm": lambda m, x: F.gelu(m.group(x)),
     "LayerNorm with transposes": lambda m, x: F.gelu(m.layer(x.transpose(1, 2)).transpose(1, 2)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from convtap import AmbiguousCall, Call, LayerNotFound, NotCaptured, Unsupported, capture
+from convtap import AmbiguousCall, Call, LayerNotFound, NotCaptured, Unsupported, capture, list_layers
 from convtap._errors import OutOfRange
 from tests.models import (
     AfterConv,
@@ -97,7 +99,7 @@ def test_passes_are_numbered_and_their_calls_kept_apart():
     assert [call.key for call in acts.calls(forward=1)] == ["encoder.0#1", "decoder.0#1"]
 
 
-def test_each_direct_call_of_a_part_is_a_pass_of_its_own():
+def test_parts_that_are_called_one_by_one_are_one_pass_until_one_is_called_again():
     model, x = TwoParts(), torch.randn(2, 1, 20)
     with capture(model) as acts:
         code = model.encoder(x)
@@ -105,7 +107,9 @@ def test_each_direct_call_of_a_part_is_a_pass_of_its_own():
         model.decoder(code)
         model(x)
         model.encoder(x)
-    assert [call.forward for call in acts.calls()] == [0, 1, 2, 3, 3, 4]
+    assert [call.forward for call in acts.calls()] == [0, 1, 1, 2, 2, 3]
+    with pytest.raises(Unsupported, match="cannot be told apart by input: 'decoder' was called by itself"):
+        acts.samples()  # the code is of the first call of the encoder, and nothing says so
 
 
 def test_a_pass_that_raised_does_not_swallow_the_next_one():
@@ -248,9 +252,226 @@ def test_samples_are_numbered_through_several_passes():
         model(x)
     assert len(acts.samples()) == 5
     for i in range(5):
-        key = "convs.4#0" if i < 2 else "convs.4#1"
-        assert list(acts.sample(i)) == [key]
-        torch.testing.assert_close(acts.sample(i)[key], whole["convs.4"][i])
+        assert list(acts.sample(i)) == ["convs.4"]  # the name within its pass, and not acts' own key
+        torch.testing.assert_close(acts.sample(i)["convs.4"], whole["convs.4"][i])
+
+
+class Methods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(1, 4, 3, padding=1)
+        self.second = nn.Conv1d(4, 4, 3, padding=1)
+        self.third = nn.Conv1d(4, 2, 3, padding=1)
+        self.attached = lambda x: self.second(self.first(x).relu())
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+    def encode(model, x):  # noqa: N805
+        return model.second(model.first(x).relu())
+
+    def by_keyword(self, *, x):
+        return self.second(self.first(x).relu())
+
+    @torch.no_grad()
+    def decorated(self, x):
+        return self.second(self.first(x).relu())
+
+    def starred(*args):
+        model, x = args
+        return model.second(model.first(x).relu())
+
+    def around(self, x):
+        return self.third(self(x))
+
+    def many(self, xs):
+        return [self.third(self(x)) for x in xs]
+
+    def fit(self, xs):
+        return [self(x) for x in xs]
+
+
+def by_hand(model, x):
+    first = nn.functional.conv1d(x, model.first.weight, model.first.bias, padding=1)
+    return {
+        "first": first,
+        "second": nn.functional.conv1d(first.relu(), model.second.weight, model.second.bias, padding=1),
+    }
+
+
+def rows_of(model, xs):
+    """Each input's outputs, from the definition alone."""
+    return [{name: value[i] for name, value in by_hand(model, x).items()} for x in xs for i in range(len(x))]
+
+
+METHODS = {
+    "forward": lambda model, x: model.forward(x),
+    "encode": lambda model, x: model.encode(x),
+    "by class": lambda model, x: Methods.encode(model, x),
+    "keyword": lambda model, x: model.by_keyword(x=x),
+    "decorated": lambda model, x: model.decorated(x),
+    "starred": lambda model, x: model.starred(x),
+    "attached": lambda model, x: model.attached(x),
+    "parts": lambda model, x: model.second(model.first(x).relu()),
+}
+
+
+def assert_rows(found, expected):
+    assert [list(row) for row in found] == [list(row) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for name in row:
+            torch.testing.assert_close(row[name], other[name])
+
+
+@pytest.mark.parametrize("way", METHODS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_samples_have_one_row_an_input_with_all_layers_whichever_method_is_called(way, grad):
+    model, xs = Methods(), [torch.randn(2, 1, 20) for _ in range(3)]
+    with torch.set_grad_enabled(grad), capture(model, ("first", "second")) as acts:
+        for x in xs:
+            METHODS[way](model, x)
+    assert [call.forward for call in acts.calls()] == [0, 0, 1, 1, 2, 2]
+    assert_rows(acts.samples(), rows_of(model, xs))
+
+
+def test_a_method_that_was_looked_up_before_the_capture_is_a_pass_a_call():
+    model, xs = Methods(), [torch.randn(1, 1, 20) for _ in range(4)]
+    encode = model.encode
+    with capture(model) as acts:
+        for x in xs:
+            encode(x)
+    assert_rows(acts.samples(), rows_of(model, xs))
+
+
+def test_layers_around_a_call_of_the_model_are_in_its_pass():
+    model, xs = Methods(), [torch.randn(2, 1, 20) for _ in range(2)]
+    with capture(model) as acts:
+        outputs = [model.around(x) for x in xs]
+    rows = [{**row, "third": outputs[i // 2][i % 2]} for i, row in enumerate(rows_of(model, xs))]
+    assert_rows(acts.samples(), rows)
+
+
+def test_a_method_that_calls_the_model_several_times_makes_as_many_passes():
+    model, xs = Methods(), [torch.randn(2, 1, 20) for _ in range(3)]
+    with capture(model) as acts:
+        model.fit(xs)
+    assert_rows(acts.samples(), rows_of(model, xs))
+    with capture(model) as acts:
+        model.many(xs)
+    with pytest.raises(Unsupported, match="'many' called the whole model several times, and layers besides"):
+        acts.samples()
+    with capture(model, ("first", "second")) as acts:
+        model.many(xs)
+    assert_rows(acts.samples(), rows_of(model, xs))  # no layer besides was captured
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_loop_over_a_module_list_is_a_pass_an_input(grad):
+    model, xs = FiveConvs(), [torch.randn(2, 1, 30) for _ in range(3)]
+    with torch.set_grad_enabled(grad), capture(model) as acts:
+        for x in xs:
+            for conv in model.convs:
+                x = conv(x).relu()
+    expected = []
+    for x in xs:
+        with capture(model) as one:
+            for conv in model.convs:
+                x = conv(x).relu()
+        expected += [{name: one[name][i] for name in one} for i in range(2)]
+    assert len(expected) == 6
+    assert_rows(acts.samples(), expected)
+
+
+def test_a_layer_that_is_called_again_on_its_own_output_is_in_one_pass_or_refused():
+    model, x = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 3, padding=1)}), torch.randn(3, 2, 12)
+    with torch.no_grad(), capture(model) as acts:
+        y = x
+        for _ in range(4):
+            y = model["conv"](y).relu()
+    with pytest.raises(Unsupported, match="'conv' was called by itself.*Call the model or one of its methods once"):
+        acts.samples()
+    assert len(acts.calls("conv")) == 4
+
+
+def test_functions_that_repeat_outside_of_the_model_are_refused_by_input():
+    model = nn.ModuleDict({"conv": nn.Conv1d(1, 2, 3)})
+    with capture(model) as acts:
+        for _ in range(2):
+            nn.functional.conv1d(torch.randn(1, 1, 9), model["conv"].weight)
+    with pytest.raises(Unsupported, match="'conv' ran several times outside of any call of the model"):
+        acts.samples()
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_numbered_within_it():
+    model = nn.Sequential(conv := nn.Conv1d(2, 2, 3, padding=1), nn.ReLU(), conv)
+    xs = [torch.randn(2, 2, 9) for _ in range(3)]
+    with capture(model) as acts:
+        for x in xs:
+            model(x)
+    samples = acts.samples()
+    assert [list(row) for row in samples] == [["0#0", "0#1"]] * 6
+    assert list(acts) == [f"0#{i}" for i in range(6)]
+    for i, x in enumerate(x for batch in xs for x in batch.split(1)):
+        first = conv(x)
+        torch.testing.assert_close(samples[i], {"0#0": first[0], "0#1": conv(first.relu())[0]})
+
+
+def test_a_parameter_replaced_between_two_calls_of_a_method_keeps_its_name():
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(2, 1, 3))
+
+        def encode(self, x):
+            return nn.functional.conv1d(x, self.kernel)
+
+    model, x = Loose(), torch.randn(1, 1, 9)
+    with capture(model, types=nn.Module) as acts:
+        model.encode(x)
+        model.kernel = nn.Parameter(torch.randn(2, 1, 3))
+        model.encode(x)
+    assert [call.key for call in acts.calls()] == ["kernel#0", "kernel#1"]
+
+
+def test_a_function_that_takes_the_model_is_no_method():
+    model, xs = Methods(), [torch.randn(1, 1, 20) for _ in range(3)]
+
+    def run(model, batches):
+        for x in batches:
+            model.encode(x)
+
+    with capture(model) as acts:
+        run(model, xs)
+    assert_rows(acts.samples(), rows_of(model, xs))
+
+
+def test_frames_have_no_mark_after_the_capture():
+    model = Methods()
+    with capture(model) as acts:
+        model.second(model.first(torch.randn(1, 1, 9)))
+        assert sys._getframe().f_trace is not None
+    assert sys._getframe().f_trace is None
+    assert len(acts) == 2
+
+
+def test_a_debugger_goes_on_tracing_a_method_that_is_a_pass():
+    model, lines = Methods(), []
+
+    def trace(frame, event, arg):
+        if frame.f_code is not Methods.encode.__code__:
+            return None
+        lines.append(event)
+        return trace
+
+    before = sys.gettrace()
+    with capture(model) as acts:
+        sys.settrace(trace)
+        try:
+            model.encode(torch.randn(1, 1, 9))
+        finally:
+            sys.settrace(before)
+    assert lines == ["call", "line", "return"]
+    assert {call.forward for call in acts.calls()} == {0}
 
 
 def test_an_unbatched_input_is_one_sample():
@@ -394,4 +615,17 @@ def test_each_direct_call_of_a_layer_is_a_pass_of_its_own_also_for_inputs():
         model.convs[0](second)
     assert [call.forward for call in acts.calls()] == [0, 1]
     assert [len(acts.calls(forward=i)) for i in (0, 1)] == [1, 1]
-    assert torch.equal(acts.sample(4)["convs.0#1"], second[2])
+    assert torch.equal(acts.sample(4)["convs.0"], second[2])
+
+
+def test_reduce_by_layer_is_the_functions_own_for_each():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 3, 3))
+    x = torch.randn(4, 1, 12)
+    with torch.no_grad(), capture(model, reduce={"1": lambda t: t.mean(-1)}) as acts:
+        y = model(x)
+    assert torch.equal(acts["0"], nn.functional.conv1d(x, model[0].weight, model[0].bias))
+    assert torch.equal(acts["1"], y.mean(-1))
+    rows = list_layers(model, example=x, reduce={"1": lambda t: t.mean(-1)})
+    assert [tuple(row.shape) for row in rows] == [(4, 2, 10), (4, 3)]
+    with pytest.raises(LayerNotFound, match="reduce has an entry for '7'"):
+        capture(model, reduce={"7": torch.abs})

@@ -203,7 +203,7 @@ def axes_of_only(model, x, types):
     call = acts.calls()[0]
     orientation = Orientation(acts, TimeAxis(None, None, has_signal=False))
     tensor = call.output[0] if isinstance(call.output, tuple) else call.output
-    return orientation.axes(call, "0" if isinstance(call.output, tuple) else "", tensor)
+    return orientation.axes(call, "[0]" if isinstance(call.output, tuple) else "", tensor)
 
 
 class Attends(nn.Module):

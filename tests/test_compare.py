@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.ao.quantization as quantization
 import torch.nn.functional as F
@@ -221,6 +222,129 @@ def test_fused_modules_are_compared_with_the_relu():
     assert result.agrees
 
 
+class Shared(nn.Module):
+    """One ReLU after every convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.c1, self.c2, self.c3 = nn.Conv1d(1, 4, 3), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+
+    def forward(self, x):
+        return self.act(self.c3(self.act(self.c2(self.act(self.c1(x))))))
+
+
+class PartlyFused(Shared):
+    """The same with the second convolution and its ReLU in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.c2 = nni.ConvReLU1d(nn.Conv1d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.act(self.c3(self.c2(self.act(self.c1(x)))))
+
+
+def test_agrees_follows_from_the_layers_and_not_from_other_calls_of_a_shared_relu():
+    a, b = Shared().eval(), PartlyFused().eval()
+    state = {key.replace("c2.", "c2.0."): value for key, value in a.state_dict().items()}
+    b.load_state_dict(state)
+    result = compare(a, b, example=SIGNAL)
+    assert [(row.name, row.partner) for row in result] == [
+        ("c1", "c1"),
+        ("act#1", "c2"),
+        ("c3", "c3"),
+        ("<output>", "<output>"),
+    ]
+    assert (result.only_a, result.only_b, result.agrees) == ([], [], True)
+    assert compare(a, b, example=SIGNAL, layers="c3").agrees
+    assert compare(a, b, example=SIGNAL, layers=["c2"]).rows[0].name == "act#1"
+    with torch.no_grad():
+        b.c2[0].weight[0] += 0.5
+        mine = F.relu(a.c2(F.relu(a.c1(SIGNAL)))).numpy()
+        theirs = F.relu(b.c2[0](F.relu(b.c1(SIGNAL)))).numpy()
+    row = compare(a, b, example=SIGNAL).first
+    assert row.name == "act#1"
+    assert row.relative == pytest.approx(np.linalg.norm(mine - theirs) / np.linalg.norm(mine), rel=1e-4)
+    b.c2 = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU())  # which compares the layer itself
+    assert not compare(a, b, example=SIGNAL).agrees
+
+
+def test_each_call_of_a_layer_is_paired_with_what_was_folded_into_it():
+    class Twice(nn.Module):
+        def __init__(self, conv, norms):
+            super().__init__()
+            self.conv, self.norms = conv, norms
+
+        def forward(self, x):
+            for norm in self.norms:
+                x = norm(self.conv(x)).tanh()
+            return x
+
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += 1
+    a = Twice(nn.Conv1d(2, 2, 3), nn.ModuleList([norm, norm])).eval()
+    b = Twice(fuse_conv_bn_eval(a.conv, norm), nn.ModuleList([nn.Identity(), nn.Identity()])).eval()
+    result = compare(a, b, example=X)
+    assert [(row.name, row.partner) for row in result][:2] == [("norms.0#0", "conv#0"), ("norms.0#1", "conv#1")]
+    assert result.agrees
+
+
+# -- modes
+
+
+def test_models_in_train_mode_are_compared_in_eval_mode_which_is_said():
+    a = net()
+    b = copy.deepcopy(a)
+    assert compare(a, b, example=SIGNAL).notes == []
+    for left, right, was in ((a, b.train(), "b was"), (b, a, "a was"), (b, b, "a was and b was")):
+        result = compare(left, right, example=SIGNAL)
+        assert result.agrees
+        assert result.notes == [
+            f"both ran in eval mode, and {was} in train mode: mode='train' compares both in train mode, mode=None as they are"
+        ]
+    b.eval().bn1.train()
+    assert "parts of b were in train mode" in str(compare(a, b, example=SIGNAL))
+
+
+def test_mode_chooses_how_models_are_compared_and_leaves_them_as_they_were():
+    a = net()
+    b = copy.deepcopy(a).train()
+    x = SIGNAL * 3 + 2  # whose statistics are not the running ones
+    before = copy.deepcopy(b.state_dict())
+    result = compare(a, b, example=x, mode=None)
+    with torch.no_grad():
+        mine, theirs = copy.deepcopy(a)(x).numpy(), copy.deepcopy(b)(x).numpy()
+    assert result.rows[-1].relative == pytest.approx(np.linalg.norm(mine - theirs) / np.linalg.norm(mine), rel=1e-4)
+    assert "each ran in its own mode: a in eval mode, b in train mode" in result.notes
+    assert not result.agrees
+    with torch.no_grad():
+        a.bn1.running_mean += 5  # train mode does not look at it
+    assert compare(a, b, example=x, mode="train").agrees
+    assert compare(a, b, example=x, mode="train").notes == ["both ran in train mode"]
+    assert not compare(a, b, example=x).agrees
+    assert (a.training, b.training, b.bn1.training) == (False, True, True)
+    assert all(torch.equal(value, b.state_dict()[key]) for key, value in before.items())
+    with pytest.raises(InvalidValue, match="mode='test' is none of 'eval', 'train', None"):
+        compare(a, b, example=x, mode="test")
+
+
+def test_dropout_is_the_same_on_both_sides_in_train_mode():
+    a = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Dropout(0.5), nn.Conv1d(2, 2, 3))
+    assert compare(a, copy.deepcopy(a), example=X, mode="train").agrees
+    dropped = compare(a, copy.deepcopy(a).eval(), example=X, mode=None)
+    assert [row.name for row in dropped if row.over] == ["2", "<output>"]
+
+
+def test_a_model_without_convolutions_gets_the_advice_of_every_function():
+    a, b = nn.Sequential(nn.Linear(40, 3)), nn.Sequential(nn.Conv2d(2, 2, 1))
+    with pytest.raises(LayerNotFound, match=r"side a: the Sequential has 0 Conv1d, 1 Linear: pass types=nn\.Module\."):
+        compare(a, copy.deepcopy(a), example=X)
+    with pytest.raises(LayerNotFound, match=r"side b: the Sequential has 0 Conv1d, 1 Conv2d: pass types=nn\.Conv2d\."):
+        compare(plain(), b, example=X)
+    assert compare(a, copy.deepcopy(a), example=X, types=nn.Module).agrees
+
+
 class Quantizable(nn.Module):
     def __init__(self, net):
         super().__init__()
@@ -384,6 +508,24 @@ def test_what_is_not_finite_on_one_side_only_is_over_and_on_both_is_no_differenc
     assert row.note == "not finite: 0 in a, 80 in b"  # one channel of two samples
 
 
+def test_a_complex_output_is_compared_with_a_real_one_by_both_parts():
+    class Sized(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 2, 1, bias=False, dtype=dtype)
+
+        def forward(self, x):
+            return self.conv(x.to(self.conv.weight.dtype))
+
+    a, b = Sized(torch.float32), Sized(torch.complex64)
+    b.conv.weight.data = torch.complex(a.conv.weight.data, torch.full((2, 1, 1), 0.25))
+    x = torch.randn(1, 1, 2)  # (B, C, T) is (1, 2, 2): pairs of numbers would broadcast
+    row = compare(a, b, example=x).first
+    with torch.no_grad():
+        mine, theirs = a(x).numpy(), b(x).numpy()
+    assert row.relative == pytest.approx(np.linalg.norm(mine - theirs) / np.linalg.norm(mine), rel=1e-5)
+
+
 def test_to_dict_is_plain():
     a, b = plain(2), plain(2)
     found = compare(a, b, example=X, sqnr_db=30).to_dict()
@@ -518,7 +660,7 @@ def test_layers_choose_and_keyword_examples_work():
 
     a = Keyword()
     result = compare(a, copy.deepcopy(a), example={"audio": X}, layers="net.conv1")
-    assert [row.name for row in result] == ["net.conv1", "<output>.logits"]
+    assert [row.name for row in result] == ["net.conv1", "<output>[logits]"]
 
 
 # -- compiled
@@ -623,3 +765,22 @@ def test_a_run_that_has_ended_is_closed_although_its_thread_is_still_there():
     closing.start()
     closing.join(20)
     assert not closing.is_alive()
+
+
+class NamedLikeACall(nn.Module):
+    """Has a layer named as the first call of another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(2, 2, 1)
+        self.add_module("a#0", nn.Conv1d(2, 2, 1))
+
+    def forward(self, x):
+        return self.get_submodule("a#0")(self.a(self.a(x)))
+
+
+def test_no_two_rows_of_a_comparison_have_one_key():
+    model = NamedLikeACall()
+    found = compare(model, copy.deepcopy(model), example=torch.randn(1, 2, 5))
+    assert [row.name for row in found.rows] == ["a##0", "a##1", "a#0", "<output>"]
+    assert found.agrees

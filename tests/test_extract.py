@@ -276,24 +276,121 @@ def test_bad_input_is_named(data, options, error, message, tmp_path):
 # -- layers and values
 
 
-def test_one_layer_is_stored_and_the_rest_of_the_model_is_not_run_once_that_is_known_to_be_safe(tmp_path):
+def test_each_pass_runs_to_its_end_unless_stop_asks_otherwise(tmp_path):
     model, ran = two_convs(), []
     model.append(nn.Tanh())
     model[3].register_forward_hook(lambda *args: ran.append(1))
-    store = extract(model, TensorDataset(X), tmp_path / "a", "0", batch_size=2)
-    assert store.layers == ["0"]
-    assert len(ran) == 1  # five batches, of which the first shows that ending early is safe
-    ran.clear()
-    extract(model, TensorDataset(X), tmp_path / "b", "0", batch_size=4)
-    assert len(ran) == 2  # 4, 4, 2 samples: two shapes
-    ran.clear()
-    extract(model, TensorDataset(X), tmp_path / "c", "0", batch_size=2, stop=False)
+    whole = extract(model, TensorDataset(X), tmp_path / "a", "0", batch_size=2)
+    assert whole.layers == ["0"]
     assert len(ran) == 5
     ran.clear()
-    extract(model, TensorDataset(X), tmp_path / "d", "0", batch_size=2, stop=True)
+    ended = extract(model, TensorDataset(X), tmp_path / "b", "0", batch_size=2, stop=True)
     assert not ran
-    stores = [Store(tmp_path / name) for name in "abcd"]
-    assert all(same(store["0"][i], stores[0]["0"][i]) for store in stores for i in range(10))
+    assert all(same(ended["0"][i], whole["0"][i]) for i in range(10))
+
+
+class Streaming(nn.Module):
+    """Puts the end of the last batch before the next one; ``plain`` keeps it in an attribute, not in a buffer."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 2, 3), nn.Conv1d(2, 1, 1)
+        context = torch.zeros(2, 1, 2)
+        if plain:
+            self.context = context
+        else:
+            self.register_buffer("context", context)
+
+    def forward(self, x):
+        y = self.head(self.conv(torch.cat([self.context, x], -1)))
+        self.context = x[..., -2:].clone()
+        return y
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["buffer", "attribute"])
+@pytest.mark.parametrize("layers", ["conv", "head", None])
+def test_a_model_that_keeps_state_gives_the_rows_of_a_plain_loop(plain, layers, tmp_path):
+    model = Streaming(plain)
+    store = extract(model, TensorDataset(X), tmp_path, layers, batch_size=2)
+    context = torch.zeros(2, 1, 2)
+    for start in range(0, 10, 2):
+        batch = X[start : start + 2]
+        conv = F.conv1d(torch.cat([context, batch], -1), model.conv.weight, model.conv.bias)
+        expected = {"conv": conv, "head": F.conv1d(conv, model.head.weight, model.head.bias)}
+        context = batch[..., -2:]
+        for layer in store.layers:
+            assert torch.equal(torch.stack(store[layer][start : start + 2]), expected[layer])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["buffer", "attribute"])
+def test_a_model_that_keeps_state_is_named_where_a_run_leaves_batches_out(plain, tmp_path, recwarn):
+    extract(Streaming(plain), TensorDataset(X), tmp_path / "whole", batch_size=2)
+    extract(two_convs(), TensorDataset(X), tmp_path / "stateless", batch_size=2, part=(1, 2))
+    assert not recwarn.list
+    with pytest.warns(CoverageWarning, match=r"keeps state from batch to batch \(\(root\)\.context changed"):
+        extract(Streaming(plain), TensorDataset(X), tmp_path / "part", batch_size=2, part=(1, 2))
+
+
+def test_a_cache_that_is_filled_once_is_no_state(tmp_path, recwarn):
+    class Caches(nn.Module):
+        cache = None
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 1)
+
+        def forward(self, x):
+            if self.cache is None or self.cache.shape[-1] < x.shape[-1]:
+                self.cache = torch.arange(x.shape[-1])
+            return self.conv(x + self.cache[: x.shape[-1]])
+
+    data = [(X[:2, :, : 50 - number % 2], [2 * number, 2 * number + 1]) for number in range(6)]
+    extract(Caches(), data, tmp_path / "cache", ids=lambda batch: batch[1], part=(1, 2))
+    trained = nn.Sequential(nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1))
+    extract(trained, TensorDataset(X), tmp_path / "train", mode="train", batch_size=2, part=(1, 2))
+    assert not recwarn.list
+
+
+def test_a_layer_that_runs_twice_in_a_later_batch_only_is_seen(tmp_path):
+    model = Repeats(lambda x: 1 + (x.mean().item() > 3.5))
+    batches = [torch.full((2, 1, 8), float(value)) for value in range(6)]  # of one shape: 4 and 5 run "conv" twice
+    with pytest.raises(Unsupported, match="layer 'conv' ran 2 times in one forward pass"):
+        extract(model, batches, tmp_path / "error", "conv", shard_bytes=1)
+    assert Store(tmp_path / "error").missing == [4, 5]
+    store = extract(model, batches, tmp_path / "keys", "conv", calls="keys")
+    assert store.layers == ["conv#0", "conv#1"]
+    assert store["conv#1"].ids == [8, 9, 10, 11]
+    with torch.inference_mode():
+        second = model.conv(F.relu(model.conv(batches[5])))
+    assert torch.equal(store["conv#1"][10], second[0])
+
+
+def test_stop_loses_later_calls_of_the_layers(tmp_path):
+    model = Repeats(lambda x: 2)
+    store = extract(model, [X], tmp_path / "a", "conv", stop=True)
+    with torch.inference_mode():
+        assert torch.equal(store["conv"][3], model.conv(X)[3])
+    with pytest.raises(Unsupported, match="layer 'conv' ran 2 times"):  # before "last", which ends the pass
+        extract(model, [X], tmp_path / "b", ["conv", "last"], stop=True)
+
+
+def test_stop_needs_layers_and_a_pass_that_can_be_ended(tmp_path):
+    model = two_convs()
+    with pytest.raises(InvalidValue, match="stop=True needs layers"):
+        extract(model, [X], tmp_path / "a", stop=True)
+    with pytest.raises(InvalidValue, match="stop=True cannot end a compiled forward pass"):
+        extract(model, [X], tmp_path / "b", "0", stop=True, compile=True)
+    with pytest.raises(Unsupported, match="stop=True does not work for layers inside TorchScript"):
+        extract(torch.jit.script(model), [X], tmp_path / "c", "0", stop=True)
+    with pytest.raises(InvalidValue, match="stop='no' is none of True, False"):
+        extract(model, [X], tmp_path / "d", "0", stop="no")
+
+
+def test_passes_that_end_early_and_whole_ones_do_not_meet_in_one_store(tmp_path):
+    model = two_convs()
+    extract(model, [X], tmp_path, "0", stop=True)
+    with pytest.raises(StoreError, match="stop: True then, False now"):
+        extract(model, [X], tmp_path, "0")
 
 
 class Repeats(nn.Module):
@@ -473,6 +570,77 @@ def raises(tensor):
     raise ValueError("no")
 
 
+def by_layer(mapping, path, net=None, **options):
+    return extract(net or two_convs(), [X], path, reduce=mapping, **options)
+
+
+@pytest.mark.parametrize("lengths", [None, lambda batch: [50] * 10], ids=["batch", "lengths"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_reduce_by_layer_leaves_the_others_as_they_are(lengths, compiled, tmp_path):
+    model = two_convs()
+    reference = by_hand(model, [X])[0]
+    options = {"lengths": lengths, "compile": compiled, "calls": "keys"}
+    store = by_layer({"2": lambda t: t.mean(-1)}, tmp_path, model, **options)
+    torch.testing.assert_close(torch.stack(list(store["2"])), reference["2"].mean(-1))
+    torch.testing.assert_close(torch.stack(list(store["0"])), reference["0"])
+
+
+def test_reduce_by_glob_and_a_layers_own_name_comes_first(tmp_path):
+    model = nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(3)))
+    functions = {"*": lambda t: t[..., :1], "1": lambda t: t[..., :2], "[12]": lambda t: t[..., :3]}
+    store = by_layer(functions, tmp_path, model)
+    assert {name: store[name].shape[-1] for name in store.layers} == {"0": 1, "1": 2, "2": 1}
+    with pytest.raises(StoreError, match=r"reduce of '1': the code of .*lambda.* is another"):
+        by_layer({**functions, "1": lambda t: t[..., :4]}, tmp_path, model)
+    with pytest.raises(StoreError, match=r"reduce: one for each of \*, 1, \[12\] then, none now"):
+        by_layer(None, tmp_path, model)
+    assert by_layer(functions, tmp_path, model).missing == []
+
+
+def test_reduce_by_layer_reaches_parts_functions_and_wrapped_layers(tmp_path):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(2, 1, 3))
+            self.block = Dicts()
+
+        def forward(self, x):
+            return F.conv1d(x, self.kernel), self.block(x)
+
+    net = nn.DataParallel(Functional())
+    functions = {"kernel": lambda t: t[..., :1], "module.block[out]": lambda t: t[..., :2]}
+    store = by_layer(functions, tmp_path / "a", net, layers=["kernel", "block[out]", "block[parts]"])
+    assert {name: store[name].shape[-1] for name in store.layers} == {
+        "kernel": 1,
+        "block[out]": 2,
+        "block[parts][0]": 50,
+    }
+    store = by_layer({"block": lambda t: t[..., :4]}, tmp_path / "b", net, layers=["block[out]"])
+    assert store["block[out]"].shape == (10, 2, 4)
+
+
+@pytest.mark.parametrize("lengths", [None, lambda batch: [50] * 10], ids=["batch", "lengths"])
+@pytest.mark.parametrize(
+    ("mapping", "error", "message"),
+    [
+        (
+            {"22": torch.abs},
+            LayerNotFound,
+            r"reduce has an entry for '22', and no selected layer matches it: 0, 2\..*Did you",
+        ),
+        ({"1": torch.abs}, LayerNotFound, "reduce has an entry for '1'"),
+        ({"conv*": torch.abs, "0": torch.abs}, LayerNotFound, r"reduce has an entry for 'conv\*'"),
+        ({"0[1]": torch.abs}, LayerNotFound, r"reduce has an entry for '0\[1\]'"),
+        ({"0": 3}, InvalidType, "reduce has the entry '0': int, and a mapping must have names"),
+        ({0: torch.abs}, InvalidType, "reduce has the entry 0: builtin"),
+    ],
+)
+def test_an_entry_of_reduce_that_means_nothing_is_an_error(mapping, error, message, lengths, tmp_path):
+    with pytest.raises(error, match=message):
+        by_layer(mapping, tmp_path, lengths=lengths)
+    assert not (tmp_path / "store.json").exists()
+
+
 def test_a_layer_that_changes_its_dtype_between_batches_is_named(tmp_path):
     model = nn.Sequential(nn.Conv1d(1, 1, 1))
     batches = [X[:2], X[:2]]
@@ -621,3 +789,22 @@ def test_what_comes_after_the_activation_is_extracted_as_well(tmp_path):
         LayerNotFound, match="'2' was selected, but did not run for any sample .or, with at='activation'"
     ):
         store["2"]
+
+
+def test_the_calls_of_a_layer_and_a_layer_named_like_a_call_have_keys_of_their_own(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv1d(2, 2, 1)
+            self.add_module("a#0", nn.Conv1d(2, 2, 1))
+
+        def forward(self, x):
+            return self.get_submodule("a#0")(self.a(self.a(x)))
+
+    model, x = Named(), torch.randn(3, 2, 5)
+    store = extract(model, [x], tmp_path / "s", calls="keys", progress=False)
+    first = model.a(x)
+    expected = {"a##0": first, "a##1": model.a(first), "a#0": model(x)}
+    assert set(store.layers) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(store[key].numpy()), value.detach())

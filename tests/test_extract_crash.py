@@ -417,7 +417,7 @@ def test_what_is_no_whole_store_is_refused_when_it_is_opened(tmp_path):
     with pytest.raises(StoreError, match="has format 99, and this convtap reads up to 1: update convtap"):
         Store(path)
     (path / "store.json").write_text(json.dumps({**description, "kind": "zarr"}))
-    with pytest.raises(StoreError, match="was not written by convtap: it is a 'zarr'"):
+    with pytest.raises(StoreError, match="was not written by convtap: its kind is 'zarr'"):
         Store(path)
     (path / "store.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged, or convtap did not write it"):

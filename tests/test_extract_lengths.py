@@ -86,6 +86,20 @@ def test_reduce_sees_one_sample_of_valid_frames_and_dtype_comes_after_it(tmp_pat
     assert torch.equal(torch.stack(list(store["2"])), torch.stack([row.mean(-1) for row in rows]).bfloat16())
 
 
+def test_a_complex_row_is_cast_to_complex_types_and_to_no_others(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 2, 5))
+    options = {"lengths": lambda batch: batch["lengths"], "reduce": lambda t: torch.fft.fft(t)}
+    for number, lengths in enumerate((options["lengths"], None)):
+        with pytest.raises(
+            InvalidValue, match="layer '0': dtype=torch.float16 would drop the imaginary part of a torch.c"
+        ):
+            go(model, tmp_path / f"real{number}", **{**options, "lengths": lengths}, dtype=torch.float16)
+    store = go(model, tmp_path / "complex", **options, dtype=torch.complex128)
+    with torch.no_grad():
+        expected = torch.fft.fft(model(Signals()[1][None, None])[0]).to(torch.complex128)
+    torch.testing.assert_close(store["0"][1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_lengths_reduce_sees_the_batch(tmp_path):
     shapes = []
 
@@ -176,6 +190,123 @@ def test_positional_and_keyword_inputs_together_are_followed_too(tmp_path):
 def test_lengths_that_cannot_be_used(lengths, error, message, tmp_path):
     with pytest.raises(error, match=message):
         go(chain(), tmp_path, lengths=lengths)
+
+
+# -- which argument the lengths are of
+
+
+class Film(nn.Module):
+    """Takes the signal, a vector for each row and a mask, in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv1d(4, 4, 3, stride=2), nn.Linear(16, 4)
+
+    def forward(self, condition, x, mask=None):
+        x = x if mask is None else x * mask
+        return self.conv(x) * self.scale(condition)[..., None]
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.film = nn.Conv1d(1, 4, 5, stride=2), Film()
+
+    def forward(self, condition, x, padding_mask=None):
+        y = self.first(x)
+        mask = None if padding_mask is None else padding_mask[:, None, : y.shape[-1]]
+        return self.film(condition, y, mask=mask)
+
+
+LENGTHS = [50, 31, 44, 12]
+AFTER_FIRST = [(n - 5) // 2 + 1 for n in LENGTHS]
+
+
+def conditioned(path, at, size=16, keywords=False, **options):
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    net, x, condition = Conditioned(), torch.randn(4, 1, 50, generator=draw), torch.randn(4, 16, generator=draw)
+    condition = torch.cat([condition] * (size // 16), -1)
+    net.film.scale = nn.Linear(size, 4)
+    mask = (torch.arange(50) < torch.tensor(LENGTHS)[:, None]).float()
+    inputs = ((), {"padding_mask": mask, "condition": condition, "x": x}) if keywords else ((condition, x, mask), {})
+    options = {"types": (nn.Conv1d, Film, nn.Linear), "layers": ["first", "film"], **options}
+    store = extract(
+        net, [x], path, at=at, inputs=lambda batch: inputs, lengths=lambda batch: LENGTHS, progress=False, **options
+    )
+    return net.eval(), x, condition, mask, store
+
+
+@pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keywords"])
+@pytest.mark.parametrize("size", [16, 64], ids=["a shorter vector", "a longer vector"])
+def test_lengths_are_of_the_signal_and_not_of_another_argument(size, keywords, tmp_path):
+    net, x, _, _, store = conditioned(tmp_path, "output", size, keywords, layers="first")
+    with torch.inference_mode():
+        whole = net.first(x)
+    assert same(list(store["first"]), [row[:, :count] for row, count in zip(whole, AFTER_FIRST, strict=True)])
+
+
+@pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keywords"])
+def test_a_layers_input_is_cut_by_its_own_time_axis_and_what_is_no_signal_stays_whole(keywords, tmp_path):
+    net, x, condition, _, store = conditioned(tmp_path, "input", 64, keywords)
+    assert store.layers == ["first", "film[args][0]", "film[args][1]", "film[mask]"]
+    with torch.inference_mode():
+        given = net.first(x)
+    assert same(list(store["first"]), [row[:, :n] for row, n in zip(x, LENGTHS, strict=True)])
+    assert same(list(store["film[args][1]"]), [row[:, :n] for row, n in zip(given, AFTER_FIRST, strict=True)])
+    assert same(list(store["film[args][0]"]), list(condition))
+    assert {tuple(row.shape) for row in store["film[mask]"]} == {(1, 23)}
+
+
+def test_the_part_of_an_input_that_is_the_signal_can_be_selected_alone(tmp_path):
+    store = conditioned(
+        tmp_path, "input", layers=["film[args][1]", "film.conv"], reduce={"film*": lambda t: t[..., -1]}
+    )[-1]
+    whole = conditioned(tmp_path / "whole", "input", layers="film")[-1]
+    assert store.layers == ["film[args][1]", "film.conv"]
+    assert same(list(store["film[args][1]"]), [row[:, -1] for row in whole["film[args][1]"]])
+    assert [tuple(row.shape) for row in store["film.conv"]] == [(4,)] * 4
+
+
+def test_strided_and_transposed_inputs_have_their_own_frames(tmp_path):
+    model = chain()
+    store = go(model, tmp_path / "a", at="input")
+    for layer, before in (("2", "0"), ("3", "2")):
+        assert [row.shape[-1] for row in store[layer]] == [frames(before, n) for n in Signals.lengths]
+    assert [row.shape[-1] for row in store["0"]] == list(Signals.lengths)
+    store = go(Transposed(), tmp_path / "b", at="input", types=nn.Linear)
+    assert [tuple(row.shape) for row in store["linear"]] == [((n - 3) // 2 + 1, 4) for n in Signals.lengths]
+
+
+def test_each_tensor_of_an_output_is_cut_by_its_own_time_axis(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slow, self.fast = nn.Conv1d(1, 2, 4, stride=4), nn.Conv1d(1, 2, 2, stride=2)
+
+        def forward(self, x):
+            return {"slow": self.slow(x), "fast": self.fast(x).transpose(1, 2)}
+
+    store = go(nn.Sequential(Two()), tmp_path / "a", types=Two)
+    assert [tuple(row.shape) for row in store["0[slow]"]] == [(2, n // 4) for n in Signals.lengths]
+    assert [tuple(row.shape) for row in store["0[fast]"]] == [(n // 2, 2) for n in Signals.lengths]
+    store = go(nn.Sequential(Two()), tmp_path / "b", "0[fast]")
+    assert [tuple(row.shape) for row in store["0[fast]"]] == [(n // 2, 2) for n in Signals.lengths]
+
+
+def test_a_part_without_a_time_axis_is_an_error_and_the_rest_can_be_selected(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(1, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x.transpose(1, 2))[0].sum()
+
+    with pytest.raises(Unsupported, match=r"real frames of 'lstm\[1\]\[0\]'|'lstm\[1\]\[0\]' gives shape"):
+        go(Recurrent(), tmp_path / "a", types=nn.LSTM)
+    store = go(Recurrent(), tmp_path / "b", "lstm[0]")
+    assert [tuple(row.shape) for row in store["lstm[0]"]] == [(n, 3) for n in Signals.lengths]
 
 
 def test_a_wav2vec2_encoder_gives_the_frames_that_transformers_says(tmp_path):

@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,56 @@ def test_position_count_and_ranges_are_those_of_the_tensor():
     assert "Its input: [-2, 1e+30], its weight [0, 1e+30], its bias [0, 0]." in str(first)
 
 
+def test_ranges_are_of_what_is_finite_and_count_the_rest():
+    model = nn.Sequential(nn.Conv1d(1, 16, 3), nn.Conv1d(16, 1, 1))
+    with torch.no_grad():
+        model[0].weight[3] = NAN  # one bad row of sixteen
+        model[0].weight[5, 0, 0] = -math.inf
+        model[0].bias.fill_(NAN)
+    with finite(model, raise_at="never") as f:
+        model(torch.ones(1, 1, 8))
+    numbers = model[0].weight.detach().numpy()
+    good = numbers[np.isfinite(numbers)]
+    weight, bias = f.first.weights
+    assert (weight.low, weight.high, weight.nan, weight.inf) == (good.min(), good.max(), 3, 1)
+    assert str(weight) == f"weight [{good.min():.4g}, {good.max():.4g}] and 3 NaN and 1 Inf"
+    assert math.isnan(bias.low)
+    assert (bias.nan, bias.inf, str(bias)) == (16, 0, "bias without a finite value (16 NaN)")
+    assert f"its {weight}, its {bias}. The cause is its weight, bias: that holds NaN or Inf itself." in str(f.first)
+
+
+def test_ranges_of_masked_inputs_count_their_infinities():
+    class Difference(nn.Module):
+        def forward(self, x, y):
+            return x - y
+
+    class Masks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.minus = Difference()
+
+        def forward(self, x):
+            masked = x.masked_fill(torch.arange(8) > 5, -math.inf)
+            return self.minus(masked, y=masked + 1) + self.minus(x, torch.complex(x, masked)).real
+
+    with finite(Masks(), raise_at="never", inf=False) as f:
+        f._model(torch.arange(8.0).reshape(1, 1, 8))
+    assert [str(found) for found in f.first.inputs] == ["[0] [0, 5] and 2 Inf", "[y] [1, 6] and 2 Inf"]
+    assert "Its input: [0] [0, 5] and 2 Inf, [y] [1, 6] and 2 Inf." in str(f.first)
+
+
+def test_an_element_of_a_complex_tensor_is_counted_once():
+    value = torch.zeros(2, 3, dtype=torch.complex64)
+    value[0, 0], value[1, 1], value[1, 2] = complex(NAN, NAN), complex(NAN, math.inf), complex(2, -math.inf)
+    model = nn.Linear(1, 1)
+    model.register_buffer("phase", value)
+    with finite(model, raise_at="never") as f:
+        model(torch.full((1, 1), NAN))
+    assert f.first.where == "input"
+    (phase,) = [found for found in f.first.weights if found.name == "phase"]
+    assert (phase.low, phase.high, phase.nan, phase.inf) == (0.0, 2.0, 2, 1)
+
+
 def test_raising_at_the_exit_is_the_default():
     model = chain()
     with (
@@ -159,7 +210,7 @@ def test_a_bad_keyword_input_is_named():
             return self.conv(audio) * scale
 
     model = Keyword()
-    with pytest.raises(NonFiniteOutput, match="'scale' in its structure"), finite(model):
+    with pytest.raises(NonFiniteOutput, match=r"'\[scale\]' in its structure"), finite(model):
         model(audio=x(), scale=torch.tensor(math.inf))
 
 
@@ -639,6 +690,21 @@ def test_the_place_of_each_kind_is_found_late(reads, value, kind):
     assert (f.first.what, f.first.position) == (kind, (1, 2, 3))
 
 
+def test_what_is_read_late_says_that_it_is_not_finite_without_counting(reads):
+    model = nn.Sequential(nn.Identity(), nn.Softmax(-1))
+    with finite(model, raise_at="never", inf=False) as f:
+        model(torch.full((1, 4), -math.inf))
+    (given,) = f.first.inputs
+    assert (f.first.layer, given.nan, given.inf, str(given)) == ("1", None, None, "with NaN or Inf")
+    model = nn.Sequential(nn.Conv1d(1, 2, 1))
+    with torch.no_grad():
+        model[0].weight[0] = NAN
+    with finite(model, raise_at="never") as f:
+        model(torch.ones(1, 1, 4))
+    weight = f.first.weights[0]  # which is still there
+    assert (weight.low, weight.high, weight.nan) == (model[0].weight[1].item(), model[0].weight[1].item(), 1)
+
+
 def test_raise_at_layer_reads_at_every_layer(reads):
     model, ran = chain(), []
     model[3].register_forward_hook(lambda *_: ran.append("last"))
@@ -700,3 +766,43 @@ def test_the_place_of_a_nan_has_the_names_of_the_layers_own_axes(layer, shape, p
     with finite(layer, raise_at="never") as found:
         layer(torch.randn(shape))
     assert re.search(place, str(found.first))
+
+
+class DividesBetweenLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(1, 2, 1)
+        self.second = nn.Conv1d(2, 2, 1)
+
+    def encode(self, x):
+        return self.second(self.first(x) / torch.zeros(1))
+
+
+def test_a_nan_between_two_layers_of_a_method_is_blamed_on_the_method():
+    model = DividesBetweenLayers()
+    nn.init.zeros_(model.first.weight)
+    nn.init.zeros_(model.first.bias)
+    with finite(model, raise_at="never") as found:
+        model.encode(torch.ones(1, 1, 4))
+        model.encode(torch.ones(1, 1, 4))
+    assert (found.first.layer, found.first.where, found.first.forward) == ("(root)", "code", 0)
+    assert (
+        "'(root)' (DividesBetweenLayers.encode) produces NaN in its own code, after 'first' and before 'second'"
+        in str(found.first)
+    )
+
+
+def test_a_nan_in_the_input_of_a_method_is_blamed_on_the_input():
+    model = DividesBetweenLayers()
+    with finite(model, raise_at="never") as found:
+        model.encode(torch.full((1, 1, 4), torch.nan))
+    assert (found.first.layer, found.first.where) == ("first", "input")
+
+
+def test_a_nan_between_two_layers_that_are_called_one_by_one_names_the_layer_before():
+    model = DividesBetweenLayers()
+    with finite(model, raise_at="never") as found:
+        x = model.first(torch.ones(1, 1, 4))
+        model.second(x * torch.nan)
+    assert (found.first.layer, found.first.where) == ("second", "input")
+    assert "holds NaN already, though 'first', the layer before it, is finite" in str(found.first)

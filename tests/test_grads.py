@@ -228,6 +228,20 @@ def test_grads_follow_dtype():
         assert torch.equal(call.grad, expected.to(torch.bfloat16))
 
 
+def test_a_complex_gradient_is_cast_to_complex_types_and_to_no_others():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, dtype=torch.complex64))
+    x = torch.randn(1, 1, 20, dtype=torch.complex64)
+    with pytest.raises(
+        InvalidValue, match="layer '0': dtype=torch.float16 would drop .* gradient of its complex output"
+    ):
+        with capture(model, grads=True, dtype=torch.float16, reduce=torch.abs):
+            model(x)
+    with capture(model, grads=True, dtype=torch.complex128) as acts:
+        model(x).abs().square().sum().backward()
+    expected = 2 * model(x).detach()  # d|z|²/dz, as torch writes it
+    torch.testing.assert_close(acts.calls("0")[0].grad, expected.to(torch.complex128))
+
+
 def test_reduce_does_not_apply_to_grads():
     model, x = Inplace(), torch.randn(2, 1, 9)
     with capture(model, reduce=lambda t: t.mean(-1), grads=True) as acts:

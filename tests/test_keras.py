@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from convtap import LayerNotFound, Unsupported, capture, list_layers  # noqa: E402
+from convtap import LayerNotFound, NotCaptured, Unsupported, capture, compare, list_layers  # noqa: E402
 from tests.reference import same  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")
@@ -206,6 +206,149 @@ def test_at_activation_gives_the_built_in_activation_or_the_one_that_follows():
     assert acts.coverage.unactivated == ["none"]
 
 
+def twins(norm, activation):
+    """A Keras layer between a Conv1D and an activation, and torch modules (B, C, T) that compute the same."""
+    layers = keras.layers
+    torch_norm, keras_norm = {
+        "batch": (nn.BatchNorm1d(4, eps=1e-3), layers.BatchNormalization(name="norm")),
+        "group": (nn.GroupNorm(2, 4, eps=1e-3), layers.GroupNormalization(2, name="norm")),
+        "dropout": (nn.Dropout(0.5), layers.Dropout(0.5, name="norm")),
+        "noise": (nn.Identity(), layers.GaussianNoise(0.5, name="norm")),
+        "identity": (nn.Identity(), layers.Identity(name="norm")),
+        "linear": (nn.Identity(), layers.Activation("linear", name="norm")),
+    }[norm]
+    torch_act, keras_act = {
+        "ReLU": (nn.ReLU(), layers.ReLU(name="act")),
+        "relu": (nn.ReLU(), layers.Activation("relu", name="act")),
+        "leaky": (nn.LeakyReLU(0.2), layers.LeakyReLU(0.2, name="act")),
+        "mish": (nn.Mish(), layers.Activation("mish", name="act")),  # Keras computes x * tanh(softplus(x))
+        "capped": (nn.ReLU6(), layers.ReLU(max_value=6, name="act")),
+        "shifted": (nn.Threshold(0.1, 0.0), layers.ReLU(threshold=0.1, name="act")),
+    }[activation]
+    conv = nn.Conv1d(2, 4, 5)
+    twin = nn.Sequential(conv, torch_norm, torch_act, nn.Conv1d(4, 1, 1)).eval()
+    head = [layers.Conv1D(4, 5, name="conv"), keras_norm, keras_act, layers.Conv1D(1, 1, name="last")]
+    return twin, head
+
+
+def with_weights_of(twin, model):
+    """Gives the Keras layers the weights of the torch twin: Keras has (K, C_in, C_out)."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(twin[1], (nn.BatchNorm1d, nn.GroupNorm)):
+        values = [*twin[1].parameters(), *(b for b in twin[1].buffers() if b.dim())]
+        for value in values:
+            value.data.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        model.get_layer("norm").set_weights([value.detach().numpy() for value in values])
+    for name, conv in (("conv", twin[0]), ("last", twin[3])):
+        model.get_layer(name).set_weights([conv.weight.detach().permute(2, 1, 0).numpy(), conv.bias.detach().numpy()])
+
+
+class Subclassed(keras.Model):
+    def __init__(self, parts):
+        super().__init__()
+        self.conv, self.norm, self.act, self.last = parts
+
+    def call(self, x):
+        return self.last(self.act(inputs=self.norm(self.conv(x))))
+
+
+def functional(parts):
+    inputs = x = keras.Input((40, 2))
+    for part in parts:
+        x = part(x)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize(
+    "build", [functional, lambda parts: keras.Sequential([keras.Input((40, 2)), *parts]), Subclassed]
+)
+@pytest.mark.parametrize(
+    ("norm", "activation"),
+    [
+        ("batch", "ReLU"),
+        ("group", "relu"),
+        ("batch", "leaky"),
+        ("dropout", "capped"),
+        ("noise", "ReLU"),
+        ("identity", "mish"),
+        ("linear", "shifted"),
+    ],
+)
+def test_at_activation_gives_what_the_torch_twin_gives(norm, activation, build):
+    twin, parts = twins(norm, activation)
+    model = build(parts)
+    model(X)
+    with_weights_of(twin, model)
+    before = {layer.name: set(layer.__dict__) for layer in model.layers}
+    with torch.no_grad(), capture(twin, "0", at="activation") as theirs:
+        twin(torch.from_numpy(X).transpose(1, 2))
+    with torch.no_grad(), capture(model, "conv", at="activation") as acts:
+        model(X)
+    torch.testing.assert_close(acts["conv"].transpose(1, 2), theirs["0"], atol=1e-5, rtol=1e-4)
+    assert {layer.name: set(layer.__dict__) for layer in model.layers} == before
+
+
+@pytest.mark.parametrize("norm", [keras.layers.LayerNormalization, keras.layers.RMSNormalization])
+def test_at_activation_passes_through_normalization_of_channels(norm):
+    model = functional([keras.layers.Conv1D(4, 5, name="conv"), norm(name="norm"), keras.layers.ReLU(name="act")])
+    expected = with_several_outputs(model, ["act"])(X)
+    with capture(model, at="activation") as acts:
+        model(X)
+    assert torch.equal(acts["conv"], (expected[0] if isinstance(expected, list) else expected).detach())
+
+
+def test_at_activation_through_predict_of_a_trained_batchnorm():
+    model = functional(twins("batch", "relu")[1])
+    expected = with_several_outputs(model, ["act"]).predict(X, verbose=0, batch_size=4)
+    with capture(model, "conv", at="activation") as acts:
+        model.predict(X, verbose=0, batch_size=4)
+    np.testing.assert_array_equal(acts.cat("conv").numpy(), expected)
+
+
+def test_an_own_keras_activation_counts_if_it_is_named():
+    class Snake(keras.layers.Layer):
+        def call(self, x):
+            return x + keras.ops.square(keras.ops.sin(x))
+
+    model = functional([keras.layers.Conv1D(4, 5, name="conv"), keras.layers.BatchNormalization(), Snake(name="act")])
+    with capture(model, at="activation", activations=(Snake,)) as acts:
+        y = model(X)
+    assert torch.equal(acts["conv"], y.detach())
+
+
+def test_after_a_sum_with_another_signal_no_activation_is_the_convolution_s():
+    inputs = keras.Input((40, 2))
+    y = keras.layers.Conv1D(2, 3, padding="same", name="conv")(inputs)
+    y = keras.layers.BatchNormalization()(y)
+    model = keras.Model(inputs, keras.layers.ReLU()(keras.layers.Add()([y, inputs])))
+    with pytest.raises(NotCaptured, match="no activation followed them: conv"), capture(model, at="activation"):
+        model(X)
+
+
+def test_messages_name_what_keras_has():
+    dense = keras.Sequential([keras.Input((40, 2)), keras.layers.Dense(3)])
+    with pytest.raises(LayerNotFound, match=r"0 Conv1d, 1 Dense: pass types=keras\.layers\.Layer\.$"):
+        list_layers(dense)
+    with capture(dense, types=keras.layers.Layer) as acts:  # what the message says
+        y = dense(X)
+    assert any(torch.equal(output, y.detach()) for output in acts.values())
+    images = keras.Sequential([keras.Input((40, 8, 1)), keras.layers.Conv2D(3, 3, name="c2")])
+    with pytest.raises(LayerNotFound, match=r"1 keras.layers.Conv2D: pass types=keras\.layers\.Conv2D\.$"):
+        list_layers(images)
+    assert [row.name for row in list_layers(images, types=keras.layers.Conv2D)] == ["c2"]
+    model = functional(twins("batch", "ReLU")[1])
+    with pytest.raises(LayerNotFound, match=r"'ac\*' matches 1 module of other types.*types=keras.layers.Layer \("):
+        capture(model, "ac*")
+    with pytest.raises(
+        LayerNotFound, match=r"has 0 ReLU; it has .*1 ReLU\. Pass keras\.layers\.ReLU for its Keras layers"
+    ):
+        capture(model, nn.ReLU)
+    with pytest.raises(LayerNotFound, match=r"0 ReLU, 1 keras\.layers\.ReLU, .*: pass types=keras\.layers\.ReLU\.$"):
+        list_layers(model, types=nn.ReLU)
+    with pytest.raises(TypeError, match=r"types holds 3, .*types=keras\.layers\.Conv2D"):
+        capture(model, types=3)
+
+
 def test_unbuilt_models_layers_of_one_name_and_torch_modules_inside_keras():
     unbuilt = keras.Sequential([keras.layers.Conv1D(3, 3, name="first"), keras.layers.Conv1D(2, 3, name="second")])
     with capture(unbuilt) as acts:
@@ -236,3 +379,14 @@ def test_training_records_no_symbolic_call():
     with capture(model) as acts:
         model.fit(X, y, epochs=1, batch_size=3, verbose=0)
     assert [(call.name, call.via, str(call.device)) for call in acts.calls()] == [("a", "keras", "cpu")] * 2
+
+
+def test_keras_models_are_compared_as_their_calls_say():
+    model = functional([keras.layers.Conv1D(4, 5, name="conv"), keras.layers.Dropout(0.5), keras.layers.Conv1D(1, 1)])
+    same = compare(model, model, example=torch.from_numpy(X))
+    assert same.agrees
+    assert same.notes == []  # a flag of torch's that Keras does not read says nothing
+    with pytest.raises(Unsupported, match="side a is a Keras model.*'training': True"):
+        compare(model, model, example=torch.from_numpy(X), mode="train")
+    trained = compare(model, model, example={"inputs": torch.from_numpy(X), "training": True})
+    assert not any(row.over for row in trained if row.name == "conv")

@@ -411,7 +411,7 @@ def test_the_place_of_a_structure_is_that_of_one_of_its_tensors():
     with capture(model) as acts:
         model(torch.randn(1, 1, 12))
     entry = Entry(0, 1, 3)
-    entry.path = "1"
+    entry.path = "[1]"
     figure = plot(acts, timeline={"0": entry})
     assert [image.get_extent()[:2] for image in maps(figure)] == [[-0.5, 9.5], [0.5, 10.5]]
     assert texts(figure).count("not on the time axis") == 1
@@ -559,6 +559,34 @@ def test_distributions_join_the_calls_of_a_layer():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), np.percentile(both, [1, 99]), rtol=1e-6)
 
 
+def test_distributions_keep_the_runs_of_a_shared_activation_apart():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+            self.convs = nn.ModuleList([nn.Conv1d(2, 2, 3) for _ in range(3)])
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = self.act(conv(x) * 10)
+            return x
+
+    model, inputs = Shared(), (torch.randn(2, 2, 20), torch.randn(1, 2, 30))
+    with torch.no_grad(), capture(model, ["act", "convs.1"]) as acts:
+        for x in inputs:
+            model(x)
+    figure = distributions(acts)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["act#0", "convs.1", "act#1", "act#2"]
+    expected = []
+    for x in inputs:
+        with torch.no_grad():
+            expected.append(torch.relu(model.convs[0](x) * 10).numpy().ravel())
+    thin = figure.axes[0].lines[0].get_xdata()
+    np.testing.assert_allclose(thin, np.percentile(np.concatenate(expected), [1, 99]), rtol=1e-5)
+    only = distributions(acts, "act#4")  # a key of one call: the second run, in the second pass
+    assert [label.get_text() for label in only.axes[0].get_yticklabels()] == ["act#1"]
+
+
 def test_layers_of_very_different_scale_share_a_logarithmic_axis():
     acts = captured(*(torch.randn(1, 2, 50) * 10.0**power for power in range(-3, 3)))
     assert distributions(acts).axes[0].get_xscale() == "symlog"
@@ -635,6 +663,7 @@ def test_nothing_captured_is_said():
 def test_a_layer_of_another_pass_is_said():
     model = nn.ModuleList([nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1)])
     with capture(model) as acts:
+        model[0](torch.randn(1, 1, 8))
         model[0](torch.randn(1, 1, 8))
         model[1](torch.randn(1, 1, 8))
     with pytest.raises(LayerNotFound, match="1: captured, but not in the forward pass of sample 0"):

@@ -333,7 +333,7 @@ def test_bars_and_structures_are_on_the_page(tmp_path):
         model(torch.randn(2, 9, 3))
     page = read(acts, tmp_path / "r.html")
     written = page.written()
-    assert "lstm.0 (9, 5) · time is its axis -2" in written
+    assert "lstm[0] (9, 5) · time is its axis -2" in written
     assert "axis 0 is 1 and the input batch is 2" in written
     assert "no time axis: one bar a channel" in written
     assert len([attrs for attrs in page.all("rect") if attrs["fill"] in ("#17589f", "#a8202e")]) == 7

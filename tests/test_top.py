@@ -55,6 +55,15 @@ def test_hits_equal_a_full_sort_however_the_data_is_batched(model, per_sample, b
     assert channels_of(hits, 5) == by_hand(model, x, 6, per_sample)
 
 
+def test_complex_outputs_are_ranked_by_magnitude():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, dtype=torch.complex64))
+    x = torch.randn(4, 1, 30, dtype=torch.complex64)
+    with torch.no_grad():
+        magnitudes = model(x).abs().numpy()
+    hits = [hit for hit in top(model, x, "0", 1) if hit.channel == 1]
+    assert [hit.value for hit in hits] == [pytest.approx(magnitudes[:, 1].max())]
+
+
 def test_start_and_stop_are_the_samples_that_reach_the_frame(model):
     x = torch.randn(6, 2, 60, requires_grad=True)
     output = model(x)

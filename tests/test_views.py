@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import os
+import pickle
+import pickletools
 import re
+import warnings
+from collections import UserDict
 from html.parser import HTMLParser
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from convtap import LayerNotFound, NotCaptured, StoreError, capture, compare, list_layers, load, timeline
+from convtap import (
+    LayerNotFound,
+    ModifiedInPlace,
+    NotCaptured,
+    StoreError,
+    capture,
+    compare,
+    list_layers,
+    load,
+    timeline,
+)
 from tests.models import AfterConv, BranchOnData, FiveConvs, ReusedConv, StructuredOutputs
+from tests.process import run_python
 from tests.reference import same
 
 X = torch.randn(2, 1, 30)
@@ -165,6 +182,250 @@ def test_structures_overlapping_memory_and_strides_come_back(tmp_path):
         twice(X)
     acts.save(tmp_path / "b")
     assert same(dict(load(tmp_path / "b")), dict(acts))
+
+
+class Hidden(NamedTuple):
+    hidden: torch.Tensor
+    frames: int = 3
+
+
+def saved(make, path):
+    """Captures a layer that returns some structure; returns the structure before and after a file."""
+    model = nn.Sequential(nn.Identity())
+    model[0].forward = make
+    with torch.no_grad(), capture(model, "0") as acts:
+        model(torch.arange(6.0).reshape(2, 3))
+    acts.save(path)
+    return acts["0"], load(path)["0"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Hidden(x),
+        lambda x: Hidden((x, Hidden(x + 1, 5)), None),
+        lambda x: [Hidden(x), {"a": (Hidden(x),), 3: [None]}],
+        lambda x: nn.utils.rnn.pack_sequence([x[0], x[1, :2]]),
+        lambda x: nn.utils.rnn.pack_sequence([x[1, :2], x[0]], enforce_sorted=False),
+        lambda x: (x.dtype, x.device, x.shape, 1j, 1.5, "text", True),
+    ],
+    ids=["named tuple", "nested", "in containers", "packed", "packed and sorted", "plain values"],
+)
+def test_a_structure_comes_back_from_a_file_as_it_was(make, tmp_path):
+    before, after = saved(make, tmp_path / "a")
+    assert type(after) is type(before)
+    assert same(after, before)
+    assert repr(after) == repr(before).replace("torch.Size([2, 3])", "(2, 3)")
+
+
+def test_a_packed_sequence_from_a_file_unpacks(tmp_path):
+    rows = [torch.arange(2.0), torch.arange(4.0)]
+    _, after = saved(lambda x: nn.utils.rnn.pack_sequence(rows, enforce_sorted=False), tmp_path / "a")
+    assert same(nn.utils.rnn.unpack_sequence(after), rows)
+
+
+def test_a_model_output_comes_back_with_its_attributes_keys_and_positions(tmp_path):
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="transformers comes with the test extra")
+    before, after = saved(lambda x: outputs.BaseModelOutput(last_hidden_state=x, hidden_states=(x,)), tmp_path / "a")
+    assert type(after) is type(before) is outputs.BaseModelOutput
+    assert after.last_hidden_state is after["last_hidden_state"] is after[0]
+    assert same(after.hidden_states, before.hidden_states)
+    assert (after.attentions, list(after)) == (None, ["last_hidden_state", "hidden_states"])
+
+
+def test_a_dataclass_and_any_other_mapping_come_back_as_dicts(tmp_path):
+    _, after = saved(lambda x: UserDict(a=x), tmp_path / "a")
+    assert type(after) is dict
+    assert after["a"].shape == (2, 3)
+
+
+READER = """
+import sys
+from convtap import load
+found = load(sys.argv[1])["0"]
+print(type(found).__name__, type(found).__module__, found._fields, found.hidden.tolist(), found[1], "evil" in sys.modules)
+"""
+
+
+def test_a_named_tuple_whose_class_is_not_imported_comes_back_as_one_of_the_same_fields(tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    Hidden.__module__, module = "evil", Hidden.__module__
+    try:
+        before, _ = saved(lambda x: Hidden(x), tmp_path / "a")
+    finally:
+        Hidden.__module__ = module
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + READER
+    found = run_python(script, str(tmp_path / "a")).stdout.split(maxsplit=2)
+    assert found == ["Hidden", "convtap._save", f"('hidden', 'frames') {before.hidden.tolist()} 3 False\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        (["os", "system"], ["hidden", "frames"]),
+        (["builtins", "exec"], ["hidden", "frames"]),
+        (["subprocess", "Popen"], ["hidden", "frames"]),
+        (["x", "__import__('os')"], ["hidden", "frames"]),
+        (["tests.test_views", "Hidden"], ["__class__", "import"]),
+        (["tests.test_views", "Hidden"], ["hidden", "a=print('run')"]),
+    ],
+)
+def test_names_in_a_file_call_nothing(name, fields, tmp_path, capfd):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    saved(lambda x: Hidden(x), tmp_path / "a")
+    with safe_open(str(tmp_path / "a"), "pt") as file:
+        content = json.loads(file.metadata()["convtap"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    content["calls"][0]["value"].update(named=name, fields=fields)
+    save_file(tensors, tmp_path / "a", metadata={"convtap": json.dumps(content)})
+    found = load(tmp_path / "a")["0"]
+    assert isinstance(found, tuple)
+    assert (found[0].shape, found[1]) == ((2, 3), 3)
+    assert type(found).__module__ == "convtap._save"
+    assert capfd.readouterr().out == ""
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    value = {"mapping": {"hidden": {"tensor": "000000"}, "frames": {"plain": 3}}}
+    layer = {"name": "0", "captured": 1, "bypassed": None, "bypasses": 0, "computed": False, "unactivated": 0}
+    content = {
+        "format": 1,
+        "calls": [{"name": "0", "index": 0, "forward": 0, "via": "module", "value": value}],
+        "layers": [{**layer, "is_conv1d": False}],
+        "inputs": [[0, [2, 3]]],
+        "aliases": [],
+        "notes": [],
+    }
+    save_file({"000000": X}, tmp_path / "a", metadata={"convtap": json.dumps(content)})
+    found = load(tmp_path / "a")["0"]
+    assert torch.equal(found.hidden, X)
+    assert (found._fields, found.frames) == (("hidden", "frames"), 3)
+
+
+# -- copies and pickles
+
+
+def weight_norm():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(1, 2, 3)), nn.ReLU())
+
+
+def local_classes():
+    class Conv(nn.Conv1d):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = Conv(1, 2, 3), lambda y: y.relu()
+
+        def forward(self, x):
+            return self.act(self.conv(x))
+
+    return Model()
+
+
+def reads_a_weight():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other = nn.Conv1d(1, 2, 3), nn.Conv1d(1, 2, 3)
+
+        def forward(self, x):
+            return self.other(x) + self.conv.weight.squeeze(1).sum()
+
+    return Reads()
+
+
+def keras_model():
+    keras = pytest.importorskip("keras", reason="keras comes with the test extra")
+    return keras.Sequential([keras.layers.Input((9, 1)), keras.layers.Conv1D(2, 3)])
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(nn.Conv1d(1, 2, 3)))
+
+
+PICKLED = {
+    "parametrized weight norm": (weight_norm, {}),
+    "spectral norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv1d(1, 2, 3))), {}),
+    "old weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv1d(1, 2, 3))), {}),
+    "classes and functions without a name": (local_classes, {"types": nn.Module}),
+    "a weight that is read": (reads_a_weight, {"strict": False}),
+    "scripted": (scripted, {}),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv1d(2, 3)), {}),
+    "keras": (keras_model, {}),
+    "activation": (weight_norm, {"at": "activation"}),
+    "aliases": (weight_norm, {"copy": False}),
+    "gradients": (weight_norm, {"grads": True}),
+    "graph": (weight_norm, {"detach": False}),
+    "graph of what is reduced": (weight_norm, {"detach": False, "reduce": lambda t: t.mean(-1)}),
+    "last": (weight_norm, {"keep": "last", "max_bytes": "1GB"}),
+    "reduced": (weight_norm, {"reduce": lambda t: t.mean(-1)}),
+    "offloaded": (weight_norm, {"offload": "cpu"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True], ids=["after the block", "inside the block"])
+@pytest.mark.parametrize(
+    "copied", [lambda acts: pickle.loads(pickle.dumps(acts)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+@pytest.mark.parametrize("kind", PICKLED)
+def test_what_was_collected_can_be_copied_whatever_the_model_is_made_of(kind, copied, inside):
+    make, options = PICKLED[kind]
+    model = make()
+    x = torch.randn(2, 9, 1) if kind == "keras" else torch.randn(2, 1, 9)
+    with capture(model, **options) as acts:
+        model(x)
+        found = copied(acts) if inside else None
+    found = found or copied(acts)
+    assert list(found) == list(acts)
+    assert same(dict(found), dict(acts))
+    assert [(call.key, call.via, call._is_conv1d) for call in found.calls()] == [
+        (call.key, call.via, call._is_conv1d) for call in acts.calls()
+    ]
+    if not inside:  # there, the notes at the end were not written yet
+        assert str(found.summary()) == str(acts.summary())
+
+
+@pytest.mark.parametrize(
+    "kind", ["parametrized weight norm", "classes and functions without a name", "a weight that is read"]
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pickle_holds_no_class_and_no_code_of_the_model(kind, inside):
+    make, options = PICKLED[kind]
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with capture(model, **options) as acts:
+            model(torch.randn(2, 1, 9))
+            data = pickle.dumps(acts) if inside else b""
+    names = {str(arg) for _, arg, _ in pickletools.genops(data or pickle.dumps(acts)) if isinstance(arg, str)}
+    assert not [
+        name for name in names if name.startswith("torch.nn") or "tests.test_views" in name or name.endswith("Conv1d")
+    ]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda acts: pickle.loads(pickle.dumps(acts)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+def test_a_copy_of_an_alias_knows_that_it_was_modified(copied):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(inplace=True), nn.Conv1d(2, 2, 3))
+    with torch.no_grad(), capture(model, copy=False) as acts:
+        model(torch.randn(2, 1, 9))
+    found = copied(acts)
+    assert torch.equal(found["2"], acts["2"])
+    with pytest.raises(ModifiedInPlace, match=r"'0' was kept as an alias.*\(1 time\)"):
+        found["0"]
+    found["2"].add_(1)
+    with pytest.raises(ModifiedInPlace, match="'2' was kept as an alias"):
+        found["2"]
 
 
 def test_shared_names_resolve_after_loading(tmp_path):

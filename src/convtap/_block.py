@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from convtap._owners import Owners
 from convtap._passes import Passes
 from convtap._policy import Policy
 from convtap._record import Recorder
-from convtap._select import Layers, Selection, select
+from convtap._reduce import Reductions
+from convtap._select import CONV1D, Layers, Selection, select
 from convtap._torch import compile_stance, modes, self_test
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
@@ -29,6 +30,7 @@ from convtap.taps.activation import Follower
 from convtap.taps.convolutions import ConvolutionTap
 from convtap.taps.keras import KerasTap
 from convtap.taps.module import ModuleTap, is_plain
+from convtap.taps.parts import Parted, PartTap
 
 
 @dataclass
@@ -48,6 +50,10 @@ class Asked:
     activations: tuple[type[nn.Module], ...]
     functional: bool | None
 
+    def reductions(self, selection: Selection) -> Reductions | None:
+        """Returns the function of each layer, if ``reduce`` is a mapping from layers to functions."""
+        return Reductions(self.policy.reduce, selection) if isinstance(self.policy.reduce, Mapping) else None
+
 
 class Block:
     """One entry into a capture: everything that is put on the model and taken off again."""
@@ -66,14 +72,16 @@ class Block:
         self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
         self._note()
         token = self.token = modes.Token()
-        self.passes = passes = Passes(asked.model, token, uses_shim=self_test.SHIM not in broken)
-        log.inputs = passes.inputs
+        self.passes = passes = Passes(
+            asked.model, token, selection.tree.name_of, uses_shim=self_test.SHIM not in broken
+        )
+        log.inputs, log.unclear = passes.inputs, passes.unclear
         self.recorder = Recorder(
             token,
             log,
             selection,
             passes,
-            Keeper(asked.policy, asked.offloader),
+            Keeper(asked.policy, asked.offloader, asked.reductions(selection)),
             last=asked.last,
             budget=None if asked.max_bytes is None else Budget(asked.max_bytes, log),
             stop_after=set(selection.names) if asked.stop else None,
@@ -81,6 +89,7 @@ class Block:
             new_tally=_tallies(asked, selection),
         )
         self.steps: list[Callable[[], object]] = []
+        self.parted = Parted(self.recorder, selection, log)
         self.convolutions: ConvolutionTap | None = None
         self._parts = [*self._taps(asked), passes]  # a pass is around what the taps see
 
@@ -96,8 +105,9 @@ class Block:
         if selection.tree.has_script:
             _check_script(asked, sorted(selection.scripted))
         keras = selection.keras
+        follower = self._follower(asked, owners) if at == "activation" else None
         if selection.tree.has_keras:
-            taps.append(KerasTap(asked.model, keras, recorder, passes, at=at))
+            taps.append(KerasTap(asked.model, keras, self.parted, passes, at=at, follower=follower))
         compiled = selection.tree.compiled if self.eager is None else {}
         others, modules = {*selection.scripted, *keras}, selection.modules
         if others:
@@ -106,14 +116,13 @@ class Block:
         if compiled:
             outside = {name: module for name, module in modules.items() if name not in compiled}
         modules = modules if at == "output" else outside  # a hook would become part of what is compiled
-        follower = self._follower(asked, owners) if at == "activation" else None
         if follower is not None:
             taps.append(follower)
         # what may be replaced by a snapshot is compared with the keyword arguments as well
         alone = asked.policy.detach and not asked.grads
         plainly = alone and self_test.SHIM not in self.broken
-        module_tap = ModuleTap(modules, recorder, self.token, at=at, plainly=plainly)
-        taps.append(module_tap)
+        module_tap = ModuleTap(self.parted.others(modules), recorder, self.token, at=at, plainly=plainly)
+        taps.extend((PartTap(modules, self.parted, at=at), module_tap))
         if self.functional or selection.tree.has_script:
             tap = ConvolutionTap(
                 selection,
@@ -140,8 +149,9 @@ class Block:
                 "at='activation' follows the outputs through the functions that the model calls, and functional=False does "
                 "not watch those. Leave functional out."
             )
-        self.recorder.follower = Follower(self.selection.tree.names, owners, self.recorder, asked.activations)
-        return self.recorder.follower
+        follower = Follower(self.selection.tree.names, owners, self.recorder, asked.activations)
+        self.recorder.follow = follower.emit
+        return follower
 
     def open(self) -> None:
         """Puts everything on; ``steps`` takes it off, also what is half done."""
@@ -164,7 +174,11 @@ class Block:
         log, selection = self.log, self.selection
         if self.recorder.reads:
             log.settle()
-        log.selected = tuple(log.selected)  # the names only: what was collected keeps no module alive
+        lacking = [name for name in log.lacking if name not in log.tallies]
+        if lacking:
+            log.notes.append(f"no such part: {listed(lacking)}")
+        # the names only: what was collected keeps no module alive
+        log.selected = tuple(name for name in log.selected if name not in lacking)
         stopped = isinstance(error, StopForward) and error.token is self.token
         if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
             raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it
@@ -183,7 +197,7 @@ class Block:
                     )
         finally:
             self.recorder.failure = None  # its traceback leads back here: a cycle
-            self.recorder.follower = None  # which has the recorder: another one
+            self.recorder.follow = None  # which has the recorder: another one
         return stopped
 
     def _compiled(self) -> Collection[str]:
@@ -245,11 +259,13 @@ def _pads(module: nn.Module) -> bool:
 
 def _tallies(asked: Asked, selection: Selection) -> Callable[[str], Tally]:
     """Returns what opens a layer's account: it knows the layer's type, and where its output has its channels."""
-    layouts = LayerLayouts(selection.tree, asked.at, asked.policy.reduce is not None)
+    layouts = LayerLayouts(selection.tree, asked.at)
+    reduce = Reductions(asked.policy.reduce, selection)
+    names, paths = selection.names, selection.paths
 
     def new(name: str) -> Tally:
-        tally = Tally(name, type(selection.modules.get(name)))
-        tally.layout = layouts.of(name)
+        tally = Tally(name, isinstance(names.get(name), CONV1D), paths.get(name, ""))
+        tally.layout = layouts.of(tally.layer, reduced=reduce.of(name) is not None)
         return tally
 
     return new

@@ -54,6 +54,11 @@ class Budget:
             self._add(replaced)
         raise MemoryLimitExceeded(self._message(call, replaced, needed, self._limit - others))
 
+    def withdraw(self, call: Call) -> None:
+        """Counts a call no more."""
+        if call in self._counted:
+            self._remove(call)
+
     def _forget(self) -> None:
         self._cleared = self._log.cleared
         self._counted: dict[Call, dict[Any, int]] = {}
@@ -83,13 +88,18 @@ class Budget:
 
     def _message(self, call: Call, replaced: Call | None, needed: int, free: int) -> str:
         who = _holders(self._log.calls.values())
+        limit = f"max_bytes={self._limit} ({human_bytes(self._limit)})"
+        less = "Keep less of each output with reduce=lambda t: t.mean(-1) or dtype=torch.float16, "
+        if not who:
+            return (
+                f"the output of {call.name!r} alone takes {human_bytes(needed)}, and {limit} does not allow that. {less}"
+                "or give a larger max_bytes."
+            )
         instead = "more" if replaced is None else "in place of its last output"
         return (
-            f"the output of {call.name!r} needs {human_bytes(needed)} {instead}, and max_bytes={self._limit} "
-            f"({human_bytes(self._limit)}) is all but {human_bytes(max(0, free))} used. "
-            f"Held now: {who}. Keep less of each output with reduce=lambda t: t.mean(-1) or dtype=torch.float16, select "
-            "fewer layers, keep only the last call of each with keep='last', call acts.clear() between passes, or give a "
-            "larger max_bytes."
+            f"the output of {call.name!r} needs {human_bytes(needed)} {instead}, and only {human_bytes(max(0, free))} of "
+            f"{limit} is left. Held now: {who}. {less}select fewer layers, keep only the last call of each with "
+            "keep='last', call acts.clear() between passes, or give a larger max_bytes."
         )
 
 
@@ -103,4 +113,4 @@ def _holders(calls: Iterable[Call]) -> str:
         known.update(memory)
         holders[call.name] = holders.get(call.name, 0) + new
     largest = sorted(holders.items(), key=lambda item: -item[1])[:5]
-    return ", ".join(f"{name} {human_bytes(size)}" for name, size in largest) or "nothing yet"
+    return ", ".join(f"{name} {human_bytes(size)}" for name, size in largest if size)

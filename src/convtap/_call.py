@@ -9,15 +9,20 @@ from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
+from convtap._keys import numbered, separator
 from convtap._layout import Layout
-from convtap._memory import parts, storage_key, tensor_bytes
-from convtap._select import CONV1D
+from convtap._memory import memory_of, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
 
 
 class Tally:
-    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed."""
+    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed.
+
+    Attributes:
+        name: the layer.
+        is_conv1d: whether it is a Conv1d module.
+    """
 
     # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
     captured = 0
@@ -32,14 +37,25 @@ class Tally:
     separator = "#"
     layout: Layout | None = None
 
-    def __init__(self, name: str, kind: type) -> None:
+    def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
         self.name = name
-        self.kind = kind
+        self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
+        self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
 
     @property
-    def is_conv1d(self) -> bool:
-        """Whether the layer is a Conv1d module."""
-        return issubclass(self.kind, CONV1D)
+    def layer(self) -> str:
+        """The name of the layer, whose output has the part."""
+        return self.name.removesuffix(self.part)
+
+    def key(self, number: int, count: int) -> str:
+        """Returns the key of one of ``count`` calls: ``conv#1``, ``lstm#1[0]``."""
+        return numbered(self.layer, number, count, self.separator, self.part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.pending is not None:  # what read the weight is a place in code, which has no pickle
+            state["pending"] = (self.pending[0], str(self.pending[1]))
+        return state
 
     def read_by(self, reader: object, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -61,7 +77,7 @@ class Call:
 
     Attributes:
         index: how many times the layer had run before, in this block.
-        forward: the number of the outermost forward pass that it was part of.
+        forward: the number of the forward pass that it was part of: a call of the model, or of one of its methods.
         via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
     """
 
@@ -77,10 +93,25 @@ class Call:
         self._value = value
         self._gradient = gradient
 
+    def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
+        state = {name: getattr(self, name) for name in self.__slots__}
+        state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
+        return None, state
+
     @property
     def name(self) -> str:
         """The layer's name."""
         return self._tally.name
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer, without the part of its output that alone is kept."""
+        return self._tally.layer
+
+    @property
+    def part(self) -> str:
+        """The path of the part of the layer's output that alone is kept, such as ``[0]``; empty if all of it is."""
+        return self._tally.part
 
     @property
     def _is_conv1d(self) -> bool:
@@ -89,7 +120,7 @@ class Call:
 
     def _layout(self, path: str) -> Layout | None:
         """Where a tensor of the output has its channels and its time, if the layer's type says it."""
-        if path not in ("", "0"):
+        if self.part + path not in ("", "[0]"):
             return None
         found = self._tally.layout
         return Layout() if found is None and self._is_conv1d else found
@@ -98,7 +129,7 @@ class Call:
     def key(self) -> str:
         """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
         tally = self._tally
-        return tally.name if tally.held == 1 else f"{tally.name}{tally.separator}{self.index}"
+        return tally.key(self.index, tally.held)
 
     @property
     def output(self) -> Any:
@@ -156,16 +187,20 @@ class Call:
         return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
 
 
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
+
+
 def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for tensor in (part for _, whole in walk_tensors(call._shown) for part in parts(whole)):
-            key = storage_key(tensor)
-            if key is None:
-                found[("", id(tensor))] = tensor_bytes(tensor)
-            elif key[1]:
-                found[(str(tensor.device), key[0])] = key[1]
+        for _, tensor in walk_tensors(call._shown):
+            found.update(memory_of(tensor))
         if call._gradient is not None and call._gradient.nbytes:
             found[("gradient", id(call._gradient))] = call._gradient.nbytes
     return found
@@ -173,7 +208,6 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
 
 def separate(tallies: Iterable[Tally], names: Iterable[str]) -> None:
     """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    numbered = [name for name in names if "#" in name]
-    for tally in list(tallies) if numbered else ():
-        if any(name.startswith(tally.name + "#") for name in numbered):
-            tally.separator = "##"
+    names = [name for name in names if "#" in name]
+    for tally in list(tallies) if names else ():
+        tally.separator = separator(tally.layer, names)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from convtap._arguments import as_selection, check_arguments
 from convtap._block import Asked, Block
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, brief
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
 from convtap._policy import Policy
+from convtap._reduce import Reduce
 from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, select
 from convtap._torch import compile_stance
 from convtap._torch.cleanup import Guard, Spent, undo
 from convtap.taps.activation import check_activations
@@ -41,7 +43,8 @@ class Capture:
         layers: what to capture; None for every 1-D convolution. One of these, or several in a list: an exact name, a glob
             (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the model, an int (position
             among the layers of ``types``), a function ``(name, module) -> bool``. An exact name or a module selects
-            whatever type it has; the others choose among modules of ``types``.
+            whatever type it has; the others choose among modules of ``types``. Behind a name or a glob, ``[0]`` or
+            ``[hidden][1]`` selects a part of a tuple, dict or dataclass: ``"lstm[0]"``.
         types: the module types to choose from; Conv1d and its quantized forms by default.
         at: ``"output"``; ``"input"`` for what the layer was given; or ``"activation"`` for the output of the first
             activation that consumes the layer's output, through normalization, dropout, reshaping and an added bias.
@@ -52,7 +55,8 @@ class Capture:
         offload: a device to move what is kept to, such as ``"cpu"``. From CUDA the copies run beside the model; reading an
             output waits for its own copy, and leaving the block waits for all.
         dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``.
+        reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``. Or a mapping
+            from names and globs to functions; a layer without an entry is kept as it is.
         keep: ``"all"`` calls of a layer, or only the ``"last"``.
         max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
         grads: also collect d(loss)/d(output) of every call, as ``Call.grad``, when a backward pass runs, inside the block
@@ -64,7 +68,7 @@ class Capture:
         strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
 
     Raises:
-        LayerNotFound: a selector matches nothing.
+        LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
         NotCaptured: on exit: nothing was captured, a layer asked for by exact name did not run, or one was bypassed.
         MemoryLimitExceeded: in the forward pass: the next output would go over ``max_bytes``.
         ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well), or ``reduce`` failed.
@@ -81,7 +85,7 @@ class Capture:
         copy: bool = True,
         offload: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
         keep: Literal["all", "last"] = "all",
         max_bytes: int | str | None = None,
         grads: bool = False,
@@ -128,8 +132,8 @@ class Capture:
         self._strict = strict
         self._judges = True
         self._open: Block | None = None
-        if layers is not None:
-            select(model, layers, types_asked)  # a wrong name is an error here, where it was written
+        if layers is not None or isinstance(reduce, Mapping):  # a wrong name is an error here, where it was written
+            self._asked.reductions(select(model, layers, types_asked))
 
     def __enter__(self) -> Activations:
         if self._open is not None:

@@ -102,7 +102,14 @@ def brief(value: object) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Returns the name most like ``name``, or None if none is at all like it."""
+    """Returns the name most like ``name``, or None if none is at all like it.
+
+    A name that has the same parts in a row, or parts that lie in ``name`` so, comes first: wrappers of models add parts
+    (``module.``, ``base_model.model.``), and some add one behind.
+    """
+    inside = [other for other in names if other and (f".{name}." in f".{other}." or f".{other}." in f".{name}.")]
+    if inside and name:
+        return min(inside, key=lambda other: (abs(len(other) - len(name)), other))
     if len(names) > _MANY:  # each comparison takes microseconds: of many names, those of about the same length
         names = heapq.nsmallest(_MANY, names, key=lambda other: abs(len(other) - len(name)))
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

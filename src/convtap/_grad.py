@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._errors import NotCaptured
+from convtap._errors import InvalidValue, NotCaptured
 from convtap._memory import are_separate, tensor_bytes
-from convtap._policy import snapshot
+from convtap._policy import cast, drops_imaginary_part, snapshot
 from convtap._structure import map_leaves, walk_tensors
 from convtap._torch.transforms import is_wrapped
 
@@ -134,10 +134,18 @@ class Gradients:
 
         Returns:
             The gradient to be, and what the model is to go on with instead of the output, or None.
+
+        Raises:
+            InvalidValue: ``dtype`` would drop the imaginary part of a gradient.
         """
         tensors = [tensor for _, tensor in walk_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
         if any(map(is_wrapped, tensors)):
             return Gradient(output, 0, _TRANSFORMED), swapped
+        if any(drops_imaginary_part(tensor, self._dtype) for tensor in tensors):
+            raise InvalidValue(
+                f"layer {name!r}: dtype={self._dtype} would drop the imaginary part of the gradient of its complex output. "
+                "Pass a complex dtype, or leave grads=True out."
+            )
         size = sum(self._bytes(tensor) for tensor in tensors)
         if any(tensor.requires_grad for tensor in tensors):
             gradient = Gradient(output, size, None)
@@ -199,9 +207,7 @@ class Gradients:
         if gradient is None:
             return
         with torch.no_grad(), _outside_modes():
-            kept = value.detach()
-            if self._dtype is not None:
-                kept = kept.to(self._dtype)
+            kept = cast(value.detach(), self._dtype)
             gradient.put(path, self._move(snapshot(kept)))
 
     def _bytes(self, tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -15,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from convtap._errors import ConvtapError, Unsupported
 from convtap._offload import Offloader
 from convtap._policy import Alias, Policy, snapshot
+from convtap._reduce import Reductions
 from convtap._structure import map_leaves, walk_tensors
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import outside_modes
@@ -30,8 +32,11 @@ class _Busy(threading.local):
 class Keeper:
     """Makes of what a tap saw what a call holds."""
 
-    def __init__(self, policy: Policy, offloader: Offloader | None) -> None:
+    def __init__(self, policy: Policy, offloader: Offloader | None, reductions: Reductions | None = None) -> None:
         self.is_plain = policy.is_plain
+        self._reductions = reductions
+        self._of: dict[str, Keeper] = {}
+        self.takes_fakes = policy.takes_fakes
         self.moves = offloader is not None
         self._policy = policy
         self._offloader = offloader
@@ -49,7 +54,8 @@ class Keeper:
 
     def input(self, name: str, value: Any) -> Any:
         """Returns what to hold of a layer's input."""
-        return self._guarded(self._keep_input, name, value)
+        keeper = self._for(name)
+        return self._guarded(keeper, keeper._keep_input, name, value)
 
     def output(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
         """Returns what to hold of a layer's output, and what the model is to go on with instead (None: its own).
@@ -57,8 +63,18 @@ class Keeper:
         Raises:
             ConvtapError: it cannot be kept, or ``reduce`` failed; the layer is named.
         """
-        kept: tuple[Any, Any] = self._guarded(self._keep_output, name, output, inputs, fresh, alone)
+        keeper = self._for(name)
+        kept: tuple[Any, Any] = self._guarded(keeper, keeper._keep_output, name, output, inputs, fresh, alone)
         return kept
+
+    def _for(self, name: str) -> Keeper:
+        """Returns what keeps a layer's outputs: this one, but for its ``reduce`` if that differs between layers."""
+        if self._reductions is None:
+            return self
+        if name not in self._of:
+            policy = dataclasses.replace(self._policy, reduce=self._reductions.of(name))
+            self._of[name] = Keeper(policy, self._offloader)
+        return self._of[name]
 
     def _keep_input(self, value: Any) -> Any:
         return map_leaves(self._moving(self._policy.keep_input), self._outside_transforms(value))
@@ -74,18 +90,18 @@ class Keeper:
         _known.settle(output, None, kept)
         return kept, None
 
-    def _guarded(self, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
+    def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
         """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
         self._busy.now = True
         try:
-            if self._policy.reduce is None:
+            if keeper._policy.reduce is None:
                 return keep(value, *rest)
             # Activation checkpointing counts the tensors that are saved for backward, and its recomputation does not
             # reduce: what ``reduce`` saves must not go through its hooks.
             with saved_tensors_hooks(Tensor.detach, _unchanged):
                 return keep(value, *rest)
         except Exception as error:
-            raise self._failed(name, value, error) from error
+            raise keeper._failed(name, value, error) from error
         finally:
             self._busy.now = False
 

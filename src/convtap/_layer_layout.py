@@ -64,52 +64,18 @@ _ELEMENTWISE = frozenset(
     if isinstance(kind, type) and issubclass(kind, nn.Module) and kind not in (nn.MultiheadAttention, nn.GLU, nn.Module)
 ) | {"Dropout", "AlphaDropout", "FeatureAlphaDropout", "Identity"}
 
-_KERAS_LAST = frozenset(
-    [
-        "Dense",
-        "EinsumDense",
-        "Embedding",
-        "ReversibleEmbedding",
-        "LSTM",
-        "GRU",
-        "SimpleRNN",
-        "RNN",
-        "Bidirectional",
-        "MultiHeadAttention",
-        "GroupedQueryAttention",
-        "Attention",
-        "AdditiveAttention",
-        "SpatialDropout1D",
-        "Cropping1D",
-        "UpSampling1D",
-        "RepeatVector",
-    ]
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_KERAS_LAST = _words(
+    "Dense EinsumDense Embedding ReversibleEmbedding LSTM GRU SimpleRNN RNN Bidirectional MultiHeadAttention "
+    "GroupedQueryAttention Attention AdditiveAttention SpatialDropout1D Cropping1D UpSampling1D RepeatVector"
 )
-_KERAS_ELEMENTWISE = frozenset(
-    [
-        "Activation",
-        "ReLU",
-        "LeakyReLU",
-        "ELU",
-        "PReLU",
-        "Softmax",
-        "Dropout",
-        "AlphaDropout",
-        "GaussianDropout",
-        "GaussianNoise",
-        "Identity",
-        "Rescaling",
-        "Masking",
-        "ActivityRegularization",
-        "UnitNormalization",
-        "Add",
-        "Subtract",
-        "Multiply",
-        "Average",
-        "Maximum",
-        "Minimum",
-        "Concatenate",
-    ]
+_KERAS_ELEMENTWISE = _words(
+    "Activation ReLU LeakyReLU ELU PReLU Softmax Dropout AlphaDropout GaussianDropout GaussianNoise Identity Rescaling Masking "
+    "ActivityRegularization UnitNormalization Add Subtract Multiply Average Maximum Minimum Concatenate"
 )
 
 
@@ -119,25 +85,30 @@ class LayerLayouts:
     Args:
         tree: the model's modules.
         at: ``"output"``, ``"input"`` or ``"activation"``: what of the layers is looked at.
-        reduced: whether a function is applied to that, after which it need not have the layer's axes.
     """
 
-    def __init__(self, tree: ModuleTree, at: str = "output", reduced: bool = False) -> None:
+    def __init__(self, tree: ModuleTree, at: str = "output") -> None:
         self._tree = tree
         self._side = "input" if at == "input" else "output"
-        self._exact = at != "activation" and not reduced
+        self._exact = at != "activation"
 
-    def of(self, name: str) -> Layout | None:
-        """Returns the layout of what is looked at of a layer, or None if the layer's type does not say it."""
+    def of(self, name: str, *, reduced: bool = False) -> Layout | None:
+        """Returns the layout of what is looked at of a layer, or None if the layer's type does not say it.
+
+        Args:
+            name: the layer.
+            reduced: whether a function is applied to that, after which it need not have the layer's axes.
+        """
+        exact = self._exact and not reduced
         module = self._tree.names.get(name)
         if module is None:  # what was captured without a module is a convolution that was called as a function
-            return Layout(exact=self._exact)
+            return Layout(exact=exact)
         found = layout_of(module, self._side)
         if found is None and _is_elementwise(module):
             found = self._before(name)
         if found is None and is_keras(type(module)):
             found = self._usual
-        return found if found is None or self._exact else found._replace(exact=False)
+        return found if found is None or exact else found._replace(exact=False)
 
     def _before(self, name: str) -> Layout | None:
         """The layout of what an elementwise layer gets, if it stands in a sequence or in a Keras graph."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from convtap._arguments import as_selection, check_arguments
 from convtap._capture import Capture
 from convtap._errors import LayerNotFound
-from convtap._example import Example, arguments, run_once
+from convtap._example import Example, called, looking, own_tensors, prepared
+from convtap._reduce import Reduce
 from convtap._result import Activations
 from convtap._samples import Samples
-from convtap._select import CONV1D, Layers, Types, as_selection, check_arguments, select
+from convtap._select import CONV1D, Layers, Types, select
 from convtap._stats import dtype_text, shapes_text
 from convtap._table import Rows, Table, human_bytes
 from convtap._weigh import Weigher, weight
@@ -58,25 +59,26 @@ def list_layers(
     *,
     types: Types = CONV1D,
     example: Example | None = None,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Reduce | None = None,
     dtype: torch.dtype | None = None,
 ) -> Table:
     """Lists the layers that a selection selects, in definition order. Print it, or iterate over its rows.
 
     With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
     says how the layer is used, and what it would keep with ``reduce`` and ``dtype``, in all and for each input. Nothing is
-    kept for that.
+    kept for that, and the model stays as it is: caches, statistics and random numbers are put back.
 
     Args:
         model: any PyTorch model.
         layers: what to list, as in ``capture``; None for every 1-D convolution.
         types: the module types to choose from.
-        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
         reduce: as in ``capture``.
         dtype: as in ``capture``.
 
     Raises:
         LayerNotFound: the selection matches nothing.
+        InvalidType: the model does not take the example.
 
     Example:
         >>> from torch import nn
@@ -90,7 +92,7 @@ def list_layers(
     layers = as_selection(layers)
     kinds = check_arguments(model, layers, types, "to run the model once: list_layers(model, example=x)")
     selection = select(model, layers, kinds)
-    rows = {name: _row(name, module) for name, module in selection.modules.items()}
+    rows = {name: _row(name, module) for name, module in selection.names.items() if module is not None}
     if example is None:
         if not rows and not selection.function_names:
             raise LayerNotFound(selection.nothing())
@@ -102,12 +104,12 @@ def list_layers(
 
 
 def _observe(model: Any, layers: Any, types: Any, example: Any, reduce: Any, dtype: Any) -> Activations:
-    arguments(example)
+    example = own_tensors(prepared(example, model))
     watching = Capture(model, layers, types=types, functional=True, strict=False)
     watching._asked.policy = Weigher(reduce=reduce, dtype=dtype)
     watching._judges = False
-    with watching as acts:
-        run_once(model, example)
+    with looking(model), watching as acts:
+        called(model, example)
     return acts
 
 

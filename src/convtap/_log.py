@@ -20,8 +20,10 @@ class Log:
         exact: those of them that were asked for by exact name.
         tallies: the account of each layer that was captured or bypassed, by name.
         inputs: by forward pass, the shape of its first input tensor, or None.
+        unclear: by forward pass, why its rows may not be the inputs, and the pass that they may belong to.
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
+        lacking: parts that a glob asked for, and that the output of some layer did not have.
         changes: grows with every call kept or forgotten.
         cleared: how often the calls were forgotten.
     """
@@ -31,20 +33,39 @@ class Log:
     exact: Collection[str] = ()
     tallies: dict[str, Tally] = field(default_factory=dict)
     inputs: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
+    unclear: dict[int, tuple[str, int]] = field(default_factory=dict)
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lacking: dict[str, None] = field(default_factory=dict)
     changes: int = 0
     cleared: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # while the block is open, the names are keys of its modules
+        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact)}
 
     def clear(self) -> None:
         """Forgets the calls, as if the block began here; what was ever captured stays counted."""
         self.calls.clear()
         self.inputs.clear()
+        self.unclear.clear()
         for tally in self.tallies.values():
             tally.held = 0
             tally.cleared = tally.captured
         self.changes += 1
         self.cleared += 1
+
+    def withdraw(self, name: str) -> Call | None:
+        """Forgets the newest call of a layer, as if it had not been; returns it."""
+        newest: list[tuple[Any, Call]] = list(reversed(self.calls.items()))
+        for key, call in newest:
+            if call.name == name:
+                del self.calls[key]
+                call._tally.held -= 1
+                call._tally.captured -= 1
+                self.changes += 1
+                return call
+        return None
 
     def trim(self) -> None:
         """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
@@ -52,6 +73,7 @@ class Log:
             needed = {call.forward for call in self.calls.values()} | {max(self.inputs)}
             for number in [number for number in self.inputs if number not in needed]:
                 del self.inputs[number]
+                self.unclear.pop(number, None)
 
     def names(self) -> dict[str, None]:
         """Every layer that is known here: the selected ones, then what else was captured."""

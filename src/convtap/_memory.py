@@ -41,7 +41,15 @@ def storage_key(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def parts(tensor: Tensor) -> list[Tensor]:
-    """Returns the plain tensors that a tensor consists of: itself, or the indices and values of a sparse one."""
+    """Returns the plain tensors that a tensor consists of.
+
+    That is the tensor itself, the indices and values of a sparse one, or what a wrapper (a DTensor, a jagged tensor, a
+    quantized or masked subclass) holds, however deep.
+    """
+    if type(tensor) not in _PLAIN:
+        held = _held(tensor)
+        if held:
+            return list({id(part): part for inner in held for part in parts(inner)}.values())
     layout = tensor.layout
     if layout is torch.strided:
         return [tensor]
@@ -54,9 +62,44 @@ def parts(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _held(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors inside a wrapper; none if it is an ordinary tensor."""
+    try:
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [inner for name in names if isinstance(inner := getattr(tensor, name), Tensor)]
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        pass
+    if _base_address(tensor) or has_no_values(tensor):
+        return []
+    return [inner for _, inner in walk_tensors(vars(tensor)) if inner is not tensor]  # it cannot be flattened
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor is on meta, or fake: it has a shape and a type, and no memory."""
+    try:
+        return tensor.is_meta or tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def tensor_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of a tensor's own elements (indices and values for a sparse one)."""
+    """Returns the bytes of a tensor's own elements, in all of its parts."""
     return sum(part.numel() * part.element_size() for part in parts(tensor))
+
+
+def memory_of(tensor: Tensor) -> dict[tuple[str, int], int]:
+    """Returns the memory under a tensor: the bytes of each storage by device and address; none for one on meta."""
+    found: dict[tuple[str, int], int] = {}
+    for part in parts(tensor):
+        key = storage_key(part)
+        if key is None:
+            found[("", id(part))] = part.numel() * part.element_size()
+        elif key[1]:
+            found[(str(part.device), key[0])] = key[1]
+    return found
 
 
 def is_copy_on_write(value: Any) -> bool:

@@ -30,12 +30,14 @@ class Owners:
         self._starts: list[int] = []
         self._ranges: list[tuple[int, str, nn.Module, str]] = []
 
-    def find(self, weight: Any, forward: int = 0, around: Callable[[], Iterable[nn.Module]] = tuple) -> str | None:
+    def find(
+        self, weight: Any, forward: Callable[[], int] = int, around: Callable[[], Iterable[nn.Module]] = tuple
+    ) -> str | None:
         """Returns the name that ``ModuleTree.parameters`` gives the owner of a weight, or None if it has none.
 
         Args:
             weight: the tensor.
-            forward: the number of the pass.
+            forward: returns the number of the pass.
             around: returns the modules that are being called, innermost first.
         """
         if not isinstance(weight, Tensor):
@@ -43,8 +45,8 @@ class Owners:
         if not self._names:
             self._collect(self._likely)
         name = self._find_by_identity(weight) or self._find_by_address(weight) or self._find_near(weight, around())
-        if name is None and self._collected_for != forward:
-            self._collected_for = forward
+        if name is None and self._collected_for != (number := forward()):
+            self._collected_for = number
             self._collect(self._tree.names)
             name = self._find_by_identity(weight) or self._find_by_address(weight)
         return name

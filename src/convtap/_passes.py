@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from convtap._body_calls import BodyCalls, BodyPass
 from convtap._structure import walk_tensors
 from convtap._torch import call_shim
-from convtap._torch.call_stack import is_method_of, outermost_call, pass_by_in_dynamo, skip_in_dynamo
+from convtap._torch.call_stack import (
+    CALL,
+    Members,
+    arguments_of,
+    is_plain_call,
+    module_calls,
+    own_methods,
+    pass_by_in_dynamo,
+    skip_in_dynamo,
+)
 from convtap._torch.convolution_key import is_inherited
+from convtap._torch.frame_marks import mark, marked, unmark
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens, outside_function_modes
 from convtap._torch.transforms import unwrapped
 from convtap._tree import is_keras
 
-_BODY = object()
+#: Where code runs that has a context of its own in the capture's thread: a coroutine, or ``contextvars.Context().run``.
+TASK = "another task of this thread"
 
 
 class _Here(threading.local):
     """The pass that this thread is in: its number while a marked call runs (else -1), and whether (1) one does.
 
-    ``outside`` is the unmarked part of the model that ran last, and ``outside_number`` its pass.
+    ``body`` is the pass of the parts that were called last outside of any method. ``entered`` is for hooks in place of shims.
     """
 
     depth = 0
     number = -1
-    outside: object = None
-    outside_number = -1
+    body: BodyPass | None = None
+    entered: object = None
+
+
+class _Method:
+    """A method that runs: the pass of the layers that it calls itself, and how often it called the whole model."""
+
+    __slots__ = ("name", "number", "owns", "roots")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.number = -1
+        self.owns = False
+        self.roots: list[int] = []
 
 
 class Companion(Protocol):
@@ -48,19 +74,23 @@ class Companion(Protocol):
 
 
 class Passes:
-    """Which forward pass is running, and what batch it was given.
+    """Which forward pass is running, and the batch that it works on.
 
-    The calls of the root are marked by a shim. A part of the model that is called directly (``model.encoder(x)``) is
-    found on the stack when a layer first runs in it, and is marked from then on, so that its next call is a new pass.
+    A call of the root is a pass; a shim marks it. So is a call of one of its methods, or of a method of a part, which is
+    found on the stack when a layer first runs in it. A method that calls the root once, and layers besides, is one pass with
+    it. See Note: [Calls of parts] for parts that are called directly.
 
     Attributes:
         companion: what goes along to another thread in which a pass runs.
         elsewhere: threads in which the root ran without this capture.
         here: the pass that this thread is in.
         inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
+        unclear: by pass, why its rows may not be the inputs, and the pass that they may belong to.
     """
 
-    def __init__(self, model: nn.Module, token: Token, *, uses_shim: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, token: Token, name_of: Callable[[nn.Module], str | None], *, uses_shim: bool = True
+    ) -> None:
         self.inputs: dict[int, tuple[int, ...] | None] = {}
         self.elsewhere: list[str] = []
         self._model = model
@@ -68,7 +98,11 @@ class Passes:
         self._numbers = itertools.count()
         self._latest = 0
         self.here = _Here()
-        self._members: set[int] | None = None
+        self._known: Members | None = None
+        self.unclear: dict[int, tuple[str, int]] = {}
+        self._owner = object()
+        self._methods = own_methods(model)
+        self._body = BodyCalls(self.unclear, name_of)
         self._home = threading.get_ident()
         self.companion: Companion | None = None
         self._marked: list[nn.Module] = []
@@ -88,6 +122,9 @@ class Passes:
         """Takes every mark off."""
         call_shim.leave(self._marked, self.heard)
         self._marked.clear()
+        self.here.body = None
+        unmark(self._owner)
+        unmark(self._body.owner)
         if self._hooks is not None:
             self._hooks.remove()
 
@@ -102,53 +139,58 @@ class Passes:
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         here = self.here
         if not here.depth and self._token in open_tokens():
-            here.depth, here.outside, here.number = 1, module, self._begin(args, kwargs)
+            here.depth, here.entered, here.number = 1, module, self._begin((args, kwargs))
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self.here
-        if here.depth and here.outside is module:
-            here.depth, here.outside, here.number = 0, None, -1
+        if here.depth and here.entered is module:
+            here.depth, here.entered, here.number = 0, None, -1
 
     @pass_by_in_dynamo
     def heard(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a marked call."""
-        tokens = open_tokens()
+        """Runs a marked call: in a pass of its own, or in the one that it is part of."""
+        tokens, here = open_tokens(), self.here
         if self._token not in tokens:
             if not tokens and threading.get_ident() != self._home:
-                self.elsewhere.append(threading.current_thread().name)
+                self.elsewhere.append(self.where())
             return call(*args, **kwargs)
-        begins = not (module is not self._model and self._is_within(module))
-        return self._inside(call, args, kwargs, begins=begins)
-
-    @pass_by_in_dynamo
-    def _inside(
-        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, begins: bool = True
-    ) -> Any:
-        """Runs a marked call: a pass of its own if it is the outermost one (and ``begins`` one)."""
-        here = self.here
         if here.depth:
             return call(*args, **kwargs)
-        before, visit = here.number, None
+        before, visit, part = here.number, None, None
         try:
             if self.companion is not None and threading.get_ident() != self._home:
                 visit = self.companion.here()
                 self.companion.visit(visit)
-            here.number = self._begin(args, kwargs) if begins else self._outside()
-            here.outside = None if begins else here.outside
+            if module is self._model:
+                here.number = self._of_root(args, kwargs)
+            else:
+                here.number, part = self._of_part(module, args, kwargs)
             here.depth = 1
-            return call(*args, **kwargs)
+            output = call(*args, **kwargs)
+            if part is not None:
+                self._body.left(part, module, output)
+            return output
         finally:
             here.depth, here.number = 0, before
             if self.companion is not None:
                 self.companion.leave(visit)
 
+    def where(self) -> str:
+        """Names the thread, or the task of the capture's own thread, that this code runs in."""
+        if threading.get_ident() != self._home:
+            return threading.current_thread().name
+        return TASK
+
     def in_forward(self) -> bool:
         """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
-        return self.here.depth > 0 or outermost_call(self._member_ids()) is not None or is_inherited()
+        if self.here.depth > 0 or is_inherited():
+            return True
+        members = self._members().ids
+        return any(id(module) in members for module, _ in module_calls())
 
     def in_method(self) -> bool:
         """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
-        return self.in_forward() or is_method_of(self._member_ids())
+        return self.here.depth > 0 or is_inherited() or self._members().entry(sys._getframe(1)) is not None
 
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""
@@ -157,40 +199,110 @@ class Passes:
             return number
         return self._latest if is_inherited() else self._outside()
 
-    def _member_ids(self) -> set[int]:
-        if self._members is None:
-            self._members = {id(module) for module in self._model.modules()}
-        return self._members
+    def current_of_model(self) -> int:
+        """Returns the number of the pass, or -1 in code outside of the model."""
+        number = self.here.number
+        return number if number >= 0 or not self.in_method() else self.current()
+
+    def _members(self) -> Members:
+        if self._known is None:
+            self._known = Members(self._model)
+        return self._known
 
     @skip_in_dynamo
-    def _is_within(self, module: nn.Module) -> bool:
-        """Whether a part is called by another part that was called before it had a mark."""
-        found = outermost_call(self._member_ids())
-        return found is not None and found[0] is not module
-
-    @skip_in_dynamo
-    def _begin(self, args: Any, kwargs: Any) -> int:
-        number = self._latest = next(self._numbers)
-        with outside_function_modes():
-            self.inputs[number] = _input_shape((args, kwargs))
+    def _of_root(self, args: Any, kwargs: Any) -> int:
+        """The pass of a call of the whole model."""
+        method = self._method_around() if self._methods else None
+        if method is None:
+            self.here.body = None
+            return self._begin((args, kwargs))
+        first = not method.roots
+        number = method.number if first and method.number >= 0 else self._begin((args, kwargs))
+        if first:
+            method.number = number
+        method.roots.append(number)
+        self._check(method)
         return number
+
+    def _method_around(self) -> _Method | None:
+        """Returns the method of the model that calls the whole model now, if one does."""
+        start = frame = sys._getframe(1)
+        while frame is not None and id(frame.f_code) not in self._methods:
+            frame = frame.f_back  # type: ignore[assignment]
+        found = None if frame is None else self._members().entry(start)
+        return None if found is None else self._method(*found)
+
+    @skip_in_dynamo
+    def _of_part(self, part: nn.Module, args: Any, kwargs: Any) -> tuple[int, BodyPass | None]:
+        """The pass of a call of a part, and whether it is one of several that code outside of the model makes."""
+        found = self._members().entry(sys._getframe(1))
+        if found is None or found[0] is not part or found[1].f_code is not CALL:
+            return self._outside(), None
+        body = self._enter(part, (args, kwargs), found[1])
+        return body.number, body
+
+    def _enter(self, part: nn.Module, inputs: Any, frame: FrameType) -> BodyPass:
+        here = self.here
+        with outside_function_modes():
+            tensor, begin = _first_tensor(inputs), functools.partial(self._begin, inputs)
+            here.body = self._body.enter(here.body, begin, part, tensor, frame.f_back)
+        return here.body
 
     @skip_in_dynamo
     def _outside(self) -> int:
         """The pass of a layer that runs while no marked call does."""
         here = self.here
-        found: tuple[nn.Module, FrameType] | None = outermost_call(self._member_ids())
-        caller: object = _BODY if found is None else found[0]
-        if here.outside is not caller:
-            values = found[1].f_locals if found else {}
-            here.outside_number = self._begin(values.get("args", ()), values.get("kwargs", {}))
-            here.outside = caller
-            if found and all(found[0] is not module for module in self._marked):
-                self._mark(found[0])
-        return here.outside_number
+        found = self._members().entry(sys._getframe(1))
+        if found is None:
+            if here.body is None:
+                here.body = BodyPass(self._begin(()))
+            self.unclear.setdefault(here.body.number, ("", -1))
+            return here.body.number
+        module, frame = found
+        known = marked(frame, self._owner)
+        if isinstance(known, int):
+            return known
+        if known is None and module is not self._model and is_plain_call(frame):
+            inputs = (
+                [frame.f_locals.get(key) for key in ("args", "kwargs")] if frame.f_code is CALL else arguments_of(frame)
+            )
+            body = self._enter(module, inputs, frame)
+            mark(frame, self._owner, body.number)
+            if all(module is not other for other in self._marked):
+                self._mark(module)
+            return body.number
+        method = self._method(module, frame)
+        method.owns = True
+        if method.number < 0:
+            method.number = self._begin(arguments_of(frame))
+        self._check(method)
+        return method.number
+
+    def _method(self, module: nn.Module, frame: FrameType) -> _Method:
+        known = marked(frame, self._owner)
+        if isinstance(known, _Method):
+            return known
+        self.here.body = None
+        method = _Method(frame.f_code.co_name)
+        mark(frame, self._owner, method)
+        return method
+
+    def _check(self, method: _Method) -> None:
+        """Notes which passes are those of one method, if it called the whole model several times, and layers besides."""
+        if method.owns and len(method.roots) > 1:
+            why = f"{method.name!r} called the whole model several times, and layers besides"
+            self.unclear.update(dict.fromkeys(method.roots, (why, method.roots[0])))
+
+    @skip_in_dynamo
+    def _begin(self, inputs: Any) -> int:
+        number = self._latest = next(self._numbers)
+        with outside_function_modes():
+            tensor = _first_tensor(inputs)
+            self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
+        return number
 
 
-def _input_shape(inputs: Any) -> tuple[int, ...] | None:
-    """The shape of the first input tensor that has a batch axis and another (else of the first one)."""
-    shapes = [tuple(unwrapped(tensor).shape) for _, tensor in walk_tensors(inputs) if tensor.dim()]
-    return next((shape for shape in shapes if len(shape) > 1), shapes[0] if shapes else None)
+def _first_tensor(inputs: Any) -> Tensor | None:
+    """The first input tensor that has a batch axis and another (else the first one with an axis)."""
+    tensors = [tensor for _, tensor in walk_tensors(inputs) if tensor.dim()]
+    return next((tensor for tensor in tensors if unwrapped(tensor).dim() > 1), tensors[0] if tensors else None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
-from convtap._memory import are_separate, storage_key, tensor_bytes
+from convtap._memory import are_separate, memory_of, tensor_bytes
 from convtap._structure import Held, walk_tensors
 
 # Note: [Copy-on-write snapshots]
@@ -75,6 +75,16 @@ class Alias(Held):
             )
         return self.tensor
 
+    def __reduce__(self) -> Any:  # a copy, or a pickle, has no graph; its tensor counts its own versions
+        return _copied, (self.tensor.detach(), self.tensor._version - self.version)
+
+
+def _copied(tensor: Tensor, changes: int) -> Alias:
+    """Returns an alias of a tensor that was changed so often since it was kept."""
+    copy = Alias(tensor)
+    copy.version -= changes
+    return copy
+
 
 def alias(tensor: Tensor) -> Any:
     """Keeps a tensor as an alias; one without a version counter (inference mode) as a snapshot instead."""
@@ -88,14 +98,18 @@ class Policy:
     Attributes:
         detach: keep no autograd graph.
         copy: keep a value that later in-place operations do not change.
-        reduce: a function of the output, applied first.
+        reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
+            that of the layer.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
+        takes_fakes: whether FakeTensors are kept as well, which have no values.
     """
 
     detach: bool = True
     copy: bool = True
-    reduce: Callable[[Any], Any] | None = None
+    reduce: Any = None
     dtype: torch.dtype | None = None
+
+    takes_fakes = False  # no annotation: not a field
 
     @property
     def is_plain(self) -> bool:
@@ -153,7 +167,7 @@ class Policy:
         Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
         where the output is a structure of a type that a copy may not equal; nor while it is traced.
         """
-        if self.detach or not self.copy or self.transforms or _is_traced() or not _is_plain(output):
+        if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output):
             return False
         tensors = [tensor for _, tensor in walk_tensors(output)]
         return (
@@ -169,19 +183,20 @@ class Policy:
                 f"reduce returned a {type(result).__name__}, and it must return a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
-        if self.dtype is not None and result.is_complex() and not self.dtype.is_complex:
-            raise InvalidValue(
-                f"dtype={self.dtype} would drop the imaginary part of a {result.dtype} output. Cast to a complex type, or "
-                "take a part first: reduce=lambda t: t.abs()."
-            )
-        if self.dtype is not None and (result.is_floating_point() or result.is_complex()):
-            result = result.to(self.dtype)
+        result = cast(result, self.dtype)
         if self.detach and result.requires_grad:
             result = result.detach()
         return own(result)
 
     def __post_init__(self) -> None:
-        if self.reduce is not None and not callable(self.reduce):
+        if isinstance(self.reduce, Mapping):
+            for key, function in self.reduce.items():
+                if not isinstance(key, str) or not callable(function):
+                    raise InvalidType(
+                        f"reduce has the entry {key!r}: {type(function).__name__}, and a mapping must have names of layers, "
+                        "or globs, for functions of a tensor. Write for example reduce={'conv1': lambda t: t.mean(-1)}."
+                    )
+        elif self.reduce is not None and not callable(self.reduce):
             raise InvalidType(
                 f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor: "
                 "reduce=lambda t: t.mean(-1)."
@@ -190,26 +205,57 @@ class Policy:
             raise InvalidType(f"dtype is {self.dtype!r}, and it must be a torch.dtype such as torch.float16.")
 
 
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Casts a floating or complex tensor to ``dtype``: the rule of every ``dtype=`` option.
+
+    Other tensors (integers, booleans, quantized ones) are returned as they are, and so is any tensor if ``dtype`` is None.
+
+    Raises:
+        InvalidValue: the cast would drop an imaginary part.
+    """
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    if drops_imaginary_part(tensor, dtype):
+        _refuse_cast(tensor.dtype, dtype)
+    return tensor.to(dtype)
+
+
+def drops_imaginary_part(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    """Says whether a cast to ``dtype`` would drop the imaginary part of a tensor."""
+    return dtype is not None and tensor.is_complex() and not dtype.is_complex
+
+
+def _refuse_cast(kind: torch.dtype, dtype: torch.dtype) -> None:
+    raise InvalidValue(
+        f"dtype={dtype} would drop the imaginary part of a {kind} tensor. Cast to a complex type, or take a part first: "
+        "reduce=lambda t: t.abs()."
+    )
+
+
+# Dynamo runs this while it traces, so that its message is what a user of a compiled tapped model sees.
+_refuse_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_traced() -> bool:
     """Whether TorchScript or an exporter is tracing: what is returned to the model would become part of the graph."""
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain_structure(value: Any) -> bool:
     """Whether a structure consists of tuples, lists, dicts and dataclasses that are nothing more: a copy equals it."""
     if type(value) in (tuple, list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain_structure(item) for item in value)
     if type(value) is dict:
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain_structure(item) for item in value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, dict):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return vars(value).keys() == fields.keys() and all(_is_plain(item) for item in fields.values())
+        return vars(value).keys() == fields.keys() and all(is_plain_structure(item) for item in fields.values())
     return not isinstance(value, (tuple, list, dict))
 
 
 def own(result: Tensor) -> Tensor:
     """Makes a computed tensor safe to keep: a part of a larger storage keeps its own bytes, and no more."""
-    key = storage_key(result)
-    if key is not None and tensor_bytes(result) < key[1]:
+    dense = result.layout is torch.strided and not result.is_nested
+    if dense and tensor_bytes(result) < sum(memory_of(result).values()):
         return result.clone(memory_format=torch.contiguous_format)
     return snapshot(result)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +39,6 @@ from convtap._torch.transforms import is_wrapped
 _backward_task = torch._C._current_graph_task_id
 
 
-class Follower(Protocol):
-    """Follows outputs to what is to be recorded instead of them."""
-
-    def emit(self, name: str, output: Any, via: str) -> None:
-        """Begins to follow an output."""
-
-
 class Recorder:
     """Records the outputs that taps emit into a log.
 
@@ -57,9 +49,10 @@ class Recorder:
         fakes: how many outputs were FakeTensors, which have no values, and were left out.
         outside: whether a convolution ran whose module was not in the model when the capture was opened.
         unseen: layers whose compiled convolution is not the layer's, and why.
+        summed: layers whose output was added to another tensor before any activation followed it.
         reached: how many of the selected layers were captured at least once.
         reads: whether the weight of a selected layer was read by something that is no convolution.
-        follower: what follows outputs to their activations, if those are asked for.
+        follow: begins to follow an output to its activation, if that is to be recorded instead.
     """
 
     def __init__(
@@ -82,9 +75,10 @@ class Recorder:
         self.fakes = 0
         self.outside = False
         self.unseen: dict[str, str] = {}
+        self.summed: set[str] = set()
         self.reached = 0
         self.reads = False
-        self.follower: Follower | None = None
+        self.follow: Callable[[str, Any, str], None] | None = None
         self._token = token
         self._log = log
         self._new_tally = new_tally
@@ -116,7 +110,7 @@ class Recorder:
         tokens = tokens_here()
         if self._token not in tokens:
             if not tokens:  # with a block of its own, another thread or task has what it wants
-                self.elsewhere.setdefault(threading.current_thread().name, name)
+                self.elsewhere.setdefault(self._passes.where(), name)
             return False
         if _backward_task() != -1:
             self.recomputed += 1
@@ -167,8 +161,8 @@ class Recorder:
             return self._shared(name, module, (args, kwargs), output, alone)
 
     def _shared(self, name: str, module: nn.Module, inputs: Any, output: Any, alone: bool) -> Any:
-        if self.follower is not None:
-            return self._follow(self.follower, name, output, "module")
+        if self.follow is not None:
+            return self._follow(self.follow, name, output, "module")
         known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
         # Memory that is copy-on-write already was given out here before: nobody's raw view of it can be hurt any more.
         fresh = is_copy_on_write(output) or not shares_memory(output, [t for _, t in known if t is not None])
@@ -176,16 +170,16 @@ class Recorder:
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
-        if self.follower is not None:
-            return self._follow(self.follower, name, output, via)
+        if self.follow is not None:
+            return self._follow(self.follow, name, output, via)
         return self.record(name, output, via, inputs)
 
-    def _follow(self, follower: Follower, name: str, output: Any, via: str) -> None:
+    def _follow(self, follow: Callable[[str, Any, str], None], name: str, output: Any, via: str) -> None:
         """Hands an output on to what follows it to its activation, which records that."""
         if self.is_here(name):
             tally = self._log.tallies.get(name) or self._open_tally(name)
             tally.ran += 1
-            follower.emit(name, output, via)
+            follow(name, output, via)
 
     def record(
         self, name: str, output: Any, via: str, inputs: Any = (), *, fresh: bool = True, alone: bool = True
@@ -204,7 +198,7 @@ class Recorder:
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output):
+        if is_fake(output) and not self._keeper.takes_fakes:
             self.fakes += 1
             return None
         gradient = None
@@ -214,9 +208,15 @@ class Recorder:
             value, replacement = self._kept(name, output, inputs, fresh, alone)
             if self._grads is not None and tracing_state() is None:
                 with outside_modes():
-                    gradient, replacement = self._grads.follow(name, output, inputs, replacement)
+                    gradient, replacement = self._noted(self._grads.follow, name, output, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
+
+    def withdraw(self, name: str) -> None:
+        """Takes the newest call of a layer back: another output is to be recorded in its place."""
+        call = self._log.withdraw(name)
+        if call is not None and self._budget is not None:
+            self._budget.withdraw(call)
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
         """Records a layer's input, before it runs."""
@@ -227,7 +227,7 @@ class Recorder:
         self._store(name, kept, via)
 
     def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
-        """Keeps a value. An error in that is remembered, since a model may swallow it."""
+        """Keeps a value, or follows its gradient. An error in that is remembered, since a model may swallow it."""
         try:
             return keep(*args)
         except ConvtapError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from convtap._call import Call, held_bytes
 from convtap._coverage import Coverage
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed, plural
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed
 from convtap._log import Log
+from convtap._parts import find
 from convtap._samples import Samples
 from convtap._stats import shapes_text, to_numpy
-from convtap._structure import map_leaves
+from convtap._structure import MISSING, map_leaves
 from convtap._summary import call_table
-from convtap._table import MOST, Table, human_bytes
+from convtap._table import MOST, Table
 from convtap._tree import resolve_name
 
 
@@ -55,9 +57,11 @@ class Activations(Mapping[str, Any]):
         if not isinstance(key, str):
             return False
         try:
-            return self._find(key) is not None
+            return find(key, self._find) is not MISSING
         except AmbiguousCall:
             return True
+        except LayerNotFound:
+            return False
 
     def __getitem__(self, key: str) -> Any:
         """Returns the output of a call.
@@ -68,10 +72,10 @@ class Activations(Mapping[str, Any]):
         """
         if not isinstance(key, str):
             raise self._no_position(key)
-        call = self._find(key)
-        if call is None:
+        found = find(key, self._find)
+        if found is MISSING:
             raise self._missing(key)
-        return call.output
+        return found
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns the output of a call, or ``default`` if there is none.
@@ -79,8 +83,11 @@ class Activations(Mapping[str, Any]):
         Raises:
             AmbiguousCall: the layer ran several times.
         """
-        call = self._find(key) if isinstance(key, str) else None
-        return default if call is None else call.output
+        try:
+            found = find(key, self._find) if isinstance(key, str) else MISSING
+        except LayerNotFound:  # the call is here, and has no such part
+            return default
+        return default if found is MISSING else found
 
     def _find(self, key: str) -> Call | None:
         index = self._index()
@@ -101,10 +108,11 @@ class Activations(Mapping[str, Any]):
         return resolve_name(name, self._log.names(), self._log.aliases)
 
     def _ambiguous(self, name: str) -> AmbiguousCall:
-        held = self._log.tallies[name].held
+        tally = self._log.tallies[name]
+        held = tally.held
         return AmbiguousCall(
             f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
-            f"acts.calls({name!r}), one with acts[{name + '#1'!r}], or join them with acts.cat({name!r})."
+            f"acts.calls({name!r}), one with acts[{tally.key(1, held)!r}], or join them with acts.cat({name!r})."
         )
 
     def _no_position(self, key: Any) -> LayerNotFound:
@@ -124,7 +132,10 @@ class Activations(Mapping[str, Any]):
             if state.captured:
                 why = "its outputs were cleared"
             elif state.unactivated:
-                why = f"it {state}. Capture it with at='output', or name its activation's type with activations=(...)"
+                why = (
+                    f"it {state}. Capture it with at='output', the activations themselves with types=nn.ReLU, or name its "
+                    "activation's type with activations=(...)"
+                )
             else:
                 why = f"it is {state}: no output of it was seen"
             return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
@@ -206,7 +217,8 @@ class Activations(Mapping[str, Any]):
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
 
-        The keys are those of the mapping (``name.0``, … for the tensors of a structure). Each tensor owns its bytes. Over
+        The keys are the layers' names within their forward pass: ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran
+        several times in it (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
         several forward passes the inputs are numbered through.
 
         Raises:
@@ -218,8 +230,14 @@ class Activations(Mapping[str, Any]):
     # -- elsewhere
 
     def numpy(self) -> dict[str, Any]:
-        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact."""
-        return {key: map_leaves(to_numpy, call.output) for key, call in self._index().items()}
+        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact.
+
+        A sparse or quantized output becomes a dense array, and so does a DTensor if this process holds all of it.
+
+        Raises:
+            Unsupported: an output has no such array: it is nested, on meta, or a DTensor of which other processes hold a part.
+        """
+        return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._index().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
@@ -274,15 +292,8 @@ class Activations(Mapping[str, Any]):
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
         """
-        return call_table(self._log, list(self._index()), stats, rows, self._notes())
-
-    def _notes(self) -> list[str]:
-        log = self._log
-        calls = f"{plural(len(log.calls), 'call')}, {human_bytes(self.nbytes)}"
-        coverage = self.coverage
-        missing = [name for state in (coverage.idle, coverage.bypassed, coverage.unactivated) for name in state]
-        rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
-        return [calls + rest, *log.notes]
+        keys = list(self._index())  # first: it may number calls anew
+        return call_table(self._log, keys, stats, rows, self.nbytes, self.coverage)
 
     def __repr__(self) -> str:
         return str(self.summary())
@@ -292,14 +303,5 @@ class Activations(Mapping[str, Any]):
 
 
 def _ordinal(number: int) -> str:
-    words = (
-        "the first",
-        "the second",
-        "the third",
-        "the fourth",
-        "the fifth",
-        "the sixth",
-        "the seventh",
-        "the eighth",
-    )
-    return words[number - 1] if number <= len(words) else f"call number {number}"
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"

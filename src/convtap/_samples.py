@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class _Pass:
 
     def __init__(self, calls: list[Call], shape: tuple[int, ...] | None) -> None:
         self.calls = calls
+        self._keys = _keys(calls)
         self.shape = shape
         self.single = shape is not None and _is_single(calls, shape)
         self.unsqueezed = shape is not None and len(shape) == 1
@@ -37,16 +39,16 @@ class _Pass:
     def row(self, row: int, cut: Cut | None = None) -> dict[str, Tensor]:
         """Returns one input's outputs, each with its own memory."""
         found: dict[str, Tensor] = {}
-        for call in self.calls:
+        for call, stem in zip(self.calls, self._keys, strict=True):
             for path, tensor in walk_tensors(call.output):
-                key = f"{call.key}.{path}" if path else call.key
+                key = f"{stem}{path}"
                 one = self._cut(key, tensor, row, axes_of(tensor.shape, call._layout(path)).batch)
                 if key in found:
                     raise Unsupported(
                         f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
                         "output. Read them with acts.calls()."
                     )
-                found[key] = (one if cut is None else cut(call, path, one, row)).clone()
+                found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
         return found
 
     def _cut(self, key: str, tensor: Tensor, row: int, batch: int = 0) -> Tensor:
@@ -69,14 +71,25 @@ class Samples:
         for call in log.calls.values():
             by_pass.setdefault(call.forward, []).append(call)
         self._passes = [_Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
+        self._why = next((why for number in by_pass for why in _doubts(number, by_pass, log.unclear)), None)
+
+    def _check(self) -> None:
+        """Refuses passes whose rows may not be the inputs."""
+        if self._why is not None:
+            raise Unsupported(
+                f"the outputs cannot be told apart by input: {self._why}. Call the model or one of its methods once for "
+                "each input, or open a capture for each; acts.calls() has all outputs in order."
+            )
 
     @property
     def count(self) -> int:
         """How many inputs there are."""
+        self._check()
         return sum(found.size for found in self._passes)
 
     def all(self) -> list[dict[str, Tensor]]:
         """Returns every input's outputs."""
+        self._check()
         return [found.row(row) for found in self._passes for row in range(found.size)]
 
     def valid(self, lengths: Any, timeline: Any) -> list[dict[str, Tensor]]:
@@ -91,7 +104,7 @@ class Samples:
                 f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
             )
         numbers = whole_numbers(lengths, "lengths")
-        total = sum(found.size for found in self._passes)
+        total = self.count
         if len(numbers) != total:
             raise InvalidValue(
                 f"lengths has {plural(len(numbers), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
@@ -118,6 +131,28 @@ class Samples:
                 break
             rest -= found.size
         return found.row(rest)
+
+
+def _keys(calls: list[Call]) -> list[str]:
+    """The keys of calls within their pass."""
+    counts = Counter(call.name for call in calls)
+    numbers = dict.fromkeys(counts, 0)
+    found = []
+    for call in calls:
+        found.append(call._tally.key(numbers[call.name], counts[call.name]))
+        numbers[call.name] += 1
+    return found
+
+
+def _doubts(number: int, by_pass: dict[int, list[Call]], unclear: dict[int, tuple[str, int]]) -> Iterator[str]:
+    """Says why the rows of a pass may not be its inputs, if there is another pass that they may belong to."""
+    why, first = unclear.get(number, ("", -1))
+    if first < 0 or not why:
+        name, times = Counter(call.name for call in by_pass[number]).most_common(1)[0]
+        if number in unclear and times > 1:
+            yield f"{name!r} ran several times outside of any call of the model"
+    elif any(other == first or unclear.get(other, ("", -1))[1] == first for other in by_pass if other != number):
+        yield why
 
 
 def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import keyword
 import os
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from convtap._atomic import write_whole
 from convtap._call import Call, Tally
-from convtap._errors import StoreError
+from convtap._errors import StoreError, Unsupported
 from convtap._layout import Layout
 from convtap._log import Log
+from convtap._memory import has_no_values
+from convtap._stats import ordinary
 from convtap._structure import Omitted
 
 if TYPE_CHECKING:
     from convtap._result import Activations
 
-_FORMAT = 1
+_FORMAT = 2
 _COMPLEX = {"complex32", "complex64", "complex128"}
 
 
 def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     """Writes what was collected: to a temporary name, then renamed, so that a file of this name is always whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -37,31 +43,28 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "calls": calls,
-        "layers": [{**asdict(state), **about.get(state.name, {"is_conv1d": False})} for state in log.states()],
+        "layers": [
+            {**dataclasses.asdict(state), **about.get(state.name, {"is_conv1d": False}), **_part(log, state.name)}
+            for state in log.states()
+        ],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
+        "unclear": [[number, why, first] for number, (why, first) in log.unclear.items()],
         "aliases": log.aliases,
         "notes": log.notes,
     }
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."
-        ) from error
-    try:
-        save_file(tensors, temporary, metadata={"convtap": json.dumps(content)})
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise StoreError(f"cannot write to {str(target)!r}: {error}.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        write_whole(target, lambda temporary: save_file(tensors, temporary, metadata={"convtap": json.dumps(content)}))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(unwritable(target, error)) from error
 
 
 def load(path: str | os.PathLike[str]) -> Activations:
     """Reads what ``Activations.save`` wrote: the same outputs in the same order, on the CPU.
+
+    Structures come back as they were: tuples, lists, dicts, a ``PackedSequence``, and named tuples and a ``ModelOutput`` in
+    their own class if it is imported already (else in a named tuple of the same fields, or a dict). A dataclass comes back
+    as a dict of its fields, and any other mapping as a dict. Nothing is unpickled and nothing imported.
 
     Raises:
         StoreError: there is no such file, or it is not whole, or it was not written by ``save``.
@@ -82,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> Activations:
         ) from error
     try:
         return Activations(_rebuild(content, tensors))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StoreError(f"{str(path)!r} does not describe its calls as acts.save() does: {error!r}.") from error
 
 
@@ -104,13 +107,15 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     log = Log(
         selected=tuple(layer["name"] for layer in content["layers"]),
         inputs={number: None if shape is None else tuple(shape) for number, shape in content["inputs"]},
+        unclear={number: (why, first) for number, why, first in content.get("unclear", [])},
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
         notes=list(content["notes"]),
     )
     for layer in content["layers"]:
-        name, is_conv1d, layout = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("layout", None)
+        name, is_conv1d, part = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("part", "")
+        layout = layer.pop("layout", None)
         if any(layer.values()):
-            tally = log.tallies[name] = Tally(name, nn.Conv1d if is_conv1d else nn.Module)
+            tally = log.tallies[name] = Tally(name, bool(is_conv1d), part)
             tally.layout = None if layout is None else Layout(*layout)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
@@ -124,6 +129,11 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     return log
 
 
+def _part(log: Log, name: str) -> dict[str, str]:
+    part = log.tallies[name].part if name in log.tallies else ""
+    return {"part": part} if part else {}
+
+
 def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
     value = _encode(call.output, tensors, call.key)
     return {
@@ -135,33 +145,57 @@ def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+# Note: [Structures in files]
+# Assumption: a layer may return a named tuple (a PackedSequence is one), a dataclass, or a dict that is one (ModelOutput).
+# Failure: as a plain dict a named tuple is another structure after ``load``: it has no positions. Importing the class that
+#   a file names, or calling it, would run code of the file's choice.
+# Choice: a file holds the names of the class and of its fields. ``load`` takes a class of this name and these fields if one
+#   is imported already, and fills an instance without calling it; else it makes a named tuple with these fields, and of a
+#   ModelOutput a dict. A dataclass becomes a dict of its fields, and any other mapping a dict.
+
+
 def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
+    def many(values: Iterable[Any]) -> list[Any]:
+        return [_encode(item, tensors, key) for item in values]
+
     if isinstance(value, Tensor):
         return _encode_tensor(value, tensors, key)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"named": _class_name(value), "fields": list(value._fields), "items": many(value)}
     if isinstance(value, (tuple, list)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        names = getattr(value, "_fields", None)
-        items = [_encode(item, tensors, key) for item in value]
-        return {"mapping": dict(zip(names, items, strict=True))} if names else {kind: items}
+        return {"tuple" if isinstance(value, tuple) else "list": many(value)}
     if isinstance(value, Mapping):
-        return {"pairs": [[_encode(name, tensors, key), _encode(item, tensors, key)] for name, item in value.items()]}
-    if hasattr(value, "__dataclass_fields__"):
-        fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        pairs = [many(pair) for pair in value.items()]
+        return {"pairs": pairs, **({"class": _class_name(value)} if dataclasses.is_dataclass(value) else {})}
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return _encode(fields, tensors, key)
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"plain": value}
+    if isinstance(value, complex):
+        return {"number": [value.real, value.imag]}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
     return {"omitted": value.kind if isinstance(value, Omitted) else type(value).__name__}
 
 
+def _class_name(value: Any) -> list[str]:
+    return [type(value).__module__, type(value).__qualname__]
+
+
 def _encode_tensor(tensor: Tensor, tensors: dict[str, Tensor], key: str) -> Any:
-    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.device.type == "meta":
-        what = (
-            "quantized" if tensor.is_quantized else "on 'meta'" if tensor.device.type == "meta" else str(tensor.layout)
-        )
+    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_nested or has_no_values(tensor):
+        what = "quantized" if tensor.is_quantized else "on 'meta'" if has_no_values(tensor) else str(tensor.layout)
+        what = "nested" if tensor.is_nested else what
+        dense = "torch.nested.to_padded_tensor(t, 0.0)" if tensor.is_nested else "t.dequantize() (or t.to_dense())"
         raise StoreError(
             f"the output of {key!r} is {what}, which safetensors has no form for. Capture it with "
-            "reduce=lambda t: t.dequantize() (or t.to_dense()), or save the other layers only."
+            f"reduce=lambda t: {dense}, or save the other layers only."
         )
+    try:
+        tensor = ordinary(tensor.detach(), key)
+    except Unsupported as error:
+        raise StoreError(str(error)) from error
     number = f"{len(tensors):06d}"
     values = tensor.detach().cpu().resolve_conj().resolve_neg()
     name = str(values.dtype).removeprefix("torch.")
@@ -172,21 +206,80 @@ def _encode_tensor(tensor: Tensor, tensors: dict[str, Tensor], key: str) -> Any:
 
 
 def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def many(values: list[Any]) -> list[Any]:
+        return [_decode(item, tensors) for item in values]
+
     if "tensor" in value:
         tensor = tensors[value["tensor"]]
         return torch.view_as_complex(tensor) if value.get("complex") else tensor
+    if "named" in value:
+        return _named_tuple(value["named"], value["fields"], many(value["items"]))
     if "tuple" in value:
-        return tuple(_decode(item, tensors) for item in value["tuple"])
+        return tuple(many(value["tuple"]))
     if "list" in value:
-        return [_decode(item, tensors) for item in value["list"]]
+        return many(value["list"])
     if "pairs" in value:
-        return {_decode(name, tensors): _decode(item, tensors) for name, item in value["pairs"]}
-    if "mapping" in value:
-        return {key: _decode(item, tensors) for key, item in value["mapping"].items()}
+        return _mapping(value.get("class"), dict(map(many, value["pairs"])))
+    if "mapping" in value:  # a named tuple, in format 1
+        return _named_tuple(["", "Named"], list(value["mapping"]), many(list(value["mapping"].values())))
+    if "number" in value:
+        return complex(*value["number"])
+    if "dtype" in value:
+        return _dtype(value["dtype"])
+    if "device" in value:
+        return torch.device(value["device"])
     return value["plain"] if "plain" in value else Omitted(value["omitted"])
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _named_tuple(name: list[str], fields: list[str], items: list[Any]) -> Any:
+    kind: Any = _imported(name)
+    if not (isinstance(kind, type) and issubclass(kind, tuple) and getattr(kind, "_fields", None) == tuple(fields)):
+        kind = _made(_plain_name(name), fields, rename=True)
+    if len(items) != len(fields):
+        raise ValueError(f"{len(fields)} fields and {len(items)} items")
+    return tuple.__new__(kind, items)
+
+
+_made: Any = namedtuple
+
+
+def _mapping(name: list[str] | None, items: dict[Any, Any]) -> Any:
+    """Returns a ``ModelOutput`` if its class is imported, else a dict."""
+    kind: Any = None if name is None else _imported(name)
+    if not (isinstance(kind, type) and issubclass(kind, OrderedDict) and dataclasses.is_dataclass(kind)):
+        return items
+    names = [field.name for field in dataclasses.fields(kind)]
+    if not set(items) <= set(names):
+        return items
+    found: Any = OrderedDict.__new__(kind)
+    for field in names:
+        object.__setattr__(found, field, items.get(field))
+    for key, item in items.items():
+        OrderedDict.__setitem__(found, key, item)
+    return found
+
+
+def _imported(name: list[str]) -> Any:
+    """Returns what has a name in a module that is imported already, or None."""
+    module, path = name
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, "__dict__", {}).get(part)  # getattr alone could run code
+    return found
+
+
+def _plain_name(name: list[str]) -> str:
+    last = name[1].rpartition(".")[2]
+    return last if last.isidentifier() and not keyword.iskeyword(last) else "Named"
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"no such dtype: {name!r}")
+    return found
+
+
+def unwritable(target: Path, error: Exception) -> str:
+    """Says why one file cannot be written."""
+    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."

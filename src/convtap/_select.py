@@ -6,15 +6,16 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import nn
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported, did_you_mean, listed, plural
-from convtap._tree import ModuleTree, is_keras, is_kind
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
+from convtap._parts import outermost, read_part
+from convtap._tree import ModuleTree, is_keras, is_kind, kind_name
 
 #: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
 #: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
@@ -33,7 +34,8 @@ class Selection:
     Attributes:
         modules: the selected modules by clean name, in definition order.
         name_of: their names by the modules' identity.
-        exact: the names of those that were asked for by exact name or by instance.
+        parts: by the name of a module of which only parts were asked for, their paths, such as ``[0]``.
+        exact: what was asked for by exact name or by instance, as in ``names``.
         tree: all modules of the model.
     """
 
@@ -43,6 +45,7 @@ class Selection:
         self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
         if tree.has_script or tree.has_keras:
             self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
+        self.parts: dict[str, tuple[str, ...]] = {}
         self.exact: set[str] = set()
         self.function_names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
@@ -51,15 +54,34 @@ class Selection:
         self.name_of = {id(module): name for name, module in self.modules.items()}
 
     def _chosen(self, layers: Layers) -> dict[str, nn.Module]:
-        chosen: set[str] = set()
+        whole: set[str] = set()
+        parts: dict[str, list[str]] = {}
         for selector in _selectors(layers):
-            chosen.update(self._choose(selector))
-        return {name: module for name, module in self.tree.names.items() if name in chosen}
+            part = read_part(selector, self.tree, self.typed, self._owners()) if isinstance(selector, str) else None
+            if part is None:
+                whole.update(self._choose(selector))
+                continue
+            for name in part.names:
+                parts.setdefault(name, []).append(part.path)
+            self.exact.update(name + part.path for name in part.names if part.exact)
+        self.parts = {name: outermost(paths) for name, paths in parts.items() if name not in whole}
+        self.exact -= {
+            name + path for name, paths in parts.items() for path in set(paths) - {*self.parts.get(name, ())}
+        }
+        return {name: module for name, module in self.tree.names.items() if name in whole or name in parts}
 
     @property
     def names(self) -> Mapping[str, nn.Module | None]:
-        """The selected modules, then the parameters that were asked for by name (without a module)."""
-        return {**self.modules, **dict.fromkeys(self.function_names)} if self.function_names else self.modules
+        """The selected modules, or parts of them, then the parameters that were asked for by name (without a module)."""
+        found: Mapping[str, nn.Module | None] = self.modules
+        if self.parts:
+            found = {name + part: m for name, m in self.modules.items() for part in self.parts.get(name, ("",))}
+        return {**found, **dict.fromkeys(self.function_names)} if self.function_names else found
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths of the parts that were asked for, by their names."""
+        return {name + part: part for name, parts in self.parts.items() for part in parts}
 
     @property
     def takes_conv1d(self) -> bool:
@@ -116,7 +138,8 @@ class Selection:
             return []
         if not any(mark in name for mark in "*?["):
             known = [*self.tree.names, *self._owners()]
-            raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{did_you_mean(name, known)} {_SHOW}")
+            hint = did_you_mean(name, list(self.typed)) or did_you_mean(name, known)
+            raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{hint} {_SHOW}")
         return self._by_pattern(re.compile(fnmatch.translate(name)), repr(name), name)
 
     def _by_pattern(self, pattern: re.Pattern[str], shown: str, selector: Any) -> Iterable[str]:
@@ -127,15 +150,20 @@ class Selection:
                 name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
             }
             self.function_names.update(name for name in kernels if pattern.fullmatch(name))
-        if found or any(pattern.fullmatch(name) for name in self._owners()):
+        if found or self.function_names or (self.takes_conv1d and pattern.fullmatch(FUNCTION)):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
         if others:
             raise LayerNotFound(
                 f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
-                f"pass types=nn.Module (or their type), or select other names. {self._here()}"
+                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
+        tensors = [name for name, _ in self.tree.model.named_parameters() if pattern.fullmatch(name)]
+        if tensors:
+            hint = (
+                f" It matches parameters ({listed(tensors, 3)}), and a selection names layers: leave their names out."
+            )
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
 
     def _by_instance(self, module: nn.Module) -> Iterable[str]:
@@ -153,7 +181,9 @@ class Selection:
             raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
         found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
         if not found:
-            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {_SHOW}")
+            theirs = self.tree.keras_namesakes(kind)
+            hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
+            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
         return found
 
     def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
@@ -186,13 +216,20 @@ class Selection:
 
     def nothing(self) -> str:
         """Says that the model has none of the selected types, what it has instead, and what to write."""
-        others = Counter(
-            type(module).__name__ for module in self.tree.names.values() if "Conv" in type(module).__name__
+        kinds = Counter(type(module) for module in self.tree.names.values())
+        namesakes = [kind for wanted in self.types for kind in self.tree.keras_namesakes(wanted)]
+        others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
+        has = (
+            ", ".join(f"{kinds[kind]} {kind_name(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
+            or self.tree.census()
         )
-        has = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or self.tree.census()
-        first = others.most_common(1)
-        remedy = f"pass types=nn.{first[0][0]}" if first and hasattr(nn, first[0][0]) else "pass types=nn.Module"
+        first = kind_name(others[0]) if others else ""
+        remedy = f"pass types={first if '.' in first else self._any_type()}"
         return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+
+    def _any_type(self) -> str:
+        """What to pass as ``types=`` for every layer of the model."""
+        return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
 
 
 _SHOW = "list_layers(model) shows all."
@@ -225,47 +262,6 @@ def _selectors(layers: Layers) -> list[Any]:
     if not selectors:
         raise InvalidValue("layers is empty, so nothing would be captured. Pass None for every 1-D convolution.")
     return selectors
-
-
-def as_selection(layers: Any) -> Any:
-    """Returns a selection that can be read more than once: an iterator, such as a generator, as a list."""
-    return list(layers) if isinstance(layers, Iterator) else layers
-
-
-def check_arguments(
-    model: Any,
-    layers: Any,
-    types: Any,
-    instead: str = "run the model inside: with capture(model) as acts: model(x)",
-) -> tuple[type[nn.Module], ...]:
-    """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
-
-    ``instead`` is what to write where an input was given as layers.
-
-    Raises:
-        InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
-    """
-    if not isinstance(model, nn.Module):
-        if is_keras(type(model)):
-            raise Unsupported(
-                "this Keras model runs on another backend than torch, so PyTorch never sees its convolutions. Set the "
-                "environment variable KERAS_BACKEND=torch before keras is imported, and build the model then."
-            )
-        raise InvalidType(
-            f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
-            "Write: with capture(model) as acts: model(x)"
-        )
-    if isinstance(layers, (bytes, bytearray)):
-        raise InvalidType(f"layers is {layers!r}, and a name is text: write {layers.decode(errors='replace')!r}.")
-    if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
-    kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
-    for kind in kinds:
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types=nn.Conv2d.")
-    if not kinds:
-        raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
-    return kinds
 
 
 def select(model: nn.Module, layers: Layers, types: tuple[type[nn.Module], ...]) -> Selection:

@@ -3,43 +3,75 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from convtap._errors import ConvtapError, InvalidType
-from convtap._policy import Policy
-from convtap._structure import map_leaves
-from convtap.taps.module import _as_input
+from convtap._keys import numbered
+from convtap._policy import Policy, cast
+from convtap._select import CONV1D
+from convtap._structure import MISSING, map_leaves, part_of
+from convtap._tree import is_kind
+from convtap.taps.module import as_input
+
+#: The paths of the parts that are kept of a layer (empty for all of it), and what to do with each.
+Parts: TypeAlias = "tuple[tuple[str, Policy], ...]"
 
 
 class Sink(threading.local):
-    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs."""
+    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs.
+
+    ``running`` holds the name and the module of each watched layer that is being called, outermost first.
+    """
 
     # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] | None = None
+        self.calls: list[tuple[str, str, Any]] | None = None
+        self.running: list[tuple[str, nn.Module]] = []
 
 
-def keep_output(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: keeps what the layer gave."""
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a 1-D convolution, so that the convolution in its call is its own."""
+    return is_kind(module, CONV1D)
+
+
+def enter(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook: notes that the layer runs, and keeps parts of its input."""
     calls = sink.calls
     if calls is not None:
-        calls.append((name, _kept(output, name, policy)))
+        sink.running.append((name, module))
+        if parts:
+            _keep(calls, name, parts, as_input(args, kwargs))
 
 
-def keep_input(sink: Sink, name: str, policy: Policy, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: keeps what the layer is given."""
+def leave(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: notes that the layer has run, and keeps parts of its output.
+
+    A convolution that raised has the output None.
+    """
     calls = sink.calls
     if calls is not None:
-        calls.append((name, _kept(_as_input(args, kwargs), name, policy)))
+        running = sink.running
+        if running and running[-1][1] is module:
+            running.pop()
+        if output is not None or not is_convolution(module):
+            _keep(calls, name, parts, output)
 
 
-def _kept(value: Any, name: str, policy: Policy) -> Any:
-    if policy.reduce is None or torch.compiler.is_compiling():
+def _keep(calls: list[tuple[str, str, Any]], name: str, parts: Parts, value: Any) -> None:
+    for part, policy in parts:
+        found = part_of(value, part)
+        if found is not MISSING:  # what does not come out is an error of the whole forward
+            calls.append((name, part, keep_value(found, name + part, policy)))
+
+
+def keep_value(value: Any, name: str, policy: Policy) -> Any:
+    """Applies the policy to what a layer gave or is given; an error in it names the layer."""
+    if not policy.transforms or torch.compiler.is_compiling():
         return map_leaves(lambda tensor: _transformed(tensor, policy), value)
     try:
         # Activation checkpointing counts the tensors saved for backward through its own hooks, and its recomputation
@@ -63,25 +95,19 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
                 f"reduce returned a {type(value).__name__}, and it must return a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
-    if policy.dtype is not None and (value.is_floating_point() or value.is_complex()):
-        value = value.to(policy.dtype)
+    value = cast(value, policy.dtype)
     return value if policy.reduce is None else value.clone()  # reduce may return a small view of a large clone
 
 
-def separator(name: str, names: Iterable[str]) -> str:
-    """What comes before the number of a call: ``#``, unless ``name#0`` could also be the name of another layer."""
-    return "##" if any(other.startswith(name + "#") for other in names) else "#"
-
-
-def keyed(calls: list[tuple[str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
-    """Gives each call its key: the layer's name if it ran once, else the name with the call's number."""
+def keyed(calls: list[tuple[str, str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
+    """Gives each call its key: the layer's name if it ran once, else the name with the call's number; then the part."""
     times: dict[str, int] = {}  # counted by hand: this is compiled too, and torch 2.6 does not trace list.count
-    for name, _ in calls:
-        times[name] = times.get(name, 0) + 1
+    for name, part, _ in calls:
+        times[name + part] = times.get(name + part, 0) + 1
     numbers = dict.fromkeys(times, 0)
     found: dict[str, Any] = {}
-    for name, value in calls:
-        number = numbers[name]
-        numbers[name] = number + 1
-        found[name if times[name] == 1 else f"{name}{separators[name]}{number}"] = value
+    for name, part, value in calls:
+        number = numbers[name + part]
+        numbers[name + part] = number + 1
+        found[numbered(name, number, times[name + part], separators[name], part)] = value
     return found

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._errors import listed
+from convtap._errors import Unsupported, listed
+from convtap._memory import has_no_values, parts
 from convtap._structure import walk_tensors
 
 STATISTICS = ("min", "mean", "max", "std", "zeros", "nan", "inf")
 
 
-def statistics(output: Any) -> tuple[Any, ...]:
+def statistics(output: Any, key: str = "") -> tuple[Any, ...]:
     """Computes min, mean, max, standard deviation and share of zeros, and counts NaN and Inf, over all tensors of an output."""
-    tensors = [tensor.detach() for _, tensor in walk_tensors(output) if tensor.device.type != "meta"]
+    tensors = [tensor.detach() for _, tensor in walk_tensors(output) if not has_no_values(tensor)]
     if not tensors:
         return (None,) * len(STATISTICS)
-    values = torch.cat([real_values(tensor).reshape(-1) for tensor in tensors])
+    values = torch.cat([real_values(tensor, key).reshape(-1) for tensor in tensors])
     finite = values[values.isfinite()]
     if not values.numel():
         return (None, None, None, None, None, 0, 0)
@@ -33,9 +34,8 @@ def statistics(output: Any) -> tuple[Any, ...]:
     return (wide.min().item(), wide.mean().item(), wide.max().item(), spread.item(), zeros, nan, inf)
 
 
-def real_values(tensor: Tensor) -> Tensor:
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor
-    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+def real_values(tensor: Tensor, key: str = "") -> Tensor:
+    tensor = tensor.values() if tensor.is_nested else ordinary(tensor, key)
     if tensor.is_complex():
         return tensor.abs()
     if not tensor.is_floating_point():
@@ -43,17 +43,62 @@ def real_values(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
-def to_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.detach()
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+def to_numpy(tensor: Tensor, key: str = "") -> Any:
+    tensor = ordinary(tensor.detach(), key)
     if tensor.dtype is torch.bfloat16 or "float8" in str(tensor.dtype):
         tensor = tensor.float()
     return tensor.cpu().resolve_conj().resolve_neg().numpy()
 
 
+def ordinary(tensor: Tensor, key: str = "") -> Tensor:
+    """Returns an ordinary, dense tensor with the values of one that is quantized, sparse, distributed or another wrapper.
+
+    Raises:
+        Unsupported: there is none: on meta, nested, or a DTensor of which this process holds a part.
+    """
+    what = f"the output of {key!r}" if key else "the output"
+    if has_no_values(tensor):
+        raise Unsupported(f"{what} is on meta, so it has a shape and no values. Run the model on the CPU or a GPU.")
+    if tensor.is_nested:
+        raise Unsupported(
+            f"{what} is nested: its rows have different shapes, and one array holds none of that. Capture it with "
+            "reduce=lambda t: torch.nested.to_padded_tensor(t, 0.0)."
+        )
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        return tensor.to_dense()
+    return tensor if parts(tensor)[0] is tensor else _unwrapped(tensor, what)
+
+
+def _unwrapped(tensor: Any, what: str) -> Tensor:
+    """Returns the values of a wrapper as an ordinary tensor."""
+    kind = type(tensor).__name__
+    if hasattr(tensor, "placements"):
+        if tensor.device_mesh.size() > 1 and not all(placement.is_replicate() for placement in tensor.placements):
+            raise Unsupported(
+                f"{what} is a {kind} with placements {tuple(tensor.placements)}, so this process holds a part of it. "
+                "Capture the part with reduce=lambda t: t.to_local(), or all of it on every rank with "
+                "reduce=lambda t: t.full_tensor()."
+            )
+        return ordinary(tensor.to_local())
+    try:
+        values = tensor.wait() if hasattr(tensor, "wait") else tensor.dequantize()
+    except Exception:
+        values = tensor
+    if isinstance(values, Tensor) and values.shape == tensor.shape and parts(values)[0] is values:
+        return values
+    raise Unsupported(
+        f"{what} is a {kind}, whose values only its own class can read. Capture an ordinary tensor with reduce=, a function "
+        "that returns one."
+    )
+
+
 def shapes(value: Any) -> Any:
     """Returns the shape of a tensor, or the shapes in a structure as tuples and dicts."""
     if isinstance(value, Tensor):
+        if value.is_nested and value.layout is torch.strided:  # which has no shape: those of its rows
+            return tuple(row.shape for row in value.unbind())
         return value.shape
     if isinstance(value, (tuple, list)):
         return tuple(shapes(item) for item in value)

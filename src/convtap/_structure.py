@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,22 +72,89 @@ def _rebuild_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return items
 
 
-def walk_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of a structure with its path in it: ``""``, ``"0"``, ``"hidden.1"``."""
-    if isinstance(value, Tensor):
-        yield path, value
-        return
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what a tuple, list, mapping or dataclass holds, each with its place: ``[0]``, ``[hidden]``."""
+    pairs: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        pairs = zip(names, value, strict=True)
+        pairs = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
     elif isinstance(value, Mapping):
-        pairs = ((str(key), item) for key, item in value.items())  # type: ignore[assignment]
+        pairs = value.items()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))  # type: ignore[assignment]
-    else:
-        return
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     for name, item in pairs:
-        yield from walk_tensors(item, f"{path}.{name}" if path else str(name))
+        yield f"[{name}]", item
+
+
+def walk_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields everything in a structure that holds nothing itself, with its path: ``""``, ``"[0]"``, ``"[hidden][1]"``.
+
+    A path is written behind a layer's name or key, wherever a part of its output has one: ``lstm[1][0]``.
+    """
+    if isinstance(value, (tuple, list, Mapping)) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        for place, item in _members(value):
+            yield from walk_leaves(item, path + place)
+    else:
+        yield path, value
+
+
+def walk_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor of a structure with its path in it: ``""``, ``"[0]"``, ``"[hidden][1]"``."""
+    if isinstance(value, Tensor):
+        yield "", value
+        return
+    for path, leaf in walk_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield path, leaf
+
+
+class Missing:
+    """Stands for a part that a structure does not have."""
+
+
+MISSING = Missing()
+
+
+def _below(part: str, place: str) -> str | None:
+    """Returns the rest of a path behind one of its places, or None if the path does not go there."""
+    rest = part.removeprefix(place)
+    return rest if part.startswith(place) and (not rest or rest.startswith("[")) else None
+
+
+def part_of(value: Any, part: str) -> Any:
+    """Returns the part of a structure at a path such as ``"[hidden][1]"``, or ``MISSING``."""
+    if not part:
+        return value
+    for place, item in _members(value):
+        rest = _below(part, place)
+        found = MISSING if rest is None else part_of(item, rest)
+        if found is not MISSING:
+            return found
+    return MISSING
+
+
+def with_part(value: Any, part: str, new: Any) -> Any:
+    """Returns a structure with the part at a path replaced; ``MISSING`` if it has no such part."""
+    if not part:
+        return new
+    items = [item for _, item in _members(value)]
+    for number, (place, item) in enumerate(_members(value)):
+        rest = _below(part, place)
+        changed = MISSING if rest is None else with_part(item, rest, new)
+        if changed is not MISSING:
+            items[number] = changed
+            return _rebuilt(value, items)
+    return MISSING
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return _rebuild_mapping(value, dict(zip(value, items, strict=True)))
+    copy = object.__new__(type(value))
+    for field, item in zip(dataclasses.fields(value), items, strict=True):
+        object.__setattr__(copy, field.name, item)
+    return copy
 
 
 class Held:

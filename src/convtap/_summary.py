@@ -6,18 +6,26 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from convtap._errors import NotCaptured
+from convtap._coverage import Coverage
+from convtap._errors import NotCaptured, listed, plural
 from convtap._log import Log
 from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics
 from convtap._table import Rows, Table, human_bytes
 
 
-def call_table(log: Log, keys: Sequence[str], stats: bool, most: int | None, notes: Sequence[str]) -> Table:
+def call_table(log: Log, keys: Sequence[str], stats: bool, most: int | None, nbytes: int, coverage: Coverage) -> Table:
     """Makes the table of a log, whose calls have these keys; only the rows that it shows are computed here."""
     columns = ["layer", "shape", "dtype", "device", "bytes", *(STATISTICS if stats else ())]
     rows = Rows(list(zip(keys, log.calls, strict=True)), functools.partial(_row, log, stats))
     title = "" if rows else "no outputs captured"
+    notes = [_totals(log, nbytes, coverage), *log.notes]
     return Table(columns, rows, title, notes, most=most, whole="print(acts.summary(rows=None))")
+
+
+def _totals(log: Log, nbytes: int, coverage: Coverage) -> str:
+    missing = [name for state in (coverage.idle, coverage.bypassed, coverage.unactivated) for name in state]
+    rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
+    return f"{plural(len(log.calls), 'call')}, {human_bytes(nbytes)}{rest}"
 
 
 def _row(log: Log, stats: bool, of: tuple[str, Any]) -> list[Any]:
@@ -31,4 +39,4 @@ def _row(log: Log, stats: bool, of: tuple[str, Any]) -> list[Any]:
         )
     device = "" if call.device is None else str(call.device)
     row: list[Any] = [key, shapes_text(call.shape), dtype_text(call.dtype), device, human_bytes(call.nbytes)]
-    return [*row, *(statistics(call.output) if stats else ())]
+    return [*row, *(statistics(call.output, key) if stats else ())]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FunctionType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
+from convtap._arguments import check_arguments
 from convtap._errors import (
     ConvtapError,
+    CoverageWarning,
     InvalidValue,
     LayerNotFound,
     NotCaptured,
@@ -21,10 +25,14 @@ from convtap._errors import (
     listed,
     plural,
 )
+from convtap._functional import FunctionalTap, kernels_of
+from convtap._keys import separator
 from convtap._policy import Policy
-from convtap._select import CONV1D, Layers, Types, check_arguments, select
-from convtap._sink import Sink, keep_input, keep_output, keyed, separator
+from convtap._reduce import Reduce, Reductions
+from convtap._select import CONV1D, FUNCTION, Layers, Types, select
+from convtap._sink import Sink, enter, is_convolution, keyed, leave
 from convtap._torch.hooks import Hook, Hooks
+from convtap._tree import ModuleTree, is_keras
 
 # Note: [Tracing hooks]
 # Assumption: torch.compile and torch.export trace the hooks that are on the model while they trace, as part of it.
@@ -44,8 +52,10 @@ class Tapped(nn.Module):
     clones, right whatever the model does in place, and part of the autograd graph. Running the model by itself records
     nothing. The model is the submodule ``model``, so the keys of the state dict begin with ``model.``.
 
-    Unlike ``capture`` it sees only layers that run as modules, and keeps its hooks until ``close``, the end of its
-    ``with`` block, or until it is dropped. Copies and pickles of it have hooks of their own.
+    Convolutions that are called as functions (``F.conv1d``) come out under the names of their kernels, as in ``capture``; one
+    with a computed kernel is ``F.conv1d``. A layer that is idle is left out with a ``CoverageWarning``; if it was asked for by
+    name, that is an error. Unlike ``capture`` it keeps its hooks until ``close``, the end of its ``with`` block, or until it
+    is dropped. Copies and pickles of it have hooks of their own.
 
     Example:
         >>> import torch
@@ -62,13 +72,13 @@ class Tapped(nn.Module):
         types: the module types to choose from; Conv1d and its quantized forms by default.
         at: ``"output"``, or ``"input"`` for what the layer was given.
         dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``.
+        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``; or a mapping from layers to such.
 
     Raises:
         LayerNotFound: a selector matches nothing.
         Unsupported: the model cannot be tapped in this way; the message says how it can.
-        NotCaptured: in the forward pass: a selected layer did not run as a module, or the compiler left its hook out. In
-            a compiled forward the compiler wraps the error in its own, with the same text.
+        NotCaptured: in the forward pass: a layer asked for by name did not run, nothing ran, or a compiled part may have
+            run a layer without its hook. In a compiled forward the compiler wraps the error in its own, with the same text.
         ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
     """
 
@@ -84,22 +94,37 @@ class Tapped(nn.Module):
         types: Types = CONV1D,
         at: Literal["output", "input"] = "output",
         dtype: torch.dtype | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         super().__init__()
         selection = select(model, layers, check_arguments(model, layers, types, "call the result: tapped(model)(x)"))
-        _check_at(at)
+        _check_at(at, model)
         _check_model(model, selection.modules.values())
-        if selection.function_names:
-            raise Unsupported(_function_only(selection.function_names))
-        if not selection.modules:
+        kernels = kernels_of(selection)
+        loose = kernels is not None and any(kernel.wanted for kernel in kernels.known)
+        if not (selection.modules or selection.function_names or loose):
             raise LayerNotFound(selection.nothing())
         self.model = model
         self.training = model.training
-        self._policy = Policy(detach=False, reduce=reduce, dtype=dtype)
         self._at = at
         self._layers = dict(selection.modules)
-        self._separators = {name: separator(name, self._layers) for name in self._layers}
+        self._parts = {name: selection.parts.get(name, ("",)) for name in self._layers}
+        self._kernels = kernels
+        parts = [name + part for name, parts in self._parts.items() for part in parts]
+        self._selected = [*parts, *selection.function_names]
+        self._exact = frozenset(selection.exact)
+        self._idle: set[str] = set()
+        functions = [
+            *selection.function_names,
+            *(kernel.name for kernel in (kernels.known if kernels else ())),
+            FUNCTION,
+        ]
+        names = [*self._layers, *functions]
+        self._separators = {name: separator(name, names) for name in names}
+        policy, reductions = Policy(detach=False, reduce=reduce, dtype=dtype), Reductions(reduce, selection)
+        self._policies = {
+            key: dataclasses.replace(policy, reduce=reductions.of(key)) for key in (*self._selected, *functions)
+        }
         self._closed = False
         self._open()
 
@@ -107,11 +132,13 @@ class Tapped(nn.Module):
         type(self).forward.__signature__ = _signature(self.model)  # type: ignore[attr-defined]
         self._sink = sink = Sink()
         self._hooks = hooks = Hooks()
-        for name, module in self._layers.items():
-            if self._at == "input":
-                hooks.before(module, keep_input, sink, name, self._policy)
-            else:
-                hooks.after(module, keep_output, sink, name, self._policy)
+        kernels, at = self._kernels, self._at
+        for name, module in {**self._layers, **({} if kernels is None else kernels.layers)}.items():
+            kept = tuple((part, self._policies[name + part]) for part in self._parts.get(name, ()))
+            if kernels is not None or at == "input":
+                hooks.before(module, enter, sink, name, kept if at == "input" else ())
+            if kernels is not None or at == "output":
+                hooks.after(module, leave, sink, name, kept if at == "output" else (), always=is_convolution(module))
         self._finalizer = weakref.finalize(self, hooks.remove)
         self._finalizer.atexit = False
 
@@ -119,22 +146,26 @@ class Tapped(nn.Module):
         """Runs the model, and returns its output and what the layers gave.
 
         Raises:
-            NotCaptured: a selected layer did not come out.
+            NotCaptured: a layer that must come out did not.
             ConvtapError: it is closed.
         """
         if self._closed:
             self._refuse_closed()
         sink = self._sink
-        calls: list[tuple[str, Any]] = []
-        sink.calls = calls
+        calls: list[tuple[str, str, Any]] = []
+        sink.calls, sink.running = calls, []
         try:
-            output = self.model(*args, **kwargs)
+            if self._kernels is None:
+                output = self.model(*args, **kwargs)
+            else:
+                with FunctionalTap(sink, self._kernels, self._policies, self._at):
+                    output = self.model(*args, **kwargs)
         finally:
             sink.calls = None
-        names = [name for name, _ in calls]
-        missing = [name for name in self._layers if name not in names]
+        names = [name + part for name, part, _ in calls]
+        missing = [name for name in self._selected if name not in names]
         if missing:
-            self._missing(missing)
+            self._missing(missing, len(calls) > 0)
         return output, keyed(calls, self._separators)
 
     def close(self) -> None:
@@ -172,8 +203,8 @@ class Tapped(nn.Module):
         # In a deep copy the old hooks are there, and do nothing. A shallow copy shares the model with its original,
         # whose hooks still work. See Note: [Hooks and copies].
         hooks = "_forward_pre_hooks" if self._at == "input" else "_forward_hooks"
-        first = next(iter(self._layers.values()))
-        if not isinstance(getattr(first, hooks).get(self._hooks._key), Hook):
+        first = next(iter(self._layers.values()), None)
+        if first is None or not isinstance(getattr(first, hooks).get(self._hooks._key), Hook):
             self._hooks.remove()
         self._open()
         if self._closed:
@@ -181,21 +212,34 @@ class Tapped(nn.Module):
 
     # -- what goes wrong; called in a trace, Dynamo runs these while it traces, so that their messages are what one sees
 
-    def _missing(self, missing: list[str]) -> None:
-        raise NotCaptured(
-            f"{len(missing)} of {plural(len(self._layers), 'selected layer')} did not come out of this forward: "
-            f"{listed(missing)}. A layer comes out if it runs as a module; one that is idle, or whose convolution is "
-            "called as a function (F.conv1d), does not (capture(model) sees those as well). If it does run, a part of the "
-            "model was compiled by itself before the hooks were on: tap first, then compile the whole, "
-            "torch.compile(tapped(model), fullgraph=True). To select what runs as a module: tapped(model, [row.name for "
-            "row in list_layers(model, example=x) if row.used.startswith('module')])."
+    def _missing(self, missing: list[str], any_came: bool) -> None:
+        # Under torch.compile this is traced, also if Dynamo could not trace the forward around it.
+        self._judge(missing, any_came, torch.compiler.is_dynamo_compiling())
+
+    def _judge(self, missing: list[str], any_came: bool, compiled: bool) -> None:
+        """Raises, or warns, if layers did not come out.
+
+        An idle layer is an error if it was asked for by name, if nothing else came out, or if it may have run unseen: in
+        compiled code, unless it was idle in an earlier forward that was not compiled.
+        """
+        asked = [name for name in missing if name in self._exact]
+        parts = ModuleTree(self.model).compiled
+        unseen = [name for name in missing if name in parts or (compiled and name not in self._idle)]
+        if asked or unseen or not any_came:
+            raise NotCaptured(_not_out(asked or unseen or missing, len(self._selected)))
+        self._idle.update(missing)
+        warnings.warn(
+            f"{plural(len(missing), 'selected layer')} did not run in this forward, so the result does not have it: "
+            f"{listed(missing)}. Select only layers that run, or pass the name in layers= to make this an error.",
+            CoverageWarning,
+            stacklevel=6,  # at the call of the tapped module
         )
 
     def _refuse_closed(self) -> None:
         raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
 
     # The mark is what torch.compiler.assume_constant_result sets; calling that would import Dynamo, for over a second.
-    _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _judge._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -229,10 +273,11 @@ def _signature(model: nn.Module) -> inspect.Signature:
         return inspect.signature(Tapped.forward)
 
 
-def _check_at(at: Any) -> None:
+def _check_at(at: Any, model: nn.Module) -> None:
     if at == "activation":
+        kind = "keras.layers.ReLU" if is_keras(type(model)) else "nn.ReLU"
         raise Unsupported(
-            "at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types=nn.ReLU)."
+            f"at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types={kind})."
         )
     if at not in ("output", "input"):
         raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
@@ -251,9 +296,11 @@ def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
         )
 
 
-def _function_only(names: Collection[str]) -> str:
+def _not_out(missing: list[str], selected: int) -> str:
     return (
-        f"{listed(sorted(names))} runs as a function (F.conv1d), and tapped sees only layers that run as modules. "
-        "Use a block, with capture(model) as acts: model(x), or select layers that list_layers(model, example=x) shows "
-        "as modules."
+        f"{len(missing)} of {plural(selected, 'selected layer')} did not come out of this forward: {listed(missing)}. If "
+        "such a layer is idle, leave it out of layers=; list_layers(model, example=x) shows how each layer is used. If it "
+        "does run, a part of the model was compiled by itself before the hooks were on: tap first, then compile the whole, "
+        "torch.compile(tapped(model), fullgraph=True). A compiled forward leaves idle layers out if they were idle in a "
+        "forward before it was compiled."
     )

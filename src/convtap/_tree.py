@@ -50,6 +50,10 @@ def _is_keras_conv1d(kind: type) -> bool:
     return _derives(kind, "keras.src.layers.convolutional.conv1d", "Conv1D")
 
 
+def _is_keras_input(kind: type) -> bool:
+    return _derives(kind, "keras.src.layers.core.input_layer", "InputLayer")
+
+
 def _children(module: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
     """The parts of a module by name. Keras keeps its layers where PyTorch does not look for them."""
     if not is_keras(type(module)):
@@ -196,6 +200,11 @@ class ModuleTree:
             for key, tensor in tensors_of(module):
                 yield parameter_name(name, key), tensor
 
+    def keras_namesakes(self, wanted: type) -> list[type]:
+        """Returns the model's Keras types that have the name of a PyTorch type, which selects none of them."""
+        kinds = dict.fromkeys(type(module) for module in self.names.values())
+        return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
+
     def instances(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         """Returns the names of the outermost modules of some types."""
         if not any(issubclass(kind, kinds) for kind in self._kinds):
@@ -208,5 +217,13 @@ class ModuleTree:
 
     def census(self) -> str:
         """Counts the leaf modules by type, most frequent first: ``4 Conv2d, 2 Linear``."""
-        kinds = Counter(type(module).__name__ for module in self.names.values() if not module._modules)
+        leaves = [type(module) for module in self.names.values() if not any(_children(module))]
+        kinds = Counter(kind.__name__ for kind in leaves if not _is_keras_input(kind))
         return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no modules"
+
+
+def kind_name(kind: type) -> str:
+    """Returns the name of a module type, as it is written where PyTorch or Keras has it."""
+    if kind.__module__.startswith("torch.nn.") and hasattr(nn, kind.__name__):
+        return f"nn.{kind.__name__}"
+    return f"keras.layers.{kind.__name__}" if kind.__module__.startswith("keras.src.layers.") else kind.__name__

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from convtap._coverage import LayerCoverage
 from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, plural
 from convtap._log import Log
-from convtap._passes import Passes
+from convtap._passes import TASK, Passes
 from convtap._record import Recorder
 from convtap._select import FUNCTION, Selection
 from convtap._tree import ModuleTree
@@ -77,6 +77,7 @@ def _missing(
         hint = "" if functional else " Without functional=False, convolutions called as functions are seen as well."
         gone = [name for name in exact if name in compiled]
         hint += f" {_compiled_away(gone, recorder)}" if gone else ""
+        hint += _tied(exact, selection)
         return NotCaptured(
             f"asked for by name, but did not run: {listed(exact)}.{_elsewhere(recorder, passes)}{hint} {_USED}"
         )
@@ -112,17 +113,26 @@ def _why_nothing(
             "the selected layers ran only during a backward pass (activation checkpointing recomputes them there). "
             "Put the forward pass inside the block: with capture(model) as acts: model(x)"
         )
+    if log.lacking:
+        return (
+            f"no output has the part that was asked for: {listed(log.lacking)}. Select the layers whole to see what they "
+            "return, or other ones with types=."
+        )
     unactivated = [state.name for state in log.states() if state.unactivated]
     if unactivated:
         return (
-            f"the selected layers ran, but no activation followed them: {listed(unactivated)}. Capture them with "
-            "at='output', or name the types that count as activations with activations=(...)."
+            f"the selected layers ran, but no activation followed them: {listed(unactivated)}.{_summed(recorder)} Capture "
+            "them with at='output', capture the activations themselves with types=nn.ReLU, or name the types that count as "
+            "activations with activations=(...)."
         )
     gone = [name for name in selection.names if name in compiled]
     if gone and passes.inputs:
         return _compiled_away(gone, recorder)
     if not passes.inputs:
-        return "the model did not run inside the block. Write: with capture(model) as acts: model(x)"
+        return (
+            "the model did not run inside the block. Write: with capture(model) as acts: model(x). If another process runs "
+            "it, such as a data-loader worker, its outputs do not come back: run the model in this process."
+        )
     return (
         f"the model ran ({plural(len(passes.inputs), 'pass')}), but none of the selected layers did: "
         f"{listed(selection.names)}. {_USED}"
@@ -156,6 +166,27 @@ def _changed(
         yield _compiled_away(gone, recorder)
 
 
+def _tied(names: list[str], selection: Selection) -> str:
+    """Says of which layers the weight is also another layer's, whose name its convolutions have then."""
+    owners = {id(tensor): name for name, tensor in reversed(list(selection.tree.parameters()))}
+    tied = []
+    for name in names:
+        weight = getattr(selection.modules.get(name), "weight", None)
+        if weight is not None and owners.get(id(weight), name) != name:
+            tied.append(f"the weight of {name!r} is that of {owners[id(weight)]!r}")
+    return f" {'; '.join(tied)}: a convolution called as a function with it has that name." if tied else ""
+
+
+def _summed(recorder: Recorder) -> str:
+    """Says which layers' outputs went into a sum, behind which an activation is the sum's."""
+    names = sorted(recorder.summed)
+    return (
+        f" Added to another tensor first (a residual sum): {listed(names)}; what follows is of the sum."
+        if names
+        else ""
+    )
+
+
 def _threads(recorder: Recorder, passes: Passes) -> dict[str, str]:
     """The threads in which the model ran without this capture, each with what ran."""
     return {
@@ -168,6 +199,11 @@ def _elsewhere(recorder: Recorder, passes: Passes) -> str:
     threads = [f"{thread} (there {what} ran)" for thread, what in _threads(recorder, passes).items()]
     if not threads:
         return ""
+    if TASK in _threads(recorder, passes):
+        return (
+            f" The model ran in a coroutine or context that began before the capture, where it is not open: "
+            f"{listed(threads)}. Open the capture in the coroutine that runs the model, or before the task is created."
+        )
     return (
         f" The model ran in another thread, where this block is not open: {listed(threads)}. Enter the block in the "
         "thread that runs the model, or run it there with contextvars.copy_context().run."

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from convtap._call import Call
-from convtap._memory import storage_key, tensor_bytes
+from convtap._memory import has_no_values, memory_of, parts
 from convtap._policy import Policy
 from convtap._structure import Held, map_leaves
 
@@ -41,6 +41,7 @@ class Weighed(Held):
 class Weigher(Policy):
     """A policy that applies ``reduce`` and ``dtype`` as a capture does, and keeps bytes instead of values."""
 
+    takes_fakes = True  # what they would take
     seen: dict[Any, tuple[Any, int]] = field(default_factory=dict)
 
     @property
@@ -51,21 +52,48 @@ class Weigher(Policy):
     def keep_output(self, tensor: Tensor, fresh: bool = True) -> Any:
         """Weighs what would be kept of an output."""
         kept = super().keep_output(tensor, fresh)
-        meta = kept if kept.is_quantized else torch.empty_like(kept, device="meta")
-        return Weighed(meta, self._bytes(tensor, kept))
+        return Weighed(_without_values(kept), self._bytes(tensor, kept))
 
     def _bytes(self, tensor: Tensor, kept: Tensor) -> int:
-        key, original = storage_key(kept), storage_key(tensor)
-        if key is None:
-            return tensor_bytes(kept)
-        if original is None or original[0] != key[0] or tensor.is_inference():
-            return key[1]
-        place = (str(kept.device), key[0])
+        originals, copies = parts(tensor), parts(kept)
+        if self.transforms or len(originals) != len(copies):
+            return sum(sum(_memory(part).values()) for part in copies)
+        return sum(self._new(one, other) for one, other in zip(originals, copies, strict=True))
+
+    def _new(self, part: Tensor, kept: Tensor) -> int:
+        """Returns the bytes of a kept part, unless its memory was counted before."""
+        memory = _memory(kept)
+        if part.is_inference() or not memory:
+            return sum(memory.values())
+        ((place, size),) = memory.items()
+        if has_no_values(part):
+            ((place, size),) = _memory(part).items()  # a snapshot would share the original's memory, were there any
+        elif place not in memory_of(part):
+            return size
         storage, version = self.seen.get(place, (None, -1))
-        if storage is not None and version == tensor._version and not storage.expired():
+        if storage is not None and version == part._version and not storage.expired():
             return 0
-        self.seen[place] = (_weak(tensor), tensor._version)
-        return key[1]
+        self.seen[place] = (_weak(part), part._version)
+        return size
+
+
+def _memory(part: Tensor) -> dict[tuple[str, int], int]:
+    """Returns what ``memory_of`` does; for a tensor without values, what the real one that it stands for would have."""
+    if not has_no_values(part):
+        return memory_of(part)
+    storage = part.untyped_storage()
+    return {("meta", storage._cdata): storage.nbytes()}
+
+
+def _without_values(tensor: Tensor) -> Any:
+    """Returns a tensor of the same shape and type on meta, or (for a nested one) a tuple of them."""
+    if tensor.is_quantized:
+        return tensor
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return tuple(_without_values(row) for row in tensor.unbind())
+    if tensor.is_nested:  # jagged: no other tensor has such a shape
+        return torch.empty_like(tensor, device="meta")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _weak(tensor: Tensor) -> Any:

@@ -196,7 +196,7 @@ def _footer(figure: Figure, top: int, axis: TimeAxis) -> None:
 def distributions(
     acts: Activations, layers: Chosen = None, timeline: Any = None, channels_last: bool | Chosen = None
 ) -> Figure:
-    """Draws how each layer's values are spread, over all its calls and inputs: quantiles, zeros, dead channels.
+    """Draws how each layer's values are spread over all inputs: quantiles, zeros, dead channels.
 
     Args:
         acts: what a block collected.
@@ -205,10 +205,11 @@ def distributions(
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
-        A matplotlib Figure with one row a layer: the 1 % to 99 % quantiles (thin), the quartiles (thick) and the median
-        (red) of the finite values; the share of exact zeros; the share of dead channels. A channel is dead if it has the
-        same value in every input at every frame (if there is one value only: if that is zero). A question mark says where
-        the channels were assumed to be axis 1.
+        A matplotlib Figure with one row a layer, over all inputs: the 1 % to 99 % quantiles (thin), the quartiles (thick) and
+        the median (red) of the finite values; the share of exact zeros; the share of dead channels. A layer that runs
+        several times in one forward pass, such as a shared activation, has one row for each of these runs: ``act#0``,
+        ``act#1``, …. A channel is dead if it has the same value in every input at every frame (if there is one value only:
+        if that is zero). A question mark says where the channels were assumed to be axis 1.
 
     Raises:
         MissingExtra: matplotlib is not installed.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths, checked_lengths
-from convtap._disk.forward import Runner, checked_inputs, module_mode
-from convtap._disk.job import last_axis
+from convtap._disk.forward import Runner, module_mode
 from convtap._disk.rows import RowMaker
 from convtap._disk.shards import Rows
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
 from convtap._policy import Policy
+from convtap._reduce import Reduce, Reductions
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import to_numpy
 
@@ -57,7 +57,7 @@ class Extractor:
         types: the module types to choose from.
         at: ``"output"`` or ``"input"`` of the layers.
         reduce: a function of each output, run on its own device. It sees the batch; with ``lengths``, it sees one sample
-            (C, T) at a time, cut to its real frames.
+            (C, T) at a time, cut to its real frames. Or a mapping from layers to functions, as in ``extract``.
         dtype: what to cast floating-point outputs to.
         inputs: the name of the column that the model is called with, or a function of the batch that returns
             ``(args, kwargs)``. None if the batch has one column only.
@@ -81,7 +81,7 @@ class Extractor:
         *,
         types: Types = CONV1D,
         at: Literal["output", "input"] = "output",
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
         dtype: torch.dtype | None = None,
         inputs: str | Inputs | None = None,
         lengths: str | Callable[[dict[str, Any]], Sequence[int] | Tensor] | None = None,
@@ -96,14 +96,15 @@ class Extractor:
         self._inputs = inputs
         self._lengths = lengths
         self._keep = None if keep is None else list(keep)
-        rule = None if lengths is None else ValidLengths(self._model)
+        rule = None if lengths is None else ValidLengths(self._model, at)
         capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
         self._runner = Runner(
-            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=None, rule=rule
+            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
         )
-        axes = RowAxes(self._model, self._runner.selection.tree, at, reduce is not None and rule is None, rule)
+        reductions = Reductions(reduce, self._runner.selection)
+        axes = RowAxes(self._model, self._runner.selection.tree, at, reductions, rule)
         self._runner.look = axes.look
-        self._rows = RowMaker(calls, rule, reduce, dtype, axes)
+        self._rows = RowMaker(calls, rule, reductions, dtype, axes)
         self._columns: list[str] | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,13 +121,10 @@ class Extractor:
         size, kept = self._checked(batch)
         tensors = {name: _as_tensors(column) for name, column in batch.items()}
         args, kwargs = self._called_with(tensors)
-        full, lengths = 0, None
-        if self._lengths is not None:
-            full = last_axis((args, kwargs))
-            lengths = checked_lengths(self._of_lengths, tensors, size, full)
+        lengths = None if self._lengths is None else checked_lengths(self._of_lengths(tensors), size)
         with module_mode(self._model, "eval"), torch.inference_mode():
-            calls = self._runner.run(args, kwargs)
-            columns = self._rows.columns(calls, size, lengths, full)
+            calls = self._runner.run(args, kwargs, lengths)
+            columns = self._rows.columns(calls, size)
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 
@@ -151,7 +149,7 @@ class Extractor:
 
     def _called_with(self, tensors: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if callable(self._inputs):
-            return checked_inputs(self._inputs, tensors)
+            return self._runner.inputs(self._inputs, tensors)
         if self._inputs is None and len(tensors) > 1:
             raise InvalidValue(
                 f"the batch has the columns {listed(tensors)}, and nobody said which of them the model is called with. Pass "
@@ -183,8 +181,7 @@ class Extractor:
                 f"keep=[...]."
             )
         if self._columns is None:
-            selection = self._runner.selection
-            idle = [name for name in selection.modules if name in selection.exact and name not in self._runner.ran]
+            idle = [name for name in self._runner.idle() if name in self._runner.selection.exact]
             if idle:
                 raise NotCaptured(
                     f"{listed(idle)} did not run, and a column needs a value in each row. Leave it out of layers=, or use "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from convtap._atomic import write_whole
 from convtap._errors import InvalidType, StoreError, plural
-from convtap._save import _umask
+from convtap._save import unwritable
 from convtap._table import human_bytes
 from convtap._view import gallery as _gallery
 from convtap._view.cells import STEPS, palette
@@ -88,7 +88,11 @@ def report(
         ("tree", "Layer tree", layer_tree(acts.coverage, model)),
     ]
     lead = f"<p>{escape(plural(len(acts), 'call'))}, {escape(human_bytes(acts.nbytes))}</p>"
-    _write_whole(target, page(title, sections, lead))
+    text = page(title, sections, lead)
+    try:
+        write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(unwritable(target, error)) from error
 
 
 _NOTHING = "<p>No outputs were captured.</p>"
@@ -116,21 +120,3 @@ def _legend() -> str:
         f'<p class="soft">−limit <span class="legend" style="background: linear-gradient(to right, {stops})"></span> +limit, '
         f"white at zero. {escape(_gallery.EXPLANATION)}</p>"
     )
-
-
-def _write_whole(target: Path, text: str) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."
-        ) from error
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise StoreError(f"cannot write to {str(target)!r}: {error}. Give the path of a file.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from convtap._example import Example
 from convtap._result import Activations
 from convtap._select import CONV1D, Layers, Types
 from convtap._stats import shapes
+from convtap._structure import MISSING, part_of
 
 
 def compare(
@@ -29,10 +30,11 @@ def compare(
     atol: float | None = None,
     rtol: float | None = None,
     sqnr_db: float | None = None,
+    mode: Literal["eval", "train"] | None = "eval",
 ) -> Comparison:
     """Compares two captures, or two models on an example, and marks the first layer over the tolerance.
 
-    Two models run side by side, in eval mode and without gradients, and stop at each layer, so that no more than the outputs
+    Two models run side by side, without gradients, and stop at each layer, so that no more than the outputs
     being compared is held. A compiled model runs compiled, through ``torch.compile(tapped(model))``, which holds all of its
     outputs. The row ``<output>`` compares what the models return when they are run without taps. ``a`` is the reference.
 
@@ -53,8 +55,8 @@ def compare(
     Args:
         a: the reference: a model, or what a block captured (``load(path)`` too).
         b: what to compare with it, of the same kind.
-        example: with models: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Floating tensors in
-            it are given to each model in its own type and on its own device.
+        example: with models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Floating
+            tensors in it are given to each model in its own type and on its own device.
         map: names in ``a`` to names in ``b``, for layers whose names differ. Layers that it leaves out are paired by name,
             or by order where the names differ and the structures match.
         layers: with models: which layers of ``a`` to compare, as in ``capture``.
@@ -64,20 +66,24 @@ def compare(
         sqnr_db: the least signal to quantization noise ratio of a layer. With none of the three, a layer's relative error
             ‖a − b‖ / ‖a‖ must be at most √ε of the coarsest type so far: 3.5e-4 for float32, 0.09 for bfloat16, 0.06 for
             eight bits.
+        mode: with models: ``"eval"``, ``"train"``, or None for the mode in which each module is. Each gets its own back, and
+            buffers are as they were. The result says so if it is not the mode that a model was in.
 
     Raises:
         InvalidType: the sides are not of one kind.
         InvalidValue: models without an example, or no layer has a partner.
-        LayerNotFound: ``map`` or ``layers`` names a layer that is not there.
+        LayerNotFound: ``map`` or ``layers`` names a layer that is not there, or a model has no layer of ``types``.
         Unsupported: a compiled side cannot run compiled here.
     """
     tolerance = Tolerance(*(_tolerance(name, v) for name, v in (("atol", atol), ("rtol", rtol), ("sqnr_db", sqnr_db))))
+    if mode not in ("eval", "train", None):
+        raise InvalidValue(f"mode={mode!r} is none of 'eval', 'train', None.")
     if isinstance(a, Activations) and isinstance(b, Activations):
         return _compare_captures(a, b, map, tolerance)
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         if example is None:
             raise InvalidValue("two models are compared on an example. Write: compare(a, b, example=x)")
-        return compare_models(a, b, example, map, layers, types, tolerance)
+        return compare_models(a, b, example, map, layers, types, tolerance, mode)
     raise InvalidType(
         f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
         "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example."
@@ -85,24 +91,38 @@ def compare(
 
 
 def _compare_captures(a: Activations, b: Activations, map: Any, tolerance: Tolerance) -> Comparison:
-    pairs, note = match(_structure(a), _structure(b), map)
+    pairs, note = match(_structure(a, b), _structure(b, a), map)
     ledger = Ledger(pairs, tolerance)
-    theirs = {(call.name, call.index): call for call in b.calls()}
-    for call in a.calls():
-        partner = theirs.pop((pairs.get(call.name, ""), call.index), None)
-        if partner is None:
-            ledger.lone(0, call.name, call.index)
+    ledger.parts.update({call.name: call.part for acts in (a, b) for call in acts.calls()})
+    theirs = {(name, index): output for name, index, output in _outputs(b, a)}
+    for name, index, output in _outputs(a, b):
+        partner = (pairs.get(name, ""), index)
+        if partner in theirs:
+            ledger.compare(name, partner[0], index, output, theirs.pop(partner))
         else:
-            ledger.compare(call.name, partner.name, call.index, call.output, partner.output)
+            ledger.lone(0, name, index)
     for name, index in theirs:
         ledger.lone(1, name, index)
     return ledger.close([note])
 
 
-def _structure(acts: Activations) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
+def _outputs(acts: Activations, other: Activations) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, number and output of each call; of what the other side has in part only, the same parts."""
+    parts: dict[str, dict[str, None]] = {}
+    for call in other.calls():
+        if call.part:
+            parts.setdefault(call.layer, {})[call.part] = None
     for call in acts.calls():
-        found.setdefault(call.name, []).append(shapes(call.output))
+        for part in parts.get(call.layer, ("",)) if not call.part else ("",):
+            found = part_of(call.output, part)
+            if found is not MISSING:
+                yield call.name + part, call.index, found
+
+
+def _structure(acts: Activations, other: Activations) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    for name, _, output in _outputs(acts, other):
+        found.setdefault(name, []).append(shapes(output))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -10,14 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from convtap._arguments import check_arguments
 from convtap._debug.comparison import OUTPUT, Comparison, Ledger
 from convtap._debug.metrics import Tolerance
-from convtap._debug.pairs import Flow, folded, match, observe, signature
+from convtap._debug.pairs import Flow, Run, match, observe, signature
+from convtap._debug.plan import Plan
 from convtap._debug.stream import Stream
-from convtap._errors import Unsupported, listed
-from convtap._example import arguments, eval_mode, fitted, run_once
-from convtap._select import FUNCTION, Selection, check_arguments, select
+from convtap._errors import LayerNotFound, Unsupported, listed
+from convtap._example import arguments, fitted, looking, own_tensors, run_once
+from convtap._parts import no_part
+from convtap._select import Selection, select
+from convtap._structure import MISSING, part_of
 from convtap._tapped import tapped
+from convtap._tree import is_keras
 
 _EIGHT_BITS = 2.0**-8
 
@@ -31,15 +35,24 @@ _EIGHT_BITS = 2.0**-8
 class _Side:
     """One of the two models: its layers, how it runs, and its calls one by one."""
 
-    def __init__(self, label: str, model: nn.Module, layers: Any, types: tuple[type[nn.Module], ...], example: Any):
+    def __init__(
+        self,
+        label: str,
+        model: nn.Module,
+        layers: Any,
+        types: tuple[type[nn.Module], ...],
+        example: Any,
+        mode: str | None,
+    ) -> None:
+        self.mode = mode
         self.label = label
         self.model = model
         self.python = _python_model(label, model)
         self.types = types
         self.example = fitted(example, self.python)
         self.selection: Selection = select(self.python, layers, types)
-        self.flow: Flow = observe(self.python, list(self.selection.modules), self.selection.tree, self.example)
-        ran = set(self.flow.ran)
+        self.flow: Flow = observe(self.python, list(self.selection.modules), self.selection.tree, self.example, mode)
+        ran = self.flow.counts
         #: the layers that ran, with what must be equal for two structures to match
         self.layers = {name: signature(m) for name, m in self.selection.modules.items() if name in ran}
         self.output: Any = None
@@ -60,7 +73,7 @@ class _Side:
         if self.is_compiled:
             yield from self._compiled_calls(modules)
             return
-        stream = Stream(self.python, layers, self.types, self.example)
+        stream = Stream(self.python, layers, self.types, self.example, self.mode)
         stack.callback(stream.close)
         for call in stream:
             yield call.name, call.index, call.output
@@ -84,17 +97,18 @@ class _Side:
                 f"side {self.label} is compiled, and compiled models run eagerly now (inside a capture's block, or under "
                 "torch.compiler.set_stance), so this would compare something else. Call compare outside of that."
             )
-        args, kwargs = arguments(self.example)
+        args, kwargs = arguments(own_tensors(self.example))
         before = dynamo.utils.counters["frames"]["ok"]
-        with tapped(self.python, modules, types=self.types) as taps, torch.random.fork_rng(), torch.no_grad():
-            taps.eval()
+        with looking(self.python, self.mode), tapped(self.python, modules, types=self.types) as taps:
+            if self.mode is not None:
+                taps.train(self.mode == "train")
             _, outputs = self.model.dynamo_ctx(taps)(*args, **kwargs)  # type: ignore[operator]
         if dynamo.utils.counters["frames"]["ok"] == before:
             raise Unsupported(
                 f"side {self.label} is compiled, but its compiler compiled nothing of it with taps, so it would have run "
                 "eagerly. Compare the model that it was made from, or compile it with fullgraph=True to see why."
             )
-        self.output = run_once(self.model, self.example)
+        self.output = run_once(self.model, self.example, self.mode)
         found: dict[str, Any] = dict(outputs)
         return found
 
@@ -105,91 +119,110 @@ class _Side:
 
 
 def compare_models(
-    a: nn.Module, b: nn.Module, example: Any, map: Any, layers: Any, types: Any, tolerance: Tolerance
+    a: nn.Module,
+    b: nn.Module,
+    example: Any,
+    map: Any,
+    layers: Any,
+    types: Any,
+    tolerance: Tolerance,
+    mode: str | None,
 ) -> Comparison:
     """Compares two models; see ``compare``."""
     kinds = check_arguments(a, layers, types)
     check_arguments(b, None, types)
+    modes = _modes_text(a, b, mode)
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(a))
-        stack.enter_context(eval_mode(b))
-        one = _Side("a", a, layers, kinds, example)
-        two = _Side("b", b, None, kinds, example)
+        stack.enter_context(looking(a, mode))
+        stack.enter_context(looking(b, mode))
+        one = _Side("a", a, layers, kinds, example, mode)
+        two = _Side("b", b, None, kinds, example, mode)
         pairs, note = match(
             one.candidates(map, ()), two.candidates(map.values() if isinstance(map, dict) else (), one.layers), map
         )
-        plan = _Plan(one, two, pairs)
+        plan = Plan(one, two, pairs)
         ledger = Ledger(plan.pairs, tolerance)
-        _run(plan, ledger, layers, stack)
+        _run(one, two, plan, ledger, layers, stack)
+        for number, side in enumerate((one, two)):
+            if not (ledger.saw(number) or side.selection.modules):
+                raise LayerNotFound(f"side {side.label}: {side.selection.nothing()}")
         for side in (one, two):
             if side.output is None:
-                side.output = run_once(side.model, side.example)
+                side.output = run_once(side.model, side.example, mode)
         ledger.compare(OUTPUT, OUTPUT, 0, one.output, two.output)
     compiled = [side.label for side in (one, two) if side.is_compiled]
-    notes = [note, f"compiled: {listed(compiled)}; {OUTPUT} is of the runs without taps" if compiled else ""]
+    notes = [note, modes, f"compiled: {listed(compiled)}; {OUTPUT} is of the runs without taps" if compiled else ""]
     return ledger.close(notes)
 
 
-class _Plan:
-    """Which modules are compared, after fused ones were given the last module that they replace as their partner."""
-
-    def __init__(self, one: _Side, two: _Side, pairs: dict[str, str]) -> None:
-        self.sides = (one, two)
-        self.pairs: dict[str, str] = {}
-        self.notes: dict[str, str] = {}
-        self.inside: tuple[set[str], set[str]] = (set(), set())
-        for mine, theirs in pairs.items():
-            left = folded(mine, one.flow, theirs, two.flow)
-            right = folded(theirs, two.flow, mine, one.flow)
-            self.pairs[left] = right
-            if left != mine:
-                self.inside[0].add(mine)
-                self.notes[left] = f"b fuses {mine} … {left}"
-            if right != theirs:
-                self.inside[1].add(theirs)
-                self.notes[left] = f"a fuses {theirs} … {right}"
-        for inside, side, partners in zip(self.inside, self.sides, (self.pairs, self.pairs.values()), strict=True):
-            inside.update(name for name in side.layers if any(name.startswith(f"{outer}.") for outer in partners))
-
-    def taps(self, side: int, layers: Any) -> Any:
-        """What to capture on one side: the layers asked for, every other that might have a partner, and the partners."""
-        known = self.sides[side].layers
-        extra = [name for name in (self.pairs, self.pairs.values())[side] if name not in known]
-        if side == 0 and layers is not None:
-            return [*known, *self.sides[0].selection.function_names, *extra] or layers
-        if side == 1 and layers is not None:
-            return [*self.pairs.values(), *self.sides[0].selection.function_names] or None
-        return [*extra, re.compile(".*", re.DOTALL)] if extra else None
-
-    def modules(self, side: int) -> list[str]:
-        """The modules that a compiled side is tapped at."""
-        known = self.sides[side].layers
-        extra = [name for name in (self.pairs, self.pairs.values())[side] if name not in known]
-        return [*(name for name in known if name not in self.inside[side]), *extra]
+def _modes_text(a: nn.Module, b: nn.Module, mode: str | None) -> str:
+    """Says in which modes two models run, if it is not what they are in or not the same."""
+    keras = [label for label, model in zip("ab", (a, b), strict=True) if is_keras(type(model))]
+    if keras and mode == "train":
+        raise Unsupported(
+            f"side {keras[0]} is a Keras model, whose calls say whether it trains. Leave mode= out, and say it in the example: "
+            "example={'inputs': x, 'training': True}."
+        )
+    training = [
+        any(module.training for module in model.modules() if not is_keras(type(module))) and label not in keras
+        for label, model in zip("ab", (a, b), strict=True)
+    ]
+    if mode == "train":
+        return "both ran in train mode"
+    if mode is None:
+        if training == [False, False]:
+            return ""
+        one, two = ("train" if train else "eval" for train in training)
+        return f"each ran in its own mode: a in {one} mode, b in {two} mode"
+    were = [
+        f"{label} was" if model.training else f"parts of {label} were"
+        for label, model, train in zip("ab", (a, b), training, strict=True)
+        if train
+    ]
+    if not were:
+        return ""
+    text = f"both ran in eval mode, and {' and '.join(were)} in train mode"
+    return f"{text}: mode='train' compares both in train mode, mode=None as they are"
 
 
-def _run(plan: _Plan, ledger: Ledger, layers: Any, stack: ExitStack) -> None:
+def _run(one: _Side, two: _Side, plan: Plan, ledger: Ledger, layers: Any, stack: ExitStack) -> None:
     """Lets ``a`` lead, and ``b`` run until it has come to the partner; what ``b`` passes on the way waits."""
-    one, two = plan.sides
     theirs = two.calls(plan.taps(1, layers), plan.modules(1), stack)
     if two.is_compiled:
         theirs = iter(list(theirs))  # before the other side opens a block, in which nothing runs compiled
-    waiting: dict[tuple[str, int], Any] = {}
-    wanted = set(plan.pairs.values())
+    waiting: dict[Run, Any] = {}
+    wanted = plan.partners(1)
     unpaired = {name for name in two.layers if name not in wanted}
     for name, index, output in one.calls(plan.taps(0, layers), plan.modules(0), stack):
-        if name in plan.inside[0]:
+        run = (name, index)
+        if plan.passes_by(0, run):
             continue
-        partner = plan.pairs.get(name) or _same_name(name, two, wanted)
-        found = None if partner is None else _find((partner, index), waiting, theirs, unpaired)
-        if found is None or partner is None:
+        partner = plan.partner(run)
+        found = None if partner is None else _find(partner, waiting, theirs, unpaired)
+        if found is not None and partner is not None:
+            floor = max(one.floor(name), two.floor(partner[0]))
+            for part in one.selection.parts.get(name, ("",)):
+                mine, other = _part(one, name, part, output), part_of(found[0], part)
+                keys = name + part, partner[0] + part
+                ledger.parts.update(dict.fromkeys(keys, part))
+                ledger.compare(*keys, index, mine, other, plan.notes.get(run, ""), floor, partner[1])
+        elif name in plan.only_partners[0]:
+            ledger.skip(0, name)
+        else:
             ledger.lone(0, name, index)
-            continue
-        floor = max(one.floor(name), two.floor(partner))
-        ledger.compare(name, partner, index, output, found[0], plan.notes.get(name, ""), floor)
-    for name, index in [*waiting, *((name, index) for name, index, _ in theirs)]:
-        if name not in plan.inside[1]:
-            ledger.lone(1, name, index)
+    for run in [*waiting, *((name, index) for name, index, _ in theirs)]:
+        if run[0] in plan.only_partners[1]:
+            ledger.skip(1, run[0])
+        elif not plan.passes_by(1, run):
+            ledger.lone(1, *run)
+
+
+def _part(side: _Side, name: str, part: str, output: Any) -> Any:
+    """The part of an output that is to be compared; an error if it was asked for by name and is not there."""
+    found = part_of(output, part)
+    if found is MISSING and name + part in side.selection.exact:
+        raise no_part(name, part, output)
+    return found
 
 
 def _find(
@@ -203,16 +236,6 @@ def _find(
             return (output,)
         waiting[name, index] = None if name in unpaired else output
     return None
-
-
-def _same_name(name: str, other: _Side, wanted: set[str]) -> str | None:
-    """The partner of a convolution that ran as a function: its weight's owner in the other model, if it has one."""
-    tree = other.selection.tree
-    if name in wanted or not (
-        name == FUNCTION or name in tree.names or any(name == own for own, _ in tree.parameters())
-    ):
-        return None
-    return name
 
 
 def _python_model(label: str, model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
+from convtap._keys import numbered, separator
 from convtap._structure import walk_tensors
 from convtap._table import MOST, Rows, Table
 
@@ -41,7 +42,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether no row is over the tolerance, and every call has a partner."""
+        """Whether no row is over the tolerance, and every call of a compared layer has a partner."""
         return self.first is None and not self.only_a and not self.only_b
 
     def __iter__(self) -> Iterator[Difference]:
@@ -110,13 +111,17 @@ class _Row:
 
     name: str
     partner: str
-    index: int
+    indices: tuple[int, int]
     path: str
     found: Difference
 
 
 class Ledger:
-    """Collects the rows of a comparison while it goes on."""
+    """Collects the rows of a comparison while it goes on.
+
+    Attributes:
+        parts: by the names of parts of outputs (``lstm[0]``), their paths.
+    """
 
     def __init__(self, pairs: Mapping[str, str], tolerance: Tolerance) -> None:
         self._pairs = pairs
@@ -125,30 +130,57 @@ class Ledger:
         self._lone: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
         self._counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._coarsest = 0.0
+        self.parts: dict[str, str] = {}
+
+    def saw(self, side: int) -> bool:
+        """Whether there was any call on a side."""
+        return bool(self._counts[side])
+
+    def skip(self, side: int, name: str) -> None:
+        """Notes a call that is not compared, so that the others of its layer have its number."""
+        self._counts[side][name] += 1
 
     def lone(self, side: int, name: str, index: int) -> None:
         """Notes a call without a partner, on side 0 (``a``) or 1 (``b``)."""
         self._counts[side][name] += 1
         self._lone[side].append((name, index))
 
-    def compare(self, name: str, partner: str, index: int, a: Any, b: Any, note: str = "", floor: float = 0.0) -> None:
+    def compare(
+        self,
+        name: str,
+        partner: str,
+        index: int,
+        a: Any,
+        b: Any,
+        note: str = "",
+        floor: float = 0.0,
+        partner_index: int | None = None,
+    ) -> None:
         """Compares two outputs, tensor by tensor.
 
         Args:
+            name: the layer of ``a``.
+            partner: that of ``b``.
+            index: the number of the call.
+            a: the output of ``a``.
+            b: that of ``b``.
+            note: what else is to say.
+            partner_index: the number of the call of ``b``, if it is another one.
             floor: the step of a layer that computes more coarsely than the type of its output says.
         """
         self._counts[0][name] += 1
         self._counts[1][partner] += 1
+        indices = (index, index if partner_index is None else partner_index)
         left, right = dict(walk_tensors(a)), dict(walk_tensors(b))
         for path in [path for path in left if path in right]:
             x, y = left[path], right[path]
             self._coarsest = max(self._coarsest, step(x), step(y), floor)
             found = difference(name, partner, x, y, self._tolerance, self._coarsest)
             found = replace(found, note="; ".join(filter(None, (found.note, note))))
-            self._rows.append(_Row(name, partner, index, path, found))
+            self._rows.append(_Row(name, partner, indices, path, found))
         for side, mine, other in ((0, left, right), (1, right, left)):
             for path in [path for path in mine if path not in other]:
-                self._lone[side].append((f"{(name, partner)[side]}.{path}" if path else (name, partner)[side], index))
+                self._lone[side].append((f"{(name, partner)[side]}{path}", indices[side]))
 
     def close(self, notes: list[str]) -> Comparison:
         """Ends the comparison.
@@ -165,13 +197,14 @@ class Ledger:
         rows = [
             replace(
                 row.found,
-                name=self._key(0, row.name, row.index, row.path),
-                partner=self._key(1, row.partner, row.index, row.path),
+                name=self._key(0, row.name, row.indices[0], row.path),
+                partner=self._key(1, row.partner, row.indices[1], row.path),
             )
             for row in self._rows
         ]
         return Comparison(rows, lone[0], lone[1], self._tolerance, notes)
 
     def _key(self, side: int, name: str, index: int, path: str = "") -> str:
-        key = f"{name}#{index}" if self._counts[side][name] > 1 else name
-        return f"{key}.{path}" if path else key
+        part = self.parts.get(name, "")
+        layer, counts = name.removesuffix(part), self._counts[side]
+        return numbered(layer, index, counts[name], separator(layer, counts), part) + path

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convtap._debug.probe import Probe, probe
+from convtap._debug.probe import FiniteRange, Probe, finite_range, probe, read_all
 from convtap._errors import listed, plural
 from convtap._layer_layout import layout_of
 from convtap._layout import axes_of
@@ -23,9 +23,11 @@ class Frame:
         parent: the watched run around it, or None.
         last: the name of the part that ended last in it.
         inputs: its inputs that could be looked at.
+        method: the method that runs, if it was entered by another one than ``forward``; its arguments were not looked at.
+        before: the name of the layer that ran before it, if code outside of the model calls the layers.
     """
 
-    __slots__ = ("forward", "index", "inputs", "last", "module", "name", "parent")
+    __slots__ = ("before", "forward", "index", "inputs", "last", "method", "module", "name", "parent")
 
     def __init__(self, name: str, module: nn.Module, parent: Frame | None, index: int, forward: int) -> None:
         self.name = name
@@ -35,6 +37,8 @@ class Frame:
         self.forward = forward
         self.last: str | None = None
         self.inputs: list[Probe] = []
+        self.method = ""
+        self.before: str | None = None
 
     def is_inside(self, other: Frame) -> bool:
         """Whether this run is part of another one."""
@@ -75,14 +79,32 @@ class Event:
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest value of a tensor (NaN for both where it holds a NaN)."""
+    """The least and the greatest finite value of a tensor, and how many of its elements are not finite.
+
+    Attributes:
+        name: what the tensor is; ``""`` for a module's only input.
+        low: the least finite value; NaN if there is none, or on an accelerator if the tensor holds NaN or Inf.
+        high: the greatest one.
+        nan: how many elements are NaN; None where low and high are not known.
+        inf: how many are Inf or -Inf.
+    """
 
     name: str
     low: float
     high: float
+    nan: int | None = 0
+    inf: int | None = 0
 
     def __str__(self) -> str:
-        return f"{self.name} [{self.low:.4g}, {self.high:.4g}]".lstrip()
+        return f"{self.name} {self._text()}".lstrip()
+
+    def _text(self) -> str:
+        if self.nan is None or self.inf is None:
+            return "with NaN or Inf"
+        counts = " and ".join(f"{count} {what}" for count, what in ((self.nan, "NaN"), (self.inf, "Inf")) if count)
+        if self.low != self.low:
+            return f"without a finite value ({counts})"
+        return f"[{self.low:.4g}, {self.high:.4g}]" + (f" and {counts}" if counts else "")
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,8 @@ class Finding:
         count: how many elements are bad, or None if they were not counted (on an accelerator).
         shape: the shape of the tensor that holds them.
         dtype: its type.
-        inputs: the ranges of the module's inputs.
-        weights: the ranges of its own parameters and buffers.
+        inputs: the ranges of the module's inputs: of their finite values, with the numbers of NaN and Inf.
+        weights: the ranges of its own parameters and buffers, in the same way.
         message: all of it in words.
     """
 
@@ -137,9 +159,10 @@ def judge(event: Event, hint: str) -> Finding:
     else:
         where, frame, cause = _forward_cause(event)
     weights, spoilt = _weights(frame.module)
-    inputs = [Range(seen.path, *map(float, seen.extremes)) for seen in frame.inputs]
+    inputs = [_range(seen.path, seen.range()) for seen in frame.inputs]
     run = "" if frame.index < 0 else f" (call {frame.index}, forward pass {frame.forward})"
-    layer = f"{frame.name!r} ({type(frame.module).__name__}){run}"
+    method = f".{frame.method}" if frame.method else ""
+    layer = f"{frame.name!r} ({type(frame.module).__name__}{method}){run}"
     sentences = [f"{cause.format(layer=layer, what=found.kind)}: {_place(found, frame, where)}."]
     if where != "input":
         sentences += _ranges(inputs, weights, spoilt)
@@ -177,8 +200,13 @@ def _forward_cause(event: Event) -> tuple[str, Frame, str]:
     if event.where == "output":
         after = "" if frame.last is None else f", in its own code after {frame.last!r}"
         return "output", frame, f"{{layer}} produces {{what}} from finite inputs{after}"
-    if frame.parent is None:
-        return "input", frame, "the input given to {layer} holds {what} already, before any layer ran"
+    if frame.parent is None or (frame.parent.method and frame.parent.last is None):
+        when = (
+            "before any layer ran"
+            if frame.before is None
+            else f"though {frame.before!r}, the layer before it, is finite"
+        )
+        return "input", frame, f"the input given to {{layer}} holds {{what}} already, {when}"
     after = "" if frame.parent.last is None else f"after {frame.parent.last!r} and "
     return "code", frame.parent, f"{{layer}} produces {{what}} in its own code, {after}before {frame.name!r}"
 
@@ -211,12 +239,17 @@ def _weights(module: nn.Module) -> tuple[list[Range], list[str]]:
     ranges, spoilt = [], []
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         found = None if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter) else probe(tensor)
-        if found is not None:
-            low, high = map(float, found.extremes)
-            ranges.append(Range(name, low, high))
-            if not (math.isfinite(low) and math.isfinite(high)):
+        if found is not None and tensor is not None:
+            read_all([found])
+            known = found.range() or finite_range(tensor)
+            ranges.append(_range(name, known))
+            if known.nan or known.inf:
                 spoilt.append(name)
     return ranges, spoilt
+
+
+def _range(name: str, found: FiniteRange | None) -> Range:
+    return Range(name, math.nan, math.nan, None, None) if found is None else Range(name, *found)
 
 
 def _place(found: Probe, frame: Frame, where: str) -> str:
@@ -230,7 +263,7 @@ def _place(found: Probe, frame: Frame, where: str) -> str:
     position = found.position()
     if position is None:
         return of
-    layout = layout_of(frame.module) if where in ("output", "loss") and found.path in ("", "0") else None
+    layout = layout_of(frame.module) if where in ("output", "loss") and found.path in ("", "[0]") else None
     if layout is not None and len(position) == 3:
         axes = axes_of(found.shape, layout)
         assert axes.channel is not None

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from convtap._arguments import check_arguments
 from convtap._debug.finding import Finding
 from convtap._debug.watch import Watch
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
-from convtap._select import Layers, Types, check_arguments, select
+from convtap._select import Layers, Types, select
 from convtap._torch import compile_stance, modes
 from convtap._torch.cleanup import Guard, Spent, undo
 from convtap._tree import ROOT, ModuleTree

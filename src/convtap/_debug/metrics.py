@@ -97,7 +97,8 @@ def difference(name: str, partner: str, a: Tensor, b: Tensor, tolerance: Toleran
         note = f"shapes differ: {shape} and {tuple(b.shape)}"
         return Difference(name, partner, shape, dtypes, None, None, None, None, True, note)
     with torch.no_grad():
-        x, y = _numbers(a), _numbers(b).to(a.device)
+        pairs = a.is_complex() or b.is_complex()
+        x, y = _numbers(a, pairs), _numbers(b, pairs).to(a.device)
         note, spoilt = "", False
         if not (_is_finite(x) and _is_finite(y)):
             same = (x == y) | (x.isnan() & y.isnan())
@@ -120,13 +121,15 @@ def difference(name: str, partner: str, a: Tensor, b: Tensor, tolerance: Toleran
     return Difference(name, partner, shape, dtypes, math.inf if spoilt else largest, relative, sqnr, cosine, over, note)
 
 
-def _numbers(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as float64 (float32 on a device that has none)."""
+def _numbers(tensor: Tensor, pairs: bool) -> Tensor:
+    """The numbers of a tensor as float64 (float32 on a device that has none); as ``pairs`` of real and imaginary part."""
     tensor = tensor.detach()
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+    elif pairs:
+        tensor = torch.stack((tensor, torch.zeros_like(tensor)), -1)
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 

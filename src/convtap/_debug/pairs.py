@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -27,25 +27,29 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _RELUS = (nn.ReLU, nn.ReLU6)
 
 
+#: A layer's name, and the number of one of its calls.
+Run: TypeAlias = "tuple[str, int]"
+
+
 @dataclass
 class Flow:
     """How one model runs: which layers, and what follows each of them.
 
     Attributes:
-        ran: the names of the modules that ran, in execution order.
-        followers: by layer, the names and kinds (``"norm"``, ``"relu"``) of the modules that its output goes through next.
+        counts: by name, how often each module ran, in execution order of the first time.
+        followers: by run of a layer, the runs and kinds (``"norm"``, ``"relu"``) of the modules that its output goes through.
         kinds: by name, the class of the module.
     """
 
-    ran: list[str] = field(default_factory=list)
-    followers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    followers: dict[Run, list[tuple[Run, str]]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
 
-def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: Any) -> Flow:
-    """Runs a model once, and follows the output of each layer through normalization and activation modules."""
+def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: Any, mode: str | None) -> Flow:
+    """Runs a model once, and follows the outputs of each layer through normalization and activation modules."""
     flow = Flow()
-    heads: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    heads: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
     hooks = Hooks()
     wanted = set(layers)
     for name, module in tree.names.items():
@@ -53,7 +57,7 @@ def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: 
         if name in wanted or isinstance(module, (*_NORMS, *_RELUS, nn.Identity)):
             hooks.after(module, partial(_follow, flow, heads, wanted), name)
     try:
-        run_once(model, example)
+        run_once(model, example, mode)
     finally:
         hooks.remove()
     return flow
@@ -62,29 +66,30 @@ def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: 
 def _follow(
     flow: Flow, heads: dict[int, Any], wanted: set[str], name: str, module: Any, args: Any, output: Any
 ) -> None:
-    flow.ran.append(name)
+    run = (name, flow.counts.get(name, 0))
+    flow.counts[name] = run[1] + 1
     if not isinstance(output, Tensor):
         return
-    if name in wanted and name not in flow.followers:
-        flow.followers[name] = []
-        heads[id(output)] = (weakref.ref(output), name)
+    if name in wanted:
+        flow.followers[run] = []
+        heads[id(output)] = (weakref.ref(output), run)
         return
     reference, head = heads.get(id(args[0]) if args else 0, (None, None))
     if reference is None or head is None or reference() is not args[0]:
         return
     if isinstance(module, (*_NORMS, *_RELUS)):
-        flow.followers[head].append((name, "norm" if isinstance(module, _NORMS) else "relu"))
+        flow.followers[head].append((run, "norm" if isinstance(module, _NORMS) else "relu"))
     heads[id(output)] = (weakref.ref(output), head)
 
 
-def folded(layer: str, flow: Flow, partner: str, other: Flow) -> str:
-    """Returns the module whose output a fused ``partner`` gives: the layer itself, or the last one that was folded in."""
+def folded(layer: Run, flow: Flow, partner: Run, other: Flow) -> Run:
+    """Returns the run whose output a fused ``partner`` gives: the layer's own, or that of the last one folded in."""
     mine, theirs = flow.followers.get(layer, []), other.followers.get(partner, [])
     gone = len(mine) - len(theirs)
     if gone <= 0 or [kind for _, kind in mine[gone:]] != [kind for _, kind in theirs]:
         return layer
     members = mine[:gone]
-    if "ReLU" not in other.kinds.get(partner, ""):
+    if "ReLU" not in other.kinds.get(partner[0], ""):
         members = [member for member in members if member[1] == "norm"]
     return members[-1][0] if members else layer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ READ_AT_ONCE = {"cpu"}
 _outside_modes = torch._C.DisableTorchFunction
 
 
+class FiniteRange(NamedTuple):
+    """The least and the greatest finite value of a tensor (NaN if it has none), and how many elements are NaN and Inf."""
+
+    low: float
+    high: float
+    nan: int = 0
+    inf: int = 0
+
+
 class Probe:
     """The extremes of one tensor.
 
@@ -36,10 +45,12 @@ class Probe:
         extremes: its least and its greatest value, as tensors (``here``: as numbers).
         places: on another device than the CPU, the flat positions of the greatest and of the least value.
         here: whether the extremes are numbers already.
+        finite: the extremes of the finite values and the counts of NaN and Inf; None if they are not known: of a tensor on
+            another device than the CPU that holds any.
         count: how many elements are NaN or Inf, where that was counted.
     """
 
-    __slots__ = ("count", "device", "dtype", "extremes", "here", "path", "places", "shape")
+    __slots__ = ("count", "device", "dtype", "extremes", "finite", "here", "path", "places", "shape")
 
     def __init__(self, tensor: Tensor, values: Tensor, path: str = "") -> None:
         self.path = path
@@ -51,8 +62,16 @@ class Probe:
         self.places: Any = None
         low, high = torch.aminmax(values)
         self.extremes: Any = (low.item(), high.item()) if self.here else (low, high)
+        self.finite: FiniteRange | None = None
         if not self.here:
             self.places = (values.argmax(), values.argmin())
+        elif not all(map(math.isfinite, self.extremes)):
+            self.finite = finite_range(tensor)
+
+    def range(self) -> FiniteRange | None:
+        """The extremes of the finite values and the counts of the others, once ``extremes`` are numbers."""
+        low, high = self.extremes
+        return FiniteRange(low, high) if math.isfinite(low) and math.isfinite(high) else self.finite
 
     def is_bad(self, inf: bool) -> bool:
         """Whether the tensor holds a NaN, or (``inf``) an infinity."""
@@ -115,6 +134,19 @@ def probe(tensor: Tensor, path: str = "") -> Probe | None:
     with torch.no_grad(), _outside_modes():
         values = values_of(tensor)
         return None if values is None else Probe(tensor, values, path)
+
+
+def finite_range(tensor: Tensor) -> FiniteRange:
+    """Looks at the finite values of a tensor that can hold others, and counts those. On an accelerator this waits."""
+    with torch.no_grad(), _outside_modes():
+        values = values_of(tensor)
+        assert values is not None
+        nan, inf = values.isnan(), values.isinf()
+        finite = values[~(nan | inf)]
+        if tensor.is_complex():  # its numbers are in pairs
+            nan, inf = nan.any(-1), inf.any(-1)
+        low, high = map(float, torch.aminmax(finite)) if finite.numel() else (math.nan, math.nan)
+        return FiniteRange(low, high, int(nan.sum()), int((inf & ~nan).sum()))
 
 
 def locate(found: Probe, tensor: Tensor, inf: bool) -> None:

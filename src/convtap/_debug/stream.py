@@ -13,7 +13,7 @@ from torch import nn
 
 from convtap._call import Call
 from convtap._capture import Capture
-from convtap._example import run_once
+from convtap._example import called, looking, own_tensors
 
 # Note: [Two runs side by side]
 # Assumption: a forward pass is one call that cannot be left half way and taken up again.
@@ -46,8 +46,11 @@ class Stream:
         output: what the model returned, once the calls are through.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Any] | None, types: Any, example: Any, mode: str | None = "eval"
+    ) -> None:
         self.output: Any = None
+        self._mode = mode
         self._model = model
         self._example = example
         self._capture = Capture(model, layers, types=types, strict=False)
@@ -113,9 +116,10 @@ class Stream:
                 with ExitStack() as stack:
                     for setting in self._settings:
                         stack.enter_context(setting)
+                    stack.enter_context(looking(self._model, self._mode))
                     acts = stack.enter_context(self._capture)
                     acts._log.calls = _Handover(self)
-                    self.output = run_once(self._model, self._example)
+                    self.output = called(self._model, own_tensors(self._example))
         except _Abandoned:
             pass
         except BaseException as error:

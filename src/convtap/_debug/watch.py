@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,8 +16,11 @@ from convtap._debug.finding import Event, Finding, Frame, Link, judge
 from convtap._debug.probe import locate, probe, read_all
 from convtap._errors import NonFiniteOutput
 from convtap._structure import walk_tensors
+from convtap._torch.call_stack import CALL, Members
+from convtap._torch.frame_marks import mark, marked, unmark
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens
+from convtap._tree import ROOT
 
 # Note: [The first bad tensor]
 # Assumption: whatever goes into a watched module and whatever comes out of it is looked at, in the order in which it runs.
@@ -38,6 +42,7 @@ _LINKS = 512  # tensors remembered, so that what one module returns and the next
 class _Here(threading.local):
     def __init__(self) -> None:
         self.stack: list[Frame] = []
+        self.last: str | None = None
 
 
 class Watch:
@@ -81,6 +86,8 @@ class Watch:
         self._forwards = itertools.count()
         self._forward = -1
         self._tasks: set[int] = set()
+        self._members: Members | None = None
+        self._owner = object()
 
     def open(self) -> None:
         """Puts the hooks on."""
@@ -95,6 +102,7 @@ class Watch:
     def close(self) -> None:
         """Takes them off, and forgets which tensors were seen. Hooks on tensors of a graph that lives on do nothing."""
         self._closed = True
+        unmark(self._owner)
         self._hooks.remove()
         for handle in self._handles:
             handle()
@@ -122,9 +130,12 @@ class Watch:
         stack = self._here.stack
         if module is self._model:
             stack.clear()  # whatever an interrupted pass left
+        parent = stack[-1] if stack else None
         if not stack and not repeated:
-            self._forward = next(self._forwards)
-        frame = Frame(name, module, stack[-1] if stack else None, -1 if repeated else self._count(name), self._forward)
+            parent = self._method(module)
+            self._forward = next(self._forwards) if parent is None else parent.forward
+        frame = Frame(name, module, parent, -1 if repeated else self._count(name), self._forward)
+        frame.before = None if module is self._model else self._here.last
         stack.append(frame)
         given = args[0] if len(args) == 1 and not kwargs else {**dict(enumerate(args)), **kwargs}
         self._look("input", frame, given, repeated)
@@ -140,8 +151,28 @@ class Watch:
         frame = stack.pop()
         if self._first is None:
             self._look("output", frame, output, frame.index < 0)
-            if stack:
-                stack[-1].last = frame.name
+            if frame.parent is not None:
+                frame.parent.last = frame.name
+            self._here.last = frame.name
+
+    def _method(self, module: nn.Module) -> Frame | None:
+        """Returns the run of the method that calls a layer outside of any call of a module, if there is one."""
+        if module is self._model:
+            return None
+        if self._members is None:
+            self._members = Members(self._model)
+        found = self._members.entry(sys._getframe(1))
+        if found is None or found[1].f_code is CALL:
+            return None
+        owner, python_frame = found
+        known = marked(python_frame, self._owner)
+        if isinstance(known, Frame):
+            return known
+        name = next((name for name, other in self._modules.items() if other is owner), ROOT)
+        method = Frame(name, owner, None, -1, next(self._forwards))
+        method.method = python_frame.f_code.co_name
+        mark(python_frame, self._owner, method)
+        return method
 
     def _is_here(self) -> bool:
         if self._token in open_tokens():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from convtap._disk.index import Index, read_index
 from convtap._disk.place import rank_folders, read_finished, read_parts
 from convtap._disk.reading import Shard
 from convtap._errors import StoreError, listed, plural
+from convtap._parts import split_key
 from convtap._table import Table, human_bytes
 
 
@@ -55,7 +56,9 @@ def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mappin
         layer = index.layers[key]
         size = layer.elements * getattr(torch, layer.dtype.split("|")[0]).itemsize
         rows.append((shown, counts[key], _shape_text(layer.shape), layer.dtype, human_bytes(size)))
-    ran = {layer_of(key) for key in index.layers}
+    layers = set(identity["layers"])
+    split = [split_key(key, layers) for key in index.layers]
+    ran = {name for layer, _, part in split for name in (layer, layer + part)}
     rows.extend((name, 0, "", "did not run", "") for name in identity["layers"] if index.names and name not in ran)
     total = human_bytes(sum(size for size, _ in index.files.values()))
     title = f"{path}: {plural(len(index.ids), 'sample')}, {plural(len(index.files), 'shard')}, {total}"
@@ -133,17 +136,10 @@ def unreadable(index: Index) -> str:
     )
 
 
-def stem(key: str) -> str:
+def stem(key: str, layers: Container[str]) -> str:
     """Returns a key without the number of its call; the path in a structure stays."""
-    name, mark, path = key.partition("[")
-    return name.rpartition("#")[0] + mark + path
-
-
-def layer_of(key: str) -> str:
-    """Returns the layer that a key belongs to."""
-    name = key.partition("[")[0]
-    before, mark, number = name.rpartition("#")
-    return before if mark and number.isdigit() else name
+    layer, _, part = split_key(key, layers)
+    return layer + part
 
 
 def _batches(count: int) -> str:

@@ -1,15 +1,13 @@
-"""How an iterable begins: the same in every process and every run, or its batches would not be the ones that are missing."""
+"""How the data begin: noted by the process that writes the first shard, and the same for every other one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convtap._disk.place import write_whole
-from convtap._errors import StoreError
+from convtap._disk.place import write_first
 
 _FILE = ".beginning.json"
 
@@ -17,60 +15,51 @@ _FILE = ".beginning.json"
 # Assumption: every process is given the same iterable, of which it takes its part of the batches.
 # Failure: loaders that know the ranks themselves (a node splitter, split_dataset_by_node) give each process other samples, and
 #   a part of a part is computed: the batches are all there, by their numbers, and half of the samples is not.
-# Choice: who writes the first shard notes the ids of batch 0; who finds others there stops before it writes any.
+# Choice: who writes the first shard notes batch 0; who finds another one there stops before it writes any.
 
 
 class Beginning:
-    """The ids of an iterable's first batch, compared with those that the first process of the store saw.
+    """The first batch, as the first process of the store saw it.
 
     Args:
         path: the store.
-        where: what a message begins with: which rank this is.
-        ids: the user's function of a batch.
     """
 
-    def __init__(self, path: Path, where: str, ids: Callable[[Any], Any]) -> None:
+    def __init__(self, path: Path) -> None:
         self._file = path / _FILE
-        self._where = where
-        self._ids = ids
-        self._seen: dict[str, Any] | None = None
 
-    def look(self, batch: Any) -> None:
-        """Takes the first batch, and compares it if the store has a beginning.
-
-        Raises:
-            StoreError: they differ.
-        """
-        found = self._ids(batch)
-        found = found.tolist() if hasattr(found, "tolist") else found
-        names = [repr(name) for name in found] if hasattr(found, "__iter__") else [repr(found)]
-        digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
-        self._seen = {"ids": names[:3], "count": len(names), "digest": digest}
-        self._compare(self._seen)
-
-    def settle(self) -> None:
-        """Gives the store its beginning, unless it has one; to be called before a shard is written.
-
-        Raises:
-            StoreError: it has another one: another process was first.
-        """
-        if self._seen is not None:
-            write_whole(self._file, json.dumps(self._seen).encode(), replace=False)
-            self._compare(self._seen)
-            self._seen = None
-
-    def _compare(self, seen: dict[str, Any]) -> None:
+    def read(self) -> dict[str, Any]:
+        """Returns what was noted, or nothing: it guards against a mistake, and no row is read by it."""
         try:
-            first = json.loads(self._file.read_bytes())
-            same, begun = first["digest"] == seen["digest"], _shown(first)
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # not there yet, or damaged: it guards against a mistake, and nothing is read by it
-        if not same:
-            raise StoreError(
-                f"{self._where}the data begins with the samples {_shown(seen)}, and for the process that began this store it "
-                f"began with {begun}. Every process must be given the whole iterable, in the same order: extract deals its "
-                "batches to the ranks itself. Leave out what splits or shuffles it (a node splitter, split_dataset_by_node)."
-            )
+            found = json.loads(self._file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def note(self, seen: dict[str, Any]) -> None:
+        """Notes it, unless another process was first."""
+        write_first(self._file, json.dumps(seen).encode())
+
+
+def ids_seen(ids: Any) -> dict[str, Any]:
+    """Writes the ids of a batch in short."""
+    names = [repr(name) for name in ids] if hasattr(ids, "__iter__") else [repr(ids)]
+    return {
+        "ids": names[:3],
+        "count": len(names),
+        "digest": hashlib.sha256("\0".join(names).encode()).hexdigest()[:24],
+    }
+
+
+def other_ids(first: dict[str, Any], seen: dict[str, Any], rank: str) -> str | None:
+    """Says that two processes saw other ids at the beginning of an iterable, or returns None if they did not."""
+    if "digest" not in first or "digest" not in seen or first["digest"] == seen["digest"]:
+        return None
+    return (
+        f"{rank}the data begins with the samples {_shown(seen)}, and for the process that began this store it "
+        f"began with {_shown(first)}. Every process must be given the whole iterable, in the same order: extract deals its "
+        "batches to the ranks itself. Leave out what splits or shuffles it (a node splitter, split_dataset_by_node)."
+    )
 
 
 def _shown(beginning: dict[str, Any]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from convtap._disk.axes import RowAxes
+from convtap._disk.axes import RowAxes, checked_time_dim
 from convtap._disk.chain import ValidLengths
 from convtap._disk.forward import Runner, module_mode
 from convtap._disk.identity import check_same, function_identity, model_identity
@@ -23,7 +23,8 @@ from convtap._disk.store import Store
 from convtap._errors import InvalidType, InvalidValue
 from convtap._memory import parse_bytes
 from convtap._policy import Policy
-from convtap._select import CONV1D, Layers, Types
+from convtap._reduce import Reduce, Reductions
+from convtap._select import CONV1D, Layers, Selection, Types
 
 
 def extract(
@@ -34,7 +35,7 @@ def extract(
     *,
     types: Types = CONV1D,
     at: Literal["output", "input", "activation"] = "output",
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Reduce | None = None,
     reduce_id: str | None = None,
     dtype: torch.dtype | None = None,
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
@@ -50,7 +51,7 @@ def extract(
     mode: Literal["eval", "train"] = "eval",
     autocast: torch.dtype | None = None,
     compile: bool = False,
-    stop: bool | None = None,
+    stop: bool = False,
     part: tuple[int, int] | None = None,
     shard_bytes: int | str = "256MB",
     resume: bool = True,
@@ -81,11 +82,13 @@ def extract(
         types: the module types to choose from.
         at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
         reduce: a function of each output, run on its own device before it is stored. It sees the batch; with ``lengths``, it
-            sees one sample at a time, such as (C, T) or (T, C), cut to its real frames.
+            sees one sample at a time, such as (C, T) or (T, C), cut to its real frames. Or a mapping from layers to functions,
+            by name or by glob (a layer's own name comes first, then the first glob that matches); a layer without an entry
+            is stored as it is.
         reduce_id: a name for ``reduce`` that a resume compares instead of its code.
         dtype: what to cast floating-point outputs to.
-        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor is passed, a dict is passed as
-            keywords, and of a tuple or list the first element is passed.
+        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
+            passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
         lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give.
         time_dim: the axis of the model's input that is time, such as 1 for (B, T, C); None for the last one.
@@ -99,8 +102,9 @@ def extract(
         mode: ``"eval"`` or ``"train"`` during the run; each module gets its own mode back.
         autocast: a dtype to run the model in, such as ``torch.bfloat16``.
         compile: run under ``torch.compile``.
-        stop: end each forward pass once every selected layer has run. None: where a whole pass with an input of the same
-            shape has shown that each of them runs exactly once. True: always. False: never.
+        stop: end each forward pass once every selected layer has run once, as in ``capture``: it needs ``layers``. Later
+            calls of these layers are lost, and a model that keeps state from batch to batch misses what it does at the end
+            of a pass.
         part: ``(i, n)``: compute the i-th of n parts only, for job arrays. Under ``torch.distributed`` it is the rank.
         shard_bytes: the size of a file, as an int or ``"256MB"``. Up to two of them are in memory.
         resume: go on with a store that is there; False to refuse it.
@@ -108,32 +112,33 @@ def extract(
 
     Raises:
         StoreError: the directory cannot be used, was begun with other arguments, is in use, or the disk is full.
-        LayerNotFound: a selector matches nothing.
+        LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
         NotCaptured: nothing was captured in the first batch, or a layer was bypassed.
         Unsupported: a layer's outputs are no rows of samples, or it ran several times.
         ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
     """
     functions = {"inputs": inputs, "ids": ids, "lengths": lengths, "labels": labels}
-    _check_choices(
-        calls=(calls, ("error", "cat", "keys")), mode=(mode, ("eval", "train")), stop=(stop, (None, True, False))
-    )
+    _check_choices(calls=(calls, ("error", "cat", "keys")), mode=(mode, ("eval", "train")), stop=(stop, (True, False)))
+    if stop and compile:
+        raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    rule = None if lengths is None else ValidLengths(model, -1 if time_dim is None else time_dim)
+    dim = -1 if time_dim is None else checked_time_dim(time_dim)
+    rule = None if lengths is None else ValidLengths(model, at, dim)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
     runner = Runner(model, layers, capture, device=device, autocast=autocast, compile=compile, stop=stop, rule=rule)
+    reductions = Reductions(reduce, runner.selection)
+    axes = RowAxes(model, runner.selection.tree, at, reductions, rule, None if time_dim is None else dim)
+    runner.look = axes.look
+    rows = RowMaker(calls, rule, reductions, dtype, axes)
     planned = plan(data, batch_size, num_workers, collate_fn)
     shard_size = parse_bytes(shard_bytes, "shard_bytes")
     i, n = _part(part, planned, ids)
     identity = {
-        "layers": [*runner.selection.modules, *sorted(runner.selection.function_names)],
+        "layers": _layers_of(runner.selection),
         "at": at,
-        "reduce": reduce_id or function_identity(reduce),
-        "dtype": dtype and str(dtype),
-        "calls": calls,
-        "mode": mode,
-        "autocast": autocast and str(autocast),
-        "compile": bool(compile),
+        "reduce": reduce_id or _reduce_identity(reduce),
+        **_texts(dtype=dtype, calls=calls, mode=mode, autocast=autocast, compile=bool(compile), stop=bool(stop)),
         **({} if time_dim is None else {"time_dim": time_dim}),
         "given": [name for name, function in functions.items() if function is not None],
         "data": planned.identity,
@@ -150,12 +155,27 @@ def extract(
         if n > 1 or len(rank_folders(path)) > 1:
             note_part(folder, i, n)
         set_bad_aside(path, folder, i, n, progress)
-        axes = RowAxes(model, runner.selection.tree, at, reduce is not None and rule is None, rule, time_dim)
-        runner.look = axes.look
-        job = Job(path, folder, planned, runner, RowMaker(calls, rule, reduce, dtype, axes), i, n, **functions)
+        job = Job(path, folder, planned, runner, rows, i, n, **functions)
         job.run(shard_size, settle, progress)
         settle()
     return Store(path)
+
+
+def _texts(**options: Any) -> dict[str, Any]:
+    """Options that a resume compares, with dtypes as text."""
+    return {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()}
+
+
+def _reduce_identity(reduce: Reduce | None) -> Any:
+    if isinstance(reduce, Mapping):
+        return {key: function_identity(function) for key, function in reduce.items()}
+    return function_identity(reduce)
+
+
+def _layers_of(selection: Selection) -> list[str]:
+    """The names under which a selection is stored: modules and parts in definition order, then functions by name."""
+    functions = selection.function_names
+    return [*(name for name in selection.names if name not in functions), *sorted(functions)]
 
 
 def _check_choices(**given: tuple[Any, tuple[Any, ...]]) -> None:

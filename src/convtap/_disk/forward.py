@@ -1,74 +1,24 @@
-"""One batch through the model, with its layers captured: device, mode, autocast, early end, compiled or not."""
+"""One batch through the model, with its layers captured: device, mode, autocast, compiled or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from convtap._batch import Inputs, called_with, naming_inputs
 from convtap._capture import Capture
 from convtap._disk.chain import ValidLengths
 from convtap._disk.rows import Calls, values_of
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, listed
+from convtap._example import moved
+from convtap._parts import split_key
 from convtap._select import Selection, select
-from convtap._structure import walk_tensors
 from convtap._tapped import tapped
 from convtap._verdict import conclude
-
-
-def default_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turns a batch into what the model is called with: a tensor, a dict of keywords, or the first element of a sequence.
-
-    Raises:
-        InvalidType: it is none of these.
-    """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)) and batch:
-        return default_inputs(batch[0])
-    raise InvalidType(
-        f"a batch is a {type(batch).__name__}, and the model is called with a tensor, a dict of keywords, or the first element "
-        "of a tuple. Pass inputs=lambda batch: ((batch.x,), {}) to say what the model gets."
-    )
-
-
-def checked_inputs(inputs: Callable[[Any], Any] | None, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Calls the user's ``inputs``, or the default.
-
-    Raises:
-        InvalidType: it does not return ``(args, kwargs)``.
-    """
-    if inputs is None:
-        return default_inputs(batch)
-    found = inputs(batch)
-    if (
-        isinstance(found, tuple)
-        and len(found) == 2
-        and isinstance(found[0], (tuple, list))
-        and isinstance(found[1], Mapping)
-    ):
-        return tuple(found[0]), dict(found[1])
-    raise InvalidType(
-        f"inputs(batch) returned a {type(found).__name__}, and it must return (args, kwargs): "
-        "inputs=lambda batch: ((batch['audio'],), {'mask': batch['mask']})."
-    )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return value.to(device) if hasattr(value, "to") else type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
-    if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value.to(device) if hasattr(value, "to") else value
 
 
 def find_device(model: nn.Module, device: Any) -> torch.device:
@@ -117,8 +67,9 @@ class Runner:
         fresh: whether nothing was stored before, so that a first batch without any output is an error.
 
     Attributes:
+        model: the model.
         look: what is shown the calls of each batch, and the batch, before they become rows.
-        ran: the layers that have run so far.
+        ran: the layers, and the parts of layers, that have run so far.
     """
 
     def __init__(
@@ -130,32 +81,30 @@ class Runner:
         device: Any,
         autocast: torch.dtype | None,
         compile: bool,
-        stop: bool | None,
+        stop: bool,
         rule: ValidLengths | None,
     ) -> None:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
         self._options = capture
-        self._whole = _quiet(Capture(model, layers, **capture, stop=bool(stop), strict=False))
-        self.selection: Selection = select(model, layers, self._whole._asked.types)
-        self._model = model
+        self._capture = Capture(model, layers, **capture, stop=stop, strict=False)
+        self._capture._judges = False  # what is missing is judged over the whole run
+        self.selection: Selection = select(model, layers, self._capture._asked.types)
+        self.model = model
         self._device = find_device(model, device)
         self._autocast = autocast
-        self._stop = stop
         self._rule = rule
         self._layers = layers
         self._tapped: Any = None
         self._compiled: Any = None
         self._compile = compile
-        self._early: Capture | None = None
-        self._settled: set[Any] = set()
         self.fresh = True
         self.look: Callable[[Calls, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.ran: set[str] = set()
 
     def __enter__(self) -> Runner:
         if self._compile:
-            self._tapped = tapped(self._model, self._layers, **self._options)
+            self._tapped = tapped(self.model, self._layers, **self._options)
             self._compiled = torch.compile(self._tapped)
         return self
 
@@ -164,32 +113,32 @@ class Runner:
         if self._tapped is not None:
             self._tapped.close()
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+    def inputs(self, function: Inputs | None, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what the model is called with for a batch."""
+        return called_with(function, batch, self.model)
+
+    def naming_inputs(self, function: Inputs | None, batch: Any) -> AbstractContextManager[None]:
+        """Runs the body, which runs the batch: where the model refuses what it is called with, names ``inputs``."""
+        return naming_inputs(function, batch, self.model)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
         """Runs one batch. Returns what each call of a selected layer gave, in execution order.
 
         Raises:
             NotCaptured: a layer was bypassed, or ran in another thread, or nothing at all ran in the first batch.
         """
-        args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
+        args, kwargs = moved(args, self._device), moved(kwargs, self._device)
         with torch.inference_mode(), self._casting():
             if self._rule is not None:
-                self._rule.learn(args, kwargs)
+                self._rule.learn(args, kwargs, lengths or [], self.selection.modules)
             if self._compiled is not None:
                 return self._shown(self._run_compiled(args, kwargs), args, kwargs)
-            shape = tuple(tuple(tensor.shape) for _, tensor in walk_tensors((args, kwargs)))
-            early = self._early if shape in self._settled else None
-            block: Any = early or self._whole
-            with block as acts:
-                opened = block._open
-                self._model(*args, **kwargs)
+            with self._capture as acts:
+                opened = self._capture._open
+                self.model(*args, **kwargs)
             self._judge(opened, acts)
-            recorded = acts.calls()
-            calls = self._shown(values_of(recorded), args, kwargs)
-        # through TorchScript, or a Keras model, a pass cannot be ended
-        can_end = all(call.via in ("module", "function") for call in recorded)
-        if early is None and self._stop is None and can_end:
-            self._settle(calls, shape)
-        self.ran.update(name for name, _, _ in calls)
+            calls = self._shown(values_of(acts.calls()), args, kwargs)
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
 
     def _shown(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
@@ -197,21 +146,20 @@ class Runner:
             self.look(calls, args, kwargs)
         return calls
 
+    def idle(self) -> list[str]:
+        """Returns the selected modules, and parts of their outputs, that have not run so far."""
+        functions = self.selection.function_names
+        return [name for name in self.selection.names if name not in self.ran and name not in functions]
+
     def _casting(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, dtype=self._autocast)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
         _, outputs = self._compiled(*args, **kwargs)
-        calls = [(*self._split(key), value) for key, value in outputs.items()]
-        self.ran.update(name for name, _, _ in calls)
+        known = self.selection.modules
+        calls = [(layer, part, value) for key, value in outputs.items() for layer, _, part in [split_key(key, known)]]
+        self.ran.update(layer + part for layer, part, _ in calls)
         return calls
-
-    def _split(self, key: str) -> tuple[str, int]:
-        """Splits the key of a call into the layer's name and the number of the call."""
-        name, mark, number = key.rpartition("#")
-        if key in self.selection.modules or not mark:
-            return key, 0
-        return name if name in self.selection.modules else name.removesuffix("#"), int(number)
 
     def _judge(self, block: Any, acts: Any) -> None:
         """Raises for what was not captured though it ran; a layer that did not run is no error here."""
@@ -226,20 +174,3 @@ class Runner:
             where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
             raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")
         self.fresh = False
-
-    def _settle(self, calls: Calls, shape: Any) -> None:
-        """Allows inputs of this shape to end early, if each selected layer ran exactly once."""
-        names = [name for name, _, _ in calls]
-        selected = {*self.selection.modules, *self.selection.function_names}
-        if len(set(names)) != len(names) or not selected <= set(names):
-            return
-        if self._early is None:
-            self._early = _quiet(Capture(self._model, names, **self._options, stop=True, strict=False))
-            self._early_names = set(names)
-        if set(names) == self._early_names:
-            self._settled.add(shape)
-
-
-def _quiet(capture: Capture) -> Capture:
-    capture._judges = False  # what is missing is judged over the whole run
-    return capture

@@ -62,12 +62,20 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _values(tensor: Tensor) -> str:
-    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+    values = raw_bytes(tensor)
+    if values is None:
         return f"{type(tensor).__name__}"
+    return _digest([values] if len(values) else [])  # type: ignore[list-item]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview | None:
+    """Returns the bytes of a tensor's values in order; None where a tensor has none, or not in memory of its own."""
+    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
     values = tensor.detach()
     values = values.int_repr() if values.is_quantized else values
     values = values.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return _digest([memoryview(values.view(torch.uint8).numpy())] if values.numel() else [])  # type: ignore[list-item, arg-type]
+    return memoryview(values.view(torch.uint8).numpy()) if values.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 
 def function_identity(function: Any) -> str | None:
@@ -137,7 +145,6 @@ def _constant(value: Any) -> Iterable[bytes]:
 
 _WHAT: dict[str, Callable[[Any], str]] = {
     "layers": lambda value: listed(value),
-    "reduce": lambda value: "none" if value is None else str(value).split(" ")[0],
     "data": lambda value: ", ".join(f"{key} {item}" for key, item in value.items() if item is not None),
 }
 
@@ -153,12 +160,12 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
     differences = []
     for key in dict.fromkeys([*stored, *now]):
         before, after = stored.get(key), now.get(key)
-        if before == after:
+        if before == after or key not in stored:  # a store of an earlier version says nothing of it
             continue
         if key == "model":
             differences.append(_model_difference(before or {}, after or {}))
-        elif key == "reduce" and before and after and before.split(" ")[0] == after.split(" ")[0]:
-            differences.append(f"reduce: the code of {before.split(' ')[0]} is another (reduce_id= names it for good)")
+        elif key == "reduce":
+            differences.append(_reduce_difference(before, after))
         else:
             show = _WHAT.get(key, repr)
             differences.append(f"{key}: {show(before)} then, {show(after)} now")
@@ -167,6 +174,23 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
             f"{where} was begun with something else, so its samples would not go together. {'; '.join(differences)}. "
             "Give another directory, or the same arguments as before."
         )
+
+
+def _reduce_difference(before: Any, after: Any) -> str:
+    """Says how two functions differ, or two mappings from layers to functions."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
+        return f"reduce of {key!r}: {_reduce_difference(before.get(key), after.get(key)).removeprefix('reduce: ')}"
+    then, now = (_reduce_name(value) for value in (before, after))
+    if then == now:
+        return f"reduce: the code of {then} is another (reduce_id= names it for good)"
+    return f"reduce: {then} then, {now} now"
+
+
+def _reduce_name(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"one for each of {listed(value, 3)}"
+    return "none" if value is None else str(value).split(" ")[0]
 
 
 def _model_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from convtap._disk.place import shard_files, write_whole
+from convtap._atomic import write_whole
+from convtap._disk.place import shard_files
 from convtap._disk.reading import Shard
 from convtap._errors import StoreError
 
@@ -138,7 +139,7 @@ def read_index(path: Path) -> Index:
         index = _extended(index, _opened(path, fresh, bad), files)
         if len(index.files) - known >= _WORTH_KEEPING:
             with contextlib.suppress(OSError):  # the store may be read-only
-                write_whole(path / _FILE, _dump(index))
+                write_whole(path / _FILE, lambda temporary: temporary.write_bytes(_dump(index)))
     index.bad = bad
     return index
 

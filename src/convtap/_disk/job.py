@@ -5,27 +5,44 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convtap._disk.beginning import Beginning
 from convtap._disk.chain import checked_lengths
+from convtap._disk.contents import Contents, SameData, contents_of
 from convtap._disk.forecast import Progress
-from convtap._disk.forward import Runner, checked_inputs
+from convtap._disk.forward import Runner
 from convtap._disk.index import Index, read_index
 from convtap._disk.interrupt import Terminated, Termination
+from convtap._disk.names import Names, listing
 from convtap._disk.place import RankFolder, rank_folders, read_finished, set_aside, shard_files, write_finished
 from convtap._disk.plan import IterPlan, MapPlan
 from convtap._disk.reading import Shard
 from convtap._disk.rows import RowMaker
-from convtap._disk.shards import Batch, Id
+from convtap._disk.shards import Batch
+from convtap._disk.state import StateWatch
 from convtap._disk.writer import Writer
-from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, brief, listed, plural
-from convtap._structure import walk_tensors
+from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
 from convtap._table import human_bytes
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is known of a batch before the model runs: its arguments, and what the user's functions returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ids: Any
+    lengths: Any
+    labels: Any
+
+    @property
+    def contents(self) -> Contents:
+        return contents_of((self.args, self.kwargs), self.ids, self.lengths, self.labels)
 
 
 class Job:
@@ -59,15 +76,15 @@ class Job:
         self._part = part
         self._parts = parts
         self._inputs = inputs
+        self._ids = ids
         self._lengths = lengths
         self._labels = labels
         index = read_index(path)
         self._done = _Done(index)
-        self._names = _Names(ids, index, counts=ids is None and isinstance(planned, IterPlan))
-        self._beginning = None
-        if ids is not None and isinstance(planned, IterPlan):
-            self._beginning = Beginning(path, f"rank {part} of {parts}: " if parts > 1 else "", ids)
-            planned.look = self._beginning.look
+        self._names = Names(index, named=ids is not None, counts=ids is None and isinstance(planned, IterPlan))
+        self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
+        self._looked = self._same.numbers()
+        self._state = StateWatch(runner.model)
         self._stored = len(index.ids)
         runner.fresh = not index.layers
 
@@ -79,10 +96,11 @@ class Job:
 
     def run(self, shard_bytes: int, settle: Callable[[], None], show: bool) -> None:
         """Computes what is missing. ``settle`` is called before a shard is written."""
-        if isinstance(self._plan, IterPlan) and self._is_complete():
-            return
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
-        if left == 0:
+        if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
+            with contextlib.closing(self._plan.some(self._looked)) as batches:
+                for number, _, batch in batches:
+                    self._look(number, self._given(batch))
             return
         everything = self._plan.count(lambda number: number not in self._done)
         done = self._stored if total is None or left is None else total - left
@@ -91,8 +109,7 @@ class Job:
         def before(batches: Sequence[Batch]) -> None:
             bar.check_room(batches)
             settle()
-            if self._beginning is not None:
-                self._beginning.settle()
+            self._same.settle()
 
         writer = Writer(self._folder, shard_bytes, before)
         try:
@@ -102,7 +119,8 @@ class Job:
                     writer.flush()
                     bar.update(0, writer.written)
                 except BaseException:
-                    writer.rescue()
+                    if not self._same.refused:
+                        writer.rescue()
                     raise
         except Terminated:
             raise StoreError(
@@ -120,36 +138,64 @@ class Job:
         return count is not None and not any(self._wanted(number) for number in range(count))
 
     def _loop(self, writer: Writer, bar: Progress, termination: Termination) -> None:
-        batches = self._plan.batches(self._wanted)
+        batches = self._plan.batches(self._wanted, self._looked)
         with contextlib.closing(batches):
             while True:
                 with termination.interruptible():
                     found = next(batches, None)
                     if found is None:
                         return
-                    batch = self._compute(*found)
+                    batch = self._take(*found)
+                if batch is None:
+                    continue
                 writer.add(batch)
                 self._names.keep(batch)
                 bar.update(len(batch.ids), writer.written)
 
-    def _compute(self, number: int, indices: list[int] | None, batch: Any) -> Batch:
-        args, kwargs = checked_inputs(self._inputs, batch)
-        names = self._names.of(number, indices, batch, (args, kwargs))
-        full, lengths = 0, None
-        if self._lengths is not None:
-            full = last_axis((args, kwargs), self._rows.axes.time_dim)
-            lengths = checked_lengths(self._lengths, batch, len(names), full)
-        calls = self._runner.run(args, kwargs)
+    def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
+        """Compares a batch if it is one of those, and computes it if it is missing."""
+        given = self._given(batch)
+        if number in self._looked:
+            self._look(number, given)
+        if not self._wanted(number):
+            return None
+        with self._runner.naming_inputs(self._inputs, batch):
+            return self._compute(number, indices, given)
+
+    def _given(self, batch: Any) -> _Given:
+        args, kwargs = self._runner.inputs(self._inputs, batch)
+        functions = (self._ids, self._lengths, self._labels)
+        ids, lengths, labels = (None if function is None else function(batch) for function in functions)
+        return _Given(args, kwargs, listing(ids), lengths, labels)
+
+    def _look(self, number: int, given: _Given) -> None:
+        ids = given.ids if isinstance(self._plan, IterPlan) else None
+        self._same.look(number, given.contents, (given.args, given.kwargs), ids)
+
+    def _again(self, number: int) -> Contents | None:
+        """Reads a batch once more, if it has a place of its own in the data."""
+        batch = self._plan.again(number)
+        return None if batch is None else self._given(batch).contents
+
+    def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
+        inputs = (given.args, given.kwargs)
+        names = self._names.of(number, indices, given.ids, inputs)
+        lengths = None if self._lengths is None else checked_lengths(given.lengths, len(names))
+        contents = given.contents  # before the model runs, which may change its inputs
+        self._state.before(number)
+        calls = self._runner.run(*inputs, lengths)
+        self._state.after()
         with torch.inference_mode():
-            columns = self._rows.columns(calls, len(names), lengths, full)
-        labels = None if self._labels is None else _checked_labels(self._labels(batch), len(names))
-        return Batch(number, names, columns, labels, {key: self._rows.axes.found[key] for key in columns})
+            columns = self._rows.columns(calls, len(names))
+        labels = None if self._labels is None else _checked_labels(given.labels, len(names))
+        axes = {key: self._rows.axes.found[key] for key in columns}
+        return Batch(number, names, columns, labels, contents, axes)
 
     def _warn_of_idle(self) -> None:
         if self._runner.fresh:
             return
         exact = self._runner.selection.exact
-        idle = [name for name in self._runner.selection.modules if name not in self._runner.ran]
+        idle = self._runner.idle()
         if idle and (exact & set(idle)):
             warnings.warn(
                 f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, and nothing is stored of them: "
@@ -172,79 +218,6 @@ class _Done:
 
     def __contains__(self, number: int) -> bool:
         return number < len(self._here) and self._here[number] == 1
-
-
-class _Names:
-    """Gives the samples of each batch their ids: the user's, the indices of the data set, or a running count."""
-
-    def __init__(self, ids: Callable[[Any], Any] | None, index: Index, *, counts: bool) -> None:
-        self._ids = ids
-        self._kind: type | None = None
-        self._seen: set[Id] = set()
-        # of every batch so far, how many samples: where the running count stands when a batch is the next
-        self._sizes = dict(index.batches[:, :2].tolist()) if counts else {}
-        self._counted = (0, 0)
-        if ids is not None:
-            self._seen.update(index.ids.tolist())
-            self._kind = type(index.ids[0].item()) if len(index.ids) else None
-
-    def of(self, number: int, indices: list[int] | None, batch: Any, inputs: Any) -> list[Id]:
-        """Returns the ids of a batch."""
-        if self._ids is not None:
-            return self._checked(self._ids(batch))
-        if indices is not None:
-            return [int(index) for index in indices]
-        first = next((tensor for _, tensor in walk_tensors(inputs) if tensor.dim()), None)
-        if first is None:
-            raise InvalidValue(
-                "the model is given no tensor with a batch axis, so nobody can count samples. Pass ids=."
-            )
-        before, count = self._counted
-        while before < number:
-            count += self._sizes[before]
-            before += 1
-        self._counted = (before, count)
-        self._sizes[number] = first.shape[0]
-        return list(range(count, count + first.shape[0]))
-
-    def keep(self, batch: Batch) -> None:
-        """Remembers the ids of a batch, which must not come again."""
-        if self._ids is not None:
-            self._seen.update(batch.ids)
-
-    def _checked(self, found: Any) -> list[Id]:
-        listing = found.tolist() if hasattr(found, "tolist") else found
-        if isinstance(listing, (str, bytes)) or not hasattr(listing, "__iter__"):
-            raise InvalidType(f"ids(batch) returned {brief(found)}, and it must return one int or str for each sample.")
-        names: list[Id] = list(listing)
-        fresh: set[Id] = set()
-        for name in names:
-            if not isinstance(name, (int, str)) or isinstance(name, bool) or "\0" in str(name):
-                raise InvalidType(f"ids(batch) gave the id {name!r}, and an id is an int or a str (without NUL).")
-            self._kind = self._kind or type(name)
-            if not isinstance(name, self._kind):
-                raise InvalidType(
-                    f"ids(batch) gave {name!r} among ids of type {self._kind.__name__}: all int, or all str."
-                )
-            if name in self._seen or name in fresh:
-                raise InvalidValue(
-                    f"the id {name!r} comes twice, and a store holds each id once. Give each sample its own."
-                )
-            fresh.add(name)
-        return names
-
-
-def last_axis(inputs: Any, dim: int = -1) -> int:
-    """Returns the length of the padded input: the time axis of the first input tensor that has more than one.
-
-    Raises:
-        InvalidValue: there is none.
-    """
-    shapes = [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1 and tensor.is_floating_point()]
-    shapes += [tensor.shape for _, tensor in walk_tensors(inputs) if tensor.dim() > 1]
-    if not shapes:
-        raise InvalidValue("lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none.")
-    return int(shapes[0][dim])
 
 
 def _checked_labels(found: Any, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from convtap._atomic import TEMPORARY, sync_folder, write_whole
 from convtap._errors import InvalidValue, StoreError, listed
 
 VERSION = 1
@@ -28,46 +29,15 @@ _RANK = re.compile(r"rank-(\d{5,})")
 _held: set[Path] = set()
 
 
-def sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def write_first(path: Path, content: bytes) -> None:
+    """Writes a small file, unless it exists: another process may have been first."""
+    with contextlib.suppress(FileExistsError):
+        write_whole(path, lambda temporary: temporary.write_bytes(content), replace=False)
 
 
-def write_whole(path: Path, content: bytes, *, replace: bool = True) -> bool:
-    """Writes a small file that appears whole. Returns False if it exists and ``replace`` is False."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Gives a file its name, unless another process was first (FileExistsError)."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links: the moment between looking and renaming stays open
-        if path.exists():
-            raise FileExistsError(str(path)) from None
-        os.replace(temporary, path)
+def _note(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content)
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -85,7 +55,7 @@ def read_description(path: Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(file.read_bytes())
-        kind, version = found["kind"], found["version"]
+        kind, version = found["kind"], int(found["version"])
     except FileNotFoundError:
         shards = list(shard_files(path))
         if shards:
@@ -98,10 +68,27 @@ def read_description(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{str(file)!r} is damaged, or convtap did not write it.") from None
     if kind != _KIND:
-        raise StoreError(f"{str(file)!r} was not written by convtap: it is a {kind!r}.")
+        raise StoreError(
+            f"{str(file)!r} was not written by convtap: its kind is {kind!r}. Pass the directory of a store."
+        )
     if version > VERSION:
         raise StoreError(f"{str(path)!r} has format {version}, and this convtap reads up to {VERSION}: update convtap.")
+    if not _is_whole(found.get("identity")):
+        raise StoreError(
+            f"{str(file)!r} is damaged: what it says of the extraction is not all there. Copy the whole directory again, or "
+            "extract once more into another one."
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _is_whole(identity: Any) -> bool:
+    """Whether the identity of a store has what readers ask it for."""
+    if not isinstance(identity, dict):
+        return False
+    layers, data, given = identity.get("layers"), identity.get("data"), identity.get("given", [])
+    named = isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+    batches = data.get("batches") if isinstance(data, dict) else "none"
+    return named and isinstance(given, list) and isinstance(batches, (int, type(None)))
 
 
 def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
@@ -139,7 +126,7 @@ def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Gives a directory an identity, once and for all. Returns the one it has: another process may have been first."""
     content = {"kind": _KIND, "version": VERSION, "identity": identity}
     if not (path / DESCRIPTION).exists():
-        write_whole(path / DESCRIPTION, json.dumps(content, indent=1).encode(), replace=False)
+        write_first(path / DESCRIPTION, json.dumps(content, indent=1).encode())
     found: dict[str, Any] = read_description(path)["identity"]
     return found
 
@@ -175,7 +162,7 @@ class RankFolder:
     def __enter__(self) -> RankFolder:
         self.path.mkdir(exist_ok=True)
         self._handle = self._lock()
-        for entry in self.path.glob(".*.part"):
+        for entry in self.path.glob(TEMPORARY):
             with contextlib.suppress(OSError):
                 entry.unlink()
         return self
@@ -247,7 +234,7 @@ def check_part(part: Any) -> tuple[int, int]:
 
 def note_part(folder: RankFolder, part: int, parts: int) -> None:
     """Notes in a rank's folder which part of how many its process computes."""
-    write_whole(folder.path / "part.json", json.dumps({"part": part, "parts": parts}).encode())
+    _note(folder.path / "part.json", {"part": part, "parts": parts})
 
 
 def read_parts(path: Path) -> int:
@@ -264,13 +251,13 @@ def read_parts(path: Path) -> int:
 
 def write_finished(folder: Path, batches: int) -> None:
     """Notes in a rank's folder that the data has come to its end, and how many batches it has."""
-    write_whole(folder / "finished.json", json.dumps({"batches": batches}).encode())
+    _note(folder / "finished.json", {"batches": batches})
 
 
 def read_finished(path: Path) -> int | None:
     """Returns how many batches the data has, if a rank has come to its end."""
     for rank in rank_folders(path):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return int(json.loads((path / rank / "finished.json").read_bytes())["batches"])
     return None
 

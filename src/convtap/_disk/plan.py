@@ -76,28 +76,51 @@ class MapPlan:
             return sum(groups.rows(number) for number in range(len(groups)) if wanted(number))
         return sum(len(group) for number, group in enumerate(groups) if wanted(number))
 
-    def batches(self, wanted: Wanted) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields the number, the indices and the content of each wanted batch."""
-        loader: DataLoader[Any] = DataLoader(
-            self._dataset, batch_sampler=_Chosen(self._groups, wanted), **self._settings
-        )
-        numbers = (number for number in range(len(self._groups)) if wanted(number))
-        for number, batch in zip(numbers, loader, strict=True):
+    def batches(
+        self, wanted: Wanted, looked: Sequence[int] = ()
+    ) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields the number, the indices and the content of each batch that is looked at, then of each wanted one.
+
+        A batch that is looked at only and cannot be read is left out.
+        """
+        first = [number for number in looked if number < len(self._groups) and not wanted(number)]
+        chosen = _Chosen(self._groups, wanted, first)
+        loader = iter(DataLoader(self._dataset, batch_sampler=chosen, **self._settings))
+        for place, number in enumerate(chosen.numbers()):
+            try:
+                batch = next(loader)
+            except Exception:
+                if place < len(first):
+                    continue
+                raise
             yield number, self._groups[number], batch
+
+    def some(self, looked: Sequence[int]) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields some of the batches."""
+        return self.batches(lambda number: False, looked)
+
+    def again(self, number: int) -> Any:
+        """Reads a batch once more; None if it cannot be read."""
+        return next((batch for _, _, batch in self.some([number])), None)
 
 
 class _Chosen:
-    """The batch sampler of what is wanted."""
+    """The batch sampler of some first batches, and then of what is wanted."""
 
-    def __init__(self, groups: Sequence[list[int]], wanted: Wanted) -> None:
+    def __init__(self, groups: Sequence[list[int]], wanted: Wanted, first: Sequence[int]) -> None:
         self._groups = groups
         self._wanted = wanted
+        self._first = first
+
+    def numbers(self) -> Iterator[int]:
+        yield from self._first
+        yield from (number for number in range(len(self._groups)) if self._wanted(number))
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self._groups[number] for number in range(len(self._groups)) if self._wanted(number))
+        return (self._groups[number] for number in self.numbers())
 
     def __len__(self) -> int:
-        return sum(1 for number in range(len(self._groups)) if self._wanted(number))
+        return sum(1 for _ in self.numbers())
 
 
 class IterPlan:
@@ -105,12 +128,10 @@ class IterPlan:
 
     Attributes:
         seen: how many batches there are, once the end was reached.
-        look: called with the first batch, wanted or not.
     """
 
     even = False
     seen: int | None = None
-    look: Callable[[Any], None] | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -121,15 +142,33 @@ class IterPlan:
         """Nobody knows."""
         return None
 
-    def batches(self, wanted: Wanted) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields the number and the content of each wanted batch."""
+    def batches(
+        self, wanted: Wanted, looked: Sequence[int] = ()
+    ) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields the number and the content of each batch that is wanted or looked at, as they come."""
         number = -1
         for number, batch in enumerate(self._batches):
-            if number == 0 and self.look is not None:
-                self.look(batch)
-            if wanted(number):
+            if wanted(number) or number in looked:
                 yield number, None, batch
         self.seen = number + 1
+
+    def some(self, looked: Sequence[int]) -> Generator[tuple[int, list[int] | None, Any], None, None]:
+        """Yields some of the batches: of a sequence those that are asked for, of another iterable the first.
+
+        A generator is closed after that, so that it cannot be taken for a whole one.
+        """
+        if isinstance(self._batches, Sequence):
+            yield from ((number, None, self._batches[number]) for number in looked if number < len(self._batches))
+            return
+        for batch in self._batches:
+            yield 0, None, batch
+            break
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+
+    def again(self, number: int) -> Any:
+        """Reads a batch once more; None if it cannot be read. What passes in an order of its own has no second look."""
+        return self._batches[number] if isinstance(self._batches, Sequence) else None
 
 
 def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] | None) -> MapPlan | IterPlan:

@@ -101,6 +101,10 @@ class Shard:
         """Returns the label of every row, or None if there are none."""
         return self._tensor("labels").clone() if "labels" in self._parts else None
 
+    def contents(self, place: int) -> tuple[int, ...] | None:
+        """Returns the checksums of what a batch was computed from; None in a shard of an earlier version."""
+        return tuple(self._tensor("contents", place, place + 1)[0].tolist()) if "contents" in self._parts else None
+
     def row_shapes(self, key: str) -> Tensor:
         """Returns the shapes of a layer's rows here, (rows, axes); where a row has fewer axes, -1 fills up."""
         if self.columns[key]["flat"]:

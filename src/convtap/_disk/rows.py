@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor
 from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
-from convtap._errors import ConvtapError, InvalidType, Unsupported, listed
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, listed
+from convtap._keys import numbered, separator
 from convtap._layout import Axes, after
-from convtap._structure import Omitted
+from convtap._policy import cast
+from convtap._reduce import Reductions
+from convtap._structure import Omitted, walk_leaves
 
-#: (layer, number of the call, value) of each call of one forward pass, in execution order.
-Calls = list[tuple[str, int, Any]]
+#: (layer, path of the part that was kept, value) of each call of one forward pass, in execution order.
+Calls = list[tuple[str, str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,70 +37,65 @@ class RowMaker:
 
     calls: str
     rule: ValidLengths | None
-    reduce: Callable[[Tensor], Tensor] | None
+    reduce: Reductions
     dtype: torch.dtype | None
     axes: RowAxes
 
-    def columns(self, calls: Calls, size: int, lengths: list[int] | None, full: int) -> dict[str, Rows]:
+    def columns(self, calls: Calls, size: int) -> dict[str, Rows]:
         """Turns the calls of one forward pass into rows by key, on the CPU.
 
         Args:
             size: the number of samples in the batch.
-            lengths: each sample's input length, if rows are to be cut.
-            full: the length of the padded input.
 
         Raises:
             Unsupported: a layer ran several times, or gave no rows that are samples.
         """
         columns: dict[str, Rows] = {}
-        for key, layer, tensor in self._tensors(calls):
+        for key, layer, part, path, tensor in self._tensors(calls):
             if key in columns:
                 raise Unsupported(
                     f"two outputs would both be stored as {key!r}. Rename a layer, or select one of them."
                 )
-            axes = self.axes.of(layer, _path(key), tensor.shape)
+            axes = self.axes.of(layer, part, path, tensor.shape)
             _check_rows(key, tensor, size, axes.batch)
-            tensor = tensor.movedim(axes.batch, 0)
-            if self.rule is None or lengths is None:
-                columns[key] = _own(tensor.detach())
+            if self.rule is None:
+                columns[key] = _own(tensor.detach().movedim(axes.batch, 0))
                 self.axes.note(key, axes)
-            else:
-                if axes.time is None:
-                    raise Unsupported(
-                        f"layer {key!r} gives shape {tuple(tensor.shape)}, which has no time axis to cut."
-                    )
-                self.rule.check(layer, full, tensor.shape[axes.time])
-                frames = [self.rule.frames(layer, length) for length in lengths]
-                columns[key] = _stacked(
-                    [self._cut(key, row.narrow(axes.time, 0, n), axes) for row, n in zip(tensor, frames, strict=True)]
-                )
+                continue
+            rows = self.rule.cut(layer, part + path, tensor, axes.batch)
+            rows = list(tensor.movedim(axes.batch, 0)) if rows is None else rows
+            columns[key] = _stacked([self._kept(key, layer + part, row, axes) for row in rows])
         return columns
 
-    def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, Tensor]]:
-        """Yields key, layer and tensor of everything that is to be stored."""
-        by_layer: dict[str, list[Any]] = {}
-        for layer, _, value in calls:
-            by_layer.setdefault(layer, []).append(value)
-        for layer, values in by_layer.items():
+    def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, str, str, Tensor]]:
+        """Yields key, layer, part, path in that and tensor of everything that is to be stored."""
+        by_layer: dict[tuple[str, str], list[Any]] = {}
+        for layer, part, value in calls:
+            by_layer.setdefault((layer, part), []).append(value)
+        names = {layer for layer, _ in by_layer}
+        marks = {layer: separator(layer, names) for layer in names}
+        for (layer, part), values in by_layer.items():
             if self.calls == "keys":
                 for number, value in enumerate(values):
-                    yield from ((key, layer, tensor) for key, tensor in _leaves(f"{layer}#{number}", value))
+                    key = numbered(layer, number, 0, marks[layer], part)
+                    yield from ((key + path, layer, part, path, tensor) for path, tensor in _leaves(key, value))
                 continue
             if len(values) > 1 and self.calls == "error":
                 raise Unsupported(
-                    f"layer {layer!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls on "
-                    "time, or calls='keys' to store each under its own key."
+                    f"layer {layer + part!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls "
+                    "on time, or calls='keys' to store each under its own key."
                 )
+            key = layer + part
             shape = next((value.shape for value in values if isinstance(value, Tensor)), ())
-            axes = self.axes.of(layer, "", shape)
+            axes = self.axes.of(layer, part, "", shape)
             dim = -1 if axes.time is None else axes.time - axes.batch
-            yield from ((key, layer, tensor) for key, tensor in _joined(layer, values, dim))
+            yield from ((key + path, layer, part, path, tensor) for path, tensor in _joined(key, values, dim))
 
-    def _cut(self, key: str, row: Tensor, axes: Axes) -> Tensor:
-        before = row.shape
-        if self.reduce is not None:
+    def _kept(self, key: str, name: str, row: Tensor, axes: Axes) -> Tensor:
+        reduce = self.reduce.of(name)
+        if reduce is not None:
             try:
-                reduced = self.reduce(row)
+                reduced = reduce(row)
             except Exception as error:
                 raise ConvtapError(
                     f"layer {key!r}: reduce failed on a row of shape {tuple(row.shape)}: {type(error).__name__}: {error}"
@@ -107,11 +105,12 @@ class RowMaker:
                     f"reduce returned a {type(reduced).__name__}, and it must return a tensor. With lengths= it is given "
                     "one sample (C, T): reduce=lambda t: t.mean(-1)."
                 )
-            row = reduced
-            axes = after(axes, before, row.shape)
+            row, axes = reduced, after(axes, row.shape, reduced.shape)
         self.axes.note(key, axes)
-        if self.dtype is not None and (row.is_floating_point() or row.is_complex()):
-            row = row.to(self.dtype)
+        try:
+            row = cast(row, self.dtype)
+        except InvalidValue as error:
+            raise InvalidValue(f"layer {key!r}: {error}") from None
         # its own memory: a part of the batch would keep all of it alive
         return row.detach().to("cpu", copy=True).contiguous()
 
@@ -139,7 +138,7 @@ def _joined(layer: str, values: list[Any], dim: int) -> Iterable[tuple[str, Tens
             f"layer {layer!r} gives no single tensor, so calls='cat' cannot join its calls: calls='keys'."
         )
     try:
-        return [(layer, torch.cat(tensors, dim))]
+        return [("", torch.cat(tensors, dim))]
     except RuntimeError as error:
         shapes = listed([str(tuple(tensor.shape)) for tensor in tensors])
         raise Unsupported(
@@ -148,32 +147,17 @@ def _joined(layer: str, values: list[Any], dim: int) -> Iterable[tuple[str, Tens
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of an output under the names that keep its structure: ``lstm[0]``, ``lstm[1][0]``."""
-    if value is None:
-        return
-    if isinstance(value, Tensor):
-        yield key, value
-        return
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, (tuple, list)):
-        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif hasattr(value, "items"):
-        items = value.items()
-    elif hasattr(value, "__dataclass_fields__"):
-        items = ((name, getattr(value, name)) for name in value.__dataclass_fields__)
-    else:
-        kind = value.kind if isinstance(value, Omitted) else type(value).__name__
-        raise Unsupported(
-            f"the output {key!r} is a {kind}, no tensor, and a store holds tensors. Leave the layer out of the selection, or "
-            "select the layers inside it."
-        )
-    for name, item in items:
-        yield from _leaves(f"{key}[{name}]", item)
-
-
-def _path(key: str) -> str:
-    """The place of a tensor in a layer's output, from its key: ``"1.0"`` of ``lstm[1][0]``."""
-    return ".".join(part.rstrip("]") for part in key.split("[")[1:])
+    """Yields the tensors of an output, each with its path: ``[0]``, ``[1][0]``; ``key`` is of the whole."""
+    for path, leaf in walk_leaves(value):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor):
+            kind = leaf.kind if isinstance(leaf, Omitted) else type(leaf).__name__
+            raise Unsupported(
+                f"the output {key + path!r} is a {kind}, no tensor, and a store holds tensors. Leave the layer out of the "
+                "selection, select the parts of it that are tensors, or select the layers inside it."
+            )
+        yield path, leaf
 
 
 def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
@@ -189,4 +173,4 @@ def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
 
 def values_of(calls: Iterable[Any]) -> Calls:
     """Reads the calls of a block, in execution order."""
-    return [(call.name, call.index, call.output) for call in calls]
+    return [(call.layer, call.part, call.output) for call in calls]

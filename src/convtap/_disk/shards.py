@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +54,7 @@ class Batch:
         ids: one for each row.
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
+        contents: the checksums of what it was computed from, or None.
         axes: by layer key, which axis of a row is time, as far as that is known.
     """
 
@@ -62,6 +62,7 @@ class Batch:
     ids: Sequence[Id]
     columns: dict[str, Rows]
     labels: Tensor | None = None
+    contents: tuple[int, ...] | None = None
     axes: dict[str, Axes] = field(default_factory=dict)
 
     @property
@@ -189,6 +190,9 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
         if len(present) < len(batches):
             about["columns"][key]["present"] = present
         parts.extend(found)
+    contents = [batch.contents for batch in batches if batch.contents is not None]
+    if len(contents) == len(batches) > 0:
+        parts.append(_int_part("contents", contents, [len(contents), len(contents[0])]))
     labels = [batch.labels for batch in batches if batch.labels is not None]
     if labels:
         first = labels[0]
@@ -207,7 +211,7 @@ _LONGEST = 2**32 - 1
 
 
 def write_shard(path: Path, batches: Sequence[Batch]) -> int:
-    """Writes a whole shard and forces it to the disk. Returns its size in bytes.
+    """Writes a whole shard. Returns its size in bytes.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -243,7 +247,6 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
         text = _header_text(header, about, header_checksum(header)).ljust(room)
         file.seek(0)
         _write(file, memoryview(room.to_bytes(8, "little") + text))
-        os.fsync(file.fileno())
     return 8 + room + start
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from convtap._disk.account import layer_of, missing, stem, summary, unreadable, verify
+from convtap._disk.account import missing, stem, summary, unreadable, verify
 from convtap._disk.index import read_index
 from convtap._disk.place import read_description
 from convtap._disk.reading import Shard
@@ -26,6 +26,7 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
+from convtap._parts import split_key
 from convtap._table import MOST, Table
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ class Store:
         keys = list(self._index.layers)
         if self._identity.get("calls") != "keys":
             return {key: key for key in keys}
-        stems = [stem(key) for key in keys]
-        return {(stem(key) if stems.count(stem(key)) == 1 else key): key for key in keys}
+        layers = set(self._identity["layers"])
+        stems = {key: stem(key, layers) for key in keys}
+        times = Counter(stems.values())
+        return {(found if times[found] == 1 else key): key for key, found in stems.items()}
 
     # -- what is here
 
@@ -248,8 +251,13 @@ class Store:
         return f"no sample has the id {id!r}. There are {len(self)}: {some}, … Positions are slices: view[0:10].{hint}"
 
     def _missing(self, layer: str) -> LayerNotFound | AmbiguousCall:
-        parts = [name for name in self._names if layer_of(name) == layer]
-        if parts and "#" in parts[0]:
+        layers = set(self._identity["layers"])
+        split = {name: split_key(name, layers) for name in self._names}
+        parts = [
+            name for name, (base, _, path) in split.items() if layer == base or f"{base}{path}".startswith(f"{layer}[")
+        ]
+        parts = parts or [name for name, (base, _, path) in split.items() if layer == base + path]
+        if parts and any(split[name][1] is not None for name in parts):
             return AmbiguousCall(
                 f"{layer!r} ran several times, and each call has its own key here: {listed(parts)}. "
                 f"Take one of them: store[{parts[-1]!r}]."

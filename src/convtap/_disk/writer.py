@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from convtap._disk.place import RankFolder, sync_folder
+from convtap._atomic import write_whole
+from convtap._disk.place import RankFolder
 from convtap._disk.shards import Batch, write_shard
 from convtap._errors import StoreError
 
@@ -82,15 +82,8 @@ class Writer:
             raise self._error
 
     def _write(self, path: Path, batches: list[Batch]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            try:
-                size = write_shard(temporary, batches)
-                os.rename(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
-            self.written += size
+            self.written += write_whole(path, lambda temporary: write_shard(temporary, batches))
         except OSError as error:
             self._error = StoreError(_unwritten(path, error))
             self._error.__cause__ = error

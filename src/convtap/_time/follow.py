@@ -24,6 +24,7 @@ from convtap._time.axis_views import MANY, VIEWS, pieces
 from convtap._time.mark import Digit, Mark, unknown
 from convtap._torch.hooks import Hooks
 from convtap._tree import ModuleTree
+from convtap.taps.module import as_input
 
 # Note: [Two modes]
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.
@@ -58,13 +59,18 @@ class Record:
 class Follower:
     """Follows one pass.
 
+    Args:
+        every: ``"output"`` or ``"input"`` to record every tensor that modules return, or are given; None for the first one
+            that they return.
+
     Attributes:
         records: the layers' runs in order.
     """
 
-    def __init__(self, tree: ModuleTree, signal: Tensor, time_dim: int) -> None:
+    def __init__(self, tree: ModuleTree, signal: Tensor, time_dim: int, every: str | None = None) -> None:
         self.records: list[Record] = []
         self._tree = tree
+        self._every = every
         self._time_dim: int | None = time_dim
         self._nodes: Any = WeakTensorKeyDictionary()
         samples = int(signal.shape[time_dim])
@@ -90,16 +96,24 @@ class Follower:
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._stack.append((name, module))
+        if self._every == "input":
+            self._look_at(name, module, as_input(args, kwargs))
 
     def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1][1] is module:
             self._stack.pop()
-        for path, tensor in walk_tensors(output):
+        if self._every != "input":
+            self._look_at(name, module, output)
+
+    def _look_at(self, name: str, module: nn.Module, value: Any) -> None:
+        """Records what is known of the tensors in a module's output or input."""
+        for path, tensor in walk_tensors(value):
             mark = self.mark(tensor)
             if mark is not None:
                 is_layer = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D))
                 self._record(name, type(module).__name__, is_layer, mark, tensor, path)
-                return
+                if self._every is None:
+                    return
 
     def _record(self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "") -> None:
         self.records.append(Record(name, kind, is_layer, mark, tuple(tensor.shape), path))
@@ -262,6 +276,8 @@ class Follower:
         inside = any(isinstance(module, CONV1D) for _, module in self._stack)
         if mark is None or inside or weight.dim() != 3 or args[6]:
             return
+        if self._every == "input":
+            mark, out = self.mark(args[0]) or mark, args[0]
         self._record(self._owners.find(weight) or FUNCTION, "function", True, mark, out)
 
 

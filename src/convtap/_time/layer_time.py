@@ -34,7 +34,7 @@ class LayerTime:
         name: the layer.
         key: its key in the timeline: the name, or ``name#1`` for one of several calls.
         dim: which axis of the output is time, counted from the end (-1 for the last); None if there is none (any more).
-        path: which tensor of a structured output it is about, such as ``"0"``; empty if the output is a tensor.
+        path: which tensor of a structured output it is about, such as ``"[0]"``; empty if the output is a tensor.
         frames: how many frames the example made, or None.
         input_length: how many samples the example had.
         whole: what makes every frame see the whole input, such as ``"lstm in 'encoder'"``.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from convtap._errors import InvalidType
-from convtap._example import run_once
-from convtap._structure import walk_tensors
+from convtap._example import called, looking, own_tensors
+from convtap._structure import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
 from convtap._time.follow import Follower, Record
 from convtap._torch import compile_stance
@@ -29,17 +30,23 @@ from convtap._tree import ModuleTree
 _ENOUGH = 8
 
 
-def follow(model: nn.Module, example: Any, path: str, axis: int) -> tuple[list[Record], ModuleTree]:
+def follow(
+    model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
+) -> tuple[list[Record], ModuleTree]:
     """Runs a model once on an example and follows an axis of the tensor at ``path``; works on a copy of that tensor."""
     with torch.inference_mode(False):
-        signal = dict(walk_tensors(example))[path].detach().clone()
+        example = own_tensors(example)  # the model may write into them
+        signal = dict(walk_tensors(example))[path].clone()
     tree = ModuleTree(model)
-    follower = Follower(tree, signal, axis)
+    follower = Follower(tree, signal, axis, every)
     try:
         compile_stance.enter(follower)
         # In inference mode, operations are not taken apart into those that have rules.
-        with torch.inference_mode(False), follower.watching():
-            run_once(model, _with(example, path, signal))
+        with torch.inference_mode(False), looking(model):
+            if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+                called(model, own_tensors(example))
+            with follower.watching():
+                called(model, _with(example, path, signal))
     finally:
         compile_stance.leave(follower)
     return follower.records, tree
@@ -58,7 +65,9 @@ class Doubt:
     place: str | None = None
 
 
-def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int) -> dict[int, Doubt]:
+def settle(
+    records: Sequence[Record], model: nn.Module, example: Any, path: str, axis: int, every: str | None = None
+) -> dict[int, Doubt]:
     """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
 
     Returns:
@@ -73,7 +82,7 @@ def settle(records: Sequence[Record], model: nn.Module, example: Any, path: str,
         if settled or len(passes) == _ENOUGH or length + change < 1:
             break
         try:
-            others, _ = follow(model, _resized(example, path, axis, change), path, axis)
+            others, _ = follow(model, _resized(example, path, axis, change), path, axis, every)
         except Exception:  # the model refuses this length, which is its right; what is open then stays open
             continue
         passes.append((length + change, others))
@@ -155,13 +164,7 @@ def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
 
 def _with(value: Any, path: str, tensor: Tensor) -> Any:
     """Returns an example with the tensor at a path replaced."""
-    if not path:
-        return tensor
-    head, _, rest = path.partition(".")
-    if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        items = [_with(item, rest, tensor) if name == head else item for name, item in zip(names, value, strict=True)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        return {key: _with(item, rest, tensor) if str(key) == head else item for key, item in value.items()}
-    raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    found = with_part(value, path, tensor)
+    if found is MISSING:
+        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    return found

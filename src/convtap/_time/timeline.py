@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convtap._arguments import check_arguments
 from convtap._call import Call
 from convtap._errors import (
     AmbiguousCall,
@@ -21,10 +22,9 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
-from convtap._example import Example, arguments
+from convtap._example import Example, prepared
 from convtap._layout import axes_of
 from convtap._samples import Cut
-from convtap._select import check_arguments
 from convtap._structure import walk_tensors
 from convtap._table import MOST, Rows, Table
 from convtap._time.follow import Record
@@ -37,16 +37,17 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
     """Follows the time axis of an input through a model, and says for each layer which input samples its frames see.
 
     The model runs once on the example, in eval mode and without gradients. (Where it computes numbers such as the end of
-    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.)
+    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.) The model stays as
+    it is: caches, statistics and random numbers are put back after each run.
 
     Args:
         model: any PyTorch model.
-        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Its first floating-point
+        example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Its first floating-point
             tensor, or else its first tensor that is no mask, is the signal.
         time_dim: the axis of the signal that is time.
 
     Raises:
-        InvalidType: the example is no tensor, tuple or dict.
+        InvalidType: the example is no tensor, array, tuple or mapping, or the model does not take it.
         InvalidValue: it has no tensor, no such axis, or the axis turns out to be no time to a convolution.
 
     Example:
@@ -66,7 +67,7 @@ def timeline(model: nn.Module, example: Example, *, time_dim: int = -1) -> Timel
         tensor([100,  50])
     """
     check_arguments(model, None, nn.Conv1d)
-    arguments(example)
+    example = prepared(example, model)
     path, signal = signal_of(example)
     axis = _axis(signal, time_dim)
     records, tree = follow(model, example, path, axis)
@@ -145,10 +146,6 @@ class Timeline(Mapping[str, LayerTime]):
             raise self._missing(name)
         return list(self._calls[found])
 
-    def everything(self) -> list[LayerTime]:
-        """Returns the time axis of every run of every module that gave one out, also of those that are no convolution."""
-        return list(self._all.values())
-
     # -- samples
 
     def _cutter(self, lengths: Sequence[int], shape: tuple[int, ...] | None) -> Cut:
@@ -193,10 +190,10 @@ class Timeline(Mapping[str, LayerTime]):
 
     def _layer_of(self, call: Call) -> LayerTime:
         """The run of a layer that a call is, in every pass anew."""
-        runs = self._calls.get(call.name)
+        runs = self._calls.get(call.layer)
         if runs is None:
             raise InvalidValue(
-                f"the timeline has no layer {call.name!r}; it has {listed(self._layers)}. It is of another model: take "
+                f"the timeline has no layer {call.layer!r}; it has {listed(self._layers)}. It is of another model: take "
                 "timeline(model, example) of the model that ran."
             )
         return runs[call.index % len(runs)]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convtap._batch import Inputs, as_example, called_with, naming_inputs
 from convtap._capture import Capture
 from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, brief, listed, plural
-from convtap._example import Example, eval_mode
+from convtap._example import Example, called, is_array, looking, moved, own_tensors
+from convtap._stats import real_values
 from convtap._structure import walk_tensors
 from convtap._table import Table
 from convtap._time.hit import Hit
@@ -25,6 +27,7 @@ def top(
     layer: str,
     k: int,
     *,
+    inputs: Inputs | None = None,
     channels: int | Sequence[int] | None = None,
     per_sample: int = 1,
     threshold: float | None = None,
@@ -34,14 +37,16 @@ def top(
     """Finds the k highest values of each channel of a layer over a data set, and the input window that each frame saw.
 
     One pass over the data, in eval mode and without gradients; what is kept is k values a channel, however long the data.
-    Of equal values the earlier one is kept.
+    Of equal values the earlier one is kept. The model stays as it is: what the pass changes in it, such as the caches of a
+    streaming model, is put back at the end.
 
     Args:
         model: any PyTorch model.
-        data: batches, as a ``DataLoader`` or any iterable gives them, or one batch as a tensor. A tensor is passed to the
-            model, a dict as keyword arguments, of a tuple or list the first element.
+        data: batches, as a ``DataLoader`` or any iterable yields them, or one batch as a tensor or array.
         layer: the layer's name.
         k: how many hits a channel.
+        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
+            passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         channels: which channels; None for all.
         per_sample: how many hits a channel may have in one input (frames side by side see nearly the same window).
         threshold: the least value of a hit; None for no limit.
@@ -56,6 +61,7 @@ def top(
         AmbiguousCall: it runs several times (``name#1`` is one of its runs).
         Unsupported: its time axis is unknown or gone, or its rows are not the inputs.
         NonFiniteOutput: it gave NaN.
+        InvalidType: the model refuses a batch as it is passed by default.
         InvalidValue: there are no batches, or a number makes no sense.
 
     Example:
@@ -76,9 +82,9 @@ def top(
         raise InvalidType(
             f"layer is a {type(layer).__name__}, and it must be one layer's name, such as 'encoder.conv1'."
         )
-    search = _Search(model, layer, k, channels, per_sample, threshold, example, time_dim)
-    batches: Iterable[Any] = [data] if isinstance(data, Tensor) else _iterable(data)
-    with eval_mode(model), torch.no_grad():
+    search = _Search(model, layer, k, channels, per_sample, threshold, example, time_dim, inputs)
+    batches: Iterable[Any] = [data] if isinstance(data, Tensor) or is_array(data) else _iterable(data)
+    with looking(model):
         for batch in batches:
             search.add(batch)
     return search.table()
@@ -97,8 +103,10 @@ class _Search:
         threshold: float | None,
         example: Any,
         time_dim: int,
+        inputs: Inputs | None = None,
     ) -> None:
         self._model = model
+        self._device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
         self._name = layer
         self._k = k
         self._channels = channels
@@ -106,6 +114,7 @@ class _Search:
         self._threshold = threshold
         self._example = example
         self._time_dim = time_dim
+        self._inputs = inputs
         self._layer: LayerTime | None = None
         self._best: tuple[Tensor, Tensor, Tensor] | None = None
         self._numbers: list[int] = []
@@ -114,17 +123,22 @@ class _Search:
 
     def add(self, batch: Any) -> None:
         """Runs one batch and keeps the best of it and of what there was."""
-        args = _call(batch)
-        signal = signal_of(args)[1]
+        args, kwargs = called_with(self._inputs, batch, self._model)
+        with naming_inputs(self._inputs, batch, self._model):
+            self._add(args, kwargs)
+
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = own_tensors(moved(as_example(self._model, args, kwargs), self._device))
+        signal = signal_of(call)[1]
         if self._layer is None:
-            example = _first(args) if self._example is None else self._example
+            example = _first(call) if self._example is None else self._example
             times = timeline(self._model, example, time_dim=self._time_dim)
             self._layer, self._time_dim = (
                 times[self._name],
                 times.time_dim,
             )  # counted from the end: inputs have no batch
             self._rank = signal.dim() - 1
-        values = self._values(self._layer, args, signal)
+        values = self._values(self._layer, call, signal)
         if self._best is None:
             self._numbers = _chosen(self._channels, values.shape[1], self._name)
         if values.shape[1] <= max(self._numbers):
@@ -134,7 +148,7 @@ class _Search:
         self._keep(values[:, self._numbers])
         self._seen += len(values)
 
-    def _values(self, layer: LayerTime, args: Any, signal: Tensor) -> Tensor:
+    def _values(self, layer: LayerTime, call: Any, signal: Tensor) -> Tensor:
         """The layer's output as (B, C, T)."""
         samples = int(signal.shape[self._time_dim])
         if samples != layer.input_length and (layer.whole or layer.notes):
@@ -142,9 +156,8 @@ class _Search:
                 f"{layer.key!r} sees windows that hold for {layer.input_length} samples only "
                 f"({listed([*layer.whole, *layer.notes], 2)}), and an input has {samples}. Pass inputs of one length."
             )
-        once = "#" not in layer.key
-        with Capture(self._model, layer.name, stop=once, functional=True) as acts:
-            self._model(**args) if isinstance(args, Mapping) else self._model(*args)
+        with Capture(self._model, layer.name, functional=True) as acts:  # whole passes: a model may keep state
+            called(self._model, call)
         output = dict(walk_tensors(acts[layer.key]))[layer.path]
         rows, frames = len(signal), layer.frames_of(samples)
         assert layer.dim is not None
@@ -156,7 +169,7 @@ class _Search:
                 "Pass an example of the data's length."
             )
         output = output.movedim(layer.dim, -1).reshape(rows, -1, frames)
-        output = output if output.dtype == torch.float64 else output.float()
+        output = real_values(output)  # of complex numbers the magnitudes, as in pictures and statistics
         if bool(output.isnan().any()):
             row = int(output.isnan().flatten(1).any(1).nonzero()[0])
             raise NonFiniteOutput(f"{layer.key!r} gives NaN for input {self._seen + row}, so nothing is highest there.")
@@ -218,20 +231,6 @@ def _iterable(data: Any) -> Iterable[Any]:
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
         raise InvalidType(f"data is a {type(data).__name__}. Pass a DataLoader, an iterable of batches, or one tensor.")
     return data
-
-
-def _call(batch: Any) -> Any:
-    """What the model is called with: a tuple, or a dict of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    if isinstance(batch, (tuple, list)) and batch:
-        return (batch[0],)
-    if isinstance(batch, Tensor):
-        return (batch,)
-    raise InvalidType(
-        f"a batch is a {type(batch).__name__}. A batch is a tensor, a dict of keyword arguments, or a tuple or list whose "
-        "first element is passed."
-    )
 
 
 def _first(args: Any) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Container, Iterator
-from types import CodeType, FrameType
+from collections.abc import Callable, Iterator
+from inspect import CO_VARARGS, CO_VARKEYWORDS
+from types import CellType, CodeType, FrameType, FunctionType, MethodType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -42,27 +44,115 @@ def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, Fr
         frame = frame.f_back
 
 
-def is_method_of(members: Container[int]) -> bool:
-    """Whether a method that a model defines is running on a module whose id is in ``members``, called or not."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            owner = frame.f_locals.get("self")
-            if id(owner) in members and _defines(type(owner), code):
-                return True
-        frame = frame.f_back
-    return False
+# Note: [Methods]
+# Assumption: what a class defines below ``nn.Module``, and what was set on an instance, are the methods of a model. Of
+#   torch's own modules only ``forward`` counts.
+# Failure: a function that only takes a model, ``train(model, loader)``, looks the same on the stack.
+# Choice: the code objects of the methods, found through decorators. A decorator's own code is left out, since it is also
+#   around functions that are not methods.
 
 
-def _defines(kind: type, code: CodeType) -> bool:
-    """Whether a class, or a base of it below nn.Module, has a method with this code."""
+def methods_of(kind: type) -> dict[int, CodeType]:
+    """Returns the code of each method that a module class and its bases define, by its ``id``."""
+    found: dict[int, CodeType] = {}
     for base in kind.__mro__:
         if base is nn.Module:
-            return False
-        if getattr(base.__dict__.get(code.co_name), "__code__", None) is code:
-            return True
-    return False
+            break
+        known = _methods.get(base)
+        if known is None:
+            names = ["forward"] if base.__module__.startswith("torch.nn.") else list(base.__dict__)
+            codes = [_code(base.__dict__.get(name), base.__qualname__) for name in names]
+            known = _methods[base] = {id(code): code for code in codes if code is not None}
+        found.update(known)
+    return found
+
+
+def own_methods(module: nn.Module) -> dict[int, CodeType]:
+    """Returns the code of a module's methods other than ``forward``, by its ``id``."""
+    found = {key: code for key, code in methods_of(type(module)).items() if code.co_name not in ("forward", "__init__")}
+    values = [value for value in module.__dict__.values() if isinstance(value, (FunctionType, MethodType))]
+    for code in map(_code, values):
+        if code is not None:
+            found[id(code)] = code
+    return found
+
+
+_methods: WeakKeyDictionary[type, dict[int, CodeType]] = WeakKeyDictionary()
+
+
+def _code(value: Any, owner: str = "", depth: int = 5) -> CodeType | None:
+    """Returns the code of a function, or of the function that its decorators are around."""
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, (functools.partial, functools.partialmethod)):
+        value = value.func
+    value = getattr(value, "__func__", value)
+    inner = getattr(value, "__wrapped__", None)
+    if inner is None and owner:
+        inside = (cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != _EMPTY)
+        inner = next((f for f in inside if getattr(f, "__qualname__", "").startswith(owner + ".")), None)
+    if inner is not None and depth:
+        return _code(inner, owner, depth - 1)
+    code = getattr(value, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+_EMPTY = CellType()
+
+
+class Members:
+    """The modules of a model, and the code of their methods."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.ids = {id(module) for module in modules}
+        self._codes: dict[int, CodeType] = {}
+        for kind in {type(module): None for module in modules}:
+            self._codes.update(methods_of(kind))
+        self._functions: dict[int, tuple[CodeType, nn.Module]] = {}
+        for module in modules:
+            for value in module.__dict__.values():
+                code = _code(value) if isinstance(value, (FunctionType, MethodType, functools.partial)) else None
+                if code is not None:
+                    self._functions[id(code)] = (code, module)
+
+    def entry(self, frame: FrameType | None) -> tuple[nn.Module, FrameType] | None:
+        """Returns the outermost call of a module, or of a method of one, that a frame is in, or None."""
+        found = []
+        while frame is not None:
+            if frame.f_code is CALL or id(frame.f_code) in self._codes or id(frame.f_code) in self._functions:
+                found.append(frame)
+            frame = frame.f_back
+        for frame in reversed(found):  # reading a frame's variables makes a copy of them: for as few as possible
+            owner = frame.f_locals.get("self") if frame.f_code is CALL else first_argument(frame)
+            if id(owner) in self.ids:
+                return owner, frame  # type: ignore[return-value]
+            if id(frame.f_code) in self._functions:
+                return self._functions[id(frame.f_code)][1], frame
+        return None
+
+
+def first_argument(frame: FrameType) -> Any:
+    """Returns the first positional argument that a function has, whatever its name."""
+    code = frame.f_code
+    if code.co_argcount:
+        return frame.f_locals.get(code.co_varnames[0])
+    rest = frame.f_locals.get(code.co_varnames[code.co_kwonlyargcount]) if code.co_flags & CO_VARARGS else None
+    return rest[0] if isinstance(rest, tuple) and rest else None
+
+
+def is_plain_call(frame: FrameType) -> bool:
+    """Whether a frame is that of a plain call of a module, and not of another method."""
+    return frame.f_code is CALL or frame.f_code.co_name in ("forward", "call", "__call__")
+
+
+def arguments_of(frame: FrameType) -> list[Any]:
+    """Returns the arguments of a function that runs, as they are now, without the first one."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & CO_VARARGS) + bool(code.co_flags & CO_VARKEYWORDS)
+    values = [frame.f_locals.get(name) for name in code.co_varnames[:count]]
+    return values[1:] if code.co_argcount else values
 
 
 def is_called_by(prefix: str, package: str) -> bool:
@@ -73,15 +163,6 @@ def is_called_by(prefix: str, package: str) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def outermost_call(members: Container[int]) -> tuple[nn.Module, FrameType] | None:
-    """Returns the outermost call of a module whose id is in ``members``, or None if there is none."""
-    found = None
-    for module, frame in module_calls(sys._getframe(1)):
-        if id(module) in members:
-            found = (module, frame)
-    return found
 
 
 # -- Dynamo

@@ -47,7 +47,7 @@ class Orientation:
         """A call's place, by its number among the layer's calls in the pass; the name alone if it is the only one."""
         same = self._same[id(call)]
         number = None if len(same) == 1 else next(i for i, other in enumerate(same) if other is call)
-        return self._axis.place(call.name, number, call._tally.separator)
+        return self._axis.place(call.layer, number, call._tally.separator, call.part)
 
     def axes(self, call: Call, path: str, tensor: Tensor) -> Axes:
         """Returns the axes of one tensor of a call. See Note: [Which axis is time]."""

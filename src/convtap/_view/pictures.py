@@ -100,7 +100,7 @@ def pictures(
     drawn: list[Picture] = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
-            key = f"{call.key}.{path}" if path else call.key
+            key = f"{call.key}{path}"
             axes = orientation.axes(call, path, tensor)
             try:
                 cut = one_input(found, key, tensor, position, axes.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,17 +65,20 @@ class Spread:
 def spreads(
     acts: Activations, orientation: Orientation, layers: Chosen = None, calls: list[Call] | None = None
 ) -> list[Spread]:
-    """Computes the spread of each chosen layer over all its calls, or of each of some calls; one at a time.
+    """Computes the spread of each chosen layer over all inputs, or of each of some calls; one at a time.
+
+    A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
 
     Raises:
         NotCaptured: there are no outputs.
         LayerNotFound: ``layers`` means nothing that is here.
     """
+    stems = _numbered_in_passes(acts.calls())
     groups: dict[str, list[tuple[Call, str]]] = {}
     for call in chosen(acts, layers) if calls is None else calls:
-        stem = call.name if calls is None else call.key
+        stem = stems[id(call)] if calls is None else call.key
         for path, _ in walk_tensors(call._shown):
-            groups.setdefault(f"{stem}.{path}" if path else stem, []).append((call, path))
+            groups.setdefault(f"{stem}{path}", []).append((call, path))
     found = []
     for name, places in groups.items():
         parts, assumed = [], ""
@@ -88,6 +92,17 @@ def spreads(
                     assumed = "last axis" if axes.channel == -1 else f"axis {array.ndim + (axes.channel or 0)}"
         found.append(replace(_spread(name, parts), assumed=assumed))
     return found
+
+
+def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
+    """Returns the layer's name for each call, with the number of the call in its pass if any pass has several."""
+    numbers: dict[int, int] = {}
+    times: Counter[tuple[str, int]] = Counter()
+    for call in calls:
+        numbers[id(call)] = times[call.name, call.forward]
+        times[call.name, call.forward] += 1
+    several = {name for (name, _), count in times.items() if count > 1}
+    return {id(call): call._tally.key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
 
 
 def _by_channel(array: Array, channel: int | None) -> Array:

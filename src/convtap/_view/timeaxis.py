@@ -63,7 +63,7 @@ class TimeAxis:
         self.unit = "input samples" if sample_rate is None else "seconds"
         self.bounds: tuple[float, float] | None = None
 
-    def place(self, name: str, number: int | None, separator: str) -> Place:
+    def place(self, name: str, number: int | None, separator: str, part: str = "") -> Place:
         """What the timeline knows of a call: a layer's only one in its pass, or the one of some number.
 
         A layer that ran several times in a pass has no one place by its name, so that only ``name#0``, … is asked for.
@@ -74,7 +74,10 @@ class TimeAxis:
             entry = self._timeline[name if number is None else f"{name}{separator}{number}"]
         except (LookupError, ConvtapError):
             return Place()
-        return Place(entry, getattr(entry, "dim", -1), getattr(entry, "path", None))
+        path: str | None = getattr(entry, "path", None)
+        if path is not None and part:  # what is drawn is this part, so that its own path is empty
+            path = path.removeprefix(part) if path.startswith(part) else "none"
+        return Place(entry, getattr(entry, "dim", -1), path)
 
     def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
         """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""

@@ -157,7 +157,7 @@ class ConvolutionTap:
         if self._selection.tree.has_keras and isinstance(weight, Tensor) and weight.device.type == "meta":
             return None  # Keras asks for shapes
         innermost = next(self._around(), None)
-        name = self._owners.find(weight, self._passes.number, self._around)
+        name = self._owners.find(weight, self._passes.current_of_model, self._around)
         is_script = isinstance(innermost, torch.jit.ScriptModule) or (innermost is None and is_inherited())
         via = "script" if is_script else "function"
         if name is None:

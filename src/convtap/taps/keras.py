@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from convtap._passes import Passes
-from convtap._record import Recorder
 from convtap._tree import is_keras
+from convtap.taps.activation import Follower
+from convtap.taps.parts import Parted
 
 # Note: [Keras layers]
 # Assumption: Keras calls ``layer.call``, also in a functional model and in ``predict``, and finds one that is set in the
@@ -43,13 +44,21 @@ class KerasTap:
     """Emits what Keras layers return from ``call``: after their activation, channels last where the layer is."""
 
     def __init__(
-        self, root: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, passes: Passes, *, at: str
+        self,
+        root: nn.Module,
+        layers: Mapping[str, nn.Module],
+        recorder: Parted,
+        passes: Passes,
+        *,
+        at: str,
+        follower: Follower | None,
     ) -> None:
         self._root = root
         self._layers = layers
         self._recorder = recorder
         self._passes = passes
         self._at = at
+        self._follower = follower
         self._is_activated = {name: _has_activation(layer) for name, layer in layers.items()}
         self._placed: list[tuple[nn.Module, Any]] = []
 
@@ -57,6 +66,9 @@ class KerasTap:
         """Puts a shim on every layer, and one on the root that counts passes."""
         for name, layer in self._layers.items():
             self._place(layer, functools.partial(self._emit, name))
+        if self._follower is not None:
+            for layer, is_activation in self._follower.keras_layers():
+                self._place(layer, functools.partial(_follow, self._follower, is_activation))
         if is_keras(type(self._root)):
             self._place(self._root, self._count)
 
@@ -98,6 +110,19 @@ class KerasTap:
         record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
         replacement = record(name, output, "keras", (args, kwargs))
         return output if replacement is None else replacement
+
+
+def _follow(
+    follower: Follower,
+    is_activation: bool,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Runs a layer that is followed as a whole, unless Keras only asks for shapes."""
+    if _is_symbolic((*args, *kwargs.values())):
+        return call(*args, **kwargs)
+    return follower.around(is_activation, call, args, kwargs)
 
 
 class _Claims(threading.local):

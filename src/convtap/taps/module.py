@@ -71,7 +71,7 @@ class ModuleTap:
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
-            self._recorder.emit_input(name, _as_input(args, kwargs), "module")
+            self._recorder.emit_input(name, as_input(args, kwargs), "module")
 
 
 @skip_in_dynamo
@@ -98,7 +98,7 @@ def _runs_conv1d(kind: Any) -> bool:
     return issubclass(kind, conv) and kind.forward is conv.forward and kind._conv_forward is conv._conv_forward
 
 
-def _as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A single argument as itself, several as a tuple, named ones as a dict, both as a dict with ``args``."""
     if not kwargs:
         return args[0] if len(args) == 1 else args

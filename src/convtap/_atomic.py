@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, in one function."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: What the temporary names match.
+TEMPORARY = ".*.part"
+
+# Note: [Whole files]
+# Assumption: a reader, or a resumed run, takes any file of the right name for a whole one.
+# Failure: a process that dies while it writes leaves half of a file; after a power cut a renamed file may be empty.
+# Choice: write under a temporary name in the same folder, force the content to the disk, rename, force the folder's entry.
+#   A temporary name matches ``TEMPORARY``, so that the next run in a store finds and removes what a killed one left.
+
+
+def write_whole(path: Path, write: Callable[[Path], T], *, replace: bool = True) -> T:
+    """Writes a file so that its name never stands for half of it. See Note: [Whole files].
+
+    Args:
+        path: the file.
+        write: writes the content to the temporary path that it is called with.
+        replace: whether a file of this name is replaced.
+
+    Returns:
+        What ``write`` returns.
+
+    Raises:
+        FileExistsError: ``replace`` is False, and there is a file of this name.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.part"
+    try:
+        # made here and not by ``write``: with the permissions that the user's mask allows
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        permissions = temporary.stat().st_mode & 0o777
+        result = write(temporary)
+        os.chmod(temporary, permissions)
+        _sync(temporary, os.O_RDWR)
+        (os.replace if replace else _link)(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return result
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces a folder's entries to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a file its name, unless another process was first (FileExistsError)."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: the moment between looking and renaming stays open
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.replace(temporary, path)

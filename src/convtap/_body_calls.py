@@ -1,0 +1,118 @@
+"""Groups the calls of parts that code outside of the model makes one by one: ``for layer in model.layers: x = layer(x)``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._torch.frame_marks import mark, marked
+
+# Note: [Calls of parts]
+# Assumption: parts that are called one after another, each once, work on one input. A part that is called again begins a
+#   new one, unless its input is what the part before it returned.
+# Failure: with another function in between, ``x = relu(block(x))`` in a loop looks the same as a loop over inputs.
+# Choice: the second call is a new input for certain if its input needs no gradient where the outputs before it would have
+#   one, if another function of the user's makes it, or if it has another number of channels than the output before it.
+#   Otherwise the pass is unclear, and ``samples`` refuses it.
+
+
+class BodyPass:
+    """A pass of parts that are called one by one.
+
+    Attributes:
+        number: the pass.
+        last: the part that was called last.
+        output: what it returned, if that is known and alive.
+        before: the pass before it, if that is one as well.
+    """
+
+    def __init__(self, number: int, before: BodyPass | None = None) -> None:
+        self.number = number
+        self.before = before
+        self.parts: set[int] = set()
+        self.last: nn.Module | None = None
+        self.output: Callable[[], Tensor | None] = _nothing
+
+
+class BodyCalls:
+    """Decides which calls of parts belong to one pass.
+
+    Attributes:
+        owner: whose marks the frames have.
+    """
+
+    def __init__(self, unclear: dict[int, tuple[str, int]], name_of: Callable[[nn.Module], str | None]) -> None:
+        self.owner = object()
+        self._unclear = unclear
+        self._name_of = name_of
+        self._outputs: dict[int, tuple[int, ...]] = {}
+        self._waiting: dict[
+            int, tuple[int, tuple[int, ...]]
+        ] = {}  # by pass: the part before it, and the shape of its input
+
+    def enter(
+        self, now: BodyPass | None, begin: Callable[[], int], part: nn.Module, tensor: Tensor | None, caller: Any
+    ) -> BodyPass:
+        """Returns the pass that a call of a part belongs to: the one that runs now, or a new one."""
+        before = now
+        if now is None or not self._goes_on(now, part, tensor):
+            now = BodyPass(begin(), before)
+            if before is not None:
+                before.before = None
+            if before is not None and tensor is not None and self._may_go_on(before, tensor, caller):
+                self._doubt(now, part, before)
+                self._waiting[now.number] = (id(before.last), tuple(tensor.shape))
+                self._judge(id(before.last))
+        elif (
+            now.before is not None
+            and id(part) not in now.before.parts
+            and (tensor is None or tensor is not now.output())
+        ):
+            self._doubt(now, part, now.before)  # it may be the part that the pass before this one lacks
+        if caller is not None:
+            mark(caller, self.owner, now.number)
+        now.parts.add(id(part))
+        now.last, now.output = part, _nothing
+        return now
+
+    def left(self, now: BodyPass, part: nn.Module, output: Any) -> None:
+        """Notes what a part returned."""
+        if isinstance(output, Tensor):
+            now.output = weakref.ref(output)
+            self._outputs[id(part)] = tuple(output.shape)
+            self._judge(id(part))
+
+    def _doubt(self, now: BodyPass, part: nn.Module, before: BodyPass) -> None:
+        why = f"{self._name_of(part)!r} was called by itself, and may have worked on either of two inputs"
+        self._unclear[now.number] = (why, before.number)
+
+    def _goes_on(self, now: BodyPass, part: nn.Module, tensor: Tensor | None) -> bool:
+        if id(part) not in now.parts:
+            return True
+        output = now.output()
+        return output is not None and tensor is not None and (tensor is output or tensor._base is output)
+
+    def _may_go_on(self, before: BodyPass, tensor: Tensor, caller: FrameType | None) -> bool:
+        """Whether a part that is called again may work on the same input still."""
+        if before.last is None or (caller is not None and marked(caller, self.owner) is None):
+            return False
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in before.last.parameters())
+        return not learns or (tensor.requires_grad and not tensor.is_leaf)
+
+    def _judge(self, part: int) -> None:
+        """Clears up passes, once the shape is known that the part before them returns."""
+        output = self._outputs.get(part)
+        for number, (before, shape) in list(self._waiting.items()) if output is not None else ():
+            if before == part and output is not None:
+                del self._waiting[number]
+                if len(shape) != len(output) or shape[1:2] != output[1:2]:
+                    self._unclear.pop(number, None)
+
+
+def _nothing() -> None:
+    return None

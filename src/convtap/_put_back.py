@@ -1,0 +1,151 @@
+"""Puts what an object held back into it, if it differs: dicts, lists, attributes, tensors and the memory under them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._table import human_bytes
+
+
+def is_of_the_model(key: Any) -> bool:
+    """Whether an attribute is the model's, and not one that torch or convtap may exchange in the middle of a pass."""
+    return not isinstance(key, str) or not key.startswith(("_compiled_call_impl", "_parameters", "_dynamo"))
+
+
+class Memory:
+    """The bytes of one storage: a copy of them, or their sum."""
+
+    def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
+        self.name = name
+        self.is_parameter = False
+        self._storage = storage
+        self._size = storage.nbytes()
+        self._copy: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def note(self, budgets: dict[bool, float]) -> None:
+        """Copies the bytes, if there is room in the budget for parameters, or for others."""
+        if self._size <= budgets[self.is_parameter]:
+            budgets[self.is_parameter] -= self._size
+            self._copy = self._bytes().clone()
+        else:
+            self._sum = _sum(self._bytes())
+
+    def restore(self) -> list[str]:
+        """Writes the bytes back if they differ; returns the name if there is no copy of them."""
+        if self._storage.nbytes() != self._size:
+            self._storage.resize_(self._size)
+        now = self._bytes()
+        if self._copy is not None:
+            if not torch.equal(_words(now), _words(self._copy)):
+                now.copy_(self._copy)
+        elif self._sum is not None and not torch.equal(_sum(now), self._sum):
+            return [f"{self.name} ({human_bytes(self._size)}, too large to copy)"]
+        return []
+
+    def _bytes(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self._storage.device).set_(self._storage)
+
+
+def _words(values: Tensor) -> Tensor:
+    """Returns bytes as words of eight, which are quicker to go through."""
+    return values if len(values) % 8 else values.view(torch.int64)
+
+
+def _sum(values: Tensor) -> Tensor:
+    whole = len(values) // 8 * 8
+    return values[:whole].view(torch.int64).sum() + values[whole:].sum()
+
+
+def methods(value: dict[Any, Any]) -> Any:
+    """Returns the class whose methods change a dict of some class, past what a subclass adds to them."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
+
+
+def put_some_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
+    """Sets the items of a dict that are others now."""
+    for key, item in items.items():
+        if key not in own or kind.__getitem__(own, key) is not item:
+            kind.__setitem__(own, key, item)
+
+
+def put_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
+    """Gives a dict the items that it had, in the order that they had."""
+    for key in [key for key in own if key not in items and is_of_the_model(key)]:
+        kind.__delitem__(own, key)
+    put_some_back(own, items, kind)
+    if [key for key in own if key in items] != list(items):
+        rest = {key: item for key, item in kind.items(own) if key not in items}
+        kind.clear(own)
+        put_some_back(own, {**items, **rest}, kind)
+
+
+def put_parameters_back(module: nn.Module, items: dict[str, Any]) -> None:
+    """Gives a module the parameters that it had."""
+    own = module._parameters  # of the moment: a capture that is open has another dict there
+    if list(own) != list(items) or any(dict.get(own, key) is not item for key, item in items.items()):
+        own.clear()
+        own.update(items)
+
+
+def put_items_back(own: Any, items: Any) -> None:
+    """Gives a list, a deque or a bytearray the items that it had."""
+    if len(own) != len(items) or any(one is not other for one, other in zip(own, items, strict=True)):
+        own.clear()
+        own.extend(items)
+
+
+def put_members_back(own: set[Any], members: set[Any]) -> None:
+    """Gives a set the members that it had."""
+    own.intersection_update(members)
+    own.update(members)
+
+
+def put_values_back(own: Any, values: Any) -> None:
+    """Gives an array the values that it had."""
+    if own.shape != values.shape or own.tobytes() != values.tobytes():
+        own[...] = values
+
+
+def put_slot_back(value: Any, slot: str, item: Any) -> None:
+    """Gives an attribute in a slot the value that it had."""
+    if getattr(value, slot, None) is not item:
+        object.__setattr__(value, slot, item)
+
+
+def put_class_back(module: nn.Module, kind: type) -> None:
+    """Gives a module the class that it had: a lazy one, or one before it was parametrized."""
+    if type(module) is not kind:
+        module.__class__ = kind
+
+
+def put_gradient_back(tensor: Tensor, gradient: Tensor | None) -> None:
+    """Gives a tensor the gradient that it had."""
+    if tensor.grad is not gradient:
+        tensor.grad = gradient
+
+
+def put_tensor_back(tensor: Tensor, lazy: Any, data: Tensor, requires_grad: bool) -> None:
+    """Puts back where a tensor's values lie, with their shape, and the class of one that was not initialized."""
+    if lazy is not None:
+        if type(tensor) is not lazy:
+            tensor.data = data
+            tensor.__class__ = lazy
+        return
+    if not _is_same_view(tensor, data):
+        tensor.data = data
+    if tensor.requires_grad != requires_grad:
+        (tensor if tensor.is_leaf else tensor.detach_()).requires_grad_(requires_grad)
+
+
+def _is_same_view(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.layout != other.layout or one.shape != other.shape:
+        return False
+    if one.layout is not torch.strided or one.is_nested:
+        return False  # it may have other values and indices, which hardly any state has
+    same_place = one.stride() == other.stride() and one.storage_offset() == other.storage_offset()
+    return same_place and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -1,0 +1,50 @@
+"""Attaches a value to a running Python frame, for as long as the frame runs."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+# Note: [Frame marks]
+# Assumption: a frame has one writable attribute, ``f_trace``, which Python calls only while a debugger traces the thread.
+# Failure: the address of a frame is used again by the next one, and a reference to a frame keeps its variables alive.
+# Choice: the mark is stored there, and ends with its frame. It passes a debugger's events on to the function that was
+#   there before. A debugger that attaches later replaces the marks of the frames that run then.
+
+
+class _Mark:
+    __slots__ = ("previous", "values")
+
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+        self.values: dict[object, Any] = {}
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if self.previous is not None:
+            self.previous = self.previous(frame, event, arg) or self.previous
+        return self
+
+
+def mark(frame: FrameType, owner: object, value: Any) -> None:
+    """Attaches a value of an owner's to a frame."""
+    found = frame.f_trace
+    if type(found) is not _Mark:
+        frame.f_trace = found = _Mark(found)
+    found.values[owner] = value
+
+
+def marked(frame: FrameType, owner: object) -> Any:
+    """Returns the value that the owner attached to the frame, or None."""
+    found = frame.f_trace
+    return found.values.get(owner) if type(found) is _Mark else None
+
+
+def unmark(owner: object) -> None:
+    """Removes an owner's values from the frames that run in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_trace
+        if type(found) is _Mark and found.values.pop(owner, None) is not None and not found.values:
+            frame.f_trace = found.previous
+        frame = frame.f_back
