@@ -50,6 +50,10 @@ class Named(nn.Module):
         return self.conv(audio)
 
 
+def deep():
+    return nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(150)))
+
+
 ready = build()
 number = 3
 
@@ -102,6 +106,19 @@ def test_layers_prints_the_selection(here, capsys):
         ["0", "Conv1d", "8"],
         ["2", "Conv1d", "21"],
     ]  # 2·1·3 + 2, 3·2·3 + 3
+
+
+def test_a_table_of_many_layers_is_short_without_all(here, capsys):
+    assert main(["layers", "mynets:deep"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "… 50 more rows …" in lines
+    assert lines[-1] == "100 of 150 rows shown: --all shows all"
+    assert main(["layers", "mynets:deep", "--all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 152
+    assert main(["run", "mynets:deep", "--shape", "1,1,4", "--out", str(here / "out")]) == 0
+    assert "100 of 150 rows shown: --all shows all" in capsys.readouterr().out
+    assert main(["run", "mynets:deep", "--shape", "1,1,4", "--out", str(here / "out"), "--all"]) == 0
+    assert "more rows" not in capsys.readouterr().out
 
 
 def test_layers_with_an_example_shows_shapes(here, capsys):

@@ -5,6 +5,7 @@ import copy
 import gc
 import math
 import pickle
+import re
 import threading
 import warnings
 import weakref
@@ -743,6 +744,28 @@ def test_parts_in_torchscript_are_said_to_be_unseen():
                 model(torch.full((1, 1, 4), 1e3))
     assert f.first.layer == "0"
     assert "TorchScript calls no hooks, so the parts of these count as their own code: 0" in str(f.first)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "place"),
+    [
+        (nn.Linear(3, 5), (2, 9, 3), "sample 1, channel 4, time 7"),
+        (nn.LayerNorm(5), (2, 9, 5), "sample 1, channel 4, time 7"),
+        (nn.Conv1d(3, 9, 1), (2, 3, 5), "sample 1, channel 7, time 4"),
+        (nn.ReLU(), (2, 9, 5), r"index \(1, 7, 4\)"),
+    ],
+    ids=["Linear", "LayerNorm", "Conv1d", "ReLU"],
+)
+def test_the_place_of_a_nan_has_the_names_of_the_layers_own_axes(layer, shape, place):
+    def spoil(module, args, output):
+        output = output.detach().clone()
+        output[1, 7, 4] = float("nan")
+        return output
+
+    layer.register_forward_hook(spoil)
+    with finite(layer, raise_at="never") as found:
+        layer(torch.randn(shape))
+    assert re.search(place, str(found.first))
 
 
 class DividesBetweenLayers(nn.Module):

@@ -382,9 +382,9 @@ def test_many_bars_keep_the_range_of_their_channels():
 
 
 def test_a_layer_of_unknown_layout_says_which_axis_was_taken_as_time():
-    model = nn.Sequential(nn.Linear(3, 5))
-    with capture(model, types=nn.Linear) as acts:
-        model(torch.randn(1, 20, 3))
+    model = nn.Sequential(nn.Unflatten(1, (1, 20)))
+    with capture(model, types=nn.Unflatten) as acts:
+        model(torch.randn(1, 20, 3)[:, :, 0])
     assert "its last axis taken as time" in texts(plot(acts))
     assert "taken as time" not in texts(plot(captured(torch.randn(1, 4, 10))))
 

@@ -261,6 +261,26 @@ def test_what_was_not_captured_is_named_with_its_reason(tmp_path):
     assert marks == ["captured", "idle", "bypassed"]
 
 
+def test_the_list_of_what_was_not_captured_is_limited_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("convtap.report.MAX_ROWS", 2)
+
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv1d(1, 1, 1) for _ in range(5))
+
+        def forward(self, x):
+            return self.convs[0](x)
+
+    model = Lazy()
+    with capture(model, strict=False) as acts:
+        model(torch.zeros(1, 1, 4))
+    acts.report(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "The first 2 of 4 such layers." in page
+    assert page.count("<td class='idle'>") == 2
+
+
 def test_the_tree_is_the_models_with_the_captured_marked(tmp_path):
     model = nn.Sequential(nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU()), nn.Sequential(nn.Linear(5, 5)))
     with capture(model) as acts:
@@ -313,7 +333,7 @@ def test_bars_and_structures_are_on_the_page(tmp_path):
         model(torch.randn(2, 9, 3))
     page = read(acts, tmp_path / "r.html")
     written = page.written()
-    assert "lstm[0] (9, 5) · its last axis taken as time" in written
+    assert "lstm[0] (9, 5) · time is its axis -2" in written
     assert "axis 0 is 1 and the input batch is 2" in written
     assert "no time axis: one bar a channel" in written
     assert len([attrs for attrs in page.all("rect") if attrs["fill"] in ("#17589f", "#a8202e")]) == 7

@@ -347,3 +347,20 @@ def test_whatever_is_written_comes_back(data):
                     assert all(same(read, row) for read, row in zip(rows, batch.columns[key], strict=True))
         with safe_open(file, framework="pt") as other:
             assert set(other.keys()) == set(shard._parts)
+
+
+def test_a_store_of_many_layers_prints_its_first_and_last(tmp_path):
+    model = nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(150)))
+    store = extract(model, TensorDataset(torch.zeros(2, 1, 4)), tmp_path / "s", batch_size=2, progress=False)
+    lines = str(store).splitlines()
+    assert [line.split()[0] for line in (lines[3], lines[52], lines[54], lines[103])] == ["0", "49", "100", "149"]
+    assert lines[53] == "… 50 more rows …"
+    assert lines[-1] == "100 of 150 rows shown: print(store.summary(rows=None)) shows all"
+    assert len(str(store.summary(rows=None)).splitlines()) == 153
+    assert store._repr_html_().count("<tr>") == 102
+
+
+def test_the_message_of_a_wrong_index_is_short(uniform):
+    with pytest.raises(InvalidType, match="one id at a time") as caught:
+        uniform["conv"][list(range(100_000))]
+    assert len(str(caught.value)) < 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 import pickle
@@ -18,7 +19,17 @@ import pytest
 import torch
 from torch import nn
 
-from convtap import ModifiedInPlace, StoreError, capture, load
+from convtap import (
+    LayerNotFound,
+    ModifiedInPlace,
+    NotCaptured,
+    StoreError,
+    capture,
+    compare,
+    list_layers,
+    load,
+    timeline,
+)
 from tests.models import AfterConv, BranchOnData, FiveConvs, ReusedConv, StructuredOutputs
 from tests.process import run_python
 from tests.reference import same
@@ -471,3 +482,191 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path):
     with pytest.raises(StoreError, match="sparse"):
         other.save(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
+
+
+# -- tables of many rows
+
+
+def many_calls(passes: int):
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1))
+    with torch.no_grad(), capture(model) as acts:
+        for _ in range(passes):
+            model(torch.zeros(1, 1, 2))
+    return acts
+
+
+def test_a_long_capture_prints_its_first_and_last_calls_and_the_totals():
+    acts = many_calls(700)
+    lines = str(acts).splitlines()
+    keys = [line.split()[0] for line in lines[2:]]
+    assert keys[:2] == ["0#0", "1#0"]
+    assert keys[49] == "1#24"
+    assert lines[2 + 50] == "… 1,300 more rows …"
+    assert keys[51] == "0#675"
+    assert keys[100] == "1#699"
+    assert lines[-2] == "100 of 1,400 rows shown: print(acts.summary(rows=None)) shows all"
+    assert lines[-1] == "1400 calls, 10.9 KiB"
+    assert repr(acts) == str(acts) == str(acts.summary())
+
+
+def test_the_length_of_what_is_printed_does_not_grow_with_the_calls():
+    few, many = many_calls(500), many_calls(5000)
+    for shown in (str, repr, lambda acts: acts._repr_html_(), lambda acts: str(acts.summary(stats=True))):
+        assert abs(len(shown(few)) - len(shown(many))) < 1000
+        assert len(shown(many)) < 20_000
+
+
+def test_all_rows_are_printed_where_they_are_asked_for():
+    acts = many_calls(300)
+    text = str(acts.summary(rows=None))
+    assert [line.split()[0] for line in text.splitlines()[2:-1]] == list(acts)
+    assert "more rows" not in text
+    assert "shown" not in text
+    assert acts.summary(rows=None)._repr_html_().count("<tr>") == 601
+    assert str(acts.summary().summary(rows=None)) == text
+
+
+def test_a_table_of_a_few_rows_shows_as_many_from_both_ends():
+    lines = str(many_calls(6).summary(rows=5)).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["0#0", "1#0", "0#1", "…", "0#5", "1#5", "5", "12"]
+    assert str(many_calls(6).summary(rows=12)) == str(many_calls(6))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "says"),
+    [(0, ValueError, "rows=0 shows nothing"), (-1, ValueError, "rows=-1"), (True, TypeError, "rows is a bool")],
+)
+def test_a_number_of_rows_that_shows_nothing_is_an_error(rows, error, says):
+    for table in (many_calls(1), many_calls(1).coverage, many_calls(1).summary()):
+        with pytest.raises(error, match=says):
+            table.summary(rows=rows)
+
+
+def test_every_row_of_a_long_table_can_be_read():
+    acts = many_calls(300)
+    table = acts.summary(stats=True)
+    assert len(table) == 600
+    assert [row[0] for row in table] == list(acts)
+    assert table[299] == acts.summary(stats=True, rows=None)[299]
+    assert [row[0] for row in table.rows[297:300]] == list(acts)[297:300]
+
+
+def test_rows_that_were_not_shown_say_when_their_outputs_were_cleared():
+    acts = many_calls(300)
+    table, whole = acts.summary(), acts.summary(rows=None)
+    before = str(table)
+    acts.clear()
+    assert str(table) == before  # what is printed is of the moment when the table was made
+    assert whole[299][0] == "1#149"
+    with pytest.raises(NotCaptured, match=r"'1#149' was cleared .* acts\.summary\(rows=None\)"):
+        table[299]
+
+
+def test_printing_builds_only_the_rows_that_it_shows(monkeypatch):
+    import convtap._summary as summary
+
+    built = []
+    monkeypatch.setattr(summary, "shapes_text", lambda shape: built.append(shape) or "")
+    acts = many_calls(1000)
+    str(acts), acts._repr_html_(), str(acts.summary(stats=True))
+    assert len(built) == 300
+
+
+def test_a_long_html_table_says_how_many_rows_it_leaves_out():
+    page = many_calls(1000)._repr_html_()
+    assert page.count("<tr>") == 1 + 101
+    assert '<td colspan="5">… 1,900 more rows …</td>' in page
+    assert "100 of 2,000 rows shown: print(acts.summary(rows=None)) shows all" in page
+    assert "2000 calls" in page
+
+
+class Many(nn.Module):
+    """Many convolutions, of which some in the middle do not run."""
+
+    def __init__(self, count: int, idle: range) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(1, 1, 1) for _ in range(count)])
+        self.idle = idle
+
+    def forward(self, x):
+        for number, conv in enumerate(self.convs):
+            x = x if number in self.idle else conv(x)
+        return x
+
+
+def test_long_coverage_shows_what_was_not_captured():
+    model = Many(400, range(200, 203))
+    with torch.no_grad(), capture(model, strict=False) as acts:
+        model(torch.zeros(1, 1, 2))
+    lines = str(acts.coverage).splitlines()
+    assert lines[0] == "400 layers: 397 captured, 3 idle"
+    assert [line for line in lines if "idle" in line][1:] == [f"convs.{n}  idle" for n in (200, 201, 202)]
+    assert lines[-1] == "103 of 400 rows shown: print(acts.coverage.summary(rows=None)) shows all"
+    assert len(str(acts.coverage.summary(rows=None)).splitlines()) == 403
+
+
+def test_tables_of_thousands_of_layers_are_short():
+    model = Many(3000, range(0)).eval()
+    table = list_layers(model)
+    assert len(table) == 3000
+    assert table[1500].name == "convs.1500"
+    assert len(str(table)) < 10_000
+    assert "2,900 more rows" in str(table)
+    assert len(str(table.summary(rows=None)).splitlines()) == 3002
+
+    times = timeline(model, torch.zeros(1, 1, 8))
+    assert len(times.summary()) == 3000
+    assert times.summary()[1500].key == "convs.1500"
+    assert len(repr(times)) < 10_000
+    assert len(times._repr_html_()) < 20_000
+    assert len(str(times.summary(rows=None)).splitlines()) == 3002
+
+
+def test_a_long_comparison_shows_the_first_output_over_the_tolerance():
+    model = Many(400, range(0))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for conv in model.convs:
+            conv.weight.fill_(1.0)
+        other.load_state_dict(model.state_dict())
+        other.convs[217].bias += 1
+    found = compare(model, other, example=torch.ones(1, 1, 4))
+    assert found.first.name == "convs.217"
+    text = str(found)
+    assert [line.split()[0] for line in text.splitlines() if "← first over" in line] == ["convs.217"]
+    assert "101 of 401 rows shown: print(comparison.summary(rows=None)) shows all" in text
+    assert len(text) < 20_000
+    assert len(str(found.summary(rows=None)).splitlines()) > 401
+
+
+def test_the_shapes_of_a_structure_of_many_tensors_are_short():
+    class Lots(nn.Module):
+        def forward(self, x):
+            return [x] * 5000
+
+    model = Lots()
+    with capture(model, types=Lots) as acts:
+        model(torch.zeros(1, 2))
+    assert "(1, 2), (1, 2), … (5000)" in str(acts)
+    assert len(str(acts)) < 500
+    assert len(repr(acts.calls()[0])) < 500
+
+
+def test_a_message_cuts_a_long_value_short():
+    acts = many_calls(1)
+    with pytest.raises(LayerNotFound, match="keys are names") as caught:
+        acts[list(range(100_000))]
+    assert len(str(caught.value)) < 500
+
+
+def test_a_wrong_name_is_compared_with_a_bounded_number_of_names(monkeypatch):
+    compared = []
+    search = difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda name, names, **k: compared.extend(names) or search(name, names, **k)
+    )
+    acts = many_calls(10_000)
+    with pytest.raises(LayerNotFound, match=r"0#0, 1#0.*, … \(20000\)\. Did you mean '") as caught:
+        acts["1#99999"]
+    assert len(str(caught.value)) < 500
+    assert len(compared) == 2000

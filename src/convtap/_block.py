@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from convtap._budget import Budget
+from convtap._call import Tally
 from convtap._errors import LayerNotFound, OffloadWarning, StopForward, Unsupported, listed
 from convtap._grad import Gradients
 from convtap._keep import Keeper
+from convtap._layer_layout import LayerLayouts
 from convtap._log import Log
 from convtap._offload import Offloader, first_failure
 from convtap._owners import Owners
@@ -20,7 +22,7 @@ from convtap._passes import Passes
 from convtap._policy import Policy
 from convtap._record import Recorder
 from convtap._reduce import Reductions
-from convtap._select import Layers, Selection, select
+from convtap._select import CONV1D, Layers, Selection, select
 from convtap._torch import compile_stance, modes, self_test
 from convtap._tree import ModuleTree
 from convtap._verdict import conclude
@@ -84,6 +86,7 @@ class Block:
             budget=None if asked.max_bytes is None else Budget(asked.max_bytes, log),
             stop_after=set(selection.names) if asked.stop else None,
             grads=_gradients(asked),
+            new_tally=_tallies(asked, selection),
         )
         self.steps: list[Callable[[], object]] = []
         self.parted = Parted(self.recorder, selection, log)
@@ -252,6 +255,20 @@ def _why_eager(asked: Asked, selection: Selection, uses_key: bool) -> str | None
 
 def _pads(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def _tallies(asked: Asked, selection: Selection) -> Callable[[str], Tally]:
+    """Returns what opens a layer's account: it knows the layer's type, and where its output has its channels."""
+    layouts = LayerLayouts(selection.tree, asked.at)
+    reduce = Reductions(asked.policy.reduce, selection)
+    names, paths = selection.names, selection.paths
+
+    def new(name: str) -> Tally:
+        tally = Tally(name, isinstance(names.get(name), CONV1D), paths.get(name, ""))
+        tally.layout = layouts.of(tally.layer, reduced=reduce.of(name) is not None)
+        return tally
+
+    return new
 
 
 def _gradients(asked: Asked) -> Gradients | None:

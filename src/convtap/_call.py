@@ -10,6 +10,7 @@ from torch import Tensor
 from convtap._errors import NotCaptured
 from convtap._grad import Gradient
 from convtap._keys import numbered, separator
+from convtap._layout import Layout
 from convtap._memory import memory_of, tensor_bytes
 from convtap._stats import dtype_text, shapes, shapes_text
 from convtap._structure import Held, map_leaves, read, walk_tensors
@@ -34,6 +35,7 @@ class Tally:
     pending: tuple[int, object] | None = None
     computed = False
     separator = "#"
+    layout: Layout | None = None
 
     def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
         self.name = name
@@ -115,6 +117,13 @@ class Call:
     def _is_conv1d(self) -> bool:
         """Whether this is a 1-D convolution: of a module, or one that was seen without its module."""
         return self._tally.is_conv1d or self.via in ("function", "compiled", "script")
+
+    def _layout(self, path: str) -> Layout | None:
+        """Where a tensor of the output has its channels and its time, if the layer's type says it."""
+        if self.part + path not in ("", "[0]"):
+            return None
+        found = self._tally.layout
+        return Layout() if found is None and self._is_conv1d else found
 
     @property
     def key(self) -> str:

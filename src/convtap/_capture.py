@@ -11,7 +11,7 @@ from torch import nn
 
 from convtap._arguments import as_selection, check_arguments
 from convtap._block import Asked, Block
-from convtap._errors import ConvtapError, InvalidType, InvalidValue
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, brief
 from convtap._memory import parse_bytes
 from convtap._offload import Offloader
 from convtap._policy import Policy
@@ -167,7 +167,7 @@ class Capture:
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
-            f"this is the capture itself, not what it collects, so [{key!r}] means nothing here. "
+            f"this is the capture itself, not what it collects, so [{brief(key)}] means nothing here. "
             "Run the model inside a block: with capture(model) as acts: model(x)"
         )
 

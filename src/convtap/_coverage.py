@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from convtap._errors import plural
-from convtap._table import Table
+from convtap._table import MOST, Rows, Table
 
 _STATES = ("captured", "not activated", "idle", "bypassed")
 
@@ -96,12 +96,23 @@ class Coverage(Mapping[str, LayerCoverage]):
         counts = [f"{len(names)} {state}" for state, names in named if names]
         return f"{plural(len(self), 'layer')}: " + (", ".join(counts) or "none selected")
 
-    def _table(self) -> Table:
-        rows = [(name, str(layer)) for name, layer in self._layers.items()]
-        return Table(("layer", "state"), rows, title=self._line(), notes=self.notes)
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a layer.
+
+        Args:
+            rows: the most layers to print: the first and the last, and those that were not captured; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        layers = list(self._layers.values())
+        missing = [place for place, layer in enumerate(layers) if layer.state != "captured"]
+        found = Rows(layers, lambda layer: (layer.name, str(layer)))
+        whole = "print(acts.coverage.summary(rows=None))"
+        return Table(("layer", "state"), found, self._line(), self.notes, most=rows, marked=missing, whole=whole)
 
     def __repr__(self) -> str:
-        return str(self._table())
+        return str(self.summary())
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        return self.summary()._repr_html_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Iterable, Sequence
 
 
@@ -81,6 +82,10 @@ class StopForward(BaseException):
         self.token = token
 
 
+#: Names that a message looks through for the nearest one, and characters of a value in it.
+_MANY, _LONG = 2000, 200
+
+
 def listed(names: Iterable[str], limit: int = 8) -> str:
     """Joins names for a message: the first ``limit`` of them, and how many there are."""
     every = list(names)
@@ -88,6 +93,12 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
         return "none"
     shown = ", ".join(every[:limit])
     return shown if len(every) <= limit else f"{shown}, … ({len(every)})"
+
+
+def brief(value: object) -> str:
+    """Writes a value for a message: its repr, cut short if it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
@@ -99,6 +110,8 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     inside = [other for other in names if other and (f".{name}." in f".{other}." or f".{other}." in f".{name}.")]
     if inside and name:
         return min(inside, key=lambda other: (abs(len(other) - len(name)), other))
+    if len(names) > _MANY:  # each comparison takes microseconds: of many names, those of about the same length
+        names = heapq.nsmallest(_MANY, names, key=lambda other: abs(len(other) - len(name)))
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return found[0] if found else None
 

@@ -17,7 +17,7 @@ from convtap._result import Activations
 from convtap._samples import Samples
 from convtap._select import CONV1D, Layers, Types, select
 from convtap._stats import dtype_text, shapes_text
-from convtap._table import Table, human_bytes
+from convtap._table import Rows, Table, human_bytes
 from convtap._weigh import Weigher, weight
 
 
@@ -175,4 +175,4 @@ def _table(rows: list[LayerRow], columns: tuple[str, ...], note: str = "") -> Ta
         }
         return (row.name, row.type, *(shown[column] for column in columns))
 
-    return Table(("layer", "type", *columns), [cells(row) for row in rows], notes=[note], items=rows)
+    return Table(("layer", "type", *columns), Rows(rows, cells), notes=[note], items=rows)

@@ -20,7 +20,7 @@ from convtap._log import Log
 from convtap._memory import is_copy_on_write, shares_memory
 from convtap._passes import Passes
 from convtap._policy import snapshot, snapshot_of_result
-from convtap._select import CONV1D, Selection
+from convtap._select import Selection
 from convtap._structure import walk_tensors
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
@@ -67,6 +67,7 @@ class Recorder:
         budget: Budget | None,
         stop_after: set[str] | None,
         grads: Gradients | None,
+        new_tally: Callable[[str], Tally],
     ) -> None:
         self.failure: ConvtapError | None = None
         self.elsewhere: dict[str, str] = {}
@@ -80,7 +81,7 @@ class Recorder:
         self.follow: Callable[[str, Any, str], None] | None = None
         self._token = token
         self._log = log
-        self._modules, self._paths = selection.names, selection.paths
+        self._new_tally = new_tally
         self.name_of = selection.name_of
         self._passes = passes
         self._here = passes.here
@@ -284,7 +285,7 @@ class Recorder:
 
     def _open_tally(self, name: str) -> Tally:
         log = self._log
-        tally = log.tallies[name] = Tally(name, isinstance(self._modules.get(name), CONV1D), self._paths.get(name, ""))
+        tally = log.tallies[name] = self._new_tally(name)
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return tally

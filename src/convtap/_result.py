@@ -12,13 +12,14 @@ from torch import Tensor
 
 from convtap._call import Call, held_bytes
 from convtap._coverage import Coverage
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed, plural
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed
 from convtap._log import Log
 from convtap._parts import find
 from convtap._samples import Samples
-from convtap._stats import STATISTICS, dtype_text, shapes_text, statistics, to_numpy
+from convtap._stats import shapes_text, to_numpy
 from convtap._structure import MISSING, map_leaves
-from convtap._table import Table, human_bytes
+from convtap._summary import call_table
+from convtap._table import MOST, Table
 from convtap._tree import resolve_name
 
 
@@ -122,7 +123,7 @@ class Activations(Mapping[str, Any]):
                 f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
                 f"layer {calls[position].name!r}."
             )
-        return LayerNotFound(f"acts[{key!r}]: keys are names, and these are here: {listed(self._index())}.")
+        return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(self._index())}.")
 
     def _missing(self, key: str) -> LayerNotFound:
         name = self._resolve(key)
@@ -256,6 +257,7 @@ class Activations(Mapping[str, Any]):
         sample_rate: float | None = None,
         timeline: Any = None,
         channels: int = 64,
+        channels_last: Any = None,
     ) -> Any:
         """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
 
@@ -264,7 +266,7 @@ class Activations(Mapping[str, Any]):
         """
         from convtap.plot import plot
 
-        return plot(self, sample, layers, signal, sample_rate, timeline, channels)
+        return plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
 
     def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
         """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.
@@ -276,27 +278,22 @@ class Activations(Mapping[str, Any]):
 
         report(self, path, model, **options)
 
-    def summary(self, stats: bool = False) -> Table:
+    def summary(self, stats: bool = False, rows: int | None = MOST) -> Table:
         """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
 
         The statistics are of the finite values: min, mean, max, standard deviation (of the population), and the share of
         zeros among all values; then how many are NaN and Inf.
-        """
-        columns = ["layer", "shape", "dtype", "device", "bytes", *(STATISTICS if stats else ())]
-        rows = []
-        for key, call in self._index().items():
-            device = "" if call.device is None else str(call.device)
-            row: list[Any] = [key, shapes_text(call.shape), dtype_text(call.dtype), device, human_bytes(call.nbytes)]
-            rows.append([*row, *(statistics(call.output, key) if stats else ())])
-        return Table(columns, rows, title="" if rows else "no outputs captured", notes=self._notes())
 
-    def _notes(self) -> list[str]:
-        log = self._log
-        calls = f"{plural(len(log.calls), 'call')}, {human_bytes(self.nbytes)}"
-        coverage = self.coverage
-        missing = [name for state in (coverage.idle, coverage.bypassed, coverage.unactivated) for name in state]
-        rest = f"; not captured: {listed(missing, 4)} (acts.coverage says why)" if missing else ""
-        return [calls + rest, *log.notes]
+        Args:
+            stats: whether to add them.
+            rows: the most calls to print, the first and the last; None for all. Indexing the table reaches the others
+                while their outputs are kept, which the table does until ``clear()``.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        keys = list(self._index())  # first: it may number calls anew
+        return call_table(self._log, keys, stats, rows, self.nbytes, self.coverage)
 
     def __repr__(self) -> str:
         return str(self.summary())

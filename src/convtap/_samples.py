@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convtap._call import Call
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, plural
+from convtap._layout import axes_of
 from convtap._log import Log
 from convtap._structure import walk_tensors
 
@@ -41,7 +42,7 @@ class _Pass:
         for call, stem in zip(self.calls, self._keys, strict=True):
             for path, tensor in walk_tensors(call.output):
                 key = f"{stem}{path}"
-                one = self._cut(key, tensor, row)
+                one = self._cut(key, tensor, row, axes_of(tensor.shape, call._layout(path)).batch)
                 if key in found:
                     raise Unsupported(
                         f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
@@ -50,16 +51,16 @@ class _Pass:
                 found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
         return found
 
-    def _cut(self, key: str, tensor: Tensor, row: int) -> Tensor:
+    def _cut(self, key: str, tensor: Tensor, row: int, batch: int = 0) -> Tensor:
         if self.single:
             return tensor[0] if self.unsqueezed and tensor.dim() == 3 else tensor
-        if not tensor.dim() or tensor.shape[0] != self.size:
-            axis = f"axis 0 is {tensor.shape[0]}" if tensor.dim() else "it has no axis"
+        if tensor.dim() <= batch or tensor.shape[batch] != self.size:
+            axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
             raise Unsupported(
                 f"{key!r} has shape {tuple(tensor.shape)}: {axis} and the input batch is {self.size}, so its rows are not "
                 f"the inputs. Read it whole with acts[{key!r}], or leave it out of the selection."
             )
-        return tensor[row]
+        return tensor.select(batch, row)
 
 
 class Samples:

@@ -18,6 +18,7 @@ from torch import Tensor
 from convtap._atomic import write_whole
 from convtap._call import Call, Tally
 from convtap._errors import StoreError, Unsupported
+from convtap._layout import Layout
 from convtap._log import Log
 from convtap._memory import has_no_values
 from convtap._stats import ordinary
@@ -38,12 +39,12 @@ def save(acts: Activations, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     calls = [_describe(call, tensors) for call in acts.calls()]
     log = acts._log
-    is_conv1d = {name: tally.is_conv1d for name, tally in log.tallies.items()}
+    about = {name: {"is_conv1d": tally.is_conv1d, "layout": tally.layout} for name, tally in log.tallies.items()}
     content = {
         "format": _FORMAT,
         "calls": calls,
         "layers": [
-            {**dataclasses.asdict(state), "is_conv1d": is_conv1d.get(state.name, False), **_part(log, state.name)}
+            {**dataclasses.asdict(state), **about.get(state.name, {"is_conv1d": False}), **_part(log, state.name)}
             for state in log.states()
         ],
         "inputs": [[number, shape] for number, shape in log.inputs.items()],
@@ -112,8 +113,10 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     )
     for layer in content["layers"]:
         name, is_conv1d, part = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("part", "")
+        layout = layer.pop("layout", None)
         if any(layer.values()):
             tally = log.tallies[name] = Tally(name, bool(is_conv1d), part)
+            tally.layout = None if layout is None else Layout(*layout)
             tally.ran = layer["captured"] + layer.pop("unactivated")
             for key, value in layer.items():
                 setattr(tally, key, value)

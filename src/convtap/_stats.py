@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convtap._errors import Unsupported
+from convtap._errors import Unsupported, listed
 from convtap._memory import has_no_values, parts
 from convtap._structure import walk_tensors
 
@@ -114,10 +114,15 @@ def shapes_text(shape: Any) -> str:
     if isinstance(shape, torch.Size):
         return str(tuple(shape))
     if isinstance(shape, (tuple, list)):
-        return "(" + ", ".join(shapes_text(item) for item in shape) + ("," if len(shape) == 1 else "") + ")"
+        return "(" + _some(map(shapes_text, shape), len(shape)) + ("," if len(shape) == 1 else "") + ")"
     if isinstance(shape, Mapping):
-        return "{" + ", ".join(f"{key}: {shapes_text(item)}" for key, item in shape.items()) + "}"
+        return "{" + _some((f"{key}: {shapes_text(item)}" for key, item in shape.items()), len(shape)) + "}"
     return repr(shape)
+
+
+def _some(texts: Iterable[str], count: int) -> str:
+    """Joins texts, of many the first ones and how many there are."""
+    return listed(texts) if count else ""
 
 
 def dtype_text(dtype: Any) -> str:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
+
+from convtap._errors import InvalidType, InvalidValue
+
+#: The most rows that a table shows unless it is asked for more: a screen or two.
+MOST = 100
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -28,8 +34,48 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+class Rows(Sequence[tuple[Any, ...]]):
+    """Rows that are built when they are read, so that a table of many is made at once.
+
+    Args:
+        items: one for each row.
+        build: makes the cells of a row from its item.
+    """
+
+    def __init__(self, items: Sequence[Any], build: Callable[[Any], Sequence[Any]]) -> None:
+        self._items = items
+        self._build = build
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [tuple(self._build(item)) for item in self._items[index]]
+        return tuple(self._build(self._items[index]))
+
+
+def checked_rows(rows: Any) -> int | None:
+    """Checks the most rows that a table is to show, or None for all.
+
+    Raises:
+        InvalidType: it is neither an int nor None.
+        InvalidValue: it is less than 1.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise InvalidType(f"rows is a {type(rows).__name__}. Pass the most rows to show, or rows=None for all.")
+    if rows < 1:
+        raise InvalidValue(f"rows={rows} shows nothing. Pass the most rows to show, or rows=None for all.")
+    return rows
+
+
 class Table(Sequence[Any]):
     """Rows under named columns. ``print`` shows it aligned, a notebook shows it as HTML.
+
+    A long table shows its first and last rows; ``print(table.summary(rows=None))`` shows all. Indexing and iteration
+    reach every row.
 
     Args:
         columns: one heading a column.
@@ -37,6 +83,9 @@ class Table(Sequence[Any]):
         title: a line above the table.
         notes: lines below it.
         items: what indexing and iteration give, one for each row (the rows themselves if None).
+        most: the most rows to show, the first and the last; None for all.
+        marked: positions of rows to show in any case.
+        whole: what to write to see all rows.
     """
 
     def __init__(
@@ -46,11 +95,23 @@ class Table(Sequence[Any]):
         title: str = "",
         notes: Sequence[str] = (),
         items: Sequence[Any] | None = None,
+        *,
+        most: int | None = MOST,
+        marked: Collection[int] = (),
+        whole: str = "print(table.summary(rows=None))",
     ) -> None:
         self.columns = tuple(columns)
-        self.rows = [tuple(row) for row in rows]
         self.title = title
         self.notes = tuple(note for note in notes if note)
+        self._marked = tuple(itertools.islice(marked, MOST))
+        self.whole = whole
+        places = _places(len(rows), checked_rows(most), self._marked)
+        everything = len(places) == len(rows)
+        # what is shown is built here, so that it is the state of this moment
+        self._shown = [(place, tuple(rows[place])) for place in places]
+        self.rows: Sequence[tuple[Any, ...]] = [row for _, row in self._shown]
+        if not everything:
+            self.rows = rows if isinstance(rows, Rows) else [tuple(row) for row in rows]
         self._items: Sequence[Any] = self.rows if items is None else items
 
     def __len__(self) -> int:
@@ -62,36 +123,86 @@ class Table(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._items)
 
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns the same table with at most so many rows shown, the first and the last; None shows all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        return Table(
+            self.columns,
+            self.rows,
+            self.title,
+            self.notes,
+            self._items,
+            most=rows,
+            marked=self._marked,
+            whole=self.whole,
+        )
+
+    def _lines(self) -> Iterator[tuple[Any, ...] | int]:
+        """Yields the shown rows, and for rows that are left out between them, how many those are."""
+        following = 0
+        for place, row in self._shown:
+            if place > following:
+                yield place - following
+            yield row
+            following = place + 1
+
+    def _notes(self) -> list[str]:
+        shown, total = len(self._shown), len(self.rows)
+        hidden = [f"{shown:,} of {total:,} rows shown: {self.whole} shows all"] if shown < total else []
+        return [*hidden, *self.notes]
+
     def _is_numeric(self, column: int) -> bool:
-        return bool(self.rows) and all(
+        return bool(self._shown) and all(
             row[column] is None or (isinstance(row[column], (int, float)) and not isinstance(row[column], bool))
-            for row in self.rows
+            for _, row in self._shown
         )
 
     def __str__(self) -> str:
-        cells = [[cell(value) for value in row] for row in self.rows]
+        lines = [one if isinstance(one, int) else [cell(value) for value in one] for one in self._lines()]
+        cells = [one for one in lines if not isinstance(one, int)]
         numeric = [self._is_numeric(i) for i in range(len(self.columns))]
         widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(self.columns)]
 
-        def line(row: Sequence[str]) -> str:
+        def line(row: Sequence[str] | int) -> str:
+            if isinstance(row, int):
+                return f"… {_rows(row)} …"
             padded = (
                 text.rjust(width) if right else text.ljust(width)
                 for text, width, right in zip(row, widths, numeric, strict=True)
             )
             return "  ".join(padded).rstrip()
 
-        body = [line(self.columns), line(["-" * width for width in widths]), *map(line, cells)] if cells else []
-        return "\n".join([*([self.title] if self.title else []), *body, *self.notes])
+        body = [line(self.columns), line(["-" * width for width in widths]), *map(line, lines)] if cells else []
+        return "\n".join([*([self.title] if self.title else []), *body, *self._notes()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         escape = html.escape
         head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row) + "</tr>" for row in self.rows
-        )
+
+        def line(row: Sequence[Any] | int) -> str:
+            if isinstance(row, int):
+                return f'<td colspan="{len(self.columns)}">… {_rows(row)} …</td>'
+            return "".join(f"<td>{escape(cell(value))}</td>" for value in row)
+
+        body = "".join(f"<tr>{line(row)}</tr>" for row in self._lines())
         caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self.rows else ""
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
         return f"<div>{table or escape(self.title)}{notes}</div>"
+
+
+def _places(count: int, most: int | None, marked: Collection[int]) -> Sequence[int]:
+    """Which of ``count`` rows to show: all, or the first and the last of them and those that are marked."""
+    if most is None or count <= most:
+        return range(count)
+    first = most - most // 2
+    return sorted({*range(first), *range(count - most // 2, count), *marked})
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} more row{'' if count == 1 else 's'}"

@@ -140,7 +140,8 @@ def _why_nothing(
 
 
 def _compiled_away(names: list[str], recorder: Recorder) -> str:
-    because = "".join(f" {name}: {recorder.unseen[name]}." for name in names if name in recorder.unseen)
+    reasons = [f"{name}: {recorder.unseen[name]}" for name in names if name in recorder.unseen]
+    because = f" {listed(reasons)}." if reasons else ""
     return (
         f"no convolution of {plural(len(names), 'layer')} of a compiled part was seen: {listed(names)}. The layer is idle, or "
         f"the compiler has fused or rewritten it.{because} Capture the model that you compiled, uncompiled, or run "

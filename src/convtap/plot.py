@@ -12,6 +12,7 @@ from convtap._view.cells import PERCENTILE, STEPS, Array, palette
 from convtap._view.choose import Chosen, checked_count
 from convtap._view.draw import ACROSS, COLUMNS, LEFT, WIDTH
 from convtap._view.labels import shortened
+from convtap._view.orient import Orientation
 from convtap._view.pictures import MAX_LINES, Picture, pictures, signal_map
 from convtap._view.signal import one_signal
 from convtap._view.timeaxis import TimeAxis
@@ -34,6 +35,7 @@ def plot(
     sample_rate: float | None = None,
     timeline: Any = None,
     channels: int = 64,
+    channels_last: bool | Chosen = None,
 ) -> Figure:
     """Draws what each layer gave for one input: one (channels × time) map a call, in execution order, the signal on top.
 
@@ -47,11 +49,15 @@ def plot(
         acts: what a block collected.
         sample: which input, numbered from 0 through all forward passes.
         layers: what to draw: a name, a call key (``"conv#1"``), a glob, a ``re.Pattern``, or several; None for every call.
-        signal: the model's input, to draw on top: (B, C, T), (B, T), (C, T) or (T,).
+        signal: the model's input, to draw on top: (B, C, T), (B, T), (C, T) or (T,); (B, T, C) if the timeline, Keras or
+            ``channels_last=True`` says so.
         sample_rate: input samples a second: the time axis is in seconds.
         timeline: ``convtap.timeline(model, x)``: everything is drawn on one time axis, each frame around the centre of what
             it sees and as wide as the stride. Without it each map is stretched over the width, with its frames numbered.
         channels: the most rows of a map.
+        channels_last: which outputs are (B, T, C): True for all, False for none, or a name, glob or pattern of layers, or
+            several. None: as the timeline says, or the layers' types (Conv1d, LayerNorm, Linear, attention, recurrent and
+            Keras layers); the title of a map says where (B, C, T) was assumed.
 
     Returns:
         A matplotlib Figure. A notebook shows it; elsewhere use ``figure.savefig("maps.png")``.
@@ -76,10 +82,11 @@ def plot(
     """
     rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
-    top = None if signal is None else one_signal(acts, signal, sample)
+    top = None if signal is None else one_signal(acts, signal, sample, axis, channels_last)
     if top is not None:
         axis.widen(axis.signal_extent(top.shape[1]))
-    drawn, _ = pictures(acts, sample, layers, rows=rows, columns=COLUMNS, axis=axis)
+    orientation = Orientation(acts, axis, channels_last)
+    drawn, _ = pictures(acts, sample, layers, rows=rows, columns=COLUMNS, axis=axis, orientation=orientation)
     return _column(drawn, top, axis)
 
 
@@ -186,19 +193,23 @@ def _footer(figure: Figure, top: int, axis: TimeAxis) -> None:
     _draw.write(figure, LEFT + 225, top + 25, text, va="center", fontsize=7)
 
 
-def distributions(acts: Activations, layers: Chosen = None) -> Figure:
+def distributions(
+    acts: Activations, layers: Chosen = None, timeline: Any = None, channels_last: bool | Chosen = None
+) -> Figure:
     """Draws how each layer's values are spread over all inputs: quantiles, zeros, dead channels.
 
     Args:
         acts: what a block collected.
         layers: which layers, as in ``plot``; None for all.
+        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
         A matplotlib Figure with one row a layer, over all inputs: the 1 % to 99 % quantiles (thin), the quartiles (thick) and
         the median (red) of the finite values; the share of exact zeros; the share of dead channels. A layer that runs
         several times in one forward pass, such as a shared activation, has one row for each of these runs: ``act#0``,
-        ``act#1``, …. Channels are axis 1; one is dead if it has the same value in every input at every frame (if there is
-        one value only: if that is zero).
+        ``act#1``, …. A channel is dead if it has the same value in every input at every frame (if there is one value only:
+        if that is zero). A question mark says where the channels were assumed to be axis 1.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -218,11 +229,19 @@ def distributions(acts: Activations, layers: Chosen = None) -> Figure:
     from convtap._view.spread import spreads
     from convtap._view.spread_figure import spread_figure
 
-    found = spreads(acts, layers)
+    axis = TimeAxis(timeline, None, has_signal=False)
+    found = spreads(acts, Orientation(acts, axis, channels_last), layers)
     return spread_figure(found)
 
 
-def channels(acts: Activations, layer: str, sample: int = 0, channels: Any = 64) -> Figure:
+def channels(
+    acts: Activations,
+    layer: str,
+    sample: int = 0,
+    channels: Any = 64,
+    timeline: Any = None,
+    channels_last: bool | Chosen = None,
+) -> Figure:
     """Draws single channels of one layer for one input, each as its own small line over the frames.
 
     Args:
@@ -230,6 +249,8 @@ def channels(acts: Activations, layer: str, sample: int = 0, channels: Any = 64)
         layer: the layer's name or a call key.
         sample: which input, numbered from 0 through all forward passes.
         channels: how many, from channel 0 on; or which, such as ``[3, 17]`` or ``range(64, 128)``.
+        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
         A matplotlib Figure; all its lines have the same scale. An output without a time axis is drawn as bars.
@@ -254,5 +275,5 @@ def channels(acts: Activations, layer: str, sample: int = 0, channels: Any = 64)
     """
     from convtap._view.multiples import one_map, small_multiples
 
-    key, values = one_map(acts, layer, sample)
+    key, values = one_map(acts, layer, sample, timeline, channels_last)
     return small_multiples(key, values, channels)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths, checked_lengths
 from convtap._disk.forward import Runner, module_mode
 from convtap._disk.rows import RowMaker
@@ -101,7 +102,10 @@ class Extractor:
         self._runner = Runner(
             self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
         )
-        self._rows = RowMaker(calls, rule, Reductions(reduce, self._runner.selection), dtype)
+        reductions = Reductions(reduce, self._runner.selection)
+        axes = RowAxes(self._model, self._runner.selection.tree, at, reductions, rule)
+        self._runner.look = axes.look
+        self._rows = RowMaker(calls, rule, reductions, dtype, axes)
         self._columns: list[str] | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

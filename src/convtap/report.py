@@ -18,7 +18,7 @@ from convtap._view.choose import Chosen
 from convtap._view.gallery import Gallery
 from convtap._view.outline import layer_tree
 from convtap._view.page import escape, page
-from convtap._view.report_table import statistics_table
+from convtap._view.report_table import MAX_ROWS, statistics_table
 
 if TYPE_CHECKING:
     from convtap._result import Activations
@@ -35,6 +35,7 @@ def report(
     sample_rate: float | None = None,
     timeline: Any = None,
     channels: int = 64,
+    channels_last: bool | Chosen = None,
 ) -> None:
     """Writes one self-contained HTML page: what was captured and what was not, statistics, pictures, the layer tree.
 
@@ -51,6 +52,7 @@ def report(
         sample_rate: input samples a second, as in ``plot``.
         timeline: what ``convtap.timeline`` gives, as in ``plot``.
         channels: the most rows of a map.
+        channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Raises:
         StoreError: the file cannot be written.
@@ -77,11 +79,11 @@ def report(
         raise InvalidType(
             f"path is a {type(path).__name__}, and it must name a file: acts.report('report.html')."
         ) from None
-    gallery = Gallery(acts, sample, layers, signal, sample_rate, timeline, channels)
+    gallery = Gallery(acts, sample, layers, signal, sample_rate, timeline, channels, channels_last)
     title = "What convtap captured" if model is None else f"{type(model).__name__}: what convtap captured"
     sections = [
         ("coverage", "Coverage", _coverage(acts)),
-        ("layers", "Layers", statistics_table(acts)),
+        ("layers", "Layers", statistics_table(acts, gallery.orientation) if len(acts) else _NOTHING),
         ("pictures", "Pictures", _legend() + gallery.html() if len(acts) else "<p>There is nothing to draw.</p>"),
         ("tree", "Layer tree", layer_tree(acts.coverage, model)),
     ]
@@ -93,14 +95,20 @@ def report(
         raise StoreError(unwritable(target, error)) from error
 
 
+_NOTHING = "<p>No outputs were captured.</p>"
+
+
 def _coverage(acts: Activations) -> str:
     coverage = acts.coverage
     missing = [layer for layer in coverage.values() if layer.state != "captured"]
     lines = [f"<p>{escape(coverage._line())}</p>"]
     if missing:
         rows = "".join(
-            f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>" for layer in missing
+            f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>"
+            for layer in missing[:MAX_ROWS]
         )
+        if len(missing) > MAX_ROWS:
+            lines.append(f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(missing), 'such layer')}.</p>")
         lines.append(f"<div class='wide'><table class='plain'><tbody>{rows}</tbody></table></div>")
     lines.extend(f"<p class='alarm'>{escape(note)}</p>" for note in coverage.notes)
     return "".join(lines)

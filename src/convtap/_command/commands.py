@@ -18,6 +18,7 @@ from convtap._example import fitted, run_once
 from convtap._layers import list_layers
 from convtap._result import Activations
 from convtap._save import load
+from convtap._table import MOST
 
 #: What every command ends with.
 GOOD, DIVERGED = 0, 1
@@ -93,6 +94,7 @@ def _command(commands: Any, name: str, run: Any, text: str, example: str) -> arg
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--all", action="store_true", help=f"print all rows of a table, not only {MOST} of them")
     parser.set_defaults(run=run)
     return parser
 
@@ -102,7 +104,7 @@ def _layers(args: argparse.Namespace) -> int:
     example = None
     if args.example is not None:
         example = fitted(_read(args.example), model)
-    print(_called(list_layers, model, args.layers, example=example))
+    _show(_called(list_layers, model, args.layers, example=example), args)
     return GOOD
 
 
@@ -140,20 +142,23 @@ def _written(acts: Activations, args: argparse.Namespace, model: Any) -> list[st
     if args.report:
         files.append(args.out / "report.html")
         acts.report(files[-1], model)
-    return [str(acts.summary(stats=True)), *(f"wrote {path}" for path in files)]
+    table = acts.summary(stats=True, rows=None if args.all else MOST)
+    table.whole = "--all"
+    return [str(table), *(f"wrote {path}" for path in files)]
 
 
 def _compare(args: argparse.Namespace) -> int:
     a, b = (load(path / "activations.safetensors" if path.is_dir() else path) for path in map(Path, (args.a, args.b)))
     found = compare(a, b, atol=args.atol, rtol=args.rtol, sqnr_db=args.sqnr)
-    print(found)
+    _show(found, args)
     return GOOD if found.agrees else DIVERGED
 
 
 def _info(args: argparse.Namespace) -> int:
     from convtap._disk.store import Store  # type: ignore[import-not-found,unused-ignore]
 
-    print(Store(args.store))
+    store = Store(args.store)
+    print(store.summary(rows=None) if args.all else store)
     return GOOD
 
 
@@ -161,8 +166,17 @@ def _verify(args: argparse.Namespace) -> int:
     from convtap._disk.store import Store  # type: ignore[import-not-found,unused-ignore]
 
     bad = Store(args.store).verify()
+    if args.all and len(bad):
+        bad = bad.summary(rows=None)
     print(bad if len(bad) else f"{args.store}: every shard is as it was written")
     return DIVERGED if len(bad) else GOOD
+
+
+def _show(found: Any, args: argparse.Namespace) -> None:
+    """Prints what has a table: its first and last rows, or with ``--all`` every one."""
+    table = found.summary(rows=None if args.all else MOST)
+    table.whole = "--all"
+    print(table)
 
 
 def _read(text: str) -> Any:

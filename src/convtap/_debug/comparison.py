@@ -11,7 +11,7 @@ from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
 from convtap._keys import numbered, separator
 from convtap._structure import walk_tensors
-from convtap._table import Table
+from convtap._table import MOST, Rows, Table
 
 OUTPUT = "<output>"
 
@@ -68,29 +68,41 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def _table(self) -> Table:
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line an output.
+
+        Args:
+            rows: the most outputs to print: the first and the last, and the first over the tolerance; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
         first = self.first
         renamed = any(row.name != row.partner for row in self.rows)
-        rows = []
-        for row in self.rows:
+
+        def cells(row: Difference) -> tuple[Any, ...]:
             mark = "← first over" if row is first else "over" if row.over else ""
             numbers = (row.max_abs, row.relative, row.sqnr_db, row.cosine)
             names = (row.name, row.partner) if renamed else (row.name,)
-            rows.append((*names, str(row.shape), *numbers, "; ".join(filter(None, (mark, row.note)))))
-        columns = ("a", "b") if renamed else ("layer",)
+            return (*names, str(row.shape), *numbers, "; ".join(filter(None, (mark, row.note))))
+
+        columns: tuple[str, ...] = ("a", "b") if renamed else ("layer",)
         title = f"{sum(row.over for row in self.rows)} of {len(self.rows)} over: {self._tolerance.text}"
         notes = [
             f"only in a: {listed(self.only_a)}" if self.only_a else "",
             f"only in b: {listed(self.only_b)}" if self.only_b else "",
             *self.notes,
         ]
-        return Table((*columns, "shape", "max abs", "relative", "SQNR dB", "cosine", ""), rows, title, notes)
+        columns = (*columns, "shape", "max abs", "relative", "SQNR dB", "cosine", "")
+        marked = [place for place, row in enumerate(self.rows) if row is first]
+        whole = "print(comparison.summary(rows=None))"
+        return Table(columns, Rows(self.rows, cells), title, notes, most=rows, marked=marked, whole=whole)
 
     def __repr__(self) -> str:
-        return str(self._table())
+        return str(self.summary())
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        return self.summary()._repr_html_()
 
 
 @dataclass

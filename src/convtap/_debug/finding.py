@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 from convtap._debug.probe import FiniteRange, Probe, finite_range, probe, read_all
 from convtap._errors import listed, plural
+from convtap._layer_layout import layout_of
+from convtap._layout import axes_of
 from convtap._stats import dtype_text
-
-# Modules whose output is (B, C, T): only for these do the numbers of an index have the field's names.
-_CHANNELS_FIRST = (
-    nn.Conv1d,
-    nn.ConvTranspose1d,
-    nn.BatchNorm1d,
-    nn.InstanceNorm1d,
-    nn.GroupNorm,
-    nn.MaxPool1d,
-    nn.AvgPool1d,
-)
 
 
 class Frame:
@@ -196,9 +187,9 @@ def judge(event: Event, hint: str) -> Finding:
 
 def _ranges(inputs: list[Range], weights: list[Range], spoilt: list[str]) -> list[str]:
     """Says in sentences what went into a module, what its weights are, and which of them are bad themselves."""
-    ranges = [f"its input: {', '.join(map(str, inputs))}"] if inputs else []
+    ranges = [f"its input: {listed(map(str, inputs))}"] if inputs else []
     ranges += [f"its {weight}" for weight in weights]
-    text = f"{', '.join(ranges)}."
+    text = f"{listed(ranges)}."
     found = [text[0].upper() + text[1:]] if ranges else []
     return found + ([f"The cause is its {listed(spoilt)}: that holds NaN or Inf itself."] if spoilt else [])
 
@@ -272,7 +263,12 @@ def _place(found: Probe, frame: Frame, where: str) -> str:
     position = found.position()
     if position is None:
         return of
-    if where in ("output", "loss") and isinstance(frame.module, _CHANNELS_FIRST) and len(position) == 3:
-        sample, channel, time = position
+    layout = layout_of(frame.module) if where in ("output", "loss") and found.path in ("", "[0]") else None
+    if layout is not None and len(position) == 3:
+        axes = axes_of(found.shape, layout)
+        assert axes.channel is not None
+        assert axes.time is not None
+        sample, row = position[axes.batch], [*position[: axes.batch], *position[axes.batch + 1 :]]
+        channel, time = row[axes.channel], row[axes.time]
         return f"{many}at sample {sample}, channel {channel}, time {time} ({of})"
     return f"{many}at index {position} ({of})"

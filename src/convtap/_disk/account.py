@@ -48,7 +48,7 @@ def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] 
     return [] if len(here) == count else [number for number in range(count) if number not in here]
 
 
-def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mapping[str, str]) -> Table:
+def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mapping[str, str], most: int | None) -> Table:
     """Returns a table with one line a layer. ``names`` gives the keys of the layers by the names to show."""
     rows: list[tuple[Any, ...]] = []
     counts = dict(zip(index.layers, (index.present * index.batches[:, 1:2]).sum(0).tolist(), strict=True))
@@ -62,7 +62,9 @@ def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mappin
     rows.extend((name, 0, "", "did not run", "") for name in identity["layers"] if index.names and name not in ran)
     total = human_bytes(sum(size for size, _ in index.files.values()))
     title = f"{path}: {plural(len(index.ids), 'sample')}, {plural(len(index.files), 'shard')}, {total}"
-    return Table(("layer", "samples", "shape", "dtype", "bytes"), rows, title, _notes(path, identity, index))
+    columns = ("layer", "samples", "shape", "dtype", "bytes")
+    whole = "print(store.summary(rows=None))"
+    return Table(columns, rows, title, _notes(path, identity, index), most=most, whole=whole)
 
 
 def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
@@ -92,6 +94,9 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         notes.append(
             f"padded batches: the frames of {plural(len(padding), 'layer')} are not those of each input alone: {causes}"
         )
+    assumed = [key for key, layer in index.layers.items() if layer.is_assumed]
+    if assumed:
+        notes.append(f"the last axis was taken as time, since nothing said which it is: {listed(assumed, 4)}")
     if index.bad:
         notes.append(unreadable(index))
     return notes

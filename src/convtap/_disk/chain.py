@@ -35,6 +35,7 @@ class ValidLengths:
         time_dim: the axis of it that is time.
 
     Attributes:
+        times: by layer and the path of a tensor, the time axis of each of its runs, once a batch was followed.
         differences: the tensors of layers whose frames are not those of each input alone, and why.
         axis_of: the signal and its axis, for an identity; None for the default.
     """
@@ -51,6 +52,7 @@ class ValidLengths:
         self.differences: dict[str, str] = {}
         self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
+        self._dim = time_dim
         self._every = "input" if at == "input" else "output"
         self._at = at
         self._method = method
@@ -59,7 +61,7 @@ class ValidLengths:
         self._path: str | None = None
         self._lengths: list[int] = []
         self._full = 0
-        self._times: dict[tuple[str, str], list[LayerTime]] = {}
+        self.times: dict[tuple[str, str], list[LayerTime]] = {}
         self._counts: dict[tuple[str, str, int], int] = {}
         self._is_padded = False
         self._learned_padded = False
@@ -96,7 +98,7 @@ class ValidLengths:
                 )
         self._is_padded = any(number < self._full for number in lengths)
         if self._is_padded and not is_first and not self._learned_padded:
-            self._times, _ = self._follow(example, path, lengths)
+            self.times, _ = self._follow(example, path, lengths)
             self._counts.clear()
         self._learned_padded |= self._is_padded
 
@@ -110,7 +112,7 @@ class ValidLengths:
                     f"lengths= needs an input tensor (B, T) or (B, C, T), and signal={self._signal!r} has shape "
                     f"{tuple(signal.shape)}. Name another argument: signal='audio'."
                 )
-            self._times, _ = self._follow(example, path, lengths)
+            self.times, _ = self._follow(example, path, lengths)
             return path
         best, most, failure = "", -1, None
         for path in likely_signals(example, max(lengths, default=0), self._time_dim, forward):
@@ -120,7 +122,7 @@ class ValidLengths:
                 failure = failure or error
                 continue
             if len(reached & layers) > most:
-                best, most, self._times = path, len(reached & layers), times
+                best, most, self.times = path, len(reached & layers), times
             if most == len(layers):
                 break
         if most < 0 and failure is not None:
@@ -144,7 +146,12 @@ class ValidLengths:
             found.setdefault((record.name, record.path), []).append(time)
         return found, {record.name for record in records if record.depends}
 
-    def cut(self, layer: str, path: str, tensor: Tensor) -> list[Tensor] | None:
+    def axis(self, layer: str, path: str) -> int | None:
+        """Returns which axis of a tensor is time, counted from the end, or None if it is not known, or there is none."""
+        dims = {one.dim if one.unknown is None else None for one in self.times.get((layer, path), [])}
+        return dims.pop() if len(dims) == 1 else None
+
+    def cut(self, layer: str, path: str, tensor: Tensor, batch: int = 0) -> list[Tensor] | None:
         """Cuts each row of a tensor to its real frames; None for one that is to be left whole.
 
         Left whole is what does not come from the signal, beside something that does: a mask, a conditioning vector.
@@ -152,19 +159,22 @@ class ValidLengths:
         Args:
             layer: the layer.
             path: which tensor of its output, or input.
+            tensor: it, such as (B, C, T).
+            batch: its axis that is the samples; 1 for (T, B, C).
 
         Raises:
             Unsupported: nobody knows how many frames are real.
         """
-        times = self._times.get((layer, path), [])
-        if not times and path and any(name == layer for name, _ in self._times):
+        times = self.times.get((layer, path), [])
+        if not times and path and any(name == layer for name, _ in self.times):
             return None
         self._check(layer, path, times, tensor)
         self._compare(layer + path, times[0])
         axis = times[0].dim
         assert axis is not None
         counts = [self._frames(layer, path, times, length) for length in self._lengths]
-        return [row.narrow(axis, 0, count) for row, count in zip(tensor, counts, strict=True)]
+        axis = axis + 1 if batch else axis  # of a row, which has no axis of samples
+        return [row.narrow(axis, 0, count) for row, count in zip(tensor.movedim(batch, 0), counts, strict=True)]
 
     def _frames(self, layer: str, path: str, times: list[LayerTime], length: int) -> int:
         found = self._counts.get((layer, path, length))

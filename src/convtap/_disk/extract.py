@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convtap._disk.axes import RowAxes, checked_time_dim
 from convtap._disk.chain import ValidLengths
 from convtap._disk.forward import Runner, module_mode
 from convtap._disk.identity import check_same, function_identity, model_identity
@@ -41,7 +42,7 @@ def extract(
     ids: Callable[[Any], Sequence[Id] | Tensor] | None = None,
     lengths: Callable[[Any], Sequence[int] | Tensor] | None = None,
     signal: str | int | None = None,
-    time_dim: int = -1,
+    time_dim: int | None = None,
     calls: Literal["error", "cat", "keys"] = "error",
     labels: Callable[[Any], Any] | None = None,
     batch_size: int = 1,
@@ -83,9 +84,9 @@ def extract(
         types: the module types to choose from.
         at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
         reduce: a function of each output, run on its own device before it is stored. It sees the batch; with ``lengths``, it
-            sees one sample (C, T) at a time, cut to its real frames. Or a mapping from layers to functions, by name or by
-            glob (a layer's own name comes first, then the first glob that matches); a layer without an entry is stored as
-            it is.
+            sees one sample at a time, such as (C, T) or (T, C), cut to its real frames. Or a mapping from layers to functions,
+            by name or by glob (a layer's own name comes first, then the first glob that matches); a layer without an entry
+            is stored as it is.
         reduce_id: a name for ``reduce`` that a resume compares instead of its code.
         dtype: what to cast floating-point outputs to.
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
@@ -95,7 +96,7 @@ def extract(
             names the layers whose frames are still not those of each input alone; ``Store.padding`` keeps it.
         signal: with ``lengths``: which input they are of, by the name or the position of the argument; None for the one that
             is as long as the longest row and reaches the layers.
-        time_dim: with ``lengths``: the axis of that input that is time, 1 for (B, T, C).
+        time_dim: the axis of the model's input that is time, such as 1 for (B, T, C); None for the last one.
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
             calls on time, ``"keys"`` to store each as ``name#k``.
         labels: from a batch, one label (a number, or a row of numbers) for each sample, to store with it.
@@ -128,11 +129,15 @@ def extract(
         raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    rule = None if lengths is None else ValidLengths(model, at, method=method, signal=signal, time_dim=time_dim)
+    dim = -1 if time_dim is None else checked_time_dim(time_dim)
+    rule = None if lengths is None else ValidLengths(model, at, method=method, signal=signal, time_dim=dim)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
     options: dict[str, Any] = {"device": device, "autocast": autocast, "compile": compile, "stop": stop}
     runner = Runner(model, layers, capture, **options, rule=rule, method=method)
-    rows = RowMaker(calls, rule, Reductions(reduce, runner.selection), dtype)
+    reductions = Reductions(reduce, runner.selection)
+    axes = RowAxes(model, runner.selection.tree, at, reductions, rule, None if time_dim is None else dim, method)
+    runner.look = axes.look
+    rows = RowMaker(calls, rule, reductions, dtype, axes)
     planned = plan(data, batch_size, num_workers, collate_fn)
     shard_size = parse_bytes(shard_bytes, "shard_bytes")
     i, n = _part(part, planned, ids)
@@ -143,6 +148,7 @@ def extract(
         **_texts(dtype=dtype, calls=calls, mode=mode, autocast=autocast, compile=bool(compile), stop=bool(stop)),
         "method": method,
         "signal": rule and rule.axis_of,
+        **({} if time_dim is None else {"time_dim": time_dim}),
         "given": [name for name, function in functions.items() if function is not None],
         "data": planned.identity,
         "model": model_identity(model),

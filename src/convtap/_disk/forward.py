@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -69,6 +69,7 @@ class Runner:
 
     Attributes:
         model: the model.
+        look: what is shown the calls of each batch, and the batch, before they become rows.
         ran: the layers, and the parts of layers, that have run so far.
     """
 
@@ -106,6 +107,7 @@ class Runner:
         self._compiled: Any = None
         self._compile = compile
         self.fresh = True
+        self.look: Callable[[Calls, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.ran: set[str] = set()
 
     def __enter__(self) -> Runner:
@@ -138,13 +140,18 @@ class Runner:
             if self._rule is not None:
                 self._rule.learn(args, kwargs, lengths or [], self.selection.modules)
             if self._compiled is not None:
-                return self._run_compiled(args, kwargs)
+                return self._shown(self._run_compiled(args, kwargs), args, kwargs)
             with self._capture as acts:
                 opened = self._capture._open
                 self._run(*args, **kwargs)
             self._judge(opened, acts)
-            calls = values_of(acts.calls())
+            calls = self._shown(values_of(acts.calls()), args, kwargs)
         self.ran.update(layer + part for layer, part, _ in calls)
+        return calls
+
+    def _shown(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+        if self.look is not None:
+            self.look(calls, args, kwargs)
         return calls
 
     def idle(self) -> list[str]:

@@ -19,7 +19,7 @@ from convtap._disk.reading import Shard
 from convtap._errors import StoreError
 
 _FILE = ".index.npz"
-_VERSION = 1
+_VERSION = 2
 _WORTH_KEEPING = 64  # shards whose headers are read in about ten milliseconds
 
 
@@ -31,21 +31,53 @@ class LayerSummary:
         dtype: their dtype, as text; several are joined by ``|``.
         shape: a row's shape, with None for an axis that varies; None if even the number of axes does.
         elements: how many numbers they have together.
+        time: which axis of a row is time, counted from the end; None if there is none.
+        timed: whether that is known; None if the shards do not say it (those of earlier versions).
     """
 
     dtype: str
     shape: list[int | None] | None
     elements: int = 0
+    time: int | None = -1
+    timed: bool | None = None
 
-    def merge(self, dtype: str, shape: list[int | None] | None, elements: int) -> None:
+    @property
+    def time_dim(self) -> int | None:
+        """Which axis of a row is time: as it is known, else the only one that varies, else what is assumed; None for none."""
+        varying = [place for place, size in enumerate(self.shape or ()) if size is None]
+        if self.timed or self.shape is None:
+            return self.time
+        if len(varying) == 1:
+            return varying[0] - len(self.shape)
+        return self.time if len(self.shape) > 1 else None
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether the time axis was not known when the rows were written, and they do not tell it either."""
+        shape = self.shape or ()
+        return self.timed is False and len(shape) > 1 and sum(size is None for size in shape) != 1
+
+    @property
+    def time_note(self) -> str:
+        """What to say of the time axis after a shape; nothing where it is the last one, as usual."""
+        if self.is_assumed:
+            return f", axis {self.time_dim} taken as time"
+        return "" if self.time_dim in (None, -1) else f", time is axis {self.time_dim}"
+
+    def merge(self, other: LayerSummary) -> None:
         """Takes another shard's rows in."""
+        dtype, shape = other.dtype, other.shape
         if dtype not in self.dtype.split("|"):
             self.dtype += f"|{dtype}"
         if self.shape is None or shape is None or len(self.shape) != len(shape):
             self.shape = None
         else:
             self.shape = [a if a == b else None for a, b in zip(self.shape, shape, strict=True)]
-        self.elements += elements
+        self.elements += other.elements
+        if self.timed is None:
+            self.time, self.timed = other.time, other.timed
+        elif other.timed is not None:
+            self.timed = self.timed and other.timed and self.time == other.time
 
 
 @dataclass
@@ -180,11 +212,13 @@ def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
         low, high = torch.aminmax(shapes, dim=0)
         shape = [a if a == b else None for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         shape = None if (low < 0).any() else shape
-    dtype = shard.columns[key]["dtype"]
+    about = shard.columns[key]
+    timed = about.get("timed", True) if "time" in about else None
+    found = LayerSummary(about["dtype"], shape, shard.elements(key), about.get("time", -1), timed)
     if key in layers:
-        layers[key].merge(dtype, shape, shard.elements(key))
+        layers[key].merge(found)
     else:
-        layers[key] = LayerSummary(dtype, shape, shard.elements(key))
+        layers[key] = found
 
 
 def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, duplicates: Any) -> Index:
@@ -208,7 +242,9 @@ def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, dupl
 def _dump(index: Index) -> bytes:
     import numpy as np
 
-    layers = [[key, layer.dtype, layer.shape, layer.elements] for key, layer in index.layers.items()]
+    layers = [
+        [key, layer.dtype, layer.shape, layer.elements, layer.time, layer.timed] for key, layer in index.layers.items()
+    ]
     content = {"version": _VERSION, "files": list(index.files.items()), "layers": layers}
     buffer = io.BytesIO()
     np.savez(

@@ -201,7 +201,8 @@ class Job:
         if self._rows.rule is not None:
             warn(self._rows.rule.unwarned(), stacklevel=6)
         labels = None if self._labels is None else _checked_labels(given.labels, len(names))
-        return Batch(number, names, columns, labels, contents)
+        axes = {key: self._rows.axes.found[key] for key in columns}
+        return Batch(number, names, columns, labels, contents, axes)
 
     def _warn_of_idle(self) -> None:
         if self._runner.fresh:

@@ -6,7 +6,7 @@ from typing import Any
 
 from convtap._disk.index import Index
 from convtap._disk.shards import Batch, Id
-from convtap._errors import InvalidType, InvalidValue
+from convtap._errors import InvalidType, InvalidValue, brief
 from convtap._structure import walk_tensors
 
 
@@ -56,7 +56,7 @@ class Names:
 
     def _checked(self, found: Any) -> list[Id]:
         if not isinstance(found, list):
-            raise InvalidType(f"ids(batch) returned {found!r}, and it must return one int or str for each sample.")
+            raise InvalidType(f"ids(batch) returned {brief(found)}, and it must return one int or str for each sample.")
         names: list[Id] = found
         fresh: set[Id] = set()
         for name in names:

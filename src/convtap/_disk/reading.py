@@ -23,7 +23,9 @@ class Shard:
 
     Attributes:
         batches: ``(number, rows)`` of each batch.
-        columns: by layer key: ``dtype``, ``flat``, and ``present`` (which of the batches), if not all.
+        columns: by layer key: ``dtype``, ``flat``, and ``present`` (which of the batches), if not all. ``time`` is the axis
+            of a row that is time, counted from the end (None if there is none), and ``timed`` is False if it was assumed;
+            shards of earlier versions have neither.
 
     Raises:
         StoreError: the file is truncated, damaged, or not a shard.

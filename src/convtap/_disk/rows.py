@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths
 from convtap._disk.shards import Rows
-from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, listed
 from convtap._keys import numbered, separator
+from convtap._layout import Axes, after
 from convtap._policy import cast
 from convtap._reduce import Reductions
 from convtap._structure import Omitted, walk_leaves
@@ -30,12 +32,14 @@ class RowMaker:
         rule: the rule for valid frames; None to leave rows whole.
         reduce: for rows that are cut; without a rule the batch was reduced already.
         dtype: what to cast rows to that are cut.
+        axes: which axis of an output is time, and what is noted of that for the rows.
     """
 
     calls: str
     rule: ValidLengths | None
     reduce: Reductions
     dtype: torch.dtype | None
+    axes: RowAxes
 
     def columns(self, calls: Calls, size: int) -> dict[str, Rows]:
         """Turns the calls of one forward pass into rows by key, on the CPU.
@@ -52,12 +56,15 @@ class RowMaker:
                 raise Unsupported(
                     f"two outputs would both be stored as {key!r}. Rename a layer, or select one of them."
                 )
-            _check_rows(key, tensor, size)
+            axes = self.axes.of(layer, part, path, tensor.shape)
+            _check_rows(key, tensor, size, axes.batch)
             if self.rule is None:
-                columns[key] = _own(tensor.detach())
+                columns[key] = _own(tensor.detach().movedim(axes.batch, 0))
+                self.axes.note(key, axes)
                 continue
-            rows = self.rule.cut(layer, part + path, tensor)
-            columns[key] = _stacked([self._kept(key, layer + part, row) for row in (tensor if rows is None else rows)])
+            rows = self.rule.cut(layer, part + path, tensor, axes.batch)
+            rows = list(tensor.movedim(axes.batch, 0)) if rows is None else rows
+            columns[key] = _stacked([self._kept(key, layer + part, row, axes) for row in rows])
         return columns
 
     def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, str, str, Tensor]]:
@@ -79,9 +86,12 @@ class RowMaker:
                     "on time, or calls='keys' to store each under its own key."
                 )
             key = layer + part
-            yield from ((key + path, layer, part, path, tensor) for path, tensor in _joined(key, values))
+            shape = next((value.shape for value in values if isinstance(value, Tensor)), ())
+            axes = self.axes.of(layer, part, "", shape)
+            dim = -1 if axes.time is None else axes.time - axes.batch
+            yield from ((key + path, layer, part, path, tensor) for path, tensor in _joined(key, values, dim))
 
-    def _kept(self, key: str, name: str, row: Tensor) -> Tensor:
+    def _kept(self, key: str, name: str, row: Tensor, axes: Axes) -> Tensor:
         reduce = self.reduce.of(name)
         if reduce is not None:
             try:
@@ -95,7 +105,8 @@ class RowMaker:
                     f"reduce returned a {type(reduced).__name__}, and it must return a tensor. With lengths= it is given "
                     "one sample (C, T): reduce=lambda t: t.mean(-1)."
                 )
-            row = reduced
+            row, axes = reduced, after(axes, row.shape, reduced.shape)
+        self.axes.note(key, axes)
         try:
             row = cast(row, self.dtype)
         except InvalidValue as error:
@@ -118,7 +129,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.to("cpu")
 
 
-def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
+def _joined(layer: str, values: list[Any], dim: int) -> Iterable[tuple[str, Tensor]]:
     if len(values) == 1:
         return _leaves(layer, values[0])
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -127,9 +138,9 @@ def _joined(layer: str, values: list[Any]) -> Iterable[tuple[str, Tensor]]:
             f"layer {layer!r} gives no single tensor, so calls='cat' cannot join its calls: calls='keys'."
         )
     try:
-        return [("", torch.cat(tensors, -1))]
+        return [("", torch.cat(tensors, dim))]
     except RuntimeError as error:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        shapes = listed([str(tuple(tensor.shape)) for tensor in tensors])
         raise Unsupported(
             f"the calls of layer {layer!r} have shapes {shapes}, which cannot be joined on time: calls='keys'."
         ) from error
@@ -149,10 +160,10 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield path, leaf
 
 
-def _check_rows(key: str, tensor: Tensor, size: int) -> None:
-    if tensor.dim() and tensor.shape[0] == size:
+def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
+    if tensor.dim() and tensor.shape[batch] == size:
         return
-    axis = f"axis 0 is {tensor.shape[0]}" if tensor.dim() else "it has no axis"
+    axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
     raise Unsupported(
         f"layer {key!r} gives shape {tuple(tensor.shape)}: {axis} and the batch has {size} samples, so its rows are not the "
         "samples. Leave the layer out, bring the samples to axis 0 with reduce=, or, if the model really has other rows than "

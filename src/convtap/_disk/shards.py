@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from convtap._errors import StoreError, Unsupported
+from convtap._errors import StoreError, Unsupported, listed
+from convtap._layout import Axes
 
 FORMAT = 1
 
@@ -54,6 +55,7 @@ class Batch:
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
         contents: the checksums of what it was computed from, or None.
+        axes: by layer key, which axis of a row is time, as far as that is known.
     """
 
     number: int
@@ -61,6 +63,7 @@ class Batch:
     columns: dict[str, Rows]
     labels: Tensor | None = None
     contents: tuple[int, ...] | None = None
+    axes: dict[str, Axes] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +138,7 @@ def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str,
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     if len(dtypes) != 1:
         raise Unsupported(
-            f"layer {key!r} gives several dtypes in one data set: {', '.join(map(str, dtypes))}. "
+            f"layer {key!r} gives several dtypes in one data set: {listed(map(str, dtypes))}. "
             "Pass dtype= to store all of it as one."
         )
     (dtype,) = dtypes
@@ -181,6 +184,9 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
     for key in dict.fromkeys(chain.from_iterable(batch.columns for batch in batches)):
         present = [place for place, batch in enumerate(batches) if key in batch.columns]
         found, about["columns"][key] = _column_parts(key, [batches[place].columns[key] for place in present])
+        axes = batches[present[-1]].axes.get(key)
+        if axes is not None:
+            about["columns"][key].update({"time": axes.time} if axes.timed else {"time": axes.time, "timed": False})
         if len(present) < len(batches):
             about["columns"][key]["present"] = present
         parts.extend(found)

@@ -27,7 +27,7 @@ from convtap._errors import (
     listed,
 )
 from convtap._parts import split_key
-from convtap._table import Table
+from convtap._table import MOST, Table
 
 if TYPE_CHECKING:
     from convtap._disk.views import LayerView, StoreDataset
@@ -153,7 +153,9 @@ class Store:
     # -- many samples
 
     def numpy(self, layer: str) -> Any:
-        """Returns all of a layer's outputs as one NumPy array, (N, C, T). bfloat16 and float8 become float32, exactly.
+        """Returns all of a layer's outputs as one NumPy array. bfloat16 and float8 become float32, exactly.
+
+        It is (N, C, T), or (N, T, C) if the layer's rows are (T, C); see ``time_dim`` of ``store[layer]``.
 
         Raises:
             LayerNotFound: no such layer.
@@ -165,6 +167,7 @@ class Store:
         self,
         layers: str | Sequence[str] | None = None,
         labels: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
+        time_dim: int | Mapping[str, int] | None = None,
     ) -> StoreDataset:
         """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
 
@@ -173,6 +176,8 @@ class Store:
         Args:
             layers: which layers; all if None.
             labels: by id, or a function of the id; None for those that were extracted, if any.
+            time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer; None
+                for the one that the store has, see ``time_dim`` of a view.
 
         Raises:
             LayerNotFound: no such layer.
@@ -180,7 +185,7 @@ class Store:
         from convtap._disk.views import StoreDataset
 
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
-        return StoreDataset(self, [self[name] for name in names], labels)
+        return StoreDataset(self, [self[name] for name in names], labels, time_dim)
 
     # -- the state of it
 
@@ -206,9 +211,16 @@ class Store:
         """
         return read_padding(self.path)
 
-    def summary(self) -> Table:
-        """Returns a table with one line a layer, and what is missing, double or unreadable."""
-        return summary(self.path, self._identity, self._index, self._names)
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a layer, and what is missing, double or unreadable.
+
+        Args:
+            rows: the most layers to print, the first and the last; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        return summary(self.path, self._identity, self._index, self._names, rows)
 
     def __repr__(self) -> str:
         return str(self.summary())

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from convtap._disk.ragged import given_axis, padded, time_axis
 from convtap._disk.shards import Id
-from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, listed, plural
+from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, brief, listed, plural
 
 if TYPE_CHECKING:
     from convtap._disk.store import Store
@@ -21,7 +22,8 @@ _POOL_BYTES = 64 * 2**20
 class LayerView:
     """One layer's outputs, read from the disk when they are asked for: each read touches its own bytes only.
 
-    ``view[id]`` is one sample's output, (C, T); ``view[a:b]`` is a list of them by position; iteration goes through all.
+    ``view[id]`` is one sample's output, such as (C, T) or (T, C); ``view[a:b]`` is a list of them by position; iteration goes
+    through all.
     """
 
     def __init__(self, store: Store, name: str, key: str) -> None:
@@ -56,6 +58,15 @@ class LayerView:
         return None if self._summary.shape is None else (len(self), *self._summary.shape)
 
     @property
+    def time_dim(self) -> int | None:
+        """Which axis of a row is time, counted from the end: -1 for (C, T), -2 for (T, C); None if there is none, as in (C,).
+
+        It is known from the cut, the layer's type or the timeline; else it is the only axis that varies between rows, or else
+        assumed to be the last one, and printing the view says so.
+        """
+        return self._summary.time_dim
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the rows."""
         found: torch.dtype = getattr(torch, self._summary.dtype.split("|")[0])
@@ -65,7 +76,7 @@ class LayerView:
         absent = len(self._store) - len(self)
         note = f", absent for {plural(absent, 'sample')}" if absent else ""
         shape = "of shapes that vary" if self.shape is None else str(self.shape).replace("None", "…")
-        return f"<{self.name}: {shape} {self._summary.dtype}{note}>"
+        return f"<{self.name}: {shape} {self._summary.dtype}{self._summary.time_note}{note}>"
 
     # -- reading
 
@@ -83,7 +94,9 @@ class LayerView:
                 for position in positions
             ]
         if isinstance(id, (list, tuple, Tensor)):
-            raise InvalidType(f"view[{id!r}]: one id at a time, or a slice of positions. Write [view[i] for i in ids].")
+            raise InvalidType(
+                f"view[{brief(id)}]: one id at a time, or a slice of positions. Write [view[i] for i in ids]."
+            )
         return self._at(self._store.position(id))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -115,7 +128,7 @@ class LayerView:
         if shape is None or None in shape or "|" in self._summary.dtype:
             raise Unsupported(
                 f"the rows of {self.name!r} differ in shape or dtype ({self!r}), so they are no single array. Read them one "
-                "by one, or extract with reduce=lambda t: t.mean(-1)."
+                f"by one, or extract with reduce=lambda t: t.mean({self.time_dim or -1})."
             )
         index, filled = self._store._index, 0
         found: Any = None
@@ -131,37 +144,47 @@ class LayerView:
 
     # -- frames
 
-    def frames(self, n: int, shuffle: bool = True, seed: int = 0) -> Iterator[Tensor]:
+    def frames(self, n: int, shuffle: bool = True, seed: int = 0, time_dim: int | None = None) -> Iterator[Tensor]:
         """Yields every frame once, in batches (n, C); the last one holds the rest.
 
-        For what is fitted to single frames: k-means, sparse autoencoders. A row (C, T) has T frames, a row (C,) is one.
+        For what is fitted to single frames: k-means, sparse autoencoders. A row (C, T) or (T, C) has T frames, a row (C,) is
+        one.
         With ``shuffle`` the rows are read in random order, and their frames are drawn from a pool of about 64 MiB or
         16 batches, so that a batch holds frames of many samples while memory stays bounded. The same ``seed`` gives the
         same batches; use another one for each epoch.
 
+        Args:
+            n: frames a batch.
+            shuffle: whether to mix the frames.
+            seed: of the mixing.
+            time_dim: the axis of a row that is time, counted from the end; None for the one that the store has (see
+                ``time_dim`` of the view). A warning says where that is an assumption.
+
         Raises:
-            InvalidValue: ``n`` is no positive number.
-            Unsupported: the rows have more than two axes.
+            InvalidValue: ``n`` is no positive number, or ``time_dim`` no axis of the rows.
+            Unsupported: the rows have more than two axes, or their channels differ.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InvalidValue(f"n={n!r} must be a positive number of frames a batch, such as 4096.")
         shape = self._summary.shape
         if shape is None or len(shape) not in (1, 2):
             raise Unsupported(
-                f"the rows of {self.name!r} are no (C, T) or (C,): {self!r}. Frames are columns of (C, T)."
+                f"the rows of {self.name!r} are no (C, T) or (C,): {self!r}. Frames are columns of (C, T), or rows of (T, C)."
             )
-        if shape[0] is None:
+        time = time_axis(self.name, self._summary, time_dim)
+        others = [size for place, size in enumerate(shape, -len(shape)) if place != time]
+        if None in others:
             raise Unsupported(f"the channels of {self.name!r} differ between rows ({self!r}), so frames do not stack.")
-        return self._frames(n, shuffle, seed)
+        return self._frames(n, shuffle, seed, time)
 
-    def _frames(self, n: int, shuffle: bool, seed: int) -> Iterator[Tensor]:
+    def _frames(self, n: int, shuffle: bool, seed: int, time: int | None) -> Iterator[Tensor]:
         draw = torch.Generator().manual_seed(seed)
         pool: list[Tensor] = []
         held = 0
         limit = n
         for position in self._row_order(shuffle, draw):
             row = self._at(position)
-            frames = row.T if row.dim() == 2 else row[None]
+            frames = row[None] if time is None else row.movedim(time, 0).reshape(row.shape[time], -1)
             if not len(frames):
                 continue
             pool.append(frames)
@@ -202,8 +225,11 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
     It holds the samples for which every one of its layers ran.
     """
 
-    def __init__(self, store: Store, views: Sequence[LayerView], labels: Any) -> None:
+    def __init__(self, store: Store, views: Sequence[LayerView], labels: Any, time_dim: Any = None) -> None:
         self._views = list(views)
+        self._time_dim = time_dim
+        for view in views:
+            given_axis(view.name, view._summary, time_dim)
         self._positions = None
         self._labels = labels
         self._stored: Any = None
@@ -248,34 +274,25 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
             raise InvalidValue(f"labels has nothing for the id {id!r}; it has {listed(map(repr, self._labels), 3)}.")
         return self._labels[id]
 
-    @staticmethod
-    def collate(samples: Sequence[Any]) -> Any:
+    def collate(self, samples: Sequence[Any]) -> Any:
         """Joins samples into a batch: ``(ids, {layer: Tensor}, {layer: lengths}[, labels])``.
 
-        Each layer is (B, C, T) with T the longest of the batch; shorter rows are filled with zeros at their end, and
-        ``lengths`` (B,) holds the frames that are real.
+        Each layer is (B, C, T), or (B, T, C) if its rows are (T, C), with T the longest of the batch; shorter rows are filled
+        with zeros at the end of their time axis, and ``lengths`` (B,) holds the frames that are real.
+
+        Raises:
+            Unsupported: rows differ in another axis than the time.
         """
         ids = [sample[0] for sample in samples]
+        times = {view.name: time_axis(view.name, view._summary, self._time_dim) or -1 for view in self._views}
         outputs, lengths = {}, {}
         for layer in samples[0][1]:
             rows = [sample[1][layer] for sample in samples]
-            outputs[layer] = _padded(layer, rows)
-            lengths[layer] = torch.tensor([row.shape[-1] if row.dim() else 1 for row in rows])
+            outputs[layer] = padded(layer, rows, times[layer])
+            lengths[layer] = torch.tensor([row.shape[times[layer]] if row.dim() else 1 for row in rows])
         if len(samples[0]) == 2:
             return ids, outputs, lengths
         return ids, outputs, lengths, torch.utils.data.default_collate([sample[2] for sample in samples])
-
-
-def _padded(layer: str, rows: list[Tensor]) -> Tensor:
-    first = rows[0]
-    if any(row.shape[:-1] != first.shape[:-1] for row in rows):
-        raise Unsupported(
-            f"the rows of {layer!r} differ in more than their last axis: {listed([str(tuple(row.shape)) for row in rows], 3)}."
-        )
-    if not first.dim():
-        return torch.stack(rows)
-    longest = max(row.shape[-1] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
 
 
 def _stored_labels(store: Store) -> Tensor | None:

@@ -102,3 +102,8 @@ def line(values: list[int], rise: int) -> Line:
 
 
 IDENTITY = Line((0,), 1)
+
+
+def exact(value: Fraction) -> int | Fraction:
+    """Returns a whole number as an int."""
+    return value.numerator if value.denominator == 1 else value

@@ -13,16 +13,12 @@ from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._samples import whole_numbers
+from convtap._time.axis import exact
 from convtap._time.axis_count import Count
 from convtap._time.axis_edge import Difference, Tail
 from convtap._time.lengths import Doubt
-from convtap._time.mark import Digit, Mark
+from convtap._time.mark import Digit, in_pieces
 from convtap._time.record import Record
-
-
-def exact(value: Fraction) -> int | Fraction:
-    """Returns a whole number as an int."""
-    return value.numerator if value.denominator == 1 else value
 
 
 class LayerTime:
@@ -62,7 +58,7 @@ class LayerTime:
         self.input_length = input_length
         self.whole = mark.whole
         self.statistics = mark.statistics
-        self.unknown = mark.unknown or _in_pieces(mark, record.shape) or (None if doubt is None else doubt.axis)
+        self.unknown = mark.unknown or in_pieces(mark, record.shape) or (None if doubt is None else doubt.axis)
         self.notes = mark.fixed if doubt is None or doubt.place is None else (*mark.fixed, doubt.place)
         self._mark = replace(mark, edge=None, across=None)
         self._tail = tail
@@ -249,9 +245,25 @@ class LayerTime:
             Unsupported: as ``valid_lengths``.
         """
         frames = self.frames_of(length)
-        assert self.dim is not None
-        place = len(self._shape) + self.dim
-        return (*self._shape[1:place], frames, *self._shape[place + 1 :])
+        assert self.row_dim is not None
+        row = list(self._shape[:1] + self._shape[2:] if self.is_time_first else self._shape[1:])
+        row[self.row_dim] = frames
+        return tuple(row)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the example's output."""
+        return tuple(self._shape)
+
+    @property
+    def is_time_first(self) -> bool:
+        """Whether the time is axis 0, as in (T, B, C), so that axis 1 is the inputs."""
+        return self.dim is not None and len(self._shape) > 2 and self.dim == -len(self._shape)
+
+    @property
+    def row_dim(self) -> int | None:
+        """Which axis of one input's output is time, counted from the end; None if there is none."""
+        return None if self.dim is None else self.dim + self.is_time_first
 
     def _trusted(self, count: Count, samples: list[int]) -> None:
         """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
@@ -296,15 +308,3 @@ class LayerTime:
         if field is None:
             return f"<LayerTime {self.key}: {stride}>"
         return f"<LayerTime {self.key}: stride {stride}, receptive field {field}, start {start}, {frames} frames>"
-
-
-def _in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
-    """Why an output's frames cannot be numbered, or None."""
-    if mark.across is not None:
-        return f"its output {shape} has frames on two axes, those of the queries and those of the keys"
-    if not mark.digits:
-        return None
-    digit = mark.digits[-1]
-    if digit.inner * digit.size != shape[digit.dim] and len(mark.digits) == 1 and shape[digit.dim] != digit.size:
-        return f"time shares axis {digit.dim} of its output {shape} with something else"
-    return None

@@ -270,3 +270,15 @@ def collapsed(mark: Mark, what: str) -> Mark:
     """Returns the mark with stacked tensors seen as one whose frames see what any of them sees."""
     dims = [digit.dim for digit in mark.digits if digit.stacked]
     return reduced(mark, dims, what, mixes=False) if dims and len(dims) < len(mark.digits) else mark
+
+
+def in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
+    """Returns why an output's frames cannot be numbered, or None."""
+    if mark.across is not None:
+        return f"its output {shape} has frames on two axes, those of the queries and those of the keys"
+    if not mark.digits:
+        return None
+    digit = mark.digits[-1]
+    if digit.inner * digit.size != shape[digit.dim] and len(mark.digits) == 1 and shape[digit.dim] != digit.size:
+        return f"time shares axis {digit.dim} of its output {shape} with something else"
+    return None

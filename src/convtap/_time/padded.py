@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from convtap._call import Call
-from convtap._errors import CoverageWarning, InvalidValue, listed, plural
+from convtap._errors import CoverageWarning, InvalidValue, Unsupported, listed, plural
+from convtap._layout import axes_of
 from convtap._samples import Cut
 from convtap._time.axis_edge import Difference
 from convtap._time.layer_time import LayerTime
@@ -93,7 +94,12 @@ class Cutter:
                 self.differences.add(call.name, layer._difference(lengths[row], padded))
                 return tensor
             valid = int(layer.valid_lengths([lengths[row]], padded)[0])
-            assert layer.dim is not None
+            assert layer.row_dim is not None
+            if layer.is_time_first and axes_of(call.shape, call._layout(path)).batch == 0:
+                raise Unsupported(
+                    f"{call.key!r} has the shape {tuple(call.shape)} with time on axis 0, so axis 0 is not the inputs. Read "
+                    f"it whole with acts[{call.key!r}], or leave it out of the selection."
+                )
             expected = layer.shape_of_one(padded)
             if tuple(tensor.shape) != expected:
                 raise InvalidValue(
@@ -102,7 +108,7 @@ class Cutter:
                     "timeline(model, example) of the model that ran, and reduce after samples."
                 )
             self.differences.add(call.name, layer._difference(lengths[row], padded))
-            return tensor.narrow(layer.dim, 0, valid)
+            return tensor.narrow(layer.row_dim, 0, valid)
 
         return cut
 

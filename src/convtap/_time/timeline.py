@@ -12,13 +12,14 @@ from convtap._errors import (
     AmbiguousCall,
     InvalidValue,
     LayerNotFound,
+    brief,
     did_you_mean,
     listed,
 )
 from convtap._example import Example, forward_of, prepared
 from convtap._keys import keys_of
 from convtap._structure import walk_tensors
-from convtap._table import Table
+from convtap._table import MOST, Rows, Table
 from convtap._time.axis_edge import Edges, Tail
 from convtap._time.layer_time import LayerTime
 from convtap._time.lengths import Doubt, follow, settle
@@ -140,7 +141,7 @@ class Timeline(Mapping[str, LayerTime]):
             AmbiguousCall: it ran several times.
         """
         if not isinstance(key, str):
-            raise LayerNotFound(f"timeline[{key!r}]: keys are names, and these are here: {listed(self._layers)}.")
+            raise LayerNotFound(f"timeline[{brief(key)}]: keys are names, and these are here: {listed(self._layers)}.")
         found = self._all.get(key)
         if found is not None:
             return found
@@ -218,11 +219,21 @@ class Timeline(Mapping[str, LayerTime]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and (key in self._all or resolve_name(key, self._calls, self._aliases) is not None)
 
-    def _table(self) -> Table:
-        rows = [(key, *found._cells()) for key, found in self._layers.items()]
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a convolution, whose items are their ``LayerTime``.
+
+        Args:
+            rows: the most layers to print, the first and the last; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        layers = list(self._layers.values())
         columns = ("layer", "stride", "receptive field", "start", "frames")
-        title = "" if rows else "no convolution gave out anything that depends on the input"
-        return Table(columns, rows, title=title, notes=self._notes(), items=list(self._layers.values()))
+        title = "" if layers else "no convolution gave out anything that depends on the input"
+        found = Rows(layers, lambda layer: (layer.key, *layer._cells()))
+        whole = "print(times.summary(rows=None))"
+        return Table(columns, found, title, self._notes(), layers, most=rows, whole=whole)
 
     def _notes(self) -> list[str]:
         layers = self._layers.values()
@@ -241,7 +252,7 @@ class Timeline(Mapping[str, LayerTime]):
         return found
 
     def __repr__(self) -> str:
-        return str(self._table())
+        return str(self.summary())
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        return self.summary()._repr_html_()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convtap._batch import Inputs, as_example, called_with, naming_inputs
 from convtap._capture import Capture
-from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, listed, plural
+from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, brief, listed, plural
 from convtap._example import Example, called, is_array, looking, moved, own_tensors
 from convtap._stats import real_values
 from convtap._structure import walk_tensors
@@ -162,10 +162,11 @@ class _Search:
         output = dict(walk_tensors(acts[layer.key]))[layer.path]
         rows, frames = len(signal), layer.frames_of(samples)
         assert layer.dim is not None
-        if output.dim() < 2 or output.shape[0] != rows or output.shape[layer.dim] != frames:
+        inputs = 1 if layer.is_time_first else 0
+        if output.dim() < 2 or output.shape[inputs] != rows or output.shape[layer.dim] != frames:
             raise Unsupported(
                 f"{layer.key!r} has shape {tuple(output.shape)} for {plural(rows, 'input')} of {samples} samples, and by "
-                f"the timeline axis 0 is the inputs and axis {layer.dim} has {frames} frames. "
+                f"the timeline axis {inputs} is the inputs and axis {layer.dim} has {frames} frames. "
                 "Pass an example of the data's length."
             )
         output = output.movedim(layer.dim, -1).reshape(rows, -1, frames)
@@ -250,7 +251,9 @@ def _chosen(channels: Any, count: int, name: str) -> list[int]:
     try:
         numbers = [operator.index(one) for one in (channels if isinstance(channels, Iterable) else [channels])]
     except TypeError:
-        raise InvalidType(f"channels is {channels!r}, and it must be an int or several: channels=[0, 3].") from None
+        raise InvalidType(
+            f"channels is {brief(channels)}, and it must be an int or several: channels=[0, 3]."
+        ) from None
     for number in numbers:
         if not -count <= number < count:
             raise OutOfRange(f"there is no channel {number}: {name!r} has {count}, numbered 0 to {count - 1}.")

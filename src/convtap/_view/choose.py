@@ -52,13 +52,13 @@ def pass_of(acts: Activations, sample: int) -> tuple[int, Any]:
     raise AssertionError("unreachable")
 
 
-def one_input(found: Any, key: str, tensor: Tensor, row: int) -> Tensor:
+def one_input(found: Any, key: str, tensor: Tensor, row: int, axis: int = 0) -> Tensor:
     """One input's row of an output of a pass, without the batch axis; no copy.
 
     Raises:
-        Unsupported: axis 0 is not the batch.
+        Unsupported: the axis is not the batch.
     """
-    cut: Tensor = found._cut(key, tensor, row)
+    cut: Tensor = found._cut(key, tensor, row, axis)
     return cut
 
 

@@ -12,6 +12,7 @@ from convtap._view import svg as _svg
 from convtap._view.cells import PERCENTILE, Array, colour_indices, palette
 from convtap._view.choose import Chosen, checked_count, chosen
 from convtap._view.labels import counted
+from convtap._view.orient import Orientation
 from convtap._view.page import escape
 from convtap._view.pictures import MAX_LINES, MAX_MARKS, Picture, pictures, signal_map
 from convtap._view.png import png
@@ -46,6 +47,7 @@ class Gallery:
         sample_rate: float | None,
         timeline: Any,
         channels: int,
+        channels_last: bool | Chosen,
     ) -> None:
         rows = checked_count("channels", channels)
         self._axis = axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
@@ -55,14 +57,22 @@ class Gallery:
         self._signal: Array | None = None
         if not len(acts):
             return
+        self.orientation = Orientation(acts, axis, channels_last)
         if signal is not None:
-            self._signal = one_signal(acts, signal, sample)
+            self._signal = one_signal(acts, signal, sample, axis, channels_last)
             axis.widen(axis.signal_extent(self._signal.shape[1]))
         share = MAX_CELLS // min(len(acts), MAX_PICTURES)
         columns = max(80, min(COLUMNS, share // min(rows, share)))
         self._chosen = len(chosen(acts, layers))
         self._drawn, self._total = pictures(
-            acts, sample, layers, rows=rows, columns=columns, axis=axis, most=MAX_PICTURES
+            acts,
+            sample,
+            layers,
+            rows=rows,
+            columns=columns,
+            axis=axis,
+            orientation=self.orientation,
+            most=MAX_PICTURES,
         )
 
     def html(self) -> str:

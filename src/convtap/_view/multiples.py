@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, Unsupported, did_you_mean, listed
+from convtap._errors import (
+    InvalidType,
+    InvalidValue,
+    LayerNotFound,
+    OutOfRange,
+    Unsupported,
+    brief,
+    did_you_mean,
+    listed,
+)
 from convtap._structure import walk_tensors
 from convtap._view import draw as _draw
 from convtap._view.cells import Array
-from convtap._view.choose import one_input, pass_of
+from convtap._view.choose import Chosen, one_input, pass_of
 from convtap._view.labels import shortened
+from convtap._view.orient import Orientation
 from convtap._view.pictures import MAX_BARS, Picture, as_map, bar_cells
+from convtap._view.timeaxis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +35,9 @@ _ACROSS = 4
 _HEIGHT, _STEP = 54, 76
 
 
-def one_map(acts: Activations, layer: str, sample: int) -> tuple[str, Array]:
+def one_map(
+    acts: Activations, layer: str, sample: int, timeline: Any = None, channels_last: bool | Chosen = None
+) -> tuple[str, Array]:
     """One call's output for one input, as (C, T), and its key."""
     if not isinstance(layer, str):
         raise InvalidType(f"layer is a {type(layer).__name__}, and it must be one layer's name or a call key.")
@@ -48,10 +61,13 @@ def one_map(acts: Activations, layer: str, sample: int) -> tuple[str, Array]:
         raise Unsupported(
             f"{layer!r} returns {len(tensors)} tensors, and channels draws one. Draw them with acts.plot()."
         )
-    cut = one_input(found, call.key, tensors[0][1], row)
+    path, tensor = tensors[0]
+    axes = Orientation(acts, TimeAxis(timeline, None, has_signal=False), channels_last).axes(call, path, tensor)
+    cut = one_input(found, call.key, tensor, row, axes.batch)
     if not cut.numel() or cut.device.type == "meta":
         raise Unsupported(f"{call.key!r} has no values to draw: its shape is {tuple(cut.shape)}.")
-    return call.key, as_map(cut)[0]
+    values, notes = as_map(cut, axes)
+    return " · ".join([call.key, *(note for note in notes if "taken as" in note)]), values
 
 
 def small_multiples(key: str, values: Array, channels: Any) -> Figure:
@@ -116,7 +132,7 @@ def _numbers(channels: Any, count: int) -> list[int]:
             raise InvalidValue(f"channels={channels} leaves nothing to draw. Write for example channels=64.")
         return list(range(min(count, int(channels))))
     if isinstance(channels, (bool, str)) or not isinstance(channels, Iterable):
-        raise InvalidType(f"channels is {channels!r}. Pass how many, or which: channels=[3, 17].")
+        raise InvalidType(f"channels is {brief(channels)}. Pass how many, or which: channels=[3, 17].")
     shown = [int(channel) for channel in channels]
     wrong = [channel for channel in shown if not -count <= channel < count]
     if wrong:

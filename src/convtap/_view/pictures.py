@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
-from convtap._call import Call
 from convtap._errors import LayerNotFound, Unsupported, listed
+from convtap._layout import Axes
 from convtap._stats import real_values
 from convtap._structure import walk_tensors
 from convtap._view.cells import Array, Cells, colour_limit, edges, envelope, shrink
 from convtap._view.choose import Chosen, chosen, one_input, pass_of
 from convtap._view.labels import counted
+from convtap._view.orient import Orientation
 from convtap._view.timeaxis import Place, TimeAxis
 
 if TYPE_CHECKING:
@@ -66,7 +67,15 @@ class Picture:
 
 
 def pictures(
-    acts: Activations, sample: int, layers: Chosen, *, rows: int, columns: int, axis: TimeAxis, most: int | None = None
+    acts: Activations,
+    sample: int,
+    layers: Chosen,
+    *,
+    rows: int,
+    columns: int,
+    axis: TimeAxis,
+    orientation: Orientation,
+    most: int | None = None,
 ) -> tuple[list[Picture], int]:
     """Prepares what is drawn of each chosen call for one input, one call at a time, and counts the calls there are.
 
@@ -84,52 +93,36 @@ def pictures(
             f"{listed([call.key for call in calls])}: captured, but not in the forward pass of sample {sample}. "
             f"That pass has {listed([call.key for call in found.calls])}."
         )
-    places = [(call, _place(call, found.calls, axis)) for call in here[:most]]
+    places = [(call, orientation.place(call)) for call in here[:most]]
     for call, place in places:
         for path, tensor in walk_tensors(call._shown):
-            axis.widen(axis.extent(place, path, _frames(tensor, place.dim_of(path))))
+            axis.widen(axis.extent(place, path, orientation.frames(call, path, tensor)))
     drawn: list[Picture] = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
             key = f"{call.key}{path}"
+            axes = orientation.axes(call, path, tensor)
             try:
-                cut = one_input(found, key, tensor, position)
+                cut = one_input(found, key, tensor, position, axes.batch)
             except Unsupported as error:
                 note = str(error).partition(". ")[0] + "."
                 drawn.append(Picture(key, tuple(tensor.shape), "nothing", np.zeros((0, 0)), notes=(note,)))
                 continue
-            sure = place.entry is not None or has_known_layout(call)
-            drawn.append(_picture(key, path, cut, place, sure, rows, columns, axis))
+            drawn.append(_picture(key, path, cut, axes, place, rows, columns, axis))
     return drawn, len(here)
-
-
-def _place(call: Call, calls: list[Call], axis: TimeAxis) -> Place:
-    """A call's place, by its number among the layer's calls in the pass; the name alone if it is the only one."""
-    same = [other for other in calls if other.name == call.name]
-    number = None if len(same) == 1 else next(i for i, other in enumerate(same) if other is call)
-    return axis.place(call.layer, number, call._tally.separator, call.part)
-
-
-def _frames(tensor: Tensor, dim: int) -> int:
-    return 1 if tensor.dim() < 2 or tensor.dim() < -dim else tensor.shape[dim]
-
-
-def has_known_layout(call: Call) -> bool:
-    """Whether the output is that of a 1-D convolution: (B, C, T) or (C, T)."""
-    return call._is_conv1d
 
 
 # -- one output
 
 
 def _picture(
-    key: str, path: str, tensor: Tensor, place: Place, sure: bool, rows: int, columns: int, axis: TimeAxis
+    key: str, path: str, tensor: Tensor, axes: Axes, place: Place, rows: int, columns: int, axis: TimeAxis
 ) -> Picture:
     shape = tuple(tensor.shape)
     if not tensor.numel() or tensor.device.type == "meta":
         why = "it has no values (meta device)." if tensor.numel() else "it is empty."
         return Picture(key, shape, "nothing", np.zeros((0, 0)), notes=(why,))
-    values, notes = as_map(tensor, place.dim_of(path), sure)
+    values, notes = as_map(tensor, axes)
     channels, frames = values.shape
     bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
     if frames == 1:
@@ -170,27 +163,26 @@ def _map(
     return Picture(key, shape, "map", cells.values, channels, frames, limit, bad, extent, tuple(notes))
 
 
-def as_map(tensor: Tensor, dim: int = -1, sure: bool = True) -> tuple[Array, list[str]]:
+def as_map(tensor: Tensor, axes: Axes) -> tuple[Array, list[str]]:
     """One input's output as (C, T) numbers, and what was done to make it that.
 
     Args:
         tensor: the output, without batch axis.
-        dim: the axis that is time, counted from the end.
-        sure: whether that is known; else the note says that it was taken to be so.
+        axes: which of its axes is what; what is assumed of them is in the note.
     """
     notes = []
     if tensor.is_complex():
         notes.append("magnitudes of complex values")
     array: Array = real_values(tensor.detach()).cpu().numpy()
-    if array.ndim < 2:
+    if array.ndim < 2 or axes.time is None or axes.channel is None:
         return array.reshape(-1, 1), notes
-    if -array.ndim <= dim < -1:
-        array = np.moveaxis(array, dim, -1)
-        notes.append(f"time is its axis {dim}")
-    elif not sure:
+    if axes.time != -1:
+        notes.append(f"time is its axis {axes.time}" if axes.timed else f"its axis {axes.time} taken as time")
+    elif not axes.timed:
         notes.append("its last axis taken as time")
     if array.ndim > 2:
         notes.append("its other axes joined")
+    array = np.moveaxis(array, (axes.channel, axes.time), (0, -1))
     return array.reshape(-1, array.shape[-1]), notes
 
 

@@ -9,6 +9,7 @@ from convtap._memory import tensor_bytes
 from convtap._stats import dtype_text, shapes_text, statistics
 from convtap._structure import walk_tensors
 from convtap._table import cell, human_bytes
+from convtap._view.orient import Orientation
 from convtap._view.page import escape, sortable
 from convtap._view.spread import QUANTILES, Spread, linear_up_to, spreads
 from convtap._view.svg import box, common_scale
@@ -36,12 +37,10 @@ _COLUMNS = [
 ]
 
 
-def statistics_table(acts: Activations) -> str:
+def statistics_table(acts: Activations, orientation: Orientation) -> str:
     """The table, sortable; headed by what it leaves out, if it does."""
     calls = acts.calls()
-    if not calls:
-        return "<p>No outputs were captured.</p>"
-    found = spreads(acts, calls=calls[:MAX_ROWS])
+    found = spreads(acts, orientation, calls=calls[:MAX_ROWS])
     widths = [max(map(abs, spread.quantiles)) for spread in found if spread.quantiles is not None]
     place = common_scale(widths, linear_up_to(widths))
     tensors = [tensor for call in calls[:MAX_ROWS] for _, tensor in walk_tensors(call.output)]
@@ -52,8 +51,10 @@ def statistics_table(acts: Activations) -> str:
             f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(calls), 'call')}; acts.summary() has all.</p>"
         )
     note = (
-        "<p class='soft'>Of the finite values; std is that of the population. Channels are axis 1; one is dead if it has the "
-        "same value in every input at every frame. The boxes have one scale, with zero in the middle. A heading sorts.</p>"
+        "<p class='soft'>Of the finite values; std is that of the population. A channel is dead if it has the same value in "
+        "every input at every frame. Which axis is the channels is known from the layer's type, the timeline, or "
+        "channels_last=; where it was assumed, a question mark says so. The boxes have one scale, with zero in the middle. A "
+        "heading sorts.</p>"
     )
     return left_out + note + sortable(_COLUMNS, rows)
 

@@ -11,13 +11,17 @@ from convtap._errors import InvalidType, InvalidValue, plural
 from convtap._samples import Samples
 from convtap._stats import real_values
 from convtap._view.cells import Array
+from convtap._view.timeaxis import TimeAxis
 
 if TYPE_CHECKING:
     from convtap._result import Activations
 
 
-def one_signal(acts: Activations, signal: Any, sample: int) -> Array:
+def one_signal(acts: Activations, signal: Any, sample: int, axis: TimeAxis, channels_last: Any = None) -> Array:
     """Returns one input as (C, T): ``signal`` is what the model was given, as (B, C, T), (B, T), (C, T) or (T,).
+
+    With more than one axis, the timeline's ``time_dim`` says which is time; without a timeline it is the last one, or the one
+    before it if all is channels last, as in a Keras model.
 
     Raises:
         InvalidType: it is no tensor and no array of numbers.
@@ -31,9 +35,25 @@ def one_signal(acts: Activations, signal: Any, sample: int) -> Array:
         )
     passes = Samples(acts._log)._passes
     sizes = [found.size for found in passes]
+    dim = _time_dim(acts, axis, channels_last, values.ndim)
     if values.ndim == 3 or (values.ndim == 2 and _has_batch(acts, tuple(values.shape), sizes)):
+        batch = 1 if dim == -values.ndim else 0
+        values = np.moveaxis(values, batch, 0)
         values = values[_row(len(values), sizes, sample)]
-    return values if values.ndim == 2 else values[None]
+        dim = dim if dim > -values.ndim else -values.ndim
+    return np.moveaxis(values, dim, -1) if values.ndim == 2 else values[None]
+
+
+def _time_dim(acts: Activations, axis: TimeAxis, channels_last: Any, rank: int) -> int:
+    """Which axis of a signal is time, counted from the end."""
+    if axis.signal_dim is not None and -rank <= axis.signal_dim < 0:
+        return int(axis.signal_dim)
+    if rank < 2 or axis.has_timeline:
+        return -1
+    if isinstance(channels_last, bool):
+        return -2 if channels_last and rank == 3 else -1
+    keras = [call._layout("") for call in acts.calls() if call.via == "keras"]
+    return -2 if rank == 3 and keras and all(found is not None and found.last for found in keras) else -1
 
 
 def _numbers(signal: Any) -> Array:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from convtap._call import Call
-from convtap._samples import Samples
 from convtap._stats import real_values
 from convtap._structure import walk_tensors
 from convtap._view.cells import Array
 from convtap._view.choose import Chosen, chosen
 from convtap._view.labels import counted
+from convtap._view.orient import Orientation
 
 if TYPE_CHECKING:
     from convtap._result import Activations
@@ -34,6 +34,7 @@ class Spread:
         dead: how many channels have one and the same value everywhere (if there is one value only: zero).
         channels: how many channels there are; 0 if the calls do not agree on it.
         bad: how many values are NaN, and how many Inf.
+        assumed: the axis that was taken to be the channels where nobody says it, such as ``"axis 1"``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Spread:
     dead: int
     channels: int
     bad: tuple[int, int]
+    assumed: str = ""
 
     @property
     def dead_share(self) -> float | None:
@@ -50,8 +52,9 @@ class Spread:
 
     @property
     def dead_text(self) -> str:
-        """The dead channels of all, as text."""
-        return f"{self.dead:,} of {self.channels:,}" if self.channels else "–"
+        """The dead channels of all, as text, with the axis that was assumed to be theirs."""
+        assumed = f" ({self.assumed}?)" if self.assumed else ""
+        return f"{self.dead:,} of {self.channels:,}{assumed}" if self.channels else "–"
 
     @property
     def warning(self) -> str:
@@ -59,7 +62,9 @@ class Spread:
         return counted(self.bad)
 
 
-def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None = None) -> list[Spread]:
+def spreads(
+    acts: Activations, orientation: Orientation, layers: Chosen = None, calls: list[Call] | None = None
+) -> list[Spread]:
     """Computes the spread of each chosen layer over all inputs, or of each of some calls; one at a time.
 
     A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
@@ -68,7 +73,6 @@ def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None =
         NotCaptured: there are no outputs.
         LayerNotFound: ``layers`` means nothing that is here.
     """
-    single = {id(call) for found in Samples(acts._log)._passes if found.single for call in found.calls}
     stems = _numbered_in_passes(acts.calls())
     groups: dict[str, list[tuple[Call, str]]] = {}
     for call in chosen(acts, layers) if calls is None else calls:
@@ -77,14 +81,16 @@ def spreads(acts: Activations, layers: Chosen = None, calls: list[Call] | None =
             groups.setdefault(f"{stem}{path}", []).append((call, path))
     found = []
     for name, places in groups.items():
-        parts = []
+        parts, assumed = [], ""
         for call, path in places:
             tensor = dict(walk_tensors(call.output))[path]
             if tensor.device.type != "meta":
                 array = real_values(tensor.detach()).cpu().numpy()
-                batched = array.ndim > 1 and not (id(call) in single and array.ndim == 2)
-                parts.append(_by_channel(array, batched))
-        found.append(_spread(name, parts))
+                axes = orientation.axes(call, path, tensor)
+                parts.append(_by_channel(array, axes.channel))
+                if not axes.sure:
+                    assumed = "last axis" if axes.channel == -1 else f"axis {array.ndim + (axes.channel or 0)}"
+        found.append(replace(_spread(name, parts), assumed=assumed))
     return found
 
 
@@ -99,11 +105,11 @@ def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
     return {id(call): call._tally.key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
 
 
-def _by_channel(array: Array, batched: bool) -> Array:
+def _by_channel(array: Array, channel: int | None) -> Array:
     """All values of an output as (channels, values)."""
     if array.ndim == 0:
         return array.reshape(1, 1)
-    axis = 1 if batched else 0
+    axis = 0 if channel is None else channel
     return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
 
 

@@ -15,17 +15,17 @@ class Place:
 
     Attributes:
         entry: what the timeline has of the call, or None.
-        dim: which axis of the output is time, counted from the end.
+        dim: which axis of the output is time, counted from the end; None if the timeline does not say it.
         path: which tensor of a structure that is about; None for any.
     """
 
     entry: Any = None
-    dim: int = -1
+    dim: int | None = None
     path: str | None = None
 
-    def dim_of(self, path: str) -> int:
-        """Which axis of one of the call's tensors is time; the last one, where nothing else is known."""
-        return self.dim if self.path in (None, path) else -1
+    def dim_of(self, path: str) -> int | None:
+        """Which axis of one of the call's tensors is time, or None if the timeline does not say it."""
+        return self.dim if self.path in (None, path) else None
 
 
 class TimeAxis:
@@ -38,6 +38,7 @@ class TimeAxis:
 
     Attributes:
         scale: seconds an input sample, or 1.
+        signal_dim: the axis of the model's input that is time, counted from the end, if the timeline says it.
         bounds: the ends of the axis, once they are known.
 
     Raises:
@@ -51,6 +52,7 @@ class TimeAxis:
                 f"timeline is a {type(timeline).__name__}, and it must be what convtap.timeline(model, x) gives."
             )
         self._timeline = timeline
+        self.signal_dim = getattr(timeline, "time_dim", None)
         self.has_timeline = timeline is not None
         self.scale = 1.0 if sample_rate is None else 1.0 / _checked(sample_rate)
         if sample_rate is not None and timeline is None and not has_signal:
@@ -72,11 +74,10 @@ class TimeAxis:
             entry = self._timeline[name if number is None else f"{name}{separator}{number}"]
         except (LookupError, ConvtapError):
             return Place()
-        dim = getattr(entry, "dim", -1)
         path: str | None = getattr(entry, "path", None)
         if path is not None and part:  # what is drawn is this part, so that its own path is empty
             path = path.removeprefix(part) if path.startswith(part) else "none"
-        return Place(entry, -1 if dim is None else dim, path)
+        return Place(entry, getattr(entry, "dim", -1), path)
 
     def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
         """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""
