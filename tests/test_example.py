@@ -47,14 +47,18 @@ def model():
 
 
 def feature(items):
-    from transformers import BatchFeature
-
+    try:
+        from transformers import BatchFeature
+    except ImportError:  # --core: a class of the same base
+        return UserDict(items)
     return BatchFeature(items)
 
 
 def encoding(items):
-    from transformers import BatchEncoding
-
+    try:
+        from transformers import BatchEncoding
+    except ImportError:  # --core: a class of the same base
+        return UserDict(items)
     return BatchEncoding(items)
 
 
