@@ -368,6 +368,7 @@ def test_list_layers_and_tapped_take_parts():
         tapped(net, "layers.0[5]")(X)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # of the compiler's own settings, by torch 2.6
 def test_extract_stores_parts_of_a_compiled_model(tmp_path):
     net = tuples()
     store = extract(net, [X], tmp_path, ["layers.0[1]", "layers.1[0]"], compile=True, progress=False)

@@ -116,6 +116,7 @@ def test_nbytes_the_forecast_and_max_bytes_count_every_part_of_a_tensor(kind):
         of(make, max_bytes=size - 1)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6, of the CPU
 @pytest.mark.parametrize("placement", ["shard", "replicate"])
 def test_a_dtensor_weighs_its_local_part_and_reads_as_an_array(mesh, placement, tmp_path):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor

@@ -19,6 +19,8 @@ from tests.models import ReusedConv
 
 # -- references
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+
 
 def positive(model: nn.Module) -> nn.Module:
     """The model in float64 with positive weights, so that no two paths of a gradient cancel."""
@@ -280,7 +282,12 @@ def whole(x, size):
         (lambda x: whole(x, 4).unflatten(-1, (-1, 4)).permute(0, 1, 3, 2).flatten(1, 2), 2, 8),
         (lambda x: whole(x, 4).unflatten(-1, (-1, 4)).permute(0, 3, 1, 2).flatten(1, 2), 2, 8),
         (lambda x: torch.cat([whole(x, 2)[..., ::2], whole(x, 2)[..., 1::2]], 1), 2, 4),
-        (lambda x: F.pixel_unshuffle(whole(x, 2)[:, :, None].expand(-1, -1, 2, -1), 2)[:, :, 0], 2, 8),
+        pytest.param(
+            lambda x: F.pixel_unshuffle(whole(x, 2)[:, :, None].expand(-1, -1, 2, -1), 2)[:, :, 0],
+            2,
+            8,
+            marks=pytest.mark.skipif(OLD, reason="torch 2.6 copies in another way there, and the layer is unknown"),
+        ),
         # and out of them
         (lambda x: F.pixel_shuffle(x[:, :, None], 2).flatten(1, 2), 4, 2),
         (lambda x: x.unflatten(1, (2, 2)).transpose(2, 3).flatten(2), 4, 2),
