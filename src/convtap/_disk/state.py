@@ -62,7 +62,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     for name, module in ModuleTree(model).names.items():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             continue  # what it writes in train mode, it does not read there
-        held: dict[str, Any] = {key: value for key, value in module.__dict__.items() if key not in _OTHERS}
+        held: dict[str, Any] = {key: value for key, value in list(module.__dict__.items()) if key not in _OTHERS}
         for key, value in {**held, **module._buffers}.items():
             for path, tensor in walk_tensors(value):
                 found[f"{name}.{key}{path}"] = (tensor, -1 if tensor.is_inference() else tensor._version)

@@ -30,7 +30,7 @@ class Origins:
         nothing: frozenset[str] = frozenset()
         for module in modules:
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            for tensor in (*own, *(one for value in vars(module).values() for one in _tensors(value, 2))):
+            for tensor in (*own, *(one for value in list(vars(module).values()) for one in _tensors(value, 2))):
                 self._from[tensor] = nothing
         for path, tensor in inputs.items():
             self._from[tensor] = frozenset([argument_of(path) or "0"])

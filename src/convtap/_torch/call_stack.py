@@ -70,7 +70,8 @@ def methods_of(kind: type) -> dict[int, CodeType]:
 def own_methods(module: nn.Module) -> dict[int, CodeType]:
     """Returns the code of a module's methods other than ``forward``, by its ``id``."""
     found = {key: code for key, code in methods_of(type(module)).items() if code.co_name not in ("forward", "__init__")}
-    values = [value for value in module.__dict__.values() if isinstance(value, (FunctionType, MethodType))]
+    # a list first: another thread may set an attribute, such as a shim
+    values = [value for value in list(module.__dict__.values()) if isinstance(value, (FunctionType, MethodType))]
     for code in map(_code, values):
         if code is not None:
             found[id(code)] = code
@@ -111,7 +112,7 @@ class Members:
             self._codes.update(methods_of(kind))
         self._functions: dict[int, tuple[CodeType, nn.Module]] = {}
         for module in modules:
-            for value in module.__dict__.values():
+            for value in list(module.__dict__.values()):
                 code = _code(value) if isinstance(value, (FunctionType, MethodType, functools.partial)) else None
                 if code is not None:
                     self._functions[id(code)] = (code, module)
