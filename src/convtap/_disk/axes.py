@@ -27,7 +27,7 @@ class RowAxes:
         rule: what knows the time axis of each layer because rows are cut on it; None if they are not.
         time_dim: the axis of the model's input that is time; None if nobody says it, and it is the last one unless the layers
             contradict that.
-        method: the method that is run, or None.
+        method, signal: as ``ValidLengths`` takes them.
 
     Attributes:
         found: by key, which axis of the latest row is time.
@@ -41,11 +41,13 @@ class RowAxes:
         reductions: Reductions,
         rule: ValidLengths | None,
         time_dim: int | None = None,
+        *,
         method: str | None = None,
+        signal: str | int | None = None,
     ) -> None:
         self.found: dict[str, Axes] = {}
         self._model = model
-        self._method = method
+        self._input: dict[str, Any] = {"method": method, "signal": signal}
         self._modules = tree.names
         self._layouts = LayerLayouts(tree, at)
         self._at = at
@@ -64,7 +66,7 @@ class RowAxes:
             return
         self._looked = True
         for dim in self._dims:
-            guide = ValidLengths(self._model, self._at, method=self._method, time_dim=dim)
+            guide = ValidLengths(self._model, self._at, **self._input, time_dim=dim)
             try:
                 guide.learn(args, kwargs, [], unknown)
             except Exception:  # the model cannot be followed on this axis, so nothing is known by it

@@ -52,7 +52,6 @@ class ValidLengths:
         self.differences: dict[str, str] = {}
         self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
-        self._dim = time_dim
         self._every = "input" if at == "input" else "output"
         self._at = at
         self._method = method

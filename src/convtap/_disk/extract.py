@@ -135,7 +135,16 @@ def extract(
     options: dict[str, Any] = {"device": device, "autocast": autocast, "compile": compile, "stop": stop}
     runner = Runner(model, layers, capture, **options, rule=rule, method=method)
     reductions = Reductions(reduce, runner.selection)
-    axes = RowAxes(model, runner.selection.tree, at, reductions, rule, None if time_dim is None else dim, method)
+    axes = RowAxes(
+        model,
+        runner.selection.tree,
+        at,
+        reductions,
+        rule,
+        None if time_dim is None else dim,
+        method=method,
+        signal=signal,
+    )
     runner.look = axes.look
     rows = RowMaker(calls, rule, reductions, dtype, axes)
     planned = plan(data, batch_size, num_workers, collate_fn)

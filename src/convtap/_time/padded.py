@@ -119,9 +119,9 @@ class Cutter:
 
 def _padded(layer: LayerTime, tensor: Tensor, least: int) -> int:
     """How many samples an input was padded to that the shape of the first input does not show: as the frames say."""
-    if layer.dim is None or layer.unknown is not None:
+    if layer.row_dim is None or layer.unknown is not None:
         return least
-    frames, padded = int(tensor.shape[layer.dim]), least
+    frames, padded = int(tensor.shape[layer.row_dim]), least
     while layer.frames_of(padded) < frames:
         padded += 1
     return padded
