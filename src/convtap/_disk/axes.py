@@ -54,7 +54,7 @@ class RowAxes:
         self._reductions = reductions
         self._rule = rule
         self._guide: ValidLengths | None = None
-        self._dims = (-1, -2) if time_dim is None else (time_dim,)
+        self._dims = (-1, -2) if time_dim is None else (checked_time_dim(time_dim),)
         self._looked = False
 
     def look(self, calls: Iterable[tuple[str, str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from convtap._disk.axes import RowAxes, checked_time_dim
+from convtap._disk.axes import RowAxes
 from convtap._disk.chain import ValidLengths
 from convtap._disk.forward import Runner, module_mode
 from convtap._disk.identity import check_same, function_identity, model_identity
@@ -129,22 +129,13 @@ def extract(
         raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
     _check_functions({**functions, "collate_fn": collate_fn})
     Policy(reduce=reduce, dtype=dtype)  # checks both
-    dim = -1 if time_dim is None else checked_time_dim(time_dim)
-    rule = None if lengths is None else ValidLengths(model, at, method=method, signal=signal, time_dim=dim)
+    chosen: dict[str, Any] = {"method": method, "signal": signal}
+    rule = None if lengths is None else ValidLengths(model, at, **chosen, time_dim=-1 if time_dim is None else time_dim)
     capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
     options: dict[str, Any] = {"device": device, "autocast": autocast, "compile": compile, "stop": stop}
     runner = Runner(model, layers, capture, **options, rule=rule, method=method)
     reductions = Reductions(reduce, runner.selection)
-    axes = RowAxes(
-        model,
-        runner.selection.tree,
-        at,
-        reductions,
-        rule,
-        None if time_dim is None else dim,
-        method=method,
-        signal=signal,
-    )
+    axes = RowAxes(model, runner.selection.tree, at, reductions, rule, time_dim, **chosen)
     runner.look = axes.look
     rows = RowMaker(calls, rule, reductions, dtype, axes)
     planned = plan(data, batch_size, num_workers, collate_fn)
