@@ -51,9 +51,8 @@ class BodyCalls:
         self._unclear = unclear
         self._name_of = name_of
         self._outputs: dict[int, tuple[int, ...]] = {}
-        self._waiting: dict[
-            int, tuple[int, tuple[int, ...]]
-        ] = {}  # by pass: the part before it, and the shape of its input
+        #: By pass, the part before it, and the shape of its input.
+        self._waiting: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def enter(
         self, now: BodyPass | None, begin: Callable[[], int], part: nn.Module, tensor: Tensor | None, caller: Any
@@ -107,8 +106,10 @@ class BodyCalls:
     def _judge(self, part: int) -> None:
         """Clears up passes, once the shape is known that the part before them returns."""
         output = self._outputs.get(part)
-        for number, (before, shape) in list(self._waiting.items()) if output is not None else ():
-            if before == part and output is not None:
+        if output is None:
+            return
+        for number, (before, shape) in list(self._waiting.items()):
+            if before == part:
                 del self._waiting[number]
                 if len(shape) != len(output) or shape[1:2] != output[1:2]:
                     self._unclear.pop(number, None)

@@ -1,4 +1,4 @@
-"""Numbers the forward passes of a block: one for each outermost call of the model, or of a part of it."""
+"""Numbers the forward passes of a capture: one for each call of the model, or of one of its methods."""
 
 from __future__ import annotations
 
@@ -108,11 +108,6 @@ class Passes:
         self._marked: list[nn.Module] = []
         self._hooks = None if uses_shim else Hooks()
 
-    @property
-    def number(self) -> int:
-        """The number of the marked pass that runs in this thread, or -1."""
-        return self.here.number
-
     def open(self) -> None:
         """Marks the root (a Keras model is marked by its own tap)."""
         if not is_keras(type(self._model)):
@@ -202,7 +197,9 @@ class Passes:
     def current_of_model(self) -> int:
         """Returns the number of the pass, or -1 in code outside of the model."""
         number = self.here.number
-        return number if number >= 0 or not self.in_method() else self.current()
+        if number >= 0:
+            return number
+        return self._latest if is_inherited() else self._outside(code=False)
 
     def _members(self) -> Members:
         if self._known is None:
@@ -237,7 +234,7 @@ class Passes:
         """The pass of a call of a part, and whether it is one of several that code outside of the model makes."""
         found = self._members().entry(sys._getframe(1))
         if found is None or found[0] is not part or found[1].f_code is not CALL:
-            return self._outside(), None
+            return self._of_entry(found), None
         body = self._enter(part, (args, kwargs), found[1])
         return body.number, body
 
@@ -249,10 +246,14 @@ class Passes:
         return here.body
 
     @skip_in_dynamo
-    def _outside(self) -> int:
-        """The pass of a layer that runs while no marked call does."""
-        here = self.here
+    def _outside(self, *, code: bool = True) -> int:
+        """The pass of a layer that runs while no marked call does; without ``code``, -1 in code outside of the model."""
         found = self._members().entry(sys._getframe(1))
+        return -1 if found is None and not code else self._of_entry(found)
+
+    def _of_entry(self, found: tuple[nn.Module, FrameType] | None) -> int:
+        """The pass of what a call of a module, a method, or (None) code outside of the model runs."""
+        here = self.here
         if found is None:
             if here.body is None:
                 here.body = BodyPass(self._begin(()))

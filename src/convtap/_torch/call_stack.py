@@ -70,12 +70,16 @@ def methods_of(kind: type) -> dict[int, CodeType]:
 def own_methods(module: nn.Module) -> dict[int, CodeType]:
     """Returns the code of a module's methods other than ``forward``, by its ``id``."""
     found = {key: code for key, code in methods_of(type(module)).items() if code.co_name not in ("forward", "__init__")}
-    # a list first: another thread may set an attribute, such as a shim
-    values = [value for value in list(module.__dict__.values()) if isinstance(value, (FunctionType, MethodType))]
-    for code in map(_code, values):
-        if code is not None:
-            found[id(code)] = code
+    found.update((id(code), code) for code in _functions_of(module))
     return found
+
+
+def _functions_of(module: nn.Module) -> Iterator[CodeType]:
+    """Yields the code of the functions that were set on an instance."""
+    for value in list(module.__dict__.values()):  # a list: another thread may set an attribute, such as a shim
+        code = _code(value) if isinstance(value, (FunctionType, MethodType, functools.partial)) else None
+        if code is not None:
+            yield code
 
 
 _methods: WeakKeyDictionary[type, dict[int, CodeType]] = WeakKeyDictionary()
@@ -112,10 +116,8 @@ class Members:
             self._codes.update(methods_of(kind))
         self._functions: dict[int, tuple[CodeType, nn.Module]] = {}
         for module in modules:
-            for value in list(module.__dict__.values()):
-                code = _code(value) if isinstance(value, (FunctionType, MethodType, functools.partial)) else None
-                if code is not None:
-                    self._functions[id(code)] = (code, module)
+            for code in _functions_of(module):
+                self._functions[id(code)] = (code, module)
 
     def entry(self, frame: FrameType | None) -> tuple[nn.Module, FrameType] | None:
         """Returns the outermost call of a module, or of a method of one, that a frame is in, or None."""
