@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 os.environ["KERAS_BACKEND"] = "torch"
 
-from convtap import Store, Unsupported
+from convtap import Store, StoreError, Unsupported
 from convtap._disk import index as index_module
 from convtap._disk.extract import extract
 from convtap._errors import InvalidValue
@@ -448,3 +448,11 @@ def test_rows_that_differ_in_another_axis_than_the_time_are_refused(tmp_path):
     data = b.dataset()
     with pytest.raises(Unsupported, match=r"differ in more than their last axis: .* store\.dataset\(time_dim=-2\)"):
         b.dataset(time_dim=-1).collate([data[0], data[1]])
+
+
+def test_a_store_is_not_gone_on_with_on_another_time_axis(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    data = [torch.randn(2, 6, 4), torch.randn(2, 6, 4)]
+    extract(model, data, tmp_path / "s", types=nn.Linear, progress=False)
+    with pytest.raises(StoreError, match="time_dim: None then, 1 now"):
+        extract(model, data, tmp_path / "s", types=nn.Linear, time_dim=1, progress=False)

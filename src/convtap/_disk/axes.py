@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from convtap._disk.chain import ValidLengths
-from convtap._errors import InvalidType
 from convtap._layer_layout import LayerLayouts, layout_of
 from convtap._layout import Axes, axes_of, axes_with_time
 from convtap._reduce import Reductions
 from convtap._structure import walk_tensors
+from convtap._time.signal import checked_time_dim
 from convtap._tree import ModuleTree
 
 
@@ -120,16 +120,3 @@ class RowAxes:
                 if one.unknown is None and one.row_dim is not None and usual.timed and usual.time != one.row_dim:
                     return True
         return False
-
-
-def checked_time_dim(time_dim: Any) -> int:
-    """Checks the axis of the input that is time.
-
-    Raises:
-        InvalidType: it is no int.
-    """
-    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise InvalidType(
-            f"time_dim is a {type(time_dim).__name__}. Pass the axis of the input that is time, such as 1."
-        )
-    return time_dim

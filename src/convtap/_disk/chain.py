@@ -37,7 +37,6 @@ class ValidLengths:
     Attributes:
         times: by layer and the path of a tensor, the time axis of each of its runs, once a batch was followed.
         differences: the tensors of layers whose frames are not those of each input alone, and why.
-        axis_of: the signal and its axis, for an identity; None for the default.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class ValidLengths:
         time_dim: int = -1,
     ) -> None:
         self.differences: dict[str, str] = {}
-        self.axis_of = None if (signal, time_dim) == (None, -1) else f"{signal}, axis {time_dim}"
         self._model = model
         self._every = "input" if at == "input" else "output"
         self._at = at

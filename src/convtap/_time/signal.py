@@ -113,6 +113,17 @@ def _parameters(forward: Any) -> list[str]:
         return []
 
 
+def checked_time_dim(time_dim: Any) -> int:
+    """Returns the axis of an input that is time, if it is an int.
+
+    Raises:
+        InvalidType: it is not an int.
+    """
+    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
+        raise InvalidType(f"time_dim is a {type(time_dim).__name__}, and it must be an int, such as -1 or 1.")
+    return int(time_dim)
+
+
 def time_axis(signal: Tensor, time_dim: Any) -> int:
     """Returns which axis of the signal is time, counted from the front.
 
@@ -121,14 +132,13 @@ def time_axis(signal: Tensor, time_dim: Any) -> int:
         OutOfRange: the signal has no such axis.
         InvalidValue: the axis has no samples.
     """
-    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise InvalidType(f"time_dim is a {type(time_dim).__name__}, and it must be an int, such as -1 or 1.")
+    time_dim = checked_time_dim(time_dim)
     if not -signal.dim() <= time_dim < signal.dim():
         raise OutOfRange(
             f"time_dim={time_dim} is no axis of the input, which has shape {tuple(signal.shape)}. "
             "For (B, C, T) it is -1, for (B, T, C) it is 1."
         )
-    axis = time_dim % signal.dim()
+    axis: int = time_dim % signal.dim()
     if not signal.shape[axis]:
         raise InvalidValue(f"axis {time_dim} of the input has no samples: its shape is {tuple(signal.shape)}.")
     return axis
