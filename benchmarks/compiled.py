@@ -26,7 +26,7 @@ from torch import nn
 
 from benchmarks.harness import write_section
 from convtap import capture
-from convtap._tapped import tapped
+from convtap._capture.tapped import tapped
 
 
 class Block(nn.Module):

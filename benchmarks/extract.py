@@ -106,14 +106,14 @@ def write(model: nn.Module, data: Noise, size: int, folder: Path) -> float:
 
 
 def extract(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
-    from convtap._disk.extract import extract as run
+    from convtap._dataset.extract import extract as run
 
     run(model, data, folder / "store", batch_size=size, progress=False)
 
 
 def stopping(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
     """With ``stop=True``: the part of the model behind the last convolution does not run."""
-    from convtap._disk.extract import extract as run
+    from convtap._dataset.extract import extract as run
 
     run(model, data, folder / "store", nn.Conv1d, batch_size=size, stop=True, progress=False)
 

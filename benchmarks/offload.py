@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import markdown, write_section
 from convtap import capture
-from convtap._offload import WINDOW, Offloader
-from convtap._pinned import SLAB, pinned_limit
+from convtap._offload.offloader import WINDOW, Offloader
+from convtap._offload.pinned_pool import SLAB, pinned_limit
 
 MIB = 2**20
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import environment, markdown, write_section
-from convtap._disk.extract import extract
-from convtap._disk.index import read_index
-from convtap._disk.job import _Done
-from convtap._disk.place import describe, shard_files
-from convtap._disk.plan import Even, MapPlan
-from convtap._disk.shards import Batch, write_shard
-from convtap._disk.store import Store
+from convtap._dataset.batches import Even, MapPlan
+from convtap._dataset.extract import extract
+from convtap._dataset.index import read_index
+from convtap._dataset.job import _Done
+from convtap._dataset.layout import describe, shard_files
+from convtap._dataset.shard_writer import Batch, write_shard
+from convtap._dataset.store import Store
 
 
 class Zeros:

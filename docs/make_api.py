@@ -26,7 +26,7 @@ GROUPS = {
 }
 
 #: The same thing under its class's name.
-SAME = {"capture": "Capture", "tapped": "Tapped"}
+SAME = {"capture": "Capture", "tapped": "Tapped", "finite": "Finite"}
 
 #: What a thing of a class is called in the headings of its methods, where that is not the class's name in small letters.
 CALLED = {
@@ -37,22 +37,23 @@ CALLED = {
     "Difference": "row",
 }
 
-#: Errors for arguments, which are the built-in ones as well; nothing needs to import them.
-ARGUMENT_ERRORS = ["InvalidType", "InvalidValue", "OutOfRange"]
-
-#: What the functions above return, by module: reached through them, and not imported from ``convtap``.
-RETURNED = {
-    "_coverage": ["Coverage", "LayerCoverage"],
-    "_layers": ["LayerRow"],
-    "_time.timeline": ["Timeline"],
-    "_time.layer_time": ["LayerTime"],
-    "_time.hit": ["Hit", "Window"],
-    "_disk.views": ["LayerView"],
-    "_debug.finding": ["Finding"],
-    "_debug.comparison": ["Comparison"],
-    "_debug.metrics": ["Difference"],
-    "_table": ["Table"],
-}
+#: What the functions above return.
+RETURNED = [
+    "Coverage",
+    "LayerCoverage",
+    "LayerRow",
+    "Timeline",
+    "LayerTime",
+    "Hit",
+    "Window",
+    "LayerView",
+    "StoreDataset",
+    "Finding",
+    "Range",
+    "Comparison",
+    "Difference",
+    "Table",
+]
 
 SUBMODULES = {"plot": ["plot", "distributions", "channels"], "report": ["report"]}
 
@@ -66,17 +67,12 @@ def page() -> str:
         "# API reference\n\nWritten by `python docs/make_api.py` from the docstrings; a test holds that it is up to date. "
         "[README](../README.md) has the examples, and [the other pages](README.md) one task each."
     ]
-    shown = {name for names in GROUPS.values() for name in names} | set(SAME.values())
+    shown = {name for names in GROUPS.values() for name in names} | set(SAME.values()) | set(RETURNED)
     for heading, names in {**GROUPS, "Errors": _errors(shown)}.items():
         parts.append(f"## {heading}")
         parts += [_entry(name, getattr(convtap, name)) for name in names]
-    errors = importlib.import_module("convtap._errors")
-    parts.append("These three are not imported from `convtap`: catch `ConvtapError`, or the built-in error.")
-    parts += [_entry(name, getattr(errors, name)) for name in ARGUMENT_ERRORS]
     parts.append("## What these return")
-    for module, names in RETURNED.items():
-        found = importlib.import_module(f"convtap.{module}")
-        parts += [_entry(name, getattr(found, name), signature=False) for name in names]
+    parts += [_entry(name, getattr(convtap, name), signature=False) for name in RETURNED]
     for module, names in SUBMODULES.items():
         found = importlib.import_module(f"convtap.{module}")
         parts.append(f"## convtap.{module}\n\n{_prose(found.__doc__ or '')}")
@@ -152,7 +148,7 @@ def _annotation(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    if value == (importlib.import_module("convtap._select")).CONV1D:
+    if value == (importlib.import_module("convtap._select.selection")).CONV1D:
         return "CONV1D"
     return f"nn.{value.__name__}" if inspect.isclass(value) else repr(value)
 

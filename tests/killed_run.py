@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from convtap._disk.extract import extract
+from convtap._dataset.extract import extract
 
 
 class Ragged(Dataset):

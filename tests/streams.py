@@ -51,7 +51,7 @@ def garble(tensor: Tensor) -> None:
 
 
 class FakeStreams:
-    """The layer of ``convtap._streams``, and its accounts.
+    """The layer of ``convtap._offload.cuda_streams``, and its accounts.
 
     Attributes:
         log: what was asked for, in order.

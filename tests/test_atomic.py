@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from convtap import capture
-from convtap._atomic import write_whole
-from convtap._disk.extract import extract
+from convtap._atomic_write import write_whole
+from convtap._dataset.extract import extract
 from tests.test_structure import PACKAGE
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convtap import ConvtapError, MemoryLimitExceeded, capture, list_layers
-from convtap._memory import parse_bytes
+from convtap._tensors.memory import parse_bytes
 from tests.models import AfterConv, FiveConvs
 
 X = torch.randn(2, 1, 30)

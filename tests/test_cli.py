@@ -176,7 +176,7 @@ def test_run_reads_wav_files(here, capsys, width):
                 number = round(channel * scale) + (128 if width == 1 else 0)
                 file.writeframes(number.to_bytes(width, "little", signed=width > 1))
     torch.save({"audio": torch.tensor([[values, [-value for value in values]]])}, "x.pt")
-    from convtap._command.inputs import read_input
+    from convtap._cli.read_input import read_input
 
     assert torch.equal(read_input("x.wav"), torch.tensor([[values, [-value for value in values]]]))
     assert read_input("x.wav", "2,1,-1").shape == (2, 1, 4)
@@ -327,7 +327,8 @@ def test_the_examples_of_the_help_work(here, capsys):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("convtap._disk.store") is None, reason="the store is built beside this; on from the merge"
+    importlib.util.find_spec("convtap._dataset.store") is None,
+    reason="the store is built beside this; on from the merge",
 )
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_a_folder_that_is_no_store_is_a_mistake(here, capsys, command):
@@ -346,7 +347,7 @@ def test_verify_exits_with_1_where_a_shard_is_bad(capsys, monkeypatch, bad, stat
         def __repr__(self):
             return "what it holds"
 
-    monkeypatch.setitem(sys.modules, "convtap._disk.store", types.SimpleNamespace(Store=Store))
+    monkeypatch.setitem(sys.modules, "convtap._dataset.store", types.SimpleNamespace(Store=Store))
     assert main(["verify", "outputs"]) == status
     assert ("shard-000001" in capsys.readouterr().out) is bool(bad)
     assert main(["info", "outputs"]) == 0

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from convtap._capture import capture
+from convtap._capture.capture import capture
 from convtap._debug.compare import compare
 from convtap._debug.finite import finite
 from convtap._debug.stream import Stream
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, Unsupported
-from convtap._save import load
+from convtap._result.load import load
 from tests.process import run_python
 
 # torch itself warns at every step of its own quantization that it will move to another package

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo import eval_frame
 
 from convtap import CoverageWarning, NotCaptured, Unsupported, capture, list_layers
-from convtap.taps import convolutions
+from convtap._taps import convolutions
 from tests.models import FiveConvs
 from tests.process import run_python
 from tests.reference import cloning_hooks, same

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convtap import load
-from convtap._command.demo import SPEECH, AudioEncoder, ecg, five_layers, read_wav
+from convtap._cli.demo import SPEECH, AudioEncoder, ecg, five_layers, read_wav
 from convtap.cli import main
 
 

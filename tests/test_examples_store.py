@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import convtap
-from convtap._disk.extract import extract
-from convtap._disk.store import Store
+from convtap._dataset.extract import extract
+from convtap._dataset.store import Store
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "speech_features.py"
 

@@ -20,8 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from convtap._disk.extract import extract as extract_with_bar
-from convtap._disk.store import Store
+from convtap._dataset.extract import extract as extract_with_bar
+from convtap._dataset.store import Store
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,

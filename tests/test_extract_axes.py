@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 os.environ["KERAS_BACKEND"] = "torch"
 
 from convtap import Store, StoreError, Unsupported
-from convtap._disk import index as index_module
-from convtap._disk.extract import extract
+from convtap._dataset import index as index_module
+from convtap._dataset.extract import extract
 from convtap._errors import InvalidValue
 from tests.reference import same
 
@@ -172,8 +172,8 @@ def test_a_reopened_store_and_its_saved_index_know_the_time_axis(tmp_path, monke
 
 def older(store):
     """The store as an earlier version wrote it: nothing of the time axis in its shards."""
-    from convtap._disk.reading import Shard
-    from convtap._disk.shards import header_checksum
+    from convtap._dataset.shard_reader import Shard
+    from convtap._dataset.shard_writer import header_checksum
 
     for path in store.path.glob("rank-*/*.safetensors"):
         content = path.read_bytes()

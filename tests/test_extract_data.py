@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import convtap._disk.job as job_module
-from convtap._disk.extract import extract as extract_with_bar
-from convtap._disk.store import Store
+import convtap._dataset.job as job_module
+from convtap._dataset.extract import extract as extract_with_bar
+from convtap._dataset.store import Store
 from convtap._errors import StoreError
 
 A = torch.randn(20, 1, 30, generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from convtap._disk.extract import extract
+from convtap._dataset.extract import extract
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, Unsupported
 from tests.reference import cloning_hooks, same
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from convtap._disk.extract import extract
-from convtap._disk.reading import Shard
-from convtap._disk.store import Store
+from convtap._dataset.extract import extract
+from convtap._dataset.shard_reader import Shard
+from convtap._dataset.store import Store
 from convtap._errors import StoreError
 from tests.killed_run import Ragged, model, padded, run
 from tests.process import SRC
@@ -35,7 +35,7 @@ def test_parts_together_are_the_whole_bit_for_bit(parts, tmp_path):
         store = run(tmp_path / "parts", part=(i, parts))
     assert_whole(store)
     assert len(list((tmp_path / "parts").glob("rank-*"))) == parts
-    assert len(store._index.duplicates) == 0
+    assert len(store._reader.index.duplicates) == 0
     assert same_stores(store, run(tmp_path / "one"))
     assert f"written by {parts} ranks" in repr(store)
 
@@ -50,7 +50,7 @@ def test_a_missing_part_is_a_gap_that_is_named_and_any_number_of_parts_fills_it(
         store["0"][3]
     before = shards(tmp_path)
     assert_whole(run(tmp_path))
-    assert len(store._index.duplicates) == 0
+    assert len(store._reader.index.duplicates) == 0
     assert set(before) < set(shards(tmp_path))
 
 
@@ -115,7 +115,7 @@ meeting = "file://{}.meeting{}".format(sys.argv[1], os.environ["TORCHELASTIC_RES
 dist.init_process_group("gloo", meeting, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 path, die = sys.argv[1], sys.argv[2]
 if dist.get_rank() == 1 and die == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    import convtap._disk.writer as writer
+    import convtap._dataset.background_writer as writer
     write, count = writer.write_shard, iter(range(100))
     def killed(*args):
         if next(count) == 2:
@@ -146,7 +146,7 @@ def test_three_torchrun_processes_share_forty_batches_and_give_what_one_process_
     store = Store(tmp_path / "s")
     assert_whole(store)
     assert len(list((tmp_path / "s").glob("rank-*"))) == 3
-    assert len(store._index.duplicates) == 0
+    assert len(store._reader.index.duplicates) == 0
     per_rank = [len(batches_of(tmp_path / "s", rank)) for rank in range(3)]
     assert per_rank == [14, 13, 13]
 
@@ -167,7 +167,7 @@ def test_one_of_two_torchrun_processes_that_is_killed_and_restarted_leaves_no_ga
 
 
 def test_the_index_is_kept_and_taken_up_when_shards_are_newer_or_gone(tmp_path, monkeypatch):
-    import convtap._disk.index as index
+    import convtap._dataset.index as index
 
     monkeypatch.setattr(index, "_WORTH_KEEPING", 4)
     run(tmp_path)

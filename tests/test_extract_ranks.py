@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from convtap._disk.extract import extract
-from convtap._disk.store import Store
+from convtap._dataset.extract import extract
+from convtap._dataset.store import Store
 from convtap._errors import StoreError
 from convtap.cli import main
 from tests.killed_run import Ragged, model, padded, run
@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from convtap._disk.extract import extract
+from convtap._dataset.extract import extract
 from tests.killed_run import Ragged, model, padded
 torch.set_num_threads(1)
 path, die = sys.argv[1], sys.argv[2]
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", f"file://{path}.meeting{size}", rank=rank, world_size=size)
 if die == "die" and rank == 2:
-    import convtap._disk.writer as writer
+    import convtap._dataset.background_writer as writer
     write, count = writer.write_shard, iter(range(100))
     def killed(*args):
         if next(count) == 1:
@@ -72,7 +72,7 @@ def test_three_ranks_of_which_one_dies_for_good_are_gone_on_with_by_two_bit_for_
     assert store.ids == list(range(121))
     assert all(same(store.sample(i), by_hand) for i, by_hand in expected(120).items())
     assert same_stores(store, run(tmp_path / "one", length=121))
-    assert len(store._index.duplicates) == 0
+    assert len(store._reader.index.duplicates) == 0
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from convtap._capture import capture
+from convtap._capture.capture import capture
 from convtap._errors import InvalidValue, MemoryLimitExceeded, NotCaptured, Unsupported
 
 

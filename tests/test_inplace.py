@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convtap import ModifiedInPlace, capture
-from convtap._policy import snapshot
+from convtap._tensors.snapshot import snapshot
 from tests.models import AfterConv, FiveConvs, FunctionalConvs, StructuredOutputs
 from tests.process import run_python
 from tests.reference import cloning_hooks, patched_conv1d, same

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import pickle
 import threading
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from convtap import ConvtapError, MemoryLimitExceeded, ModifiedInPlace, Unsupported, capture
 from convtap._errors import OffloadWarning
-from convtap._flight import Flight
-from convtap._memory import data_address
-from convtap._offload import Offloader
-from convtap._streams import CudaStreams
+from convtap._offload.cuda_streams import CudaStreams
+from convtap._offload.offloader import Offloader
+from convtap._offload.transfers import Flight
+from convtap._tensors.memory import data_address
 from tests.models import AfterConv, FiveConvs, RaisesHalfway, ReusedConv
 from tests.reference import cloning_hooks, patched_conv1d, same
 from tests.streams import Broken, FakeStreams, garble
@@ -88,7 +89,8 @@ def backend(request, monkeypatch):
 def offloading(model, backend, *args, sizes=SMALL, **options):
     """A capture whose offloader works on the backend's streams, with small sizes so that every limit is met."""
     found = capture(model, *args, offload="cpu", **options)
-    found._asked.offloader = Offloader("cpu", streams=backend.streams, **{"window": 1 << 14, **sizes})
+    offloader = Offloader("cpu", streams=backend.streams, **{"window": 1 << 14, **sizes})
+    found._options = dataclasses.replace(found._options, offloader=offloader)
     return found
 
 
@@ -441,7 +443,7 @@ def test_leaving_the_block_waits_also_when_the_body_raises(backend):
 
 
 def landed(block, backend) -> bool:
-    flights = block._asked.offloader._flights.values()
+    flights = block._options.offloader._flights.values()
     assert flights
     unfinished = isinstance(backend, Fake) and backend.streams.flying
     return not unfinished and not any(flight._copies or flight._bytes for flight in flights)
@@ -879,8 +881,8 @@ def test_a_cpu_model_touches_no_pinned_memory_and_no_stream(monkeypatch):
     monkeypatch.setattr(Flight, "start", None)
     block = capture(FiveConvs(), offload="cpu")
     with block:
-        block._asked.model(torch.randn(1, 1, 30))
-    assert not block._asked.offloader._pool.total
+        block._options.model(torch.randn(1, 1, 30))
+    assert not block._options.offloader._pool.total
 
 
 def test_other_accelerators_get_a_plain_copy():

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from convtap import Store, capture, compare, extract, list_layers, load, tapped
 from convtap._errors import AmbiguousCall, LayerNotFound, NotCaptured, Unsupported
-from convtap._parts import split_key
+from convtap._select.parts import split_key
 
 X = torch.randn(4, 1, 20, generator=torch.Generator().manual_seed(1))
 

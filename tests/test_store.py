@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from convtap._disk.extract import extract
-from convtap._disk.reading import Shard
-from convtap._disk.shards import Batch, write_shard
+from convtap._dataset.extract import extract
+from convtap._dataset.shard_reader import Shard
+from convtap._dataset.shard_writer import Batch, write_shard
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, StoreError, Unsupported
 from tests.reference import same
 
@@ -221,7 +221,7 @@ def test_frames_are_shuffled_by_the_seed_and_in_order_without(uniform):
 
 
 def test_a_shuffled_batch_of_frames_is_from_everywhere_in_bounded_memory(tmp_path, monkeypatch):
-    import convtap._disk.views as views
+    import convtap._dataset.views as views
 
     monkeypatch.setattr(views, "_POOL_BYTES", 0)  # the pool then is 16 batches
     store = write(tmp_path, numbered([20] * 150), batch=50)

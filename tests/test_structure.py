@@ -14,175 +14,47 @@ from tests.process import run_python
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "convtap"
 
-#: A module may import only modules above it.
+#: The steps of the flow. A module may import only from its own folder and from what stands above it here.
 ORDER = (
-    "_torch.references",
-    "_torch.hooks",
-    "_torch.transforms",
-    "_torch.call_stack",
-    "_torch.modes",
-    "_torch.convolution_key",
-    "_torch.weight_marks",
-    "_torch.weight_reads",
-    "_torch.call_shim",
-    "_torch.dynamo_import",
-    "_torch.compiled_regions",
-    "_torch.cleanup",
+    "_public",
     "_errors",
-    "_torch.self_test",
-    "_torch.compile_stance",
     "_table",
-    "_atomic",
-    "_structure",
-    "_memory",
-    "_tree",
-    "_arguments",
-    "_parts",
+    "_atomic_write",
+    "_torch",
+    "_tensors",
     "_select",
-    "_layout",
-    "_layer_layout",
-    "_reduce",
-    "_policy",
-    "_grad",
-    "_keys",
-    "_stats",
-    "_coverage",
-    "_call",
-    "_log",
-    "_samples",
-    "_summary",
     "_result",
-    "_put_back",
-    "_torch.script_state",
-    "_state",
-    "_example",
-    "_batch",
-    "_streams",
-    "_pinned",
-    "_flight",
     "_offload",
-    "_torch.frame_marks",
-    "_body_calls",
-    "_passes",
-    "_budget",
-    "_keep",
     "_record",
-    "taps.module",
-    "taps.parts",
-    "_owners",
-    "taps.activation",
-    "taps.keras",
-    "taps.convolutions",
-    "_verdict",
-    "_block",
+    "_taps",
     "_capture",
-    "_sink",
-    "_functional",
-    "_tapped",
-    "_weigh",
-    "_layers",
-    "_time.axis",
-    "_time.axis_count",
-    "_time.axis_edge",
-    "_time.mark",
-    "_time.axis_join",
-    "_time.axis_op",
-    "_time.axis_shape",
-    "_time.axis_windows",
-    "_time.axis_folds",
-    "_time.axis_products",
-    "_time.axis_rules",
-    "_time.axis_views",
-    "_time.axis_table",
-    "_time.axis_node",
-    "_time.signal",
-    "_time.origins",
-    "_time.record",
-    "_time.watching",
-    "_time.follow",
-    "_time.lengths",
-    "_time.layer_time",
-    "_time.padded",
-    "_time.timeline",
-    "_time.hit",
-    "_time.top",
-    "_save",
-    "_disk.chain",
-    "_disk.axes",
-    "_disk.shards",
-    "_disk.reading",
-    "_disk.place",
-    "_disk.beginning",
-    "_disk.writer",
-    "_disk.index",
-    "_disk.account",
-    "_disk.store",
-    "_disk.ragged",
-    "_disk.views",
-    "_disk.identity",
-    "_disk.contents",
-    "_disk.names",
-    "_disk.state",
-    "_disk.plan",
-    "_disk.rows",
-    "_disk.forward",
-    "_disk.interrupt",
-    "_disk.forecast",
-    "_disk.job",
-    "_disk.extract",
+    "_time",
+    "_dataset",
     "ray",
-    "_debug.probe",
-    "_debug.finding",
-    "_debug.watch",
-    "_debug.finite",
-    "_debug.metrics",
-    "_debug.pairs",
-    "_debug.stream",
-    "_debug.comparison",
-    "_debug.plan",
-    "_debug.compare_models",
-    "_debug.compare",
-    "_view.labels",
-    "_view.cells",
-    "_view.timeaxis",
-    "_view.choose",
-    "_view.orient",
-    "_view.signal",
-    "_view.pictures",
-    "_view.spread",
-    "_view.figure",
-    "_view.draw",
-    "_view.spread_figure",
-    "_view.multiples",
+    "_debug",
+    "_view",
     "plot",
-    "_view.png",
-    "_view.svg",
-    "_view.page",
-    "_view.report_table",
-    "_view.outline",
-    "_view.gallery",
     "report",
-    "_command.demo",
-    "_command.factory",
-    "_command.inputs",
-    "_command.commands",
+    "_cli",
     "cli",
     "__main__",
 )
 
-#: Deferred, inside a function: what a method of the result hands over to.
-DEFERRED = {("_result", "_save"), ("_result", "plot"), ("_result", "report"), ("_disk.store", "_disk.views")}
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
 
 
-def imports(path: Path) -> set[tuple[str, bool]]:
-    """The modules of the package that a file imports, each with whether only inside a function."""
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, also inside functions, but not for type checkers only."""
     tree = ast.parse(path.read_text())
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    }
     typing_only = {
         id(node)
         for block in ast.walk(tree)
@@ -191,44 +63,95 @@ def imports(path: Path) -> set[tuple[str, bool]]:
     }
     found = set()
     for node in ast.walk(tree):
-        if (
-            id(node) in typing_only
-            or not isinstance(node, ast.ImportFrom)
-            or not (node.module or "").startswith("convtap")
-        ):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing_only or node.level:
             continue
-        module = (node.module or "").removeprefix("convtap").removeprefix(".")
-        inside_package = not module or (PACKAGE / module.replace(".", "/")).is_dir()
-        prefix = f"{module}." if module else ""
-        names = [prefix + alias.name for alias in node.names] if inside_package else [module]
-        found.update((name, id(node) in inside) for name in names)
+        package, _, module = (node.module or "").partition(".")
+        if package == "convtap":
+            members = {f"{module}.{alias.name}".removeprefix(".") for alias in node.names}
+            found |= members & MODULES.keys() or {module}
     return found
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if not name.endswith("__init__"):
-            found[name] = path
-    return found
+def folder(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Returns names each of which has an arrow to the next one, and the last to the first; or none."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(arrows.get(name, ())):
+            found = search(other, [*path, name])
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := search(name, []))), [])
 
 
 def test_every_module_has_its_place_in_the_order():
-    assert sorted(modules()) == sorted(ORDER)
+    assert {folder(name) for name in MODULES} - {"__init__"} == set(ORDER)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_modules_above_it(name):
-    for imported, deferred in imports(modules()[name]):
-        if deferred and (name, imported) in DEFERRED:
-            continue
-        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"__init__"}))
+def test_a_module_imports_only_what_stands_above_its_folder(name):
+    for imported in imports(MODULES[name]):
+        above = ORDER.index(folder(imported)) < ORDER.index(folder(name))
+        assert above or folder(imported) == folder(name), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", ORDER)
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle({name: imports(path) for name, path in MODULES.items()}) == []
+
+
+def test_the_search_for_circles_can_fail():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private attributes that the classes of a module have: methods, fields, slots, and what is set on ``self``."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    found.add(member.name)
+                elif isinstance(member, (ast.Assign, ast.AnnAssign)):
+                    targets = member.targets if isinstance(member, ast.Assign) else [member.target]
+                    found.update(target.id for target in targets if isinstance(target, ast.Name))
+                    if "__slots__" in found and member.value is not None:
+                        found.update(c.value for c in ast.walk(member.value) if isinstance(c, ast.Constant))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return {name for name in found if isinstance(name, str) and name.startswith("_") and not name.startswith("__")}
+
+
+#: Private names of torch and of the standard library that classes of the package happen to have as well.
+NOT_OURS = {"_replace", "_modules", "_handle", "_values", "_parameters", "_buffers"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_touches_no_private_attribute_of_another_one(name):
+    trees = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+    own = private_names(trees[name])
+    others = set().union(*map(private_names, trees.values())) - own - NOT_OURS
+    touched = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(trees[name])
+        if isinstance(node, ast.Attribute) and node.attr in others and ast.unparse(node.value) not in ("self", "cls")
+    ]
+    assert touched == []
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_module_says_its_one_idea_in_its_first_line_and_stays_small(name):
-    text = modules()[name].read_text()
+    text = MODULES[name].read_text()
     first = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
     assert first.endswith("."), name
     assert len(text.splitlines()) <= 310, name

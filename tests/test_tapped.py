@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import convtap
 from convtap import LayerNotFound, NotCaptured, Unsupported, capture, list_layers
+from convtap._capture.tapped import tapped
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
-from convtap._tapped import tapped
 
 # torch's own code calls what torch itself deprecates, in compilation and in export; nothing of it is ours to change.
 pytestmark = [

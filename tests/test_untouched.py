@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convtap import capture, compare, extract, list_layers, timeline, top
-from convtap._put_back import Memory
-from convtap._state import untouched
+from convtap._select.model_state import untouched
+from convtap._select.restore import Memory
 from tests.process import run_python
 
 X = torch.randn(2, 1, 20, generator=torch.Generator().manual_seed(0))
@@ -452,7 +452,7 @@ def test_a_model_that_writes_into_its_weights_when_its_mode_changes_gets_them_ba
 @pytest.mark.filterwarnings("default::UserWarning")
 @pytest.mark.parametrize("run", RUNS)
 def test_a_parameter_that_is_too_large_to_copy_is_named_if_it_was_written(run, monkeypatch):
-    monkeypatch.setattr("convtap._state.PARAMETERS", 8)
+    monkeypatch.setattr("convtap._select.model_state.PARAMETERS", 8)
     with pytest.warns(UserWarning, match=r"changed conv\.weight \(24 B, too large to copy\) of the Changing.*deepcopy"):
         RUNS[run](Changing("parameter through data"))
     with warnings.catch_warnings():
@@ -462,10 +462,10 @@ def test_a_parameter_that_is_too_large_to_copy_is_named_if_it_was_written(run, m
 
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_cache_that_is_too_large_to_copy_is_named_if_it_was_written(monkeypatch):
-    monkeypatch.setattr("convtap._state.OTHERS", 8)
+    monkeypatch.setattr("convtap._select.model_state.OTHERS", 8)
     model = Changing("object")
     with pytest.warns(UserWarning, match=r"changed state\.keys\[0\] \(8 B, too large to copy\)"):
-        monkeypatch.setattr("convtap._state.OTHERS", 4)
+        monkeypatch.setattr("convtap._select.model_state.OTHERS", 4)
         list_layers(model, example=X)
 
 
@@ -479,7 +479,7 @@ def test_large_parameters_are_not_copied():
 
     model = nn.Sequential(nn.Conv1d(512, 1024, 16), nn.Conv1d(1, 2, 3))  # 32 MiB, and a few bytes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convtap._state.Memory", Counted)
+        patch.setattr("convtap._select.model_state.Memory", Counted)
         with untouched(model):
             pass
     assert sum(copied) == 4 * (1024 + 2 * 3 + 2)

@@ -30,6 +30,7 @@ from convtap import (
     load,
     timeline,
 )
+from convtap._result.call import is_convolution
 from tests.models import AfterConv, BranchOnData, FiveConvs, ReusedConv, StructuredOutputs
 from tests.process import run_python
 from tests.reference import same
@@ -256,7 +257,7 @@ def test_a_named_tuple_whose_class_is_not_imported_comes_back_as_one_of_the_same
         Hidden.__module__ = module
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + READER
     found = run_python(script, str(tmp_path / "a")).stdout.split(maxsplit=2)
-    assert found == ["Hidden", "convtap._save", f"('hidden', 'frames') {before.hidden.tolist()} 3 False\n"]
+    assert found == ["Hidden", "convtap._result.file", f"('hidden', 'frames') {before.hidden.tolist()} 3 False\n"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_names_in_a_file_call_nothing(name, fields, tmp_path, capfd):
     found = load(tmp_path / "a")["0"]
     assert isinstance(found, tuple)
     assert (found[0].shape, found[1]) == ((2, 3), 3)
-    assert type(found).__module__ == "convtap._save"
+    assert type(found).__module__ == "convtap._result.file"
     assert capfd.readouterr().out == ""
 
 
@@ -387,8 +388,8 @@ def test_what_was_collected_can_be_copied_whatever_the_model_is_made_of(kind, co
     found = found or copied(acts)
     assert list(found) == list(acts)
     assert same(dict(found), dict(acts))
-    assert [(call.key, call.via, call._is_conv1d) for call in found.calls()] == [
-        (call.key, call.via, call._is_conv1d) for call in acts.calls()
+    assert [(call.key, call.via, is_convolution(call)) for call in found.calls()] == [
+        (call.key, call.via, is_convolution(call)) for call in acts.calls()
     ]
     if not inside:  # there, the notes at the end were not written yet
         assert str(found.summary()) == str(acts.summary())
@@ -563,7 +564,7 @@ def test_rows_that_were_not_shown_say_when_their_outputs_were_cleared():
 
 
 def test_printing_builds_only_the_rows_that_it_shows(monkeypatch):
-    import convtap._summary as summary
+    import convtap._result.summary as summary
 
     built = []
     monkeypatch.setattr(summary, "shapes_text", lambda shape: built.append(shape) or "")

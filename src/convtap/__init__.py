@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from convtap._call import Call
-from convtap._capture import Capture, capture
+from convtap._capture.capture import Capture, capture
+from convtap._capture.list_layers import LayerRow, list_layers
 from convtap._errors import (
     AmbiguousCall,
     ConvtapError,
     CoverageWarning,
+    InvalidType,
+    InvalidValue,
     LayerNotFound,
     MemoryLimitExceeded,
     MissingExtra,
@@ -18,20 +20,29 @@ from convtap._errors import (
     NonFiniteOutput,
     NotCaptured,
     OffloadWarning,
+    OutOfRange,
     StoreError,
     Unsupported,
 )
-from convtap._layers import list_layers
-from convtap._result import Activations
-from convtap._save import load
+from convtap._result.activations import Activations
+from convtap._result.call import Call
+from convtap._result.coverage import Coverage, LayerCoverage
+from convtap._result.load import load
+from convtap._table import Table
 
 if TYPE_CHECKING:
+    from convtap._capture.tapped import Tapped, tapped
+    from convtap._dataset.extract import extract
+    from convtap._dataset.store import Store
+    from convtap._dataset.views import LayerView, StoreDataset
     from convtap._debug.compare import compare
-    from convtap._debug.finite import finite
-    from convtap._disk.extract import extract
-    from convtap._disk.store import Store
-    from convtap._tapped import Tapped, tapped
-    from convtap._time.timeline import timeline
+    from convtap._debug.comparison import Comparison
+    from convtap._debug.finding import Finding, Range
+    from convtap._debug.finite import Finite, finite
+    from convtap._debug.metrics import Difference
+    from convtap._time.hit import Hit, Window
+    from convtap._time.layer_time import LayerTime
+    from convtap._time.timeline import Timeline, timeline
     from convtap._time.top import top
 
 __version__ = "0.1.0"
@@ -41,19 +52,37 @@ __all__ = [
     "AmbiguousCall",
     "Call",
     "Capture",
+    "Comparison",
     "ConvtapError",
+    "Coverage",
     "CoverageWarning",
+    "Difference",
+    "Finding",
+    "Finite",
+    "Hit",
+    "InvalidType",
+    "InvalidValue",
+    "LayerCoverage",
     "LayerNotFound",
+    "LayerRow",
+    "LayerTime",
+    "LayerView",
     "MemoryLimitExceeded",
     "MissingExtra",
     "ModifiedInPlace",
     "NonFiniteOutput",
     "NotCaptured",
     "OffloadWarning",
+    "OutOfRange",
+    "Range",
     "Store",
+    "StoreDataset",
     "StoreError",
+    "Table",
     "Tapped",
+    "Timeline",
     "Unsupported",
+    "Window",
     "capture",
     "compare",
     "extract",
@@ -65,14 +94,25 @@ __all__ = [
     "top",
 ]
 
-# Imported when they are first asked for: a block needs none of them, and together they take as long as all the rest.
+# Imported when they are first asked for: a capture needs none of them, and together they take as long as all the rest.
 _WHEN_ASKED = {
-    "Store": "_disk.store",
-    "Tapped": "_tapped",
+    "Comparison": "_debug.comparison",
+    "Difference": "_debug.metrics",
+    "Finding": "_debug.finding",
+    "Finite": "_debug.finite",
+    "Hit": "_time.hit",
+    "LayerTime": "_time.layer_time",
+    "LayerView": "_dataset.views",
+    "Range": "_debug.finding",
+    "Store": "_dataset.store",
+    "StoreDataset": "_dataset.views",
+    "Tapped": "_capture.tapped",
+    "Timeline": "_time.timeline",
+    "Window": "_time.hit",
     "compare": "_debug.compare",
-    "extract": "_disk.extract",
+    "extract": "_dataset.extract",
     "finite": "_debug.finite",
-    "tapped": "_tapped",
+    "tapped": "_capture.tapped",
     "timeline": "_time.timeline",
     "top": "_time.top",
 }

@@ -6,7 +6,10 @@ import difflib
 import heapq
 from collections.abc import Iterable, Sequence
 
+from convtap._public import public
 
+
+@public
 class ConvtapError(Exception):
     """Base of every error that convtap raises on purpose."""
 
@@ -18,58 +21,72 @@ class _MessageKeyError(ConvtapError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+@public
 class LayerNotFound(_MessageKeyError):
     """A selector or a key names no layer."""
 
 
+@public
 class AmbiguousCall(_MessageKeyError):
     """A layer ran several times, and its plain name was asked for."""
 
 
+@public
 class NotCaptured(ConvtapError):
     """A block ended and something that was asked for is not in it."""
 
 
+@public
 class ModifiedInPlace(ConvtapError):
     """An alias (``copy=False``) was read after the model changed it in place."""
 
 
+@public
 class MemoryLimitExceeded(ConvtapError):
     """Storing one more output would go over ``max_bytes``."""
 
 
+@public
 class NonFiniteOutput(ConvtapError):
     """A layer produced NaN or Inf from finite inputs."""
 
 
+@public
 class StoreError(ConvtapError):
     """A file or a store directory cannot be read or written as asked."""
 
 
+@public
 class MissingExtra(ConvtapError, ImportError):
     """An optional package is needed; the message holds the pip command."""
 
 
+@public
 class Unsupported(ConvtapError):
     """What was asked cannot be done right here, and the message says what can."""
 
 
+@public
 class OutOfRange(ConvtapError, IndexError):
     """A position, such as a sample, that does not exist (also an IndexError)."""
 
 
+@public
 class InvalidType(ConvtapError, TypeError):
     """An argument is of the wrong type (also a TypeError)."""
 
 
+@public
 class InvalidValue(ConvtapError, ValueError):
     """An argument has a value that cannot be used (also a ValueError)."""
 
 
+@public
 class CoverageWarning(UserWarning):
     """Something that was selected was not captured, or not as the input alone gives it."""
 
 
+@public
 class OffloadWarning(UserWarning):
     """Outputs were offloaded in a slower way than meant; none of them is missing."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from convtap._errors import InvalidType, InvalidValue
+from convtap._public import public
 
 #: The most rows that a table shows unless it is asked for more: a screen or two.
 MOST = 100
@@ -71,6 +72,7 @@ def checked_rows(rows: Any) -> int | None:
     return rows
 
 
+@public
 class Table(Sequence[Any]):
     """Rows under named columns. ``print`` shows it aligned, a notebook shows it as HTML.
 

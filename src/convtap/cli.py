@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from convtap._command.commands import add_commands
+from convtap._cli.commands import add_commands
 from convtap._errors import ConvtapError
 
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from convtap._command import demo as _demo
+    from convtap._cli import demo as _demo
 
     print("\n".join(_demo.run(args.out, args.sound)))
     return 0

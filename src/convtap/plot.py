@@ -20,7 +20,7 @@ from convtap._view.timeaxis import TimeAxis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 _TITLE, _TICKS, _GAP, _FOOT = 17, 15, 7, 62
 _TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that one sign of a title or a note needs at most, nearly always

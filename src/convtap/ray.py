@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from convtap._disk.axes import RowAxes
-from convtap._disk.chain import ValidLengths, checked_lengths
-from convtap._disk.forward import Runner, module_mode
-from convtap._disk.rows import RowMaker
-from convtap._disk.shards import Rows
+from convtap._dataset.rows import RowMaker
+from convtap._dataset.runner import Runner, module_mode
+from convtap._dataset.shard_writer import Rows
+from convtap._dataset.time_axes import RowAxes
+from convtap._dataset.valid_lengths import ValidLengths, checked_lengths
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
-from convtap._policy import Policy
-from convtap._reduce import Reduce, Reductions
-from convtap._select import CONV1D, Layers, Types
-from convtap._stats import to_numpy
+from convtap._record.policy import Policy
+from convtap._record.reductions import Reduce, Reductions
+from convtap._select.selection import CONV1D, Layers, Types
+from convtap._tensors.statistics import to_numpy
 from convtap._time.padded import warn
 
 #: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from convtap._atomic import write_whole
+from convtap._atomic_write import write_whole
 from convtap._errors import InvalidType, StoreError, plural
-from convtap._save import unwritable
+from convtap._result.coverage import counts_line
+from convtap._result.file import unwritable
 from convtap._table import human_bytes
 from convtap._view import gallery as _gallery
 from convtap._view.cells import STEPS, palette
@@ -21,7 +22,7 @@ from convtap._view.page import escape, page
 from convtap._view.report_table import MAX_ROWS, statistics_table
 
 if TYPE_CHECKING:
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 
 def report(
@@ -101,7 +102,7 @@ _NOTHING = "<p>No outputs were captured.</p>"
 def _coverage(acts: Activations) -> str:
     coverage = acts.coverage
     missing = [layer for layer in coverage.values() if layer.state != "captured"]
-    lines = [f"<p>{escape(coverage._line())}</p>"]
+    lines = [f"<p>{escape(counts_line(coverage))}</p>"]
     if missing:
         rows = "".join(
             f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>"

@@ -12,13 +12,15 @@ from convtap._debug.comparison import Comparison, Ledger
 from convtap._debug.metrics import Tolerance
 from convtap._debug.pairs import match
 from convtap._errors import InvalidType, InvalidValue
-from convtap._example import Example
-from convtap._result import Activations
-from convtap._select import CONV1D, Layers, Types
-from convtap._stats import shapes
-from convtap._structure import MISSING, part_of
+from convtap._public import public
+from convtap._result.activations import Activations
+from convtap._select.example import Example
+from convtap._select.selection import CONV1D, Layers, Types
+from convtap._tensors.nested import MISSING, part_of
+from convtap._tensors.statistics import shapes
 
 
+@public
 def compare(
     a: nn.Module | Activations,
     b: nn.Module | Activations,

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtap._arguments import check_arguments
+from convtap._capture.tapped import tapped
 from convtap._debug.comparison import OUTPUT, Comparison, Ledger
 from convtap._debug.metrics import Tolerance
 from convtap._debug.pairs import Flow, Run, match, observe, signature
 from convtap._debug.plan import Plan
 from convtap._debug.stream import Stream
 from convtap._errors import LayerNotFound, Unsupported, listed
-from convtap._example import arguments, fitted, looking, own_tensors, run_once
-from convtap._parts import no_part
-from convtap._select import Selection, select
-from convtap._structure import MISSING, part_of
-from convtap._tapped import tapped
-from convtap._tree import is_keras
+from convtap._select.arguments import check_arguments
+from convtap._select.example import arguments, fitted, looking, own_tensors, run_once
+from convtap._select.module_tree import is_keras
+from convtap._select.parts import no_part
+from convtap._select.selection import Selection, select
+from convtap._tensors.nested import MISSING, part_of
 
 _EIGHT_BITS = 2.0**-8
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
-from convtap._keys import numbered, separator
-from convtap._structure import walk_tensors
+from convtap._public import public
+from convtap._result.keys import numbered, separator
 from convtap._table import MOST, Rows, Table
+from convtap._tensors.nested import walk_tensors
 
 OUTPUT = "<output>"
 
 
+@public
 class Comparison:
     """What ``compare`` found, in the execution order of ``a``. Print it, iterate over it, or read ``first``.
 

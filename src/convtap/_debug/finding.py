@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from convtap._debug.probe import FiniteRange, Probe, finite_range, probe, read_all
 from convtap._errors import listed, plural
-from convtap._layer_layout import layout_of
-from convtap._layout import axes_of
-from convtap._stats import dtype_text
+from convtap._public import public
+from convtap._select.layer_layout import layout_of
+from convtap._tensors.layout import axes_of
+from convtap._tensors.statistics import dtype_text
 
 
 class Frame:
@@ -77,6 +78,7 @@ class Event:
     parameter: str = ""
 
 
+@public
 @dataclass(frozen=True)
 class Range:
     """The least and the greatest finite value of a tensor, and how many of its elements are not finite.
@@ -107,6 +109,7 @@ class Range:
         return f"[{self.low:.4g}, {self.high:.4g}]" + (f" and {counts}" if counts else "")
 
 
+@public
 @dataclass(frozen=True)
 class Finding:
     """The first NaN or Inf of a block. Print it for all of it in words.

@@ -10,14 +10,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from convtap._arguments import check_arguments
 from convtap._debug.finding import Finding
 from convtap._debug.watch import Watch
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
-from convtap._select import Layers, Types, select
+from convtap._public import public
+from convtap._select.arguments import check_arguments
+from convtap._select.module_tree import ROOT, ModuleTree
+from convtap._select.selection import Layers, Types, select
 from convtap._torch import compile_stance, modes
 from convtap._torch.cleanup import Guard, Spent, undo
-from convtap._tree import ROOT, ModuleTree
 
 # Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -31,6 +32,7 @@ _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAt
 _RAISE_AT = ("exit", "layer", "never")
 
 
+@public
 class Finite:
     """Finds the first module that produces NaN or Inf from finite inputs, and not the ones that pass it on.
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._stats import dtype_text
+from convtap._public import public
+from convtap._tensors.statistics import dtype_text
 
 _QUANTIZED_STEP = 2.0**-8  # of the range that eight bits cover
 
@@ -39,6 +40,7 @@ class Tolerance:
         return " and ".join(parts) or "relative error ≤ √ε of the coarsest type so far (half its digits)"
 
 
+@public
 @dataclass(frozen=True)
 class Difference:
     """One output of ``a`` against its partner in ``b``.

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from convtap._errors import InvalidType, LayerNotFound, did_you_mean, listed
-from convtap._example import run_once
+from convtap._select.example import run_once
+from convtap._select.module_tree import ModuleTree
 from convtap._torch.hooks import Hooks
-from convtap._tree import ModuleTree
 
 # Note: [Fused layers]
 # Assumption: fusing folds a BatchNorm, and a ReLU, into the convolution before it; what is left of them is an Identity, or

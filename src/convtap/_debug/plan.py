@@ -6,7 +6,7 @@ import re
 from typing import Any, Protocol
 
 from convtap._debug.pairs import Flow, Run, folded
-from convtap._select import FUNCTION, Selection
+from convtap._select.selection import FUNCTION, Selection
 
 
 class Side(Protocol):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtap._call import Call
-from convtap._capture import Capture
-from convtap._example import called, looking, own_tensors
+from convtap._capture.options import capture_options
+from convtap._capture.session import Session
+from convtap._result.call import Call
+from convtap._select.example import called, looking, own_tensors
 
 # Note: [Two runs side by side]
 # Assumption: a forward pass is one call that cannot be left half way and taken up again.
@@ -53,8 +54,7 @@ class Stream:
         self._mode = mode
         self._model = model
         self._example = example
-        self._capture = Capture(model, layers, types=types, strict=False)
-        self._capture._judges = False
+        self._capture = capture_options(model, layers, types=types).without_checks()
         self._call: Call | None = None
         self._error: BaseException | None = None
         self._ended = False
@@ -117,8 +117,8 @@ class Stream:
                     for setting in self._settings:
                         stack.enter_context(setting)
                     stack.enter_context(looking(self._model, self._mode))
-                    acts = stack.enter_context(self._capture)
-                    acts._log.calls = _Handover(self)
+                    session = stack.enter_context(Session(self._capture))
+                    session.log.calls = _Handover(self)
                     self.output = called(self._model, own_tensors(self._example))
         except _Abandoned:
             pass

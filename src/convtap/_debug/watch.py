@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from convtap._debug.finding import Event, Finding, Frame, Link, judge
 from convtap._debug.probe import locate, probe, read_all
 from convtap._errors import NonFiniteOutput
-from convtap._structure import walk_tensors
+from convtap._select.module_tree import ROOT
+from convtap._tensors.nested import walk_tensors
 from convtap._torch.call_stack import CALL, Members
 from convtap._torch.frame_marks import mark, marked, unmark
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens
-from convtap._tree import ROOT
 
 # Note: [The first bad tensor]
 # Assumption: whatever goes into a watched module and whatever comes out of it is looked at, in the order in which it runs.

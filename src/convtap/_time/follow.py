@@ -12,9 +12,11 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from convtap._owners import Owners
-from convtap._select import CONV1D, FUNCTION
-from convtap._structure import walk_tensors
+from convtap._select.module_tree import ModuleTree
+from convtap._select.selection import CONV1D, FUNCTION
+from convtap._select.weight_owners import Owners
+from convtap._taps.modules import as_input
+from convtap._tensors.nested import walk_tensors
 from convtap._time.axis_edge import Edge, Start
 from convtap._time.axis_node import Node
 from convtap._time.axis_op import Op, Shape, is_composite, is_view, written
@@ -25,8 +27,6 @@ from convtap._time.origins import LEAVES, Origins
 from convtap._time.record import Pass, Record
 from convtap._time.watching import Functions, Operations, quantized_arguments, whole_slices
 from convtap._torch.hooks import Hooks
-from convtap._tree import ModuleTree
-from convtap.taps.module import as_input
 
 # Note: [Two modes]
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.

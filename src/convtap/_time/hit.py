@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, OutOfRange, plural
+from convtap._public import public
 
 
+@public
 class Window(NamedTuple):
     """A piece of an input that a frame saw.
 
@@ -23,6 +25,7 @@ class Window(NamedTuple):
     inside: Tensor
 
 
+@public
 @dataclass(frozen=True)
 class Hit:
     """One frame that drove a channel high.

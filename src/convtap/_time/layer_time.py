@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
-from convtap._samples import whole_numbers
+from convtap._public import public
+from convtap._result.samples import whole_numbers
 from convtap._time.axis import exact
 from convtap._time.axis_count import Count
 from convtap._time.axis_edge import Difference, Tail
@@ -21,6 +22,7 @@ from convtap._time.mark import Digit, in_pieces
 from convtap._time.record import Record
 
 
+@public
 class LayerTime:
     """The time axis of one layer's output, in samples of the model's input.
 
@@ -244,11 +246,9 @@ class LayerTime:
         Raises:
             Unsupported: as ``valid_lengths``.
         """
-        frames = self.frames_of(length)
-        assert self.row_dim is not None
+        frames, axis = self.frames_of(length), self.row_dim
         row = list(self._shape[:1] + self._shape[2:] if self.is_time_first else self._shape[1:])
-        row[self.row_dim] = frames
-        return tuple(row)
+        return (*row[:axis], frames, *row[axis:][1:])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -278,13 +278,6 @@ class LayerTime:
                 f"Make the timeline with an example of {others[0]} samples."
             )
 
-    def _difference(self, length: int, padded: int) -> Difference | None:
-        """How the frames of ``length`` samples, padded to ``padded``, differ from those of the samples alone."""
-        count = None if self._digit is None else self._digit.count
-        return None if self._tail is None else self._tail.differs(count, self.notes, length, padded)
-
-    # -- state
-
     def _known(self) -> Digit:
         if self.unknown is not None:
             raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}.")
@@ -294,17 +287,24 @@ class LayerTime:
             raise Unsupported(f"{self.key!r} has no time axis: {gone}.")
         return self._digit
 
-    def _cells(self) -> tuple[Any, ...]:
-        if self.unknown is not None:
-            return ("unknown", None, None, None)
-        if self._digit is None:
-            return ("no time axis", None, None, None)
-        field = "whole input" if self.whole else self.receptive_field
-        frames: Any = self.frames if self.segments == 1 else f"{self.segments} × {self.frames}"
-        return (self.stride, field, self.start, frames)
-
     def __repr__(self) -> str:
-        stride, field, start, frames = self._cells()
-        if field is None:
-            return f"<LayerTime {self.key}: {stride}>"
-        return f"<LayerTime {self.key}: stride {stride}, receptive field {field}, start {start}, {frames} frames>"
+        stride, field, start, frames = cells_of(self)
+        known = f"stride {stride}, receptive field {field}, start {start}, {frames} frames"
+        return f"<LayerTime {self.key}: {stride if field is None else known}>"
+
+
+def cells_of(layer: LayerTime) -> tuple[Any, ...]:
+    """Returns a layer's stride, receptive field, start and frames, as a table shows them."""
+    if layer.unknown is not None:
+        return ("unknown", None, None, None)
+    if layer._digit is None:
+        return ("no time axis", None, None, None)
+    field = "whole input" if layer.whole else layer.receptive_field
+    frames: Any = layer.frames if layer.segments == 1 else f"{layer.segments} × {layer.frames}"
+    return (layer.stride, field, layer.start, frames)
+
+
+def difference_of(layer: LayerTime, length: int, padded: int) -> Difference | None:
+    """Returns how the frames of ``length`` samples, padded to ``padded``, differ from those of the samples alone."""
+    count = None if layer._digit is None else layer._digit.count
+    return None if layer._tail is None else layer._tail.differs(count, layer.notes, length, padded)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from convtap._errors import InvalidType, listed
-from convtap._example import called, looking, own_tensors
-from convtap._structure import MISSING, walk_tensors, with_part
+from convtap._select.example import called, looking, own_tensors
+from convtap._select.module_tree import ModuleTree
+from convtap._tensors.nested import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
 from convtap._time.axis_edge import Edges
 from convtap._time.follow import Follower
 from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
-from convtap._tree import ModuleTree
 
 # Note: [Numbers that the model computes]
 # Assumption: a pass shows the numbers that operations were given, and not where a model had them from.

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from convtap._call import Call
 from convtap._errors import CoverageWarning, InvalidValue, Unsupported, listed, plural
-from convtap._layout import axes_of
-from convtap._samples import Cut
+from convtap._result.call import Call, layout_of
+from convtap._result.samples import Cut
+from convtap._tensors.layout import axes_of
 from convtap._time.axis_edge import Difference
-from convtap._time.layer_time import LayerTime
+from convtap._time.layer_time import LayerTime, difference_of
 
 #: What to write instead, at the end of every message.
 REMEDY = "Run the inputs in batches of equal length, or one at a time (batch size 1), for the values that each input has alone."
@@ -91,11 +91,11 @@ class Cutter:
             layer = self.layer_of(call)
             padded = given if given is not None else _padded(layer, tensor, max(lengths, default=0))
             if layer.unknown is None and (layer.dim is None or layer.path != path):
-                self.differences.add(call.name, layer._difference(lengths[row], padded))
+                self.differences.add(call.name, difference_of(layer, lengths[row], padded))
                 return tensor
             valid = int(layer.valid_lengths([lengths[row]], padded)[0])
             assert layer.row_dim is not None
-            if layer.is_time_first and axes_of(call.shape, call._layout(path)).batch == 0:
+            if layer.is_time_first and axes_of(call.shape, layout_of(call, path)).batch == 0:
                 raise Unsupported(
                     f"{call.key!r} has the shape {tuple(call.shape)} with time on axis 0, so axis 0 is not the inputs. Read "
                     f"it whole with acts[{call.key!r}], or leave it out of the selection."
@@ -107,7 +107,7 @@ class Cutter:
                     f"it has {expected}. The timeline is of another model, or the output was reduced: take "
                     "timeline(model, example) of the model that ran, and reduce after samples."
                 )
-            self.differences.add(call.name, layer._difference(lengths[row], padded))
+            self.differences.add(call.name, difference_of(layer, lengths[row], padded))
             return tensor.narrow(layer.row_dim, 0, valid)
 
         return cut

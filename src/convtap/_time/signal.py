@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, OutOfRange, did_you_mean, listed
-from convtap._structure import walk_tensors
+from convtap._tensors.nested import walk_tensors
 
 
 def signal_of(example: Any, signal: str | int | None = None, forward: Any = None) -> tuple[str, Tensor]:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from convtap._arguments import check_arguments
-from convtap._call import Call
 from convtap._errors import (
     AmbiguousCall,
     InvalidValue,
@@ -16,19 +14,23 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
-from convtap._example import Example, forward_of, prepared
-from convtap._keys import keys_of
-from convtap._structure import walk_tensors
+from convtap._public import public
+from convtap._result.call import Call
+from convtap._result.keys import keys_of
+from convtap._select.arguments import check_arguments
+from convtap._select.example import Example, forward_of, prepared
+from convtap._select.module_tree import ModuleTree, resolve_name
 from convtap._table import MOST, Rows, Table
+from convtap._tensors.nested import walk_tensors
 from convtap._time.axis_edge import Edges, Tail
-from convtap._time.layer_time import LayerTime
+from convtap._time.layer_time import LayerTime, cells_of
 from convtap._time.lengths import Doubt, follow, settle
 from convtap._time.padded import Cutter, Differences
 from convtap._time.record import Pass, Record
 from convtap._time.signal import argument_of, signal_of, time_axis
-from convtap._tree import ModuleTree, resolve_name
 
 
+@public
 def timeline(
     model: nn.Module,
     example: Example,
@@ -95,6 +97,7 @@ def layer_times(
     ]
 
 
+@public
 class Timeline(Mapping[str, LayerTime]):
     """The layers of a model on the time axis of its input, by name, in the order in which they ran.
 
@@ -173,7 +176,7 @@ class Timeline(Mapping[str, LayerTime]):
 
     # -- samples
 
-    def _cutter(self) -> Cutter:
+    def __cutter__(self) -> Cutter:
         """Returns what cuts the outputs of a block to their valid frames."""
         return Cutter(self._layer_of, self._samples_of, Differences())
 
@@ -231,7 +234,7 @@ class Timeline(Mapping[str, LayerTime]):
         layers = list(self._layers.values())
         columns = ("layer", "stride", "receptive field", "start", "frames")
         title = "" if layers else "no convolution gave out anything that depends on the input"
-        found = Rows(layers, lambda layer: (layer.key, *layer._cells()))
+        found = Rows(layers, lambda layer: (layer.key, *cells_of(layer)))
         whole = "print(times.summary(rows=None))"
         return Table(columns, found, title, self._notes(), layers, most=rows, whole=whole)
 

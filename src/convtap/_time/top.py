@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap._batch import Inputs, as_example, called_with, naming_inputs
-from convtap._capture import Capture
+from convtap._capture.capture import Capture
 from convtap._errors import InvalidType, InvalidValue, NonFiniteOutput, OutOfRange, Unsupported, brief, listed, plural
-from convtap._example import Example, called, is_array, looking, moved, own_tensors
-from convtap._stats import real_values
-from convtap._structure import walk_tensors
+from convtap._public import public
+from convtap._select.batch import Inputs, as_example, called_with, naming_inputs
+from convtap._select.example import Example, called, is_array, looking, moved, own_tensors
 from convtap._table import Table
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.statistics import real_values
 from convtap._time.hit import Hit
 from convtap._time.layer_time import LayerTime
 from convtap._time.signal import signal_of
 from convtap._time.timeline import timeline
 
 
+@public
 def top(
     model: nn.Module,
     data: Tensor | Iterable[Any],

@@ -86,6 +86,11 @@ class Hooks:
         module._forward_pre_hooks_with_kwargs[self._key] = True
         module._forward_pre_hooks[self._key] = Hook(_call_before, function, bound)
 
+    def are_on(self, module: nn.Module) -> bool:
+        """Returns whether a module has a hook of this owner that has a function to call."""
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        return any(isinstance(known.get(self._key), Hook) for known in hooks)
+
     def remove(self) -> None:
         """Takes every hook off its module; again does nothing."""
         key = self._key

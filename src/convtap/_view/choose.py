@@ -6,12 +6,11 @@ import fnmatch
 import operator
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from convtap._call import Call
 from convtap._errors import (
     InvalidType,
     InvalidValue,
@@ -22,10 +21,9 @@ from convtap._errors import (
     listed,
     plural,
 )
-from convtap._samples import Samples
-
-if TYPE_CHECKING:
-    from convtap._result import Activations
+from convtap._result.activations import Activations, log_of
+from convtap._result.call import Call
+from convtap._result.samples import Samples
 
 Chosen: TypeAlias = "str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None"
 
@@ -40,7 +38,7 @@ def pass_of(acts: Activations, sample: int) -> tuple[int, Any]:
         raise InvalidType(
             f"sample is a {type(sample).__name__}, and it must be the number of one input: sample=0 for the first."
         ) from None
-    passes = Samples(acts._log)._passes
+    passes = Samples(log_of(acts)).passes
     total = sum(found.size for found in passes)
     if not -total <= number < total:
         raise OutOfRange(f"there is no sample {sample}: {plural(total, 'input')} here, numbered from 0.")
@@ -58,7 +56,7 @@ def one_input(found: Any, key: str, tensor: Tensor, row: int, axis: int = 0) -> 
     Raises:
         Unsupported: the axis is not the batch.
     """
-    cut: Tensor = found._cut(key, tensor, row, axis)
+    cut: Tensor = found.cut(key, tensor, row, axis)
     return cut
 
 
@@ -106,7 +104,7 @@ def _means(acts: Activations, selector: Any, call: Call) -> bool:
     names = (call.name, call.key)
     return (
         selector in names
-        or acts._resolve(selector) == call.name
+        or log_of(acts).resolve(selector) == call.name
         or any(fnmatch.fnmatchcase(n, selector) for n in names)
     )
 

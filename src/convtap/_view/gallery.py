@@ -20,7 +20,7 @@ from convtap._view.signal import one_signal
 from convtap._view.timeaxis import TimeAxis
 
 if TYPE_CHECKING:
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 COLUMNS = 600
 

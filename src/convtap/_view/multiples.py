@@ -17,7 +17,8 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
-from convtap._structure import walk_tensors
+from convtap._result.activations import Activations, log_of
+from convtap._tensors.nested import walk_tensors
 from convtap._view import draw as _draw
 from convtap._view.cells import Array
 from convtap._view.choose import Chosen, one_input, pass_of
@@ -29,7 +30,7 @@ from convtap._view.timeaxis import TimeAxis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 _ACROSS = 4
 _HEIGHT, _STEP = 54, 76
@@ -46,7 +47,7 @@ def one_map(
     here = {call.key: call for call in found.calls}
     call = here.get(layer)
     if call is None:
-        resolved = acts._resolve(layer)
+        resolved = log_of(acts).resolve(layer)
         calls = [call for call in found.calls if call.name == resolved]
         if len(calls) > 1:
             acts[layer]  # raises AmbiguousCall, which says what to write

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from convtap._call import Call
-from convtap._layout import Axes, Layout, axes_of, axes_with_time
-from convtap._samples import Samples
+from convtap._result.activations import Activations, log_of
+from convtap._result.call import Call, layout_of, record_of
+from convtap._result.samples import Samples
+from convtap._tensors.layout import Axes, Layout, axes_of, axes_with_time
 from convtap._view.choose import Chosen, chosen
 from convtap._view.timeaxis import Place, TimeAxis
-
-if TYPE_CHECKING:
-    from convtap._result import Activations
 
 
 class Orientation:
@@ -36,7 +34,7 @@ class Orientation:
         self._named = {id(call) for call in named}
         self._pass_of: dict[int, Any] = {}
         self._same: dict[int, list[Call]] = {}
-        for found in Samples(acts._log)._passes:
+        for found in Samples(log_of(acts)).passes:
             runs: dict[str, list[Call]] = {}
             for call in found.calls:
                 self._pass_of[id(call)] = found
@@ -47,7 +45,7 @@ class Orientation:
         """A call's place, by its number among the layer's calls in the pass; the name alone if it is the only one."""
         same = self._same[id(call)]
         number = None if len(same) == 1 else next(i for i, other in enumerate(same) if other is call)
-        return self._axis.place(call.layer, number, call._tally.separator, call.part)
+        return self._axis.place(call.layer, number, record_of(call).separator, call.part)
 
     def axes(self, call: Call, path: str, tensor: Tensor) -> Axes:
         """Returns the axes of one tensor of a call. See Note: [Which axis is time]."""
@@ -55,7 +53,7 @@ class Orientation:
         said = True if id(call) in self._named else self._every
         if said is not None:
             return axes_of(shape, Layout(last=said), batched=batched)
-        layout = call._layout(path)
+        layout = layout_of(call, path)
         dim = self.place(call).dim_of(path) if self._axis.has_timeline else None
         found = None if dim is None else axes_with_time(shape, dim, layout, batched=batched)
         return axes_of(shape, layout, batched=batched) if found is None else found

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from convtap._coverage import Coverage
-from convtap._tree import ROOT, ModuleTree
+from convtap._result.coverage import Coverage
+from convtap._select.module_tree import ROOT, ModuleTree
 from convtap._view.page import escape
 
 _Node = dict[str, Any]

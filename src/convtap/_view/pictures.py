@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from convtap._errors import LayerNotFound, Unsupported, listed
-from convtap._layout import Axes
-from convtap._stats import real_values
-from convtap._structure import walk_tensors
+from convtap._result.call import shown_value
+from convtap._tensors.layout import Axes
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array, Cells, colour_limit, edges, envelope, shrink
 from convtap._view.choose import Chosen, chosen, one_input, pass_of
 from convtap._view.labels import counted
@@ -19,7 +20,7 @@ from convtap._view.orient import Orientation
 from convtap._view.timeaxis import Place, TimeAxis
 
 if TYPE_CHECKING:
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 
 #: More channels of a signal than this are drawn as a map, not as lines.
@@ -95,7 +96,7 @@ def pictures(
         )
     places = [(call, orientation.place(call)) for call in here[:most]]
     for call, place in places:
-        for path, tensor in walk_tensors(call._shown):
+        for path, tensor in walk_tensors(shown_value(call)):
             axis.widen(axis.extent(place, path, orientation.frames(call, path, tensor)))
     drawn: list[Picture] = []
     for call, place in places:

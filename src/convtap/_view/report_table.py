@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convtap._errors import plural
-from convtap._memory import tensor_bytes
-from convtap._stats import dtype_text, shapes_text, statistics
-from convtap._structure import walk_tensors
 from convtap._table import cell, human_bytes
+from convtap._tensors.memory import tensor_bytes
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.statistics import dtype_text, shapes_text, statistics
 from convtap._view.orient import Orientation
 from convtap._view.page import escape, sortable
 from convtap._view.spread import QUANTILES, Spread, linear_up_to, spreads
 from convtap._view.svg import box, common_scale
 
 if TYPE_CHECKING:
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 #: More rows than this make a page that no browser opens at once.
 MAX_ROWS = 2000

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, plural
-from convtap._samples import Samples
-from convtap._stats import real_values
+from convtap._result.activations import Activations, log_of
+from convtap._result.call import layout_of
+from convtap._result.samples import Samples
+from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array
 from convtap._view.timeaxis import TimeAxis
-
-if TYPE_CHECKING:
-    from convtap._result import Activations
 
 
 def one_signal(acts: Activations, signal: Any, sample: int, axis: TimeAxis, channels_last: Any = None) -> Array:
@@ -33,7 +32,7 @@ def one_signal(acts: Activations, signal: Any, sample: int, axis: TimeAxis, chan
             f"signal has shape {tuple(values.shape)}, and it must be the input of the model as (B, C, T), (B, T), (C, T) "
             "or (T,), with at least one value."
         )
-    passes = Samples(acts._log)._passes
+    passes = Samples(log_of(acts)).passes
     sizes = [found.size for found in passes]
     dim = _time_dim(acts, axis, channels_last, values.ndim)
     if values.ndim == 3 or (values.ndim == 2 and _has_batch(acts, tuple(values.shape), sizes)):
@@ -52,7 +51,7 @@ def _time_dim(acts: Activations, axis: TimeAxis, channels_last: Any, rank: int) 
         return -1
     if isinstance(channels_last, bool):
         return -2 if channels_last and rank == 3 else -1
-    keras = [call._layout("") for call in acts.calls() if call.via == "keras"]
+    keras = [layout_of(call, "") for call in acts.calls() if call.via == "keras"]
     return -2 if rank == 3 and keras and all(found is not None and found.last for found in keras) else -1
 
 
@@ -80,8 +79,8 @@ def _numbers(signal: Any) -> Array:
 
 def _has_batch(acts: Activations, shape: tuple[int, ...], sizes: list[int]) -> bool:
     """Whether axis 0 of a two-axis signal counts inputs: so it does in the model's own input, unless that was one (C, T)."""
-    inputs = [given for given in acts._log.inputs.values() if given is not None]
-    single = any(found.single for found in Samples(acts._log)._passes)
+    inputs = [given for given in log_of(acts).inputs.values() if given is not None]
+    single = any(found.single for found in Samples(log_of(acts)).passes)
     if single:
         return False
     if any(tuple(given) == shape for given in inputs):

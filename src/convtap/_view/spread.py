@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convtap._call import Call
-from convtap._stats import real_values
-from convtap._structure import walk_tensors
+from convtap._result.call import Call, record_of, shown_value
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array
 from convtap._view.choose import Chosen, chosen
 from convtap._view.labels import counted
 from convtap._view.orient import Orientation
 
 if TYPE_CHECKING:
-    from convtap._result import Activations
+    from convtap._result.activations import Activations
 
 QUANTILES = (1, 25, 50, 75, 99)
 
@@ -77,7 +77,7 @@ def spreads(
     groups: dict[str, list[tuple[Call, str]]] = {}
     for call in chosen(acts, layers) if calls is None else calls:
         stem = stems[id(call)] if calls is None else call.key
-        for path, _ in walk_tensors(call._shown):
+        for path, _ in walk_tensors(shown_value(call)):
             groups.setdefault(f"{stem}{path}", []).append((call, path))
     found = []
     for name, places in groups.items():
@@ -102,7 +102,7 @@ def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
         numbers[id(call)] = times[call.name, call.forward]
         times[call.name, call.forward] += 1
     several = {name for (name, _), count in times.items() if count > 1}
-    return {id(call): call._tally.key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
+    return {id(call): record_of(call).key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
 
 
 def _by_channel(array: Array, channel: int | None) -> Array:

@@ -1,0 +1,65 @@
+"""What a model makes impossible for a capture, and what it has to run eagerly for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from convtap._capture.options import CaptureOptions
+from convtap._errors import Unsupported, listed
+from convtap._select.module_tree import ModuleTree
+from convtap._select.selection import Selection
+from convtap._taps.modules import is_plain
+from convtap._torch import compile_stance
+
+
+def why_eager(options: CaptureOptions, selection: Selection, uses_key: bool) -> str | None:
+    """Returns why the compiled parts of a model have to run eagerly for this capture, or None if they need not."""
+    compiled = selection.tree.compiled
+    if not compiled:
+        return None
+    for option, wanted in (
+        ("detach=False", not options.policy.detach),
+        ("grads=True", options.grads),
+        (f"at={options.at!r}", options.at == "activation"),
+        ("functional=False", options.functional is False),
+        ("this torch has no convolution key", not uses_key),
+        (f"the compiler's stance is {compile_stance.current()!r}", compile_stance.current() != "default"),
+        ("its graph is replayed by CUDA", any(map(compile_stance.uses_cuda_graphs, selection.tree.wrappers))),
+    ):
+        if wanted:
+            return option
+    selected = {name: module for name, module in selection.modules.items() if name in compiled}
+    others = [name for name, m in selected.items() if not is_plain(m) or (options.at == "input" and _pads(m))]
+    if others:
+        return (
+            f"{listed(others)} is not a plain Conv1d" if len(others) == 1 else f"{listed(others)} are not plain Conv1d"
+        )
+    weights = [id(module.weight) for module in selected.values()]
+    return "two layers have one weight" if len(set(weights)) < len(weights) else None
+
+
+def _pads(module: nn.Module) -> bool:
+    return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def check_replicas(tree: ModuleTree) -> None:
+    """Refuses what runs copies of the model in threads of its own."""
+    for wrapper in tree.wrappers:
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise Unsupported(
+                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
+                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
+                "DistributedDataParallel, one process a device."
+            )
+
+
+def check_script(options: CaptureOptions, scripted: list[str]) -> None:
+    """Refuses what TorchScript makes impossible."""
+    for option, wanted, instead in (
+        ("detach=False", not options.policy.detach, "values there carry no autograd graph: capture the Python model"),
+        ("at='activation'", options.at == "activation", "its functions are not seen: use at='output'"),
+        ("grads=True", options.grads, "values there carry no autograd graph: capture the Python model"),
+        ("stop=True", options.stop, "no exception passes through TorchScript: leave stop out"),
+    ):
+        if wanted and scripted:
+            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")

@@ -1,0 +1,276 @@
+"""One time that a capture is open: wires selection, taps, recorder and log together, and undoes all of it on exit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from convtap._capture.model_checks import check_replicas, check_script, why_eager
+from convtap._capture.options import CaptureOptions
+from convtap._errors import LayerNotFound, NotCaptured, OffloadWarning, StopForward, Unsupported, listed
+from convtap._offload.offloader import Offloader, first_failure
+from convtap._record.budget import Budget
+from convtap._record.checks import conclude
+from convtap._record.forward_passes import Passes
+from convtap._record.gradients import Gradients
+from convtap._record.keeper import Keeper
+from convtap._record.recorder import Recorder
+from convtap._record.reductions import Reductions
+from convtap._result.call import LayerRecord
+from convtap._result.log import Log
+from convtap._select.layer_layout import LayerLayouts
+from convtap._select.selection import CONV1D, Selection, select
+from convtap._select.weight_owners import Owners
+from convtap._taps.activations import Follower
+from convtap._taps.convolutions import ConvolutionTap
+from convtap._taps.keras import KerasTap
+from convtap._taps.modules import ModuleTap
+from convtap._taps.parts import Parted, PartTap
+from convtap._torch import compile_stance, modes, self_test
+from convtap._torch.cleanup import Guard, Spent, undo
+
+
+class Session:
+    """One time that a capture is open, as a context manager: everything that is registered on the model and removed again.
+
+    Attributes:
+        log: what the session collects.
+        selection: the layers that it was opened for.
+        recorder: what the taps emit to.
+    """
+
+    def __init__(self, options: CaptureOptions) -> None:
+        selection = select(options.model, options.layers, options.types)
+        check_replicas(selection.tree)
+        self.broken = broken = self_test.run()
+        self.uses_key = self_test.KEY not in broken
+        self.functional = (
+            options.functional is not False and selection.takes_functions and self_test.STACK not in broken
+        )
+        self.eager = why_eager(options, selection, self.uses_key)
+        if not selection.modules and not self.functional:
+            raise LayerNotFound(selection.nothing())
+        self.selection = selection
+        self.offloader = options.offloader
+        self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
+        self._note()
+        token = self.token = modes.Token()
+        self.passes = passes = Passes(
+            options.model, token, selection.tree.name_of, uses_shim=self_test.SHIM not in broken
+        )
+        log.inputs, log.unclear = passes.inputs, passes.unclear
+        self.recorder = Recorder(
+            token,
+            log,
+            selection,
+            passes,
+            Keeper(options.policy, options.offloader, options.reductions(selection)),
+            last=options.last,
+            budget=None if options.max_bytes is None else Budget(options.max_bytes, log),
+            stop_after=set(selection.names) if options.stop else None,
+            grads=_gradients(options),
+            new_record=_new_records(options, selection),
+        )
+        self._strict = options.strict
+        self._steps: list[Callable[[], object]] = []
+        self.parted = Parted(self.recorder, selection, log)
+        self.convolutions: ConvolutionTap | None = None
+        self._parts = [*self._taps(options), passes]  # a pass is around what the taps see
+
+    def _note(self) -> None:
+        if self.selection.tree.compiled:
+            how = "compiled" if self.eager is None else f"eagerly in this capture ({self.eager})"
+            self.log.notes.append(f"the compiled model ran {how}")
+
+    def _taps(self, options: CaptureOptions) -> list[Any]:
+        selection, recorder, passes, at = self.selection, self.recorder, self.passes, options.at
+        owners = Owners(selection.tree, selection.modules)
+        taps: list[Any] = []
+        if selection.tree.has_script:
+            check_script(options, sorted(selection.scripted))
+        keras = selection.keras
+        follower = self._follower(options, owners) if at == "activation" else None
+        if selection.tree.has_keras:
+            taps.append(KerasTap(options.model, keras, self.parted, passes, at=at, follower=follower))
+        compiled = selection.tree.compiled if self.eager is None else {}
+        others, modules = {*selection.scripted, *keras}, selection.modules
+        if others:
+            modules = {name: module for name, module in modules.items() if name not in others}
+        outside = modules
+        if compiled:
+            outside = {name: module for name, module in modules.items() if name not in compiled}
+        modules = modules if at == "output" else outside  # a hook would become part of what is compiled
+        if follower is not None:
+            taps.append(follower)
+        # what may be replaced by a snapshot is compared with the keyword arguments as well
+        alone = options.policy.detach and not options.grads
+        plainly = alone and self_test.SHIM not in self.broken
+        module_tap = ModuleTap(self.parted.others(modules), recorder, self.token, at=at, plainly=plainly)
+        taps.extend((PartTap(modules, self.parted, at=at), module_tap))
+        if self.functional or selection.tree.has_script:
+            tap = ConvolutionTap(
+                selection,
+                recorder,
+                passes,
+                self.token,
+                owners,
+                at=at,
+                functions=self.functional,
+                tapped=modules,
+                shimmed=module_tap.shimmed,
+                watched=outside,
+                compiled=compiled,
+                follower=follower,
+                uses_key=self.uses_key,
+            )
+            taps.append(tap)
+            self.convolutions = tap
+        return taps
+
+    def _follower(self, options: CaptureOptions, owners: Owners) -> Follower:
+        if not self.functional:
+            raise Unsupported(
+                "at='activation' follows the outputs through the functions that the model calls, and functional=False does "
+                "not watch those. Leave functional out."
+            )
+        follower = Follower(self.selection.tree.names, owners, self.recorder, options.activations)
+        self.recorder.follow = follower.emit
+        return follower
+
+    def __enter__(self) -> Session:
+        token, steps = self.token, self._steps
+        self._guard = Guard(steps)
+        try:
+            steps.append(partial(_finish_transfers, self.offloader, self.recorder, self.log))  # not of self: a cycle
+            if self.eager is not None:
+                steps.append(lambda: compile_stance.leave(token))
+                compile_stance.enter(token)
+            steps.append(lambda: modes.leave(token))
+            modes.enter(token)
+            for part in self._parts:
+                steps.append(part.close)
+                part.open()
+        except BaseException:
+            self.undo()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            self.undo()
+        finally:
+            self.undo()
+        return self.conclude(error)
+
+    def undo(self) -> None:
+        """Removes everything from the model and the thread, also what was registered only in part; may be repeated."""
+        undo(self._steps)
+
+    def conclude(self, error: BaseException | None) -> bool:
+        """Reports what is missing once everything was removed, and returns whether the body ended by ``stop``.
+
+        If it ended well, what is missing is an error, a warning, or (``strict=None``) for the caller to see.
+        """
+        self._guard.__class__ = Spent  # type: ignore[assignment]
+        strict = self._strict
+        log, selection = self.log, self.selection
+        if self.recorder.reads:
+            log.settle()
+        lacking = [name for name in log.lacking if name not in log.records]
+        if lacking:
+            log.notes.append(f"no such part: {listed(lacking)}")
+        # the names only: what was collected keeps no module alive
+        log.selected = tuple(name for name in log.selected if name not in lacking)
+        stopped = isinstance(error, StopForward) and error.token is self.token
+        if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
+            raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it
+        try:
+            if strict is not None and (error is None or stopped):
+                self._warn()
+                if not self._is_complete():
+                    conclude(
+                        log,
+                        self.recorder,
+                        self.passes,
+                        selection,
+                        strict=strict,
+                        functional=self.functional,
+                        compiled=self._compiled(),
+                    )
+        finally:
+            self.recorder.failure = None  # its traceback leads back here: a cycle
+            self.recorder.follow = None  # which has the recorder: another one
+        return stopped
+
+    def check(self, *, needs_output: bool) -> None:
+        """Raises for what ran and was not captured, where the caller looks itself (``strict=None``).
+
+        Args:
+            needs_output: whether it is an error as well if nothing at all was captured.
+
+        Raises:
+            NotCaptured: a layer was bypassed, or ran in another thread, or nothing was captured.
+        """
+        recorder, log = self.recorder, self.log
+        if recorder.failure is not None:
+            raise recorder.failure
+        states = log.states()
+        if any(state.bypassed for state in states) or (needs_output and not any(state.captured for state in states)):
+            log.exact = ()
+            conclude(log, recorder, self.passes, self.selection, strict=True, functional=self.functional)
+        if recorder.elsewhere:
+            where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
+            raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")
+
+    def _compiled(self) -> Collection[str]:
+        """The selected layers that may have run in compiled code, where they are seen only if a convolution runs."""
+        tap, tree = self.convolutions, self.selection.tree
+        if self.eager is not None or tap is None:
+            return ()
+        calls = self.log.calls.values()
+        is_around = tap.compiled_code_ran and (not calls or any(call.via == "compiled" for call in calls))
+        return self.selection.modules if is_around else tree.compiled
+
+    def _warn(self) -> None:
+        message = None if self.offloader is None else self.offloader.warning()
+        if message is not None:
+            warnings.warn(message, OffloadWarning, stacklevel=4)  # at the user's with statement
+
+    def _is_complete(self) -> bool:
+        """Whether all is well, found out without a look at each layer."""
+        log, recorder = self.log, self.recorder
+        everything = recorder.reached == len(log.selected) and bool(log.records)
+        quiet = not (recorder.reads or recorder.elsewhere or recorder.outside or self.passes.elsewhere)
+        return everything and recorder.failure is None and quiet
+
+
+def _finish_transfers(offloader: Offloader | None, recorder: Recorder, log: Log) -> None:
+    """Waits for what is still being copied. A failed copy makes the capture fail, and raises whenever it is read."""
+    if offloader is not None and not offloader.drain():
+        recorder.failure = recorder.failure or first_failure(log.calls.values())
+
+
+def _new_records(options: CaptureOptions, selection: Selection) -> Callable[[str], LayerRecord]:
+    """Returns what opens a layer's account: it knows the layer's type, and where its output has its channels."""
+    layouts = LayerLayouts(selection.tree, options.at)
+    reduce = Reductions(options.policy.reduce, selection)
+    names, paths = selection.names, selection.paths
+
+    def new(name: str) -> LayerRecord:
+        record = LayerRecord(name, isinstance(names.get(name), CONV1D), paths.get(name, ""))
+        record.layout = layouts.of(record.layer, reduced=reduce.of(name) is not None)
+        return record
+
+    return new
+
+
+def _gradients(options: CaptureOptions) -> Gradients | None:
+    if not options.grads:
+        return None
+    offloader = options.offloader
+    return Gradients(options.policy.dtype, (lambda tensor: tensor) if offloader is None else offloader.move)

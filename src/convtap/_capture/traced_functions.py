@@ -1,0 +1,161 @@
+"""Sees the convolutions that a tapped model calls as functions: a function mode that torch traces with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from convtap._capture.traced_hooks import Sink, is_convolution, keep_value
+from convtap._record.policy import Policy
+from convtap._select.module_tree import parameter_name
+from convtap._select.selection import FUNCTION, Selection
+from convtap._torch.convolution_key import FUNCTIONS
+
+# Note: [Functions in a trace]
+# Assumption: Dynamo and exporters trace a function mode with the model, and a weight stays one object while they do.
+# Failure: the kernels that ``capture`` uses lie below Python, where Dynamo does not look. A mode switches off the fast path
+#   of ``nn.TransformerEncoder`` and its parts, so that values differ in the last digits. And a layer's own call shows the
+#   mode a convolution too.
+# Choice: the mode is on while a tapped model's own forward runs. If the model has such a fast path, it is on only if a
+#   selected kernel belongs to no module of torch. Layers note that they run, and their convolutions are theirs.
+
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A tensor that a convolution may have as its weight, known by where it is kept.
+
+    Attributes:
+        module: the module that has it.
+        kept: where: ``"_parameters"``, ``"_buffers"``, or ``"__dict__"`` for a plain attribute.
+        key: its name there.
+        name: the name of its convolution.
+        wanted: whether that is selected.
+    """
+
+    module: nn.Module
+    kept: str
+    key: str
+    name: str
+    wanted: bool
+
+    def is_now(self, weight: Any) -> bool:
+        """Whether a tensor is this kernel."""
+        if self.kept == "__dict__":
+            return getattr(self.module, self.key, None) is weight
+        tensors = self.module._parameters if self.kept == "_parameters" else self.module._buffers
+        return tensors.get(self.key) is weight
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the convolutions of a model may have as weights.
+
+    Attributes:
+        known: the kernels.
+        takes_others: whether convolutions with other weights are selected.
+        layers: the convolution layers that are not told by their weight: it is computed, or another layer's.
+    """
+
+    known: tuple[Kernel, ...]
+    takes_others: bool
+    layers: dict[str, nn.Module]
+
+    def name_of(self, weight: Any) -> str | None:
+        """Returns the name of a convolution with this weight, or None if it is not selected."""
+        for kernel in self.known:
+            if kernel.is_now(weight):
+                return kernel.name if kernel.wanted else None
+        return FUNCTION if self.takes_others else None
+
+
+def kernels_of(selection: Selection) -> Kernels | None:
+    """Lists the kernels of a model, or returns None if the mode is to stay off. See Note: [Functions in a trace]"""
+    tree = selection.tree
+    known = [
+        Kernel(module, kept, key, (name := parameter_name(owner, key)), selection.wants(name))
+        for owner, module in tree.names.items()
+        for kept, tensors in (
+            ("_parameters", module._parameters),
+            ("_buffers", module._buffers),
+            ("__dict__", {"weight": module.__dict__.get("weight")}),
+        )
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and _may_be_kernel(module, key, tensor)
+    ]
+    takes_others = selection.wants(FUNCTION)
+    wanted = [kernel for kernel in known if kernel.wanted]
+    loose = bool(selection.function_names) or any(
+        not type(kernel.module).__module__.startswith("torch.nn.") for kernel in wanted
+    )
+    if not (wanted or takes_others) or (tree.instances(_FAST_PATHS) and not (loose or selection.function_names)):
+        return None
+    convolutions = {name: module for name, module in tree.names.items() if is_convolution(module)}
+    layers = {name: module for name, module in convolutions.items() if not _is_told_by_weight(module, known)}
+    return Kernels(tuple(known), takes_others, layers)
+
+
+def _may_be_kernel(module: nn.Module, key: str, tensor: Tensor) -> bool:
+    if is_lazy(tensor):
+        return key == "weight" and is_convolution(module)
+    return tensor.dim() == 3
+
+
+def _is_told_by_weight(module: nn.Module, known: list[Kernel]) -> bool:
+    weight = module._parameters.get("weight")
+    owner = next((kernel for kernel in known if weight is not None and kernel.is_now(weight)), None)
+    return owner is not None and owner.module is module
+
+
+class FunctionalTap(TorchFunctionMode):
+    """Keeps the outputs, or inputs, of convolutions that are called as functions."""
+
+    def __init__(self, sink: Sink, kernels: Kernels, policies: Mapping[str, Policy], at: str) -> None:
+        super().__init__()
+        self.sink = sink
+        self.kernels = kernels
+        self.policies = policies
+        self.at = at
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs a torch function."""
+        kwargs = {} if kwargs is None else kwargs
+        name = self._name(FUNCTIONS[func], args, kwargs) if func in FUNCTIONS else None
+        if name is None:
+            return func(*args, **kwargs)
+        if self.at == "input":
+            self._keep(name, args[0] if args else kwargs["input"])
+            return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self._keep(name, output)
+        return output
+
+    def _name(self, transposed: int | None, args: Any, kwargs: Any) -> str | None:
+        """Returns what to keep a convolution under; None if it is not one-dimensional, not selected, or a layer's own."""
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if transposed is not None and (args[transposed] if len(args) > transposed else kwargs.get("transposed", False)):
+            return None
+        if weight is None or weight.dim() != 3:
+            return None
+        running = self.sink.running
+        for _, layer in running:
+            if layer._parameters.get("weight") is weight:
+                return None
+        name = self.kernels.name_of(weight)
+        if name is None:
+            return None
+        for around, layer in running:
+            if name == around or (is_convolution(layer) and (name == FUNCTION or name.startswith(around + "."))):
+                return None
+        return name
+
+    def _keep(self, name: str, value: Any) -> None:
+        calls = self.sink.calls
+        if calls is not None:
+            calls.append((name, "", keep_value(value, name, self.policies[name])))

@@ -1,0 +1,295 @@
+"""The loop: batch by batch through the model into shards; what is there already is not computed again."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._dataset.background_writer import Writer
+from convtap._dataset.batch_checksums import Contents, SameData, contents_of
+from convtap._dataset.batches import IterPlan, MapPlan
+from convtap._dataset.index import Index, read_index
+from convtap._dataset.layout import (
+    RankFolder,
+    rank_folders,
+    read_finished,
+    set_aside,
+    shard_files,
+    write_finished,
+    write_padding,
+)
+from convtap._dataset.progress import Progress
+from convtap._dataset.rows import RowMaker
+from convtap._dataset.runner import Runner
+from convtap._dataset.sample_ids import Names, listing
+from convtap._dataset.shard_reader import Shard
+from convtap._dataset.shard_writer import Batch
+from convtap._dataset.sigterm import Terminated, Termination
+from convtap._dataset.stateful_check import StateWatch
+from convtap._dataset.valid_lengths import checked_lengths
+from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
+from convtap._table import human_bytes
+from convtap._time.padded import warn
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is known of a batch before the model runs: its arguments, and what the user's functions returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ids: Any
+    lengths: Any
+    labels: Any
+
+    @property
+    def contents(self) -> Contents:
+        return contents_of((self.args, self.kwargs), self.ids, self.lengths, self.labels)
+
+
+class Job:
+    """What one process has to do for one store.
+
+    Args:
+        part, parts: which of the batches are its own: those whose number, divided by ``parts``, leaves ``part``.
+        inputs, ids, lengths, labels: the user's functions of a batch, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: RankFolder,
+        planned: MapPlan | IterPlan,
+        runner: Runner,
+        rows: RowMaker,
+        part: int,
+        parts: int,
+        *,
+        inputs: Callable[[Any], Any] | None,
+        ids: Callable[[Any], Any] | None,
+        lengths: Callable[[Any], Any] | None,
+        labels: Callable[[Any], Any] | None,
+    ) -> None:
+        self._path = path
+        self._folder = folder
+        self._plan = planned
+        self._runner = runner
+        self._rows = rows
+        self._part = part
+        self._parts = parts
+        self._inputs = inputs
+        self._ids = ids
+        self._lengths = lengths
+        self._labels = labels
+        index = read_index(path)
+        self._done = _Done(index)
+        self._names = Names(index, named=ids is not None, counts=ids is None and isinstance(planned, IterPlan))
+        self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
+        self._looked = self._same.numbers()
+        self._state = StateWatch(runner.model)
+        self._stored = len(index.ids)
+        runner.fresh = not index.layers
+
+    def _mine(self, number: int) -> bool:
+        return number % self._parts == self._part
+
+    def _wanted(self, number: int) -> bool:
+        return self._mine(number) and number not in self._done
+
+    def run(self, shard_bytes: int, settle: Callable[[], None], show: bool) -> None:
+        """Computes what is missing. ``settle`` is called before a shard is written."""
+        total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
+        if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
+            with contextlib.closing(self._plan.some(self._looked)) as batches:
+                for number, _, batch in batches:
+                    self._look(number, self._given(batch))
+            return
+        everything = self._plan.count(lambda number: number not in self._done)
+        done = self._stored if total is None or left is None else total - left
+        bar = Progress(self._path, total=total, done=done, missing=everything, even=self._plan.even, show=show)
+
+        def before(batches: Sequence[Batch]) -> None:
+            bar.check_room(batches)
+            settle()
+            if self._rows.rule is not None:
+                write_padding(self._folder.path, self._rows.rule.differences)
+            self._same.settle()
+
+        writer = Writer(self._folder, shard_bytes, before)
+        try:
+            with Termination() as termination, bar:
+                try:
+                    self._loop(writer, bar, termination)
+                    writer.flush()
+                    bar.update(0, writer.written)
+                except BaseException:
+                    if not self._same.refused:
+                        writer.rescue()
+                    raise
+        except Terminated:
+            raise StoreError(
+                f"SIGTERM ended the extraction, and the handler that was there before let the process live. "
+                f"{human_bytes(writer.written)} were written; the same call goes on from there."
+            ) from None
+        if isinstance(self._plan, IterPlan) and self._plan.seen is not None:
+            if not self._plan.seen:
+                raise InvalidValue("the data has length 0: its iterator gave no batch, so there is nothing to extract.")
+            write_finished(self._folder.path, self._plan.seen)
+        self._warn_of_idle()
+
+    def _is_complete(self) -> bool:
+        count = read_finished(self._path)
+        return count is not None and not any(self._wanted(number) for number in range(count))
+
+    def _loop(self, writer: Writer, bar: Progress, termination: Termination) -> None:
+        batches = self._plan.batches(self._wanted, self._looked)
+        with contextlib.closing(batches):
+            while True:
+                with termination.interruptible():
+                    found = next(batches, None)
+                    if found is None:
+                        return
+                    batch = self._take(*found)
+                if batch is None:
+                    continue
+                writer.add(batch)
+                self._names.keep(batch)
+                bar.update(len(batch.ids), writer.written)
+
+    def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
+        """Compares a batch if it is one of those, and computes it if it is missing."""
+        given = self._given(batch)
+        if number in self._looked:
+            self._look(number, given)
+        if not self._wanted(number):
+            return None
+        with self._runner.naming_inputs(self._inputs, batch):
+            return self._compute(number, indices, given)
+
+    def _given(self, batch: Any) -> _Given:
+        args, kwargs = self._runner.inputs(self._inputs, batch)
+        functions = (self._ids, self._lengths, self._labels)
+        ids, lengths, labels = (None if function is None else function(batch) for function in functions)
+        return _Given(args, kwargs, listing(ids), lengths, labels)
+
+    def _look(self, number: int, given: _Given) -> None:
+        ids = given.ids if isinstance(self._plan, IterPlan) else None
+        self._same.look(number, given.contents, (given.args, given.kwargs), ids)
+
+    def _again(self, number: int) -> Contents | None:
+        """Reads a batch once more, if it has a place of its own in the data."""
+        batch = self._plan.again(number)
+        return None if batch is None else self._given(batch).contents
+
+    def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
+        inputs = (given.args, given.kwargs)
+        names = self._names.of(number, indices, given.ids, inputs)
+        lengths = None if self._lengths is None else checked_lengths(given.lengths, len(names))
+        contents = given.contents  # before the model runs, which may change its inputs
+        self._state.before(number)
+        calls = self._runner.run(*inputs, lengths)
+        self._state.after()
+        with torch.inference_mode():
+            columns = self._rows.columns(calls, len(names))
+        if self._rows.rule is not None:
+            warn(self._rows.rule.unwarned(), stacklevel=6)
+        labels = None if self._labels is None else _checked_labels(given.labels, len(names))
+        axes = {key: self._rows.axes.found[key] for key in columns}
+        return Batch(number, names, columns, labels, contents, axes)
+
+    def _warn_of_idle(self) -> None:
+        if self._runner.fresh:
+            return
+        exact = self._runner.selection.exact
+        idle = self._runner.idle()
+        if idle and (exact & set(idle)):
+            warnings.warn(
+                f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, and nothing is stored of them: "
+                f"{listed(idle)}. list_layers(model, example=x) shows how each layer is used.",
+                CoverageWarning,
+                stacklevel=4,
+            )
+
+
+class _Done:
+    """Which batches are stored already."""
+
+    def __init__(self, index: Index) -> None:
+        import numpy as np
+
+        numbers = index.batches[:, 0]
+        here = np.zeros(int(numbers.max()) + 1 if len(numbers) else 0, np.bool_)
+        here[numbers] = True
+        self._here = here.tobytes()  # a byte each: asked of every batch of the data, so it has to be quick
+
+    def __contains__(self, number: int) -> bool:
+        return number < len(self._here) and self._here[number] == 1
+
+
+def _checked_labels(found: Any, size: int) -> Tensor:
+    try:
+        labels = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidType(
+            f"labels(batch) returned a {type(found).__name__} that is no tensor of numbers. Labels of other kinds can be "
+            "given when they are read: store.dataset(labels={id: label})."
+        ) from None
+    if not labels.dim() or labels.shape[0] != size:
+        raise InvalidValue(
+            f"labels(batch) returned shape {tuple(labels.shape)} for {size} samples. Return a row for each."
+        )
+    return labels.detach().cpu().contiguous()
+
+
+def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, show: bool) -> None:
+    """Verifies the shards that this process answers for, and renames the bad ones, so that they are computed again.
+
+    It answers for its own folder, and for those of ranks that are there no more.
+    """
+    from tqdm import tqdm
+
+    folders = [name for name in rank_folders(path) if int(name[5:]) % parts == part]
+    files = [name for name in shard_files(path) if name.split("/")[0] in folders]
+    found = []
+    for name in tqdm(files, desc="verify", unit="shard", disable=not show or not files, leave=False):
+        problem = _problem(path / name)
+        if problem is None:
+            continue
+        with _locked(path, own, int(name[5:].split("/")[0])) as free:
+            if free:
+                set_aside(path / name)
+                found.append(f"{name} ({problem})")
+    if found:
+        warnings.warn(f"set aside as .bad, to be computed again: {listed(found, 3)}.", CoverageWarning, stacklevel=3)
+
+
+def _problem(shard: Path) -> str | None:
+    try:
+        return Shard(shard).problem()
+    except StoreError as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, own: RankFolder, rank: int) -> Iterator[bool]:
+    """Locks another rank's folder; gives False if its process runs."""
+    folder = RankFolder(path, rank)
+    if folder.path == own.path:
+        yield True
+        return
+    try:
+        folder.__enter__()
+    except StoreError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        folder.__exit__(None, None, None)

@@ -1,0 +1,292 @@
+"""A store's directory: its description, one folder and one lock for each rank, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from convtap._atomic_write import TEMPORARY, sync_folder, write_whole
+from convtap._errors import InvalidValue, StoreError, listed
+
+VERSION = 1
+DESCRIPTION = "store.json"
+_KIND = "convtap store"
+_SHARD = re.compile(r"shard-(\d{6,})\.safetensors")
+_RANK = re.compile(r"rank-(\d{5,})")
+
+# Note: [Locks]
+# Assumption: one process at a time writes into a rank's folder.
+# Failure: an flock is inherited by the data loader's forked workers, which outlive a killed parent by seconds, so a resume
+#   would find the folder locked by nobody.
+# Choice: a POSIX record lock, which belongs to the process alone. It does not keep the process from locking twice, so the
+#   folders that this process holds are remembered here.
+_held: set[Path] = set()
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """Writes a small file, unless it exists: another process may have been first."""
+    with contextlib.suppress(FileExistsError):
+        write_whole(path, lambda temporary: temporary.write_bytes(content), replace=False)
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content)
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads ``store.json``.
+
+    Raises:
+        StoreError: the directory is missing, foreign, newer than this convtap, or nothing was extracted into it yet.
+    """
+    file = path / DESCRIPTION
+    if not path.exists():
+        raise StoreError(f"there is no directory {str(path)!r}. extract(model, data, {str(path)!r}) fills one.")
+    if not path.is_dir():
+        raise StoreError(
+            f"{str(path)!r} is a file, and a store is a directory. convtap.load reads what acts.save wrote."
+        )
+    try:
+        found = json.loads(file.read_bytes())
+        kind, version = found["kind"], int(found["version"])
+    except FileNotFoundError:
+        shards = list(shard_files(path))
+        if shards:
+            raise StoreError(
+                f"{str(path)!r} has {listed(shards, 2)} and no {DESCRIPTION}: half of a store. Copy the whole directory."
+            ) from None
+        raise StoreError(
+            f"{str(path)!r} is no store: it has no {DESCRIPTION}. extract(...) fills a directory."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{str(file)!r} is damaged, or convtap did not write it.") from None
+    if kind != _KIND:
+        raise StoreError(
+            f"{str(file)!r} was not written by convtap: its kind is {kind!r}. Pass the directory of a store."
+        )
+    if version > VERSION:
+        raise StoreError(f"{str(path)!r} has format {version}, and this convtap reads up to {VERSION}: update convtap.")
+    if not _is_whole(found.get("identity")):
+        raise StoreError(
+            f"{str(file)!r} is damaged: what it says of the extraction is not all there. Copy the whole directory again, or "
+            "extract once more into another one."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _is_whole(identity: Any) -> bool:
+    """Whether the identity of a store has what readers ask it for."""
+    if not isinstance(identity, dict):
+        return False
+    layers, data, given = identity.get("layers"), identity.get("data"), identity.get("given", [])
+    named = isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+    batches = data.get("batches") if isinstance(data, dict) else "none"
+    return named and isinstance(given, list) and isinstance(batches, (int, type(None)))
+
+
+def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Makes a directory for a store. Returns the identity of the store that is there already, or None.
+
+    Raises:
+        StoreError: the path is a file, holds something else, cannot be written, or (``resume=False``) is a store.
+    """
+    shown = str(path)
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"into={shown!r} is a file. Give the path of a directory; it is made if it does not exist.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+        if DESCRIPTION not in names:
+            # a run that failed before it wrote anything leaves a rank's empty folder
+            others = [name for name in names if not _RANK.fullmatch(name)] or list(shard_files(path))
+            if others and not (path / DESCRIPTION).exists():
+                raise StoreError(
+                    f"into={shown!r} is no store and not empty: it holds {listed(others)}. Give a new or empty directory."
+                )
+            return None
+    except OSError as error:
+        raise StoreError(f"into={shown!r} cannot be written: {error}. Give a writable directory.") from error
+    if not resume:
+        raise StoreError(
+            f"into={shown!r} is a store already, and resume=False begins a new one. Give another directory, delete this "
+            "one, or pass resume=True to compute only what is missing."
+        )
+    identity: dict[str, Any] = read_description(path)["identity"]
+    return identity
+
+
+def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Gives a directory an identity, once and for all. Returns the one it has: another process may have been first."""
+    content = {"kind": _KIND, "version": VERSION, "identity": identity}
+    if not (path / DESCRIPTION).exists():
+        write_first(path / DESCRIPTION, json.dumps(content, indent=1).encode())
+    found: dict[str, Any] = read_description(path)["identity"]
+    return found
+
+
+def shard_files(path: Path) -> dict[str, tuple[int, int]]:
+    """Lists the shards of all ranks: by name (``rank-00000/shard-000000.safetensors``) the size and the time in ns."""
+    found = {}
+    for rank in rank_folders(path):
+        with os.scandir(path / rank) as entries:
+            for entry in entries:
+                if _SHARD.fullmatch(entry.name):
+                    state = entry.stat()
+                    found[f"{rank}/{entry.name}"] = (state.st_size, state.st_mtime_ns)
+    return dict(sorted(found.items()))
+
+
+def rank_folders(path: Path) -> list[str]:
+    """Lists the ranks' folders."""
+    return sorted(entry.name for entry in os.scandir(path) if _RANK.fullmatch(entry.name))
+
+
+class RankFolder:
+    """The folder of one rank, locked for as long as the block is open; what a killed process left half-written is gone.
+
+    Raises:
+        StoreError: another process has it.
+    """
+
+    def __init__(self, store: Path, rank: int) -> None:
+        self.path = (store / f"rank-{rank:05d}").absolute()
+        self._handle: int | None = None
+
+    def __enter__(self) -> RankFolder:
+        self.path.mkdir(exist_ok=True)
+        self._handle = self._lock()
+        for entry in self.path.glob(TEMPORARY):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+            _held.discard(self.path)
+
+    def _lock(self) -> int:
+        if self.path in _held:
+            raise self._refusal(f"this process ({os.getpid()})")
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock_file(handle)
+        except OSError:
+            owner = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise self._refusal(owner) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _held.add(self.path)
+        return handle
+
+    def _refusal(self, owner: str) -> StoreError:
+        return StoreError(
+            f"{owner} is extracting into {str(self.path)!r}, and a rank's folder takes one process at a time. Wait for it, "
+            "give another directory, or give each process its part: extract(..., part=(i, n)), or under torchrun "
+            "torch.distributed.init_process_group() first."
+        )
+
+    def next_number(self) -> int:
+        """Returns the number of the next shard: one more than any that is, or was, here."""
+        numbers = [int(match[1]) for entry in self.path.iterdir() if (match := _SHARD.match(entry.name))]
+        return max(numbers, default=-1) + 1
+
+
+def _lock_file(handle: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def check_part(part: Any) -> tuple[int, int]:
+    """Checks ``part=(i, n)``.
+
+    Raises:
+        InvalidValue: it is not a pair of ints with 0 <= i < n.
+    """
+    try:
+        i, n = part
+        good = isinstance(i, int) and isinstance(n, int) and 0 <= i < n
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InvalidValue(
+            f"part={part!r} must be (i, n) with 0 <= i < n: the i-th of n parts, as in part=(3, 100) for the fourth of 100."
+        )
+    return part[0], part[1]
+
+
+def note_part(folder: RankFolder, part: int, parts: int) -> None:
+    """Notes in a rank's folder which part of how many its process computes."""
+    _note(folder.path / "part.json", {"part": part, "parts": parts})
+
+
+def read_parts(path: Path) -> int:
+    """Returns how many parts the latest run was divided into."""
+    latest, parts = -1, 1
+    for rank in rank_folders(path):
+        file = path / rank / "part.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            time, found = file.stat().st_mtime_ns, int(json.loads(file.read_bytes())["parts"])
+            if (time, found) > (latest, parts):
+                latest, parts = time, found
+    return parts
+
+
+def write_finished(folder: Path, batches: int) -> None:
+    """Notes in a rank's folder that the data has come to its end, and how many batches it has."""
+    _note(folder / "finished.json", {"batches": batches})
+
+
+def read_finished(path: Path) -> int | None:
+    """Returns how many batches the data has, if a rank has come to its end."""
+    for rank in rank_folders(path):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((path / rank / "finished.json").read_bytes())["batches"])
+    return None
+
+
+def write_padding(folder: Path, layers: dict[str, str]) -> None:
+    """Notes in a rank's folder which layers' frames are not those of each input alone, and why."""
+    known = _padding_in(folder)
+    if not layers.items() <= known.items():
+        _note(folder / "padding.json", {**known, **layers})
+
+
+def read_padding(path: Path) -> dict[str, str]:
+    """Returns what the ranks have noted of padded batches, by layer."""
+    found: dict[str, str] = {}
+    for rank in rank_folders(path):
+        found.update(_padding_in(path / rank))
+    return found
+
+
+def _padding_in(folder: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "padding.json").read_bytes())
+        return {str(layer): str(cause) for layer, cause in found.items()} if isinstance(found, dict) else {}
+    return {}
+
+
+def set_aside(shard: Path) -> Path:
+    """Renames a bad shard, so that nobody reads it and its number is not used again."""
+    target = shard.with_name(f"{shard.name}.bad")
+    os.replace(shard, target)
+    sync_folder(shard.parent)
+    return target

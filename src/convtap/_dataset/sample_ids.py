@@ -1,0 +1,75 @@
+"""The ids of samples: the user's, the indices of the data set, or a running count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convtap._dataset.index import Index
+from convtap._dataset.shard_writer import Batch, Id
+from convtap._errors import InvalidType, InvalidValue, brief
+from convtap._tensors.nested import walk_tensors
+
+
+def listing(found: Any) -> Any:
+    """Returns what ``ids`` returned as a list, if it is one of several items; it may be an array, or an iterator."""
+    items = found.tolist() if hasattr(found, "tolist") else found
+    return items if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__") else list(items)
+
+
+class Names:
+    """Gives the samples of each batch their ids: the user's, the indices of the data set, or a running count."""
+
+    def __init__(self, index: Index, *, named: bool, counts: bool) -> None:
+        self._named = named
+        self._kind: type | None = None
+        self._seen: set[Id] = set()
+        # of every batch so far, how many samples: where the running count stands when a batch is the next
+        self._sizes = dict(index.batches[:, :2].tolist()) if counts else {}
+        self._counted = (0, 0)
+        if named:
+            self._seen.update(index.ids.tolist())
+            self._kind = type(index.ids[0].item()) if len(index.ids) else None
+
+    def of(self, number: int, indices: list[int] | None, found: Any, inputs: Any) -> list[Id]:
+        """Returns the ids of a batch; ``found`` is what the user's function returned for it."""
+        if self._named:
+            return self._checked(found)
+        if indices is not None:
+            return [int(index) for index in indices]
+        first = next((tensor for _, tensor in walk_tensors(inputs) if tensor.dim()), None)
+        if first is None:
+            raise InvalidValue(
+                "the model is given no tensor with a batch axis, so nobody can count samples. Pass ids=."
+            )
+        before, count = self._counted
+        while before < number:
+            count += self._sizes[before]
+            before += 1
+        self._counted = (before, count)
+        self._sizes[number] = first.shape[0]
+        return list(range(count, count + first.shape[0]))
+
+    def keep(self, batch: Batch) -> None:
+        """Remembers the ids of a batch, which must not come again."""
+        if self._named:
+            self._seen.update(batch.ids)
+
+    def _checked(self, found: Any) -> list[Id]:
+        if not isinstance(found, list):
+            raise InvalidType(f"ids(batch) returned {brief(found)}, and it must return one int or str for each sample.")
+        names: list[Id] = found
+        fresh: set[Id] = set()
+        for name in names:
+            if not isinstance(name, (int, str)) or isinstance(name, bool) or "\0" in str(name):
+                raise InvalidType(f"ids(batch) gave the id {name!r}, and an id is an int or a str (without NUL).")
+            self._kind = self._kind or type(name)
+            if not isinstance(name, self._kind):
+                raise InvalidType(
+                    f"ids(batch) gave {name!r} among ids of type {self._kind.__name__}: all int, or all str."
+                )
+            if name in self._seen or name in fresh:
+                raise InvalidValue(
+                    f"the id {name!r} comes twice, and a store holds each id once. Give each sample its own."
+                )
+            fresh.add(name)
+        return names

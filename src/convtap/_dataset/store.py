@@ -1,0 +1,228 @@
+"""Reading a store: samples by id, layers as views, what is missing, and whether the bytes are still the ones written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from convtap._dataset.layout import read_padding
+from convtap._dataset.shard_writer import Id
+from convtap._dataset.store_reader import StoreReader
+from convtap._dataset.summary import missing, stem, summary, unreadable, verify
+from convtap._dataset.views import LayerView, StoreDataset
+from convtap._errors import (
+    AmbiguousCall,
+    CoverageWarning,
+    InvalidType,
+    LayerNotFound,
+    did_you_mean,
+    listed,
+)
+from convtap._public import public
+from convtap._select.parts import split_key
+from convtap._table import MOST, Table
+
+
+@public
+class Store:
+    """The outputs that ``extract`` wrote, read back by sample id.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> from convtap import Store, extract
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> folder = tempfile.mkdtemp()
+        >>> store = extract(model, TensorDataset(torch.randn(10, 1, 50)), folder, batch_size=4, progress=False)
+        >>> Store(folder)["2"][7].shape
+        torch.Size([8, 46])
+
+    Args:
+        path: the directory that was given to ``extract`` as ``into``.
+
+    Raises:
+        StoreError: no store is there, or it is half of one, or newer than this convtap.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._reader = StoreReader(self.path)
+        self._names = self._shown_names()
+        if self._reader.index.bad:
+            warnings.warn(unreadable(self._reader.index), CoverageWarning, stacklevel=2)
+
+    def _shown_names(self) -> dict[str, str]:
+        """By the name to show, the key in the shards; they differ where ``calls="keys"`` saw a single call."""
+        keys = list(self._reader.index.layers)
+        if self._reader.identity.get("calls") != "keys":
+            return {key: key for key in keys}
+        layers = set(self._reader.identity["layers"])
+        stems = {key: stem(key, layers) for key in keys}
+        times = Counter(stems.values())
+        return {(found if times[found] == 1 else key): key for key, found in stems.items()}
+
+    # -- what is here
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that have outputs here, in the order in which they ran."""
+        return list(self._names)
+
+    @property
+    def ids(self) -> list[Id]:
+        """The id of every sample, in the order of the data set."""
+        return self._reader.index.ids.tolist()  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self._reader.index.ids)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, layer: str) -> LayerView:
+        """Returns a layer's outputs, as a view that reads them when they are asked for.
+
+        Raises:
+            LayerNotFound: no such layer has outputs here.
+            AmbiguousCall: the layer ran several times, and each call has its own key.
+        """
+        if not isinstance(layer, str):
+            raise InvalidType(
+                f"store[{layer!r}]: a store is indexed by layer name, and its view by sample: store[{self._first()!r}][id]; "
+                "all layers of one sample: store.sample(id)."
+            )
+        if layer not in self._names:
+            raise self._missing(layer)
+        return LayerView(self._reader, layer, self._names[layer])
+
+    def sample(self, id: Id) -> dict[str, Tensor]:
+        """Returns one sample's outputs by layer; a layer that did not run for it is not among them.
+
+        Raises:
+            OutOfRange: no sample has this id.
+        """
+        line, name, place, row = self._reader.index.locate(self.position(id))
+        shard = self._reader.shard(name)
+        present = self._reader.index.present[line]
+        keys = dict(zip(self._reader.index.layers, present.tolist(), strict=True))
+        return {shown: shard.rows(key, place, row, row + 1)[0] for shown, key in self._names.items() if keys[key]}
+
+    def position(self, id: Id) -> int:
+        """Returns where in the order of samples an id is.
+
+        Raises:
+            OutOfRange: no sample has this id.
+            StoreError: several have it.
+        """
+        return self._reader.position(id)
+
+    # -- many samples
+
+    def numpy(self, layer: str) -> Any:
+        """Returns all of a layer's outputs as one NumPy array. bfloat16 and float8 become float32, exactly.
+
+        It is (N, C, T), or (N, T, C) if the layer's rows are (T, C); see ``time_dim`` of ``store[layer]``.
+
+        Raises:
+            LayerNotFound: no such layer.
+            Unsupported: the shapes of its rows differ, or it did not run for every sample.
+        """
+        return self[layer].numpy()
+
+    def dataset(
+        self,
+        layers: str | Sequence[str] | None = None,
+        labels: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
+        time_dim: int | Mapping[str, int] | None = None,
+    ) -> StoreDataset:
+        """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
+
+        Its ``collate`` pads ragged rows: ``DataLoader(data, batch_size=8, collate_fn=data.collate)``.
+
+        Args:
+            layers: which layers; all if None.
+            labels: by id, or a function of the id; None for those that were extracted, if any.
+            time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer; None
+                for the one that the store has, see ``time_dim`` of a view.
+
+        Raises:
+            LayerNotFound: no such layer.
+        """
+        names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        return StoreDataset(self._reader, [self[name] for name in names], labels, time_dim)
+
+    # -- the state of it
+
+    def verify(self, progress: bool = False) -> Table:
+        """Reads every shard and compares its checksums.
+
+        Returns:
+            ``(shard, what is wrong)`` for each bad one; empty if all is well.
+        """
+        return verify(self.path, progress)
+
+    @property
+    def missing(self) -> list[int] | None:
+        """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
+        return missing(self.path, self._reader.identity, self._reader.index)
+
+    @property
+    def padding(self) -> dict[str, str]:
+        """The layers whose frames are not those of each input alone, since batches were padded, and why.
+
+        For example ``{"conv2": "same padding: the last 2 frames"}``; empty if ``extract`` padded nothing, or no frame
+        depends on the padding.
+        """
+        return read_padding(self.path)
+
+    def summary(self, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a layer, and what is missing, double or unreadable.
+
+        Args:
+            rows: the most layers to print, the first and the last; None for all.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        return summary(self.path, self._reader.identity, self._reader.index, self._names, rows)
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def _first(self) -> str:
+        return next(iter(self._names), "name")
+
+    def _missing(self, layer: str) -> LayerNotFound | AmbiguousCall:
+        layers = set(self._reader.identity["layers"])
+        split = {name: split_key(name, layers) for name in self._names}
+        parts = [
+            name for name, (base, _, path) in split.items() if layer == base or f"{base}{path}".startswith(f"{layer}[")
+        ]
+        parts = parts or [name for name, (base, _, path) in split.items() if layer == base + path]
+        if parts and any(split[name][1] is not None for name in parts):
+            return AmbiguousCall(
+                f"{layer!r} ran several times, and each call has its own key here: {listed(parts)}. "
+                f"Take one of them: store[{parts[-1]!r}]."
+            )
+        if parts:
+            return LayerNotFound(f"{layer!r} returns a structure, and each tensor has its own key: {listed(parts)}.")
+        if layer in self._reader.identity["layers"]:
+            return LayerNotFound(
+                f"{layer!r} was selected, but did not run for any sample (or, with at='activation', no activation followed "
+                f"it). Here: {listed(self._names)}."
+            )
+        near = did_you_mean(layer, list(self._names))
+        return LayerNotFound(f"no layer is named {layer!r} here. There are: {listed(self._names)}.{near}")

@@ -1,0 +1,122 @@
+"""Which axis of the rows that are stored is time: asked of the layers' types, and of a timeline where those do not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from convtap._dataset.valid_lengths import ValidLengths
+from convtap._record.reductions import Reductions
+from convtap._select.layer_layout import LayerLayouts, layout_of
+from convtap._select.module_tree import ModuleTree
+from convtap._tensors.layout import Axes, axes_of, axes_with_time
+from convtap._tensors.nested import walk_tensors
+from convtap._time.signal import checked_time_dim
+
+
+class RowAxes:
+    """The axes of the outputs that rows are made of, and of the rows that were made so far.
+
+    Args:
+        model: the model.
+        tree: its modules.
+        at: what of the layers is stored: ``"output"``, ``"input"`` or ``"activation"``.
+        reductions: the functions that are applied: to a row that was cut, else to the output beforehand.
+        rule: what knows the time axis of each layer because rows are cut on it; None if they are not.
+        time_dim: the axis of the model's input that is time; None if nobody says it, and it is the last one unless the layers
+            contradict that.
+        method, signal: as ``ValidLengths`` takes them.
+
+    Attributes:
+        found: by key, which axis of the latest row is time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tree: ModuleTree,
+        at: str,
+        reductions: Reductions,
+        rule: ValidLengths | None,
+        time_dim: int | None = None,
+        *,
+        method: str | None = None,
+        signal: str | int | None = None,
+    ) -> None:
+        self.found: dict[str, Axes] = {}
+        self._model = model
+        self._input: dict[str, Any] = {"method": method, "signal": signal}
+        self._modules = tree.names
+        self._layouts = LayerLayouts(tree, at)
+        self._at = at
+        self._reductions = reductions
+        self._rule = rule
+        self._guide: ValidLengths | None = None
+        self._dims = (-1, -2) if time_dim is None else (checked_time_dim(time_dim),)
+        self._looked = False
+
+    def look(self, calls: Iterable[tuple[str, str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Follows a first batch through the model, if a layer in it has a type that does not say its time axis."""
+        if self._rule is not None or self._looked or self._at == "activation":
+            return
+        unknown = {layer for layer, part, value in calls if self._is_unknown(layer, part, value)}
+        if not unknown:
+            return
+        self._looked = True
+        for dim in self._dims:
+            guide = ValidLengths(self._model, self._at, **self._input, time_dim=dim)
+            try:
+                guide.learn(args, kwargs, [], unknown)
+            except Exception:  # the model cannot be followed on this axis, so nothing is known by it
+                continue
+            if not self._is_contradicted(guide):
+                self._guide = guide
+                return
+
+    def of(self, layer: str, part: str, path: str, shape: Sequence[int]) -> Axes:
+        """Returns which axis is what in a tensor of a layer's output.
+
+        Args:
+            layer: the layer.
+            part: the part of its output that alone is kept, such as ``"[0]"``, or nothing.
+            path: where the tensor lies in that.
+            shape: the tensor's.
+        """
+        reduced = self._rule is None and self._reductions.of(layer + part) is not None
+        place = part + path
+        layout = self._layouts.of(layer, reduced=reduced) if place in ("", "[0]") else None
+        usual = axes_of(shape, layout)
+        guide = self._rule or self._guide
+        if guide is None or (self._rule is None and usual.timed and layout is not None):
+            return usual
+        dim = guide.axis(layer, place)
+        if dim == -1 and len(shape) == 2 and self._rule is not None:
+            return Axes(None, -1)
+        known = None if dim is None else axes_with_time(shape, dim, layout)
+        if known is None:
+            return usual
+        return known._replace(sure=False, timed=False) if reduced else known
+
+    def note(self, key: str, axes: Axes) -> None:
+        """Notes which axis of a row is time; if rows of one key differ in that, it is no longer known."""
+        before = self.found.get(key)
+        if before is not None and before.time != axes.time:
+            axes = axes._replace(timed=False)
+        self.found[key] = axes if before is None or before.timed else axes._replace(timed=False)
+
+    def _is_unknown(self, layer: str, part: str, value: Any) -> bool:
+        return any(not self.of(layer, part, path, tensor.shape).timed for path, tensor in walk_tensors(value))
+
+    def _is_contradicted(self, guide: ValidLengths) -> bool:
+        """Whether a layer that knows its own time axis has another one by the timeline."""
+        side = "input" if self._at == "input" else "output"
+        for (name, path), runs in guide.times.items():
+            module = self._modules.get(name)
+            layout = None if module is None or path not in ("", "[0]") else layout_of(module, side)
+            for one in runs:
+                usual = axes_of(one.shape, layout)
+                if one.unknown is None and one.row_dim is not None and usual.timed and usual.time != one.row_dim:
+                    return True
+        return False

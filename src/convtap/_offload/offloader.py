@@ -1,0 +1,300 @@
+"""Moves kept tensors to another device: from CUDA to the CPU beside the computation, elsewhere by a plain copy."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, plural
+from convtap._offload.cuda_streams import CudaStreams, Streams
+from convtap._offload.pinned_pool import Pool, Slab, pinned_limit
+from convtap._offload.transfers import Copy, Flight
+from convtap._result.call import Call, held_value
+from convtap._table import human_bytes
+from convtap._tensors.memory import tensor_bytes
+from convtap._tensors.nested import Held, map_leaves
+
+#: The most bytes of sources that wait for their copies, a device: what offloading adds to the device's memory.
+WINDOW = 256 * 2**20
+
+_REMEDY = "Write offload='cpu', or another device that this machine has."
+
+# Note: [Where results live]
+# Assumption: a copy is only asynchronous, and only fast, into pinned memory; and what is pinned is taken from every
+#   other program.
+# Failure: results that all stay pinned take the machine's memory; results that all move on to pageable memory are
+#   written twice, at the speed of the host, which is below that of the bus.
+# Choice: a result stays where the copy put it, until ``pinned_limit()`` bytes are pinned. From then on the results in the
+#   slab that was filled first move to pageable memory, which frees that slab. One that was read is the user's and stays.
+#   Where nothing can move, or the system refuses memory, the copy goes to pageable memory and the block warns.
+#   This was decided by reasoning; benchmarks/offload.py measures both costs on a CUDA device.
+#
+# Small tensors have no path of their own: gathering several into one costs a launch, as the copy of each does, and a
+# blocking copy would stop the device. That too was reasoned, not measured.
+
+
+class Offloaded(Held):
+    """A tensor on its way, or arrived.
+
+    Attributes:
+        tensor: where it arrives; its shape and type are right from the start, its values once it was read.
+    """
+
+    __slots__ = ("__weakref__", "_copy", "_flight", "_lock", "_was_read", "tensor")
+
+    def __init__(self, tensor: Tensor, copy: Copy, flight: Flight, lock: threading.Lock) -> None:
+        self.tensor = tensor
+        self._copy: Copy | None = copy
+        self._flight: Flight | None = flight
+        self._lock = lock
+        self._was_read = False
+
+    def read(self, key: str) -> Tensor:
+        """Waits for its own copy and returns the tensor.
+
+        Raises:
+            ConvtapError: the copy failed.
+        """
+        self._settle()
+        error = self.failure(key)
+        if error is not None:
+            raise error
+        with self._lock:
+            self._was_read = True
+            return self.tensor
+
+    def failure(self, key: str) -> ConvtapError | None:
+        """Returns what to raise if the copy is known to have failed."""
+        copy = self._copy
+        if copy is None or copy.error is None:
+            return None
+        error = copy.error
+        failure = ConvtapError(
+            f"the output of {key!r} was lost: its copy to the CPU failed with {type(error).__name__}: {error}. "
+            "Errors on a device surface late, so the cause may be an earlier operation of the model: run the model by "
+            "itself with CUDA_LAUNCH_BLOCKING=1, or capture without offload."
+        )
+        failure.__cause__ = error
+        return failure
+
+    def can_leave(self) -> bool:
+        """Whether it may move to pageable memory: nobody has it yet, and no graph ends in it."""
+        self._settle()
+        return not self._was_read and not self.tensor.requires_grad and self._copy is None
+
+    def leave(self) -> None:
+        """Moves to pageable memory, unless it was read meanwhile."""
+        with self._lock:
+            if not self._was_read:
+                self.tensor = self.tensor.clone()
+
+    def _settle(self) -> None:
+        copy, flight = self._copy, self._flight
+        if copy is not None and flight is not None:
+            flight.wait(copy)
+            if copy.error is None:
+                self._copy = self._flight = None
+
+    def __reduce__(self) -> Any:  # a copy of the block, and a pickle of it, hold plain tensors
+        return torch.clone, (self.read("a layer").detach(),)
+
+
+class _Moved(torch.autograd.Function):
+    """The copy, as an operation that gradients flow back through."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, start: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.device = source.device
+        return start(source)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].to(ctx.device), None
+
+
+class Offloader:
+    """Moves tensors to one device. Used by one block at a time.
+
+    Args:
+        device: where to.
+        streams: the streams of the device that tensors come from.
+        window: the most bytes of sources in flight, a device.
+        pinned: the most bytes of pinned memory; by default ``pinned_limit()``.
+        slab: how many bytes are pinned at once.
+
+    Raises:
+        InvalidType: ``device`` is no device.
+        InvalidValue: it names a device that cannot hold values, or that this machine does not have.
+    """
+
+    def __init__(
+        self,
+        device: Any,
+        *,
+        streams: Streams | None = None,
+        window: int = WINDOW,
+        pinned: int | None = None,
+        **sizes: int,
+    ) -> None:
+        self.device = _checked(device)
+        self._streams: Streams = CudaStreams() if streams is None else streams
+        self._window = window
+        self._pool = Pool(self._streams.pinned, pinned_limit() if pinned is None else pinned, **sizes)
+        self._flights: dict[torch.device, Flight] = {}
+        self._lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._missed: list[int] = []
+
+    def is_home(self, tensor: Tensor) -> bool:
+        """Whether the tensor is on the device already."""
+        return self._streams.device(tensor) == self.device
+
+    def move(self, tensor: Tensor) -> Any:
+        """Returns the tensor on the device: itself if it is there, ``Offloaded`` if it is on its way.
+
+        Nothing but this may write to the tensor's memory any more.
+        """
+        if self.is_home(tensor):
+            return tensor
+        streams = self._streams
+        if self.device.type != "cpu" or not streams.is_asynchronous(tensor) or not _is_plain(tensor):
+            return tensor.to(self.device)
+        if streams.is_capturing():
+            raise Unsupported(
+                "offload does not work while a CUDA graph is captured: every replay would write to the same memory. "
+                "Capture without offload, or run the model eagerly in the block."
+            )
+        with self._lock, torch._C.DisableTorchFunction():
+            return self._start(_dense(tensor))
+
+    def drain(self) -> bool:
+        """Waits for every copy. Returns whether all of them succeeded."""
+        for flight in self._flights.values():
+            flight.drain()
+        return not any(flight.failed for flight in self._flights.values())
+
+    def warning(self) -> str | None:
+        """Says once what did not go through pinned memory."""
+        missed, self._missed = self._missed, []
+        if not missed:
+            return None
+        refusal = self._pool.refusal
+        why = (
+            f"the system gave no more of it ({type(refusal).__name__}: {_first(refusal)})"
+            if refusal is not None
+            else f"the {human_bytes(self._pool.limit)} that a block pins at most were in use"
+        )
+        return (
+            f"{plural(len(missed), 'output')} ({human_bytes(sum(missed))}) of this block went through pageable memory, for "
+            f"which the device waited: {why}. Nothing is missing. To keep less: reduce=lambda t: t.mean(-1), "
+            "dtype=torch.float16, fewer layers, keep='last', or acts.clear() between passes."
+        )
+
+    def _start(self, source: Tensor) -> Any:
+        size = tensor_bytes(source)
+        slab = self._pool.take(size) or self._make_room(size)
+        if slab is None:
+            self._missed.append(size)
+            return source.to(self.device)
+        destination = slab.like(source)
+        device = self._streams.device(source)
+        flight = self._flights.get(device)
+        if flight is None:
+            flight = self._flights[device] = Flight(self._streams, device, self._window)
+        copies: list[Copy] = []
+
+        def start(source: Tensor) -> Tensor:
+            copies.append(flight.start(source.detach(), destination))
+            return destination
+
+        tensor = _Moved.apply(source, start) if source.requires_grad else start(source)  # type: ignore[no-untyped-call]
+        held = Offloaded(tensor, copies[0], flight, self._read_lock)
+        slab.tenants.append(weakref.ref(held))
+        return held
+
+    def _make_room(self, size: int) -> Slab | None:
+        """Moves results out of the slabs that were filled first until so many bytes fit. See Note: [Where results live]."""
+        for slab in self._pool.by_age():
+            if _vacate(slab):
+                found = self._pool.take(size)
+                if found is not None:
+                    return found
+        return None
+
+
+def _vacate(slab: Slab) -> bool:
+    """Moves what is in a slab to pageable memory, or nothing of it if something has to stay."""
+    for i, tenant in enumerate(slab.tenants):
+        held = tenant()
+        if held is not None and not held.can_leave():
+            slab.tenants.insert(0, slab.tenants.pop(i))  # the next look finds it first
+            return False
+    for tenant in slab.tenants:
+        held = tenant()
+        if held is not None:
+            held.leave()
+    slab.tenants.clear()
+    return True
+
+
+def first_failure(calls: Iterable[Call]) -> ConvtapError | None:
+    """Returns the error of the first call whose copy failed, which names it."""
+    found: list[ConvtapError] = []
+    for call in calls:
+        helds: list[Any] = []
+        map_leaves(helds.append, held_value(call), Offloaded)
+        found += [error for error in (held.failure(call.key) for held in helds) if error is not None]
+        if found:
+            return found[0]
+    return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its bytes are all there is to it."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_nested)
+        and tensor.numel() > 0
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Returns a tensor that one copy of bytes moves: itself, or (made where it lives) a contiguous copy of it."""
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_contiguous():
+        return tensor
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def _checked(device: Any) -> torch.device:
+    if not isinstance(device, (str, torch.device, int)) or isinstance(device, bool):
+        raise InvalidType(f"offload is a {type(device).__name__}, and it must be a device. {_REMEDY}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InvalidValue(f"offload={device!r} is no device. {_REMEDY}") from None
+    if found.type == "meta":
+        raise InvalidValue(f"offload='meta' would throw every value away: a meta tensor has none. {_REMEDY}")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    try:
+        return torch.empty(0, device=found).device
+    except Exception as error:
+        message = f"{type(error).__name__}: {_first(error)}"
+        raise InvalidValue(f"offload={str(found)!r} cannot be used here: {message}. {_REMEDY}") from error
+
+
+def _first(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else ""

@@ -1,0 +1,149 @@
+"""The copies in flight from one device: an event each, in a window of bytes, with what they read and write kept alive."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._offload.cuda_streams import Streams
+from convtap._tensors.memory import storage_key, tensor_bytes
+
+# Note: [Copies in flight]
+# Assumption: the host runs ahead of the device, so when a hook returns its output may not be computed, and the copy has
+#   not begun.
+# Failure: a side stream that does not wait reads what is not written yet; a source that is freed may be given to the next
+#   layer under the copy; a destination that is freed may be given to another copy.
+# Choice: the side stream waits for an event on the compute stream, taken before anything is given to the side stream.
+#   Source and destination are held by a reference until the copy's own event has passed on the host. Nothing relies
+#   on ``record_stream``, which need not reach the memory under a copy-on-write tensor. In-place writes after the hook do
+#   not matter: the source is a snapshot, and the writer gets memory of its own. (See Note: [Copy-on-write snapshots].)
+
+
+class Copy:
+    """One copy, until its event has passed: what it reads, what it writes.
+
+    Attributes:
+        event: passes when the copy is done; None once that is known.
+        error: what went wrong, or None.
+    """
+
+    __slots__ = ("destination", "error", "event", "size", "source")
+
+    def __init__(self, source: Tensor, destination: Tensor, event: Any, size: int) -> None:
+        self.source: Tensor | None = source
+        self.destination: Tensor | None = destination
+        self.event = event
+        self.size = size
+        self.error: Exception | None = None
+
+
+class Flight:
+    """The copies from one device, in order, on a stream of their own.
+
+    Attributes:
+        failed: whether any copy ever failed.
+    """
+
+    def __init__(self, streams: Streams, device: torch.device, window: int) -> None:
+        self.failed = False
+        self._streams = streams
+        self._device = device
+        self._window = window
+        self._side = streams.side(device)
+        self._copies: deque[Copy] = deque()
+        self._bytes = 0
+        self._events: list[Any] = []
+        self._lock = threading.Lock()
+
+    def start(self, source: Tensor, destination: Tensor) -> Copy:
+        """Begins a copy, once the window has room for its source. One larger than the window goes alone."""
+        key = storage_key(source)
+        size = max(tensor_bytes(source), key[1] if key else 0)  # a source keeps its whole storage alive
+        with self._lock:
+            self._retire(size)
+            copy = Copy(source, destination, self._events.pop() if self._events else self._streams.event(), size)
+            self._bytes += size
+            self._copies.append(copy)
+            try:
+                self._launch(copy)
+            except Exception as error:  # it surfaces where the value is read, which names the layer
+                self._copies.pop()
+                self._fail(copy, error)
+                self._land(copy)
+        return copy
+
+    def wait(self, copy: Copy) -> None:
+        """Waits for a copy's own event."""
+        event = copy.event
+        if event is None:
+            return
+        # Outside the lock, so that the thread that runs the model can go on. The event may be a later copy's by now,
+        # which is after this one on the same stream. An error may be an earlier copy's, but then nobody can vouch for this
+        # one either.
+        error = None
+        try:
+            self._streams.synchronize(event)
+        except Exception as caught:
+            error = caught
+        with self._lock:
+            while copy.event is not None:
+                self._finish_oldest()
+            if error is not None and copy.error is None:
+                self._fail(copy, error)
+
+    def drain(self) -> None:
+        """Waits for all copies."""
+        with self._lock:
+            while self._copies:
+                self._finish_oldest()
+
+    def __del__(self) -> None:
+        # A block that was entered and never left: the copies must not outlive the memory that they write to.
+        with contextlib.suppress(Exception):
+            self.drain()
+
+    def _launch(self, copy: Copy) -> None:
+        streams, event, side = self._streams, copy.event, self._side
+        assert copy.source is not None
+        assert copy.destination is not None
+        streams.record(event, streams.current(self._device))
+        streams.wait_for(side, event)
+        streams.copy(copy.destination, copy.source, side)
+        streams.record(event, side)  # the side stream waits for the event as it was, so it can be used again
+
+    def _retire(self, size: int) -> None:
+        """Lets go of what is done, and waits for the oldest until the window has room for so many bytes."""
+        while self._copies:
+            if self._bytes + size <= self._window and not self._oldest_is_done():
+                return
+            self._finish_oldest()
+
+    def _oldest_is_done(self) -> bool:
+        try:
+            return self._streams.has_passed(self._copies[0].event)
+        except Exception:  # found again by _finish_oldest
+            return True
+
+    def _finish_oldest(self) -> None:
+        copy = self._copies[0]
+        try:
+            self._streams.synchronize(copy.event)
+        except Exception as error:
+            self._fail(copy, error)
+        else:
+            self._events.append(copy.event)
+        self._copies.popleft()
+        self._land(copy)
+
+    def _fail(self, copy: Copy, error: Exception) -> None:
+        copy.error = error.with_traceback(None)  # its frames would keep the model's tensors alive
+        self.failed = True
+
+    def _land(self, copy: Copy) -> None:
+        self._bytes -= copy.size
+        copy.source = copy.destination = copy.event = None

@@ -1,0 +1,309 @@
+"""Numbers the forward passes of a capture: one for each call of the model, or of one of its methods."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from convtap._record.body_calls import BodyCalls, BodyPass
+from convtap._select.module_tree import is_keras
+from convtap._tensors.nested import walk_tensors
+from convtap._torch import call_shim
+from convtap._torch.call_stack import (
+    CALL,
+    Members,
+    arguments_of,
+    is_plain_call,
+    module_calls,
+    own_methods,
+    pass_by_in_dynamo,
+    skip_in_dynamo,
+)
+from convtap._torch.convolution_key import is_inherited
+from convtap._torch.frame_marks import mark, marked, unmark
+from convtap._torch.hooks import Hooks
+from convtap._torch.modes import Token, open_tokens, outside_function_modes
+from convtap._torch.transforms import unwrapped
+
+#: Where code runs that has a context of its own in the capture's thread: a coroutine, or ``contextvars.Context().run``.
+TASK = "another task of this thread"
+
+
+class _Here(threading.local):
+    """The pass that this thread is in: its number while a marked call runs (else -1), and whether (1) one does.
+
+    ``body`` is the pass of the parts that were called last outside of any method. ``entered`` is for hooks in place of shims.
+    """
+
+    depth = 0
+    number = -1
+    body: BodyPass | None = None
+    entered: object = None
+
+
+class _Method:
+    """A method that runs: the pass of the layers that it calls itself, and how often it called the whole model."""
+
+    __slots__ = ("name", "number", "owns", "roots")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.number = -1
+        self.owns = False
+        self.roots: list[int] = []
+
+
+class Companion(Protocol):
+    """Works in one thread only, and goes along to another one for a pass that runs there (``asyncio.to_thread``)."""
+
+    def here(self) -> Any:
+        """Returns what there is of this thread, for the others."""
+
+    def visit(self, here: Any) -> None:
+        """Begins to work in this thread too."""
+
+    def leave(self, here: Any) -> None:
+        """Ends what ``visit`` began, and a pass in any case."""
+
+
+class Passes:
+    """Which forward pass is running, and the batch that it works on.
+
+    A call of the root is a pass; a shim marks it. So is a call of one of its methods, or of a method of a part, which is
+    found on the stack when a layer first runs in it. A method that calls the root once, and layers besides, is one pass with
+    it. See Note: [Calls of parts] for parts that are called directly.
+
+    Attributes:
+        companion: what goes along to another thread in which a pass runs.
+        elsewhere: threads in which the root ran without this capture.
+        here: the pass that this thread is in.
+        inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
+        unclear: by pass, why its rows may not be the inputs, and the pass that they may belong to.
+    """
+
+    def __init__(
+        self, model: nn.Module, token: Token, name_of: Callable[[nn.Module], str | None], *, uses_shim: bool = True
+    ) -> None:
+        self.inputs: dict[int, tuple[int, ...] | None] = {}
+        self.elsewhere: list[str] = []
+        self._model = model
+        self._token = token
+        self._numbers = itertools.count()
+        self._latest = 0
+        self.here = _Here()
+        self._known: Members | None = None
+        self.unclear: dict[int, tuple[str, int]] = {}
+        self._owner = object()
+        self._methods = own_methods(model)
+        self._body = BodyCalls(self.unclear, name_of)
+        self._home = threading.get_ident()
+        self.companion: Companion | None = None
+        self._marked: list[nn.Module] = []
+        self._hooks = None if uses_shim else Hooks()
+
+    def open(self) -> None:
+        """Marks the root (a Keras model is marked by its own tap)."""
+        if not is_keras(type(self._model)):
+            self._mark(self._model)
+
+    def close(self) -> None:
+        """Takes every mark off."""
+        call_shim.leave(self._marked, self.heard)
+        self._marked.clear()
+        self.here.body = None
+        unmark(self._owner)
+        unmark(self._body.owner)
+        if self._hooks is not None:
+            self._hooks.remove()
+
+    def _mark(self, module: nn.Module) -> None:
+        self._marked.append(module)  # first: see Note: [Interrupts]
+        if self._hooks is None:
+            call_shim.listen(module, self.heard)
+        else:  # see Note: [Private parts of torch]
+            self._hooks.before(module, self._entered)
+            self._hooks.after(module, self._left, always=True)
+
+    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        here = self.here
+        if not here.depth and self._token in open_tokens():
+            here.depth, here.entered, here.number = 1, module, self._begin((args, kwargs))
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        here = self.here
+        if here.depth and here.entered is module:
+            here.depth, here.entered, here.number = 0, None, -1
+
+    @pass_by_in_dynamo
+    def heard(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a marked call: in a pass of its own, or in the one that it is part of."""
+        tokens, here = open_tokens(), self.here
+        if self._token not in tokens:
+            if not tokens and threading.get_ident() != self._home:
+                self.elsewhere.append(self.where())
+            return call(*args, **kwargs)
+        if here.depth:
+            return call(*args, **kwargs)
+        before, visit, part = here.number, None, None
+        try:
+            if self.companion is not None and threading.get_ident() != self._home:
+                visit = self.companion.here()
+                self.companion.visit(visit)
+            if module is self._model:
+                here.number = self._of_root(args, kwargs)
+            else:
+                here.number, part = self._of_part(module, args, kwargs)
+            here.depth = 1
+            output = call(*args, **kwargs)
+            if part is not None:
+                self._body.left(part, module, output)
+            return output
+        finally:
+            here.depth, here.number = 0, before
+            if self.companion is not None:
+                self.companion.leave(visit)
+
+    def where(self) -> str:
+        """Names the thread, or the task of the capture's own thread, that this code runs in."""
+        if threading.get_ident() != self._home:
+            return threading.current_thread().name
+        return TASK
+
+    def in_forward(self) -> bool:
+        """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
+        if self.here.depth > 0 or is_inherited():
+            return True
+        members = self._members().ids
+        return any(id(module) in members for module, _ in module_calls())
+
+    def in_method(self) -> bool:
+        """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
+        return self.here.depth > 0 or is_inherited() or self._members().entry(sys._getframe(1)) is not None
+
+    def current(self) -> int:
+        """Returns the number of the pass that this thread is in."""
+        number = self.here.number
+        if number >= 0:
+            return number
+        return self._latest if is_inherited() else self._outside()
+
+    def current_of_model(self) -> int:
+        """Returns the number of the pass, or -1 in code outside of the model."""
+        number = self.here.number
+        if number >= 0:
+            return number
+        return self._latest if is_inherited() else self._outside(code=False)
+
+    def _members(self) -> Members:
+        if self._known is None:
+            self._known = Members(self._model)
+        return self._known
+
+    @skip_in_dynamo
+    def _of_root(self, args: Any, kwargs: Any) -> int:
+        """The pass of a call of the whole model."""
+        method = self._method_around() if self._methods else None
+        if method is None:
+            self.here.body = None
+            return self._begin((args, kwargs))
+        first = not method.roots
+        number = method.number if first and method.number >= 0 else self._begin((args, kwargs))
+        if first:
+            method.number = number
+        method.roots.append(number)
+        self._check(method)
+        return number
+
+    def _method_around(self) -> _Method | None:
+        """Returns the method of the model that calls the whole model now, if one does."""
+        start = frame = sys._getframe(1)
+        while frame is not None and id(frame.f_code) not in self._methods:
+            frame = frame.f_back  # type: ignore[assignment]
+        found = None if frame is None else self._members().entry(start)
+        return None if found is None else self._method(*found)
+
+    @skip_in_dynamo
+    def _of_part(self, part: nn.Module, args: Any, kwargs: Any) -> tuple[int, BodyPass | None]:
+        """The pass of a call of a part, and whether it is one of several that code outside of the model makes."""
+        found = self._members().entry(sys._getframe(1))
+        if found is None or found[0] is not part or found[1].f_code is not CALL:
+            return self._of_entry(found), None
+        body = self._enter(part, (args, kwargs), found[1])
+        return body.number, body
+
+    def _enter(self, part: nn.Module, inputs: Any, frame: FrameType) -> BodyPass:
+        here = self.here
+        with outside_function_modes():
+            tensor, begin = _first_tensor(inputs), functools.partial(self._begin, inputs)
+            here.body = self._body.enter(here.body, begin, part, tensor, frame.f_back)
+        return here.body
+
+    @skip_in_dynamo
+    def _outside(self, *, code: bool = True) -> int:
+        """The pass of a layer that runs while no marked call does; without ``code``, -1 in code outside of the model."""
+        found = self._members().entry(sys._getframe(1))
+        return -1 if found is None and not code else self._of_entry(found)
+
+    def _of_entry(self, found: tuple[nn.Module, FrameType] | None) -> int:
+        """The pass of what a call of a module, a method, or (None) code outside of the model runs."""
+        here = self.here
+        if found is None:
+            if here.body is None:
+                here.body = BodyPass(self._begin(()))
+            self.unclear.setdefault(here.body.number, ("", -1))
+            return here.body.number
+        module, frame = found
+        known = marked(frame, self._owner)
+        if isinstance(known, int):
+            return known
+        if known is None and module is not self._model and is_plain_call(frame):
+            inputs = (
+                [frame.f_locals.get(key) for key in ("args", "kwargs")] if frame.f_code is CALL else arguments_of(frame)
+            )
+            body = self._enter(module, inputs, frame)
+            mark(frame, self._owner, body.number)
+            if all(module is not other for other in self._marked):
+                self._mark(module)
+            return body.number
+        method = self._method(module, frame)
+        method.owns = True
+        if method.number < 0:
+            method.number = self._begin(arguments_of(frame))
+        self._check(method)
+        return method.number
+
+    def _method(self, module: nn.Module, frame: FrameType) -> _Method:
+        known = marked(frame, self._owner)
+        if isinstance(known, _Method):
+            return known
+        self.here.body = None
+        method = _Method(frame.f_code.co_name)
+        mark(frame, self._owner, method)
+        return method
+
+    def _check(self, method: _Method) -> None:
+        """Notes which passes are those of one method, if it called the whole model several times, and layers besides."""
+        if method.owns and len(method.roots) > 1:
+            why = f"{method.name!r} called the whole model several times, and layers besides"
+            self.unclear.update(dict.fromkeys(method.roots, (why, method.roots[0])))
+
+    @skip_in_dynamo
+    def _begin(self, inputs: Any) -> int:
+        number = self._latest = next(self._numbers)
+        with outside_function_modes():
+            tensor = _first_tensor(inputs)
+            self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
+        return number
+
+
+def _first_tensor(inputs: Any) -> Tensor | None:
+    """The first input tensor that has a batch axis and another (else the first one with an axis)."""
+    tensors = [tensor for _, tensor in walk_tensors(inputs) if tensor.dim()]
+    return next((tensor for tensor in tensors if unwrapped(tensor).dim() > 1), tensors[0] if tensors else None)

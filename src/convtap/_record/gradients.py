@@ -1,0 +1,191 @@
+"""Gradients of outputs, d(loss)/d(output): brought to the call they belong to by hooks on the tensors themselves."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidValue
+from convtap._record.policy import cast, drops_imaginary_part
+from convtap._result.gradient import Gradient
+from convtap._tensors.memory import are_separate, tensor_bytes
+from convtap._tensors.nested import map_leaves, walk_tensors
+from convtap._tensors.snapshot import snapshot
+from convtap._torch.transforms import is_wrapped
+
+# Note: [Where a gradient is read]
+# Assumption: a hook on a tensor stays with the version of it that there was: an in-place activation right after the layer
+#   makes a new version and leaves the hook on the convolution's output. (A full backward hook on the module would make
+#   such an activation raise.)
+# Failure: not so if the tensor is a view, such as the output of an unbatched (C, T) convolution: an in-place operation
+#   gives it a new history, and the hook is never called.
+# Choice: such an output is replaced by a copy-on-write snapshot, which is no view and costs no memory, and the hook goes
+#   on that; unless it lies in an input's memory, or another output's, where that would end what the model means by it.
+#
+# Note: [Reentrant checkpoints]
+# Assumption: ``checkpoint(..., use_reentrant=True)`` runs its function without a graph, and again during the backward
+#   pass; the gradients belong to the second run. Its context object is the same in both.
+# Choice: what runs in the first is listed under that object (weakly), layer by layer, and the n-th run of a layer in the
+#   second is the n-th of that list. The other kind of checkpoint keeps the graph of the first run and needs none of this.
+
+_backward_task = torch._C._current_graph_task_id
+_outside_modes = torch._C.DisableTorchFunction
+
+_NO_GRAPH = (
+    "its output does not require a gradient: the forward pass ran without one (torch.no_grad), or neither the input nor "
+    "a weight before it requires one. Run the model with gradients, and if its weights are frozen, on x.requires_grad_()"
+)
+_TRANSFORMED = (
+    "it ran inside a torch.func transform (grad, vjp, vmap, …), which differentiates in its own way and passes no gradient to "
+    "hooks. Call loss.backward() or torch.autograd.grad on the model itself"
+)
+_NO_RECOMPUTE = (
+    "it ran inside checkpoint(..., use_reentrant=True), which builds the graph during the backward pass, and none was seen. "
+    "Put loss.backward() inside the block too, or write use_reentrant=False"
+)
+
+
+class _Region:
+    """What ran in one reentrant checkpoint, by layer and in order."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, list[weakref.ref[Gradient]]] = {}
+        self._positions: dict[str, int] = {}
+        self._task = -1
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        self._gradients.setdefault(name, []).append(weakref.ref(gradient))
+
+    def next(self, name: str) -> Gradient | None:
+        task = _backward_task()
+        if task != self._task:  # the same region is run again by each backward pass through a retained graph
+            self._task, self._positions = task, {}
+        position = self._positions.get(name, 0)
+        self._positions[name] = position + 1
+        known = self._gradients.get(name, [])
+        return known[position]() if position < len(known) else None
+
+
+class Gradients:
+    """Follows the outputs of a block to their gradients.
+
+    Args:
+        dtype: what to cast the gradients to.
+        move: moves what is kept to its device.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, move: Callable[[Any], Any]) -> None:
+        self._dtype = dtype
+        self._move = move
+        self._regions: weakref.WeakKeyDictionary[Any, _Region] = weakref.WeakKeyDictionary()
+
+    def follow(self, name: str, output: Any, inputs: Any, swapped: Any) -> tuple[Gradient, Any]:
+        """Begins to wait for an output's gradient.
+
+        Args:
+            swapped: what the model is already to go on with, or None.
+
+        Returns:
+            The gradient to be, and what the model is to go on with instead of the output, or None.
+
+        Raises:
+            InvalidValue: ``dtype`` would drop the imaginary part of a gradient.
+        """
+        tensors = [tensor for _, tensor in walk_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
+        if any(map(is_wrapped, tensors)):
+            return Gradient(output, 0, _TRANSFORMED), swapped
+        if any(drops_imaginary_part(tensor, self._dtype) for tensor in tensors):
+            raise InvalidValue(
+                f"layer {name!r}: dtype={self._dtype} would drop the imaginary part of the gradient of its complex output. "
+                "Pass a complex dtype, or leave grads=True out."
+            )
+        size = sum(self._bytes(tensor) for tensor in tensors)
+        if any(tensor.requires_grad for tensor in tensors):
+            gradient = Gradient(output, size, None)
+            if swapped is not None:
+                self._listen(gradient, output)
+                return gradient, swapped
+            return gradient, self._listen_in_place(gradient, output, inputs)
+        _, regions = _checkpoints()
+        gradient = Gradient(output, size if regions else 0, _NO_RECOMPUTE if regions else _NO_GRAPH)
+        self._list(name, gradient, regions)
+        return gradient, None
+
+    def recomputed(self, name: str, output: Any, inputs: Any) -> Any:
+        """Follows the output of a run during a backward pass instead of the one that it repeats."""
+        if _backward_task() == -1:
+            return None
+        outer, regions = _checkpoints()
+        region = None if outer is None else self._regions.get(outer)
+        gradient = None if region is None else region.next(name)
+        if gradient is None:
+            return None
+        self._list(name, gradient, regions)
+        if not any(tensor.requires_grad for _, tensor in walk_tensors(output)):
+            return None
+        gradient.missing = None
+        return self._listen_in_place(gradient, output, inputs)
+
+    def _list(self, name: str, gradient: Gradient, regions: list[Any]) -> None:
+        for context in regions:
+            self._regions.setdefault(context, _Region()).add(name, gradient)
+
+    def _listen_in_place(self, gradient: Gradient, output: Any, inputs: Any) -> Any:
+        """Listens to what the model goes on with. See Note: [Where a gradient is read]."""
+        tensors = [tensor for _, tensor in walk_tensors(output)]
+        given = {id(tensor): tensor for _, tensor in walk_tensors(inputs)}
+        unstable = {
+            id(tensor)
+            for tensor in tensors
+            if tensor.requires_grad and tensor._is_view() and are_separate([*tensors, *given.values()], [tensor])
+        }
+        if not unstable:
+            self._listen(gradient, output)
+            return None
+        followed = map_leaves(
+            lambda tensor: snapshot(tensor) if id(tensor) in unstable else tensor, output, other=lambda value: value
+        )
+        self._listen(gradient, followed)
+        return followed
+
+    def _listen(self, gradient: Gradient, output: Any) -> None:
+        # The graph must not keep what the block collected alive, nor the block the graph: a weak reference, one way.
+        reference = weakref.ref(gradient)
+        for path, tensor in walk_tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._arrived, reference, path))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, reference: weakref.ref[Gradient], path: str, value: Tensor) -> None:
+        gradient = reference()
+        if gradient is None:
+            return
+        with torch.no_grad(), _outside_modes():
+            kept = cast(value.detach(), self._dtype)
+            gradient.put(path, self._move(snapshot(kept)))
+
+    def _bytes(self, tensor: Tensor) -> int:
+        return tensor_bytes(tensor) if self._dtype is None else tensor.numel() * self._dtype.itemsize
+
+
+def _checkpoints() -> tuple[Any, list[Any]]:
+    """The reentrant checkpoints that run now: the one that repeats its forward, and those inside it that begin theirs."""
+    begun: list[Any] = []
+    # Imported by the model that checkpoints, or not at all: on torch 2.6 it takes a third of a second.
+    function = getattr(sys.modules.get("torch.utils.checkpoint"), "CheckpointFunction", None)
+    if function is None:
+        return None, begun
+    forward, backward = function.forward.__code__, function.backward.__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is forward:
+            begun.append(frame.f_locals["ctx"])
+        elif frame.f_code is backward:
+            return frame.f_locals["ctx"], begun
+        frame = frame.f_back  # type: ignore[assignment]
+    return None, begun

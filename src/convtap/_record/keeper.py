@@ -1,0 +1,220 @@
+"""Keeps outputs and inputs: unwraps, applies the policy, moves; and says by name which layer an error belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from convtap._errors import ConvtapError, Unsupported
+from convtap._offload.offloader import Offloader
+from convtap._record.policy import Alias, Policy
+from convtap._record.reductions import Reductions
+from convtap._tensors.nested import map_leaves, walk_tensors
+from convtap._tensors.snapshot import snapshot
+from convtap._torch.hooks import Hooks
+from convtap._torch.modes import outside_modes
+from convtap._torch.transforms import is_wrapped, unwrapped
+
+
+class _Busy(threading.local):
+    """Whether this thread is inside the recording's own torch calls."""
+
+    now = False
+
+
+class Keeper:
+    """Makes of what a tap saw what a call holds."""
+
+    def __init__(self, policy: Policy, offloader: Offloader | None, reductions: Reductions | None = None) -> None:
+        self.is_plain = policy.is_plain
+        self._reductions = reductions
+        self._of: dict[str, Keeper] = {}
+        self.takes_fakes = policy.takes_fakes
+        self.moves = offloader is not None
+        self._policy = policy
+        self._offloader = offloader
+        self._busy = _Busy()
+
+    @property
+    def busy(self) -> bool:
+        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        return self._busy.now
+
+    def stays(self, output: Any) -> bool:
+        """Whether what is kept stays on its device."""
+        offloader = self._offloader
+        return offloader is None or all(offloader.is_home(tensor) for _, tensor in walk_tensors(output))
+
+    def input(self, name: str, value: Any) -> Any:
+        """Returns what to hold of a layer's input."""
+        keeper = self._for(name)
+        return self._guarded(keeper, keeper._keep_input, name, value)
+
+    def output(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        """Returns what to hold of a layer's output, and what the model is to go on with instead (None: its own).
+
+        Raises:
+            ConvtapError: it cannot be kept, or ``reduce`` failed; the layer is named.
+        """
+        keeper = self._for(name)
+        kept: tuple[Any, Any] = self._guarded(keeper, keeper._keep_output, name, output, inputs, fresh, alone)
+        return kept
+
+    def _for(self, name: str) -> Keeper:
+        """Returns what keeps a layer's outputs: this one, but for its ``reduce`` if that differs between layers."""
+        if self._reductions is None:
+            return self
+        if name not in self._of:
+            policy = dataclasses.replace(self._policy, reduce=self._reductions.of(name))
+            self._of[name] = Keeper(policy, self._offloader)
+        return self._of[name]
+
+    def _keep_input(self, value: Any) -> Any:
+        return map_leaves(self._moving(self._policy.keep_input), self._outside_transforms(value))
+
+    def _keep_output(self, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        policy = self._policy
+        output = self._outside_transforms(output)
+        if alone and fresh and policy.swaps(output, inputs) and self.stays(output):
+            instead = map_leaves(_gone_on_with, output, other=_unchanged)
+            _known.settle(output, instead, None)
+            return map_leaves(_kept_upstream, output), instead
+        kept = map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output)
+        _known.settle(output, None, kept)
+        return kept, None
+
+    def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
+        """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
+        self._busy.now = True
+        try:
+            if keeper._policy.reduce is None:
+                return keep(value, *rest)
+            # Activation checkpointing counts the tensors that are saved for backward, and its recomputation does not
+            # reduce: what ``reduce`` saves must not go through its hooks.
+            with saved_tensors_hooks(Tensor.detach, _unchanged):
+                return keep(value, *rest)
+        except Exception as error:
+            raise keeper._failed(name, value, error) from error
+        finally:
+            self._busy.now = False
+
+    def _moving(self, keep: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """What keeps a tensor and, where it is on another device, moves it."""
+        offloader, policy = self._offloader, self._policy
+        if offloader is None:
+            return keep
+
+        def kept(tensor: Tensor) -> Any:
+            value = keep(tensor) if offloader.is_home(tensor) else policy.keep_moving(tensor, keep)
+            return offloader.move(value) if isinstance(value, Tensor) else value
+
+        return kept
+
+    def _outside_transforms(self, value: Any) -> Any:
+        """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
+        if not any(is_wrapped(tensor) for _, tensor in walk_tensors(value)):
+            return value
+        if not self._policy.detach:
+            raise Unsupported(
+                "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
+                "transform. Leave detach=True, or take gradients with torch.autograd.grad."
+            )
+        return map_leaves(unwrapped, value)
+
+    def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
+        if isinstance(error, ConvtapError):
+            return type(error)(f"layer {name!r}: {error}")
+        shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        what = "reduce" if self._policy.reduce is not None else "keeping"
+        return ConvtapError(f"layer {name!r}: {what} failed on the output{shape}: {type(error).__name__}: {error}")
+
+
+def is_fake(output: Any) -> bool:
+    """Whether a model is being traced with tensors that have no values (``torch.export``): there is nothing to record."""
+    return type(output) is not Tensor and any(
+        type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for _, tensor in walk_tensors(output)
+    )
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _kept_upstream(output: Tensor) -> Any:
+    return Alias(output) if output.requires_grad else snapshot(output)
+
+
+def _gone_on_with(output: Tensor) -> Tensor:
+    return snapshot(output) if output.requires_grad else output
+
+
+# Note: [Who holds an output]
+# Assumption: a layer returns its output to nobody but the caller, so that the caller may be given another tensor instead.
+# Failure: a layer that keeps its last output, or a user's hook that does, would no longer have what the model works on.
+# Choice: count the references to the output at the hook. The count without any other holder depends on Python and on
+#   torch's way to call hooks, so it is measured once, on a module that keeps nothing. What another block's hook has just
+#   given the model instead, torch still has in a variable of its own: that is one more.
+
+
+class _Known(threading.local):
+    """The references to one output that blocks of this library and torch itself are known to hold."""
+
+    identity = 0
+    aliases = 0
+    replaced = False
+
+    def count(self, output: Any) -> int:
+        if self.identity != id(output):
+            self.identity, self.aliases, self.replaced = id(output), 0, False
+        return self.aliases + self.replaced
+
+    def settle(self, output: Any, replacement: Any, kept: Any) -> None:
+        """Notes what a hook has just done: torch holds what it returned, and an alias holds the output."""
+        self.replaced = replacement is not None
+        if replacement is not None:
+            self.identity, self.aliases = id(replacement), 0
+        elif isinstance(kept, Alias) and kept.tensor is output:
+            self.aliases += 1
+
+
+_known = _Known()
+
+
+def is_held_elsewhere(count: int, output: Any) -> bool:
+    """Whether so many references to an output, counted in a hook, are more than there are if nobody keeps it."""
+    if count > references() + _known.count(output):
+        return True
+    parts = output.values() if type(output) is dict else output if type(output) in (tuple, list) else ()
+    # the structure, the loop, and the count itself
+    return any(isinstance(part, Tensor) and sys.getrefcount(part) > 3 for part in parts)
+
+
+class _Probe(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class _Counter:
+    count = 0
+
+    def see(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.count = sys.getrefcount(output)
+
+
+@functools.cache
+def references() -> int:
+    """How many references to an output there are in a hook if nobody keeps it. See Note: [Who holds an output]."""
+    probe, counter, hooks = _Probe(), _Counter(), Hooks()
+    hooks.after(probe, counter.see, "probe", probe, kwargs=True)
+    with outside_modes():
+        probe(torch.zeros(1))
+    hooks.remove()
+    return counter.count

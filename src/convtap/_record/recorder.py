@@ -1,0 +1,310 @@
+"""What every tap emits to: decides which outputs are this block's, and keeps them in order, counted, within budget."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convtap._errors import ConvtapError, StopForward
+from convtap._record.budget import Budget
+from convtap._record.forward_passes import Passes
+from convtap._record.gradients import Gradients
+from convtap._record.keeper import Keeper, is_fake, is_held_elsewhere
+from convtap._result.call import Call, LayerRecord
+from convtap._result.gradient import Gradient
+from convtap._result.log import Log
+from convtap._select.selection import Selection
+from convtap._tensors.memory import is_copy_on_write, shares_memory
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.snapshot import snapshot, snapshot_of_result
+from convtap._torch.call_stack import skip_in_dynamo
+from convtap._torch.convolution_key import tokens_here
+from convtap._torch.modes import (
+    Token,
+    has_dispatch_modes,
+    has_function_modes,
+    outside_function_modes,
+    outside_modes,
+    tracing_state,
+)
+from convtap._torch.transforms import is_wrapped
+
+# Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
+# recomputation of one that was recorded already.
+_backward_task = torch._C._current_graph_task_id
+
+
+class Recorder:
+    """Records the outputs that taps emit into a log.
+
+    Attributes:
+        failure: the error that kept an output from being recorded, if the model swallowed it.
+        elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
+        recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
+        fakes: how many outputs were FakeTensors, which have no values, and were left out.
+        outside: whether a convolution ran whose module was not in the model when the capture was opened.
+        unseen: layers whose compiled convolution is not the layer's, and why.
+        summed: layers whose output was added to another tensor before any activation followed it.
+        reached: how many of the selected layers were captured at least once.
+        reads: whether the weight of a selected layer was read by something that is no convolution.
+        follow: begins to follow an output to its activation, if that is to be recorded instead.
+    """
+
+    def __init__(
+        self,
+        token: Token,
+        log: Log,
+        selection: Selection,
+        passes: Passes,
+        keeper: Keeper,
+        *,
+        last: bool,
+        budget: Budget | None,
+        stop_after: set[str] | None,
+        grads: Gradients | None,
+        new_record: Callable[[str], LayerRecord],
+    ) -> None:
+        self.failure: ConvtapError | None = None
+        self.elsewhere: dict[str, str] = {}
+        self.recomputed = 0
+        self.fakes = 0
+        self.outside = False
+        self.unseen: dict[str, str] = {}
+        self.summed: set[str] = set()
+        self.reached = 0
+        self.reads = False
+        self.follow: Callable[[str, Any, str], None] | None = None
+        self._token = token
+        self._log = log
+        self._new_record = new_record
+        self.name_of = selection.name_of
+        self._passes = passes
+        self._here = passes.here
+        self._keeper = keeper
+        self._plain = keeper.is_plain and grads is None
+        self._grads = grads
+        self._last = last
+        self._budget = budget
+        self._stop_after = stop_after
+        self._has_numbers = "#" in "".join(log.selected)
+        self._serials = itertools.count(1)
+        self._usual = self._plain and not keeper.moves and not last and budget is None and stop_after is None
+
+    @property
+    def muted(self) -> bool:
+        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        return self._keeper.busy
+
+    def is_open_here(self) -> bool:
+        """Whether this capture is open in this context, and what runs is the model: no recording, no recomputation."""
+        return self._token in tokens_here() and not self._keeper.busy and _backward_task() == -1
+
+    @skip_in_dynamo
+    def is_here(self, name: str) -> bool:
+        """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
+        tokens = tokens_here()
+        if self._token not in tokens:
+            if not tokens:  # with a block of its own, another thread or task has what it wants
+                self.elsewhere.setdefault(self._passes.where(), name)
+            return False
+        if _backward_task() != -1:
+            self.recomputed += 1
+            return False
+        return True
+
+    def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Records what a module returned: the hook itself."""
+        name = self.name_of.get(id(module))
+        if name is None:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
+            return None
+        return self.emit(name, output, "module", args)
+
+    @skip_in_dynamo
+    def emit_plain(self, name: str, output: Tensor) -> Tensor:
+        """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function."""
+        usual = self._usual and type(output) is Tensor and _backward_task() == -1
+        if not usual or has_dispatch_modes() or has_function_modes() or tracing_state() or is_wrapped(output):
+            with outside_function_modes() if type(output) is Tensor else nullcontext():
+                self.record(name, output, "module")
+            return output
+        value = snapshot_of_result(output)
+        log = self._log
+        record = log.records.get(name)
+        if record is None:
+            record = self._add_record(name)
+        forward = self._here.number
+        if forward < 0:
+            forward = self._passes.current()
+        record.last_pass = forward
+        if record.pending is not None:
+            record.pending = None
+        number = record.captured
+        if number == 0:
+            self.reached += 1  # a module that is tapped was selected
+        record.captured = number + 1
+        record.held += 1
+        log.changes = serial = next(self._serials)  # counted in one step: torch runs branches in threads of its own
+        log.calls[serial] = Call(record, number - record.cleared, forward, "module", value)
+        return output
+
+    def emit_shared(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Records what a module returned whose output may be a view of what somebody else has, or be held by somebody."""
+        if module is not tapped:
+            return None
+        alone = not is_held_elsewhere(sys.getrefcount(output), output)
+        with outside_function_modes() if has_function_modes() and type(output) is Tensor else nullcontext():
+            return self._shared(name, module, (args, kwargs), output, alone)
+
+    def _shared(self, name: str, module: nn.Module, inputs: Any, output: Any, alone: bool) -> Any:
+        if self.follow is not None:
+            return self._follow(self.follow, name, output, "module")
+        known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
+        # Memory that is copy-on-write already was given out here before: nobody's raw view of it can be hurt any more.
+        fresh = is_copy_on_write(output) or not shares_memory(output, [t for _, t in known if t is not None])
+        return self.record(name, output, "module", inputs, fresh=fresh, alone=alone)
+
+    def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
+        """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
+        if self.follow is not None:
+            return self._follow(self.follow, name, output, via)
+        return self.record(name, output, via, inputs)
+
+    def _follow(self, follow: Callable[[str, Any, str], None], name: str, output: Any, via: str) -> None:
+        """Hands an output on to what follows it to its activation, which records that."""
+        if self.is_here(name):
+            record = self._log.records.get(name) or self._add_record(name)
+            record.ran += 1
+            follow(name, output, via)
+
+    def record(
+        self, name: str, output: Any, via: str, inputs: Any = (), *, fresh: bool = True, alone: bool = True
+    ) -> Any:
+        """Records an output; returns as ``emit`` does.
+
+        Args:
+            name: the layer.
+            output: what it returned.
+            via: how it was seen.
+            inputs: what it was given.
+            fresh: whether the output's memory is new, and no view of an input, a parameter or a buffer.
+            alone: whether nobody but the caller holds the output object.
+        """
+        if (self._token not in tokens_here() or _backward_task() != -1) and not self.is_here(name):
+            return None if self._grads is None else self._grads.recomputed(name, output, inputs)
+        if self._keeper.busy:
+            return None
+        if is_fake(output) and not self._keeper.takes_fakes:
+            self.fakes += 1
+            return None
+        gradient = None
+        if self._plain and fresh and self._keeper.stays(output) and type(output) is Tensor and not is_wrapped(output):
+            value, replacement = self._snapshot(output), None
+        else:
+            value, replacement = self._kept(name, output, inputs, fresh, alone)
+            if self._grads is not None and tracing_state() is None:
+                with outside_modes():
+                    gradient, replacement = self._noted(self._grads.follow, name, output, inputs, replacement)
+        self._store(name, value, via, gradient)
+        return replacement
+
+    def withdraw(self, name: str) -> None:
+        """Takes the newest call of a layer back: another output is to be recorded in its place."""
+        call = self._log.withdraw(name)
+        if call is not None and self._budget is not None:
+            self._budget.withdraw(call)
+
+    def emit_input(self, name: str, value: Any, via: str) -> None:
+        """Records a layer's input, before it runs."""
+        if not self.is_here(name):
+            return
+        with outside_modes() if tracing_state() is not None else nullcontext():  # not part of what is traced
+            kept = self._noted(self._keeper.input, name, value)
+        self._store(name, kept, via)
+
+    def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
+        """Keeps a value, or follows its gradient. An error in that is remembered, since a model may swallow it."""
+        try:
+            return keep(*args)
+        except ConvtapError as error:
+            self.failure = error
+            raise
+
+    def weight_read(self, name: str, by: object) -> None:
+        """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
+        record = self._log.records.get(name) or self._add_record(name)
+        self.reads = True
+        record.read_by(by, self._passes.current())
+
+    def seen_as_function(self, name: str) -> None:
+        """Notes that a convolution was seen whose weight was computed from a layer's weight."""
+        record = self._log.records.get(name) or self._add_record(name)
+        record.computed, record.pending, record.last_pass = True, None, self._passes.current()
+
+    def _kept(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+        if tracing_state() is None:
+            kept: tuple[Any, Any] = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
+            return kept
+        with outside_modes():  # nothing of this becomes part of the graph
+            value, _ = self._noted(self._keeper.output, name, output, inputs, fresh, False)
+            return value, None
+
+    def _snapshot(self, output: Tensor) -> Tensor:
+        if not (has_function_modes() or has_dispatch_modes() or tracing_state() is not None):
+            return snapshot(output.detach() if output.requires_grad else output)
+        with outside_modes():
+            return snapshot(output.detach() if output.requires_grad else output)
+
+    def _store(self, name: str, value: Any, via: str, gradient: Gradient | None = None) -> None:
+        log = self._log
+        forward = self._passes.current()
+        record = log.records.get(name) or self._add_record(name)
+        record.last_pass = forward
+        if record.pending is not None:
+            record.pending = None
+        call = Call(record, record.captured - record.cleared, forward, via, value, gradient)
+        if self._last:
+            self._replace(name, call)
+        else:
+            if self._budget is not None:
+                self._admit(call, None)
+            record.held += 1
+            log.changes = serial = next(self._serials)
+            log.calls[serial] = call
+        if record.captured == 0 and name in log.selected:
+            self.reached += 1
+        record.captured += 1
+        if self._stop_after is not None:
+            self._stop_after.discard(name)
+            if not self._stop_after:
+                raise StopForward(self._token)
+
+    def _add_record(self, name: str) -> LayerRecord:
+        log = self._log
+        record = log.records[name] = self._new_record(name)
+        if self._has_numbers or "#" in name:
+            log.tell_apart()
+        return record
+
+    def _replace(self, name: str, call: Call) -> None:
+        log = self._log
+        if self._budget is not None:
+            self._admit(call, log.calls.get(name))
+        log.calls.pop(name, None)
+        log.calls[name] = call
+        log.records[name].held = 1
+        log.trim()
+        log.changes += 1
+
+    def _admit(self, call: Call, replaced: Call | None) -> None:
+        assert self._budget is not None
+        try:
+            self._budget.admit(call, replaced)
+        except ConvtapError as error:
+            self.failure = error
+            raise

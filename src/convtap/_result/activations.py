@@ -1,0 +1,310 @@
+"""What a block collected, as a mapping of call keys to outputs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed
+from convtap._public import public
+from convtap._result.call import Call, held_bytes
+from convtap._result.coverage import Coverage
+from convtap._result.file import write
+from convtap._result.log import Log
+from convtap._result.samples import Samples
+from convtap._result.summary import call_table
+from convtap._select.parts import find
+from convtap._table import MOST, Table
+from convtap._tensors.nested import MISSING, map_leaves
+from convtap._tensors.statistics import shapes, shapes_text, to_numpy
+
+
+@public
+class Activations(Mapping[str, Any]):
+    """The outputs that a block collected, in execution order, by call key.
+
+    A layer that ran once has its name as key; one that ran several times has ``name#0``, ``name#1``, …
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._keys: tuple[int, dict[str, Call]] = (-1, {})
+
+    # -- the mapping
+
+    def _index(self) -> dict[str, Call]:
+        stamp, index = self._keys
+        if stamp != self._log.changes:
+            changes = self._log.changes
+            calls = list(self._log.calls.values())
+            index = {call.key: call for call in calls}
+            if len(index) < len(calls):
+                self._log.renumber()
+                index = {call.key: call for call in calls}
+            self._keys = (changes, index)
+        return index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._index()))
+
+    def __len__(self) -> int:
+        return len(self._log.calls)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            return find(key, self._find) is not MISSING
+        except AmbiguousCall:
+            return True
+        except LayerNotFound:
+            return False
+
+    def __getitem__(self, key: str) -> Any:
+        """Returns the output of a call.
+
+        Raises:
+            LayerNotFound: no such layer here, or it was selected and did not run.
+            AmbiguousCall: the layer ran several times.
+        """
+        if not isinstance(key, str):
+            raise self._no_position(key)
+        found = find(key, self._find)
+        if found is MISSING:
+            raise self._missing(key)
+        return found
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the output of a call, or ``default`` if there is none.
+
+        Raises:
+            AmbiguousCall: the layer ran several times.
+        """
+        try:
+            found = find(key, self._find) if isinstance(key, str) else MISSING
+        except LayerNotFound:  # the call is here, and has no such part
+            return default
+        return default if found is MISSING else found
+
+    def _find(self, key: str) -> Call | None:
+        index = self._index()
+        call = index.get(key)
+        if call is not None:
+            return call
+        name = self._log.resolve(key)
+        if name is None:
+            stem, mark, number = key.rpartition("#")
+            name = self._log.resolve(stem) if mark else None
+            return None if name is None else index.get(f"{name}#{number}")
+        record = self._log.records.get(name)
+        if record is not None and record.held > 1:
+            raise self._ambiguous(name)
+        return index.get(name)
+
+    def _ambiguous(self, name: str) -> AmbiguousCall:
+        record = self._log.records[name]
+        held = record.held
+        return AmbiguousCall(
+            f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
+            f"acts.calls({name!r}), one with acts[{record.key(1, held)!r}], or join them with acts.cat({name!r})."
+        )
+
+    def _no_position(self, key: Any) -> LayerNotFound:
+        calls = list(self._log.calls.values())
+        if isinstance(key, int) and not isinstance(key, bool) and -len(calls) <= key < len(calls):
+            position = key % len(calls)
+            return LayerNotFound(
+                f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
+                f"layer {calls[position].name!r}."
+            )
+        return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(self._index())}.")
+
+    def _missing(self, key: str) -> LayerNotFound:
+        name = self._log.resolve(key)
+        if name is not None:
+            state = self.coverage[name]
+            if state.captured:
+                why = "its outputs were cleared"
+            elif state.unactivated:
+                why = (
+                    f"it {state}. Capture it with at='output', the activations themselves with types=nn.ReLU, or name its "
+                    "activation's type with activations=(...)"
+                )
+            else:
+                why = f"it is {state}: no output of it was seen"
+            return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
+        known = list(dict.fromkeys([*self._index(), *self._log.names()]))
+        return LayerNotFound(
+            f"no output is named {key!r}. Captured here: {listed(self._index())}.{did_you_mean(key, known)}"
+        )
+
+    # -- calls
+
+    def calls(self, name: str | None = None, forward: int | None = None) -> list[Call]:
+        """Returns the calls in execution order: all, those of one layer, those of one forward pass.
+
+        Raises:
+            LayerNotFound: ``name`` is neither captured nor selected here.
+        """
+        found = list(self._log.calls.values())
+        if name is not None:
+            resolved = self._log.resolve(name)
+            if resolved is None:
+                raise self._missing(name)
+            found = [call for call in found if call.name == resolved]
+        return found if forward is None else [call for call in found if call.forward == forward]
+
+    def cat(self, name: str, dim: int = 0) -> Tensor:
+        """Joins the outputs of a layer's calls along an axis (``dim=-1`` for time).
+
+        Raises:
+            LayerNotFound: the layer has no output here.
+            Unsupported: an output is no tensor, or the shapes do not fit together.
+        """
+        outputs = [call.output for call in self.calls(name)]
+        if not outputs:
+            raise self._missing(name)
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise Unsupported(
+                f"{name!r} returns {shapes_text(shapes(outputs[0]))}, no single tensor, so its calls cannot be joined."
+            )
+        try:
+            return torch.cat(outputs, dim)
+        except (RuntimeError, IndexError) as error:
+            found = listed([str(tuple(output.shape)) for output in outputs])
+            raise Unsupported(f"the calls of {name!r} cannot be joined along axis {dim}: {found}. {error}") from error
+
+    @property
+    def coverage(self) -> Coverage:
+        """What became of each selected layer."""
+        return Coverage(self._log.states(), self._log.notes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of memory that the outputs keep alive; memory that several of them share counts once."""
+        return sum(held_bytes(self._log.calls.values()).values())
+
+    def clear(self) -> None:
+        """Forgets the outputs, as if the block began here; what ``coverage`` counts stays."""
+        self._log.clear()
+
+    # -- per input
+
+    def samples(self, lengths: Any = None, timeline: Any = None) -> list[dict[str, Tensor]]:
+        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``.
+
+        Args:
+            lengths: the samples of each input before it was padded, (B,), over all forward passes. Each output is then cut
+                to the frames that the input makes by itself. A warning names the layers whose frames are still other numbers.
+            timeline: ``convtap.timeline(model, example)`` of the model, which says how many frames those are.
+
+        Raises:
+            InvalidValue: only one of the two is given; there are not as many lengths as inputs; a length is longer than
+                its input; the timeline is of another model.
+            Unsupported: an output has no axis of the size of the input batch, or its time axis is unknown.
+        """
+        if lengths is None and timeline is None:
+            return Samples(self._log).all()
+        return Samples(self._log).valid(lengths, timeline)
+
+    def sample(self, i: int) -> dict[str, Tensor]:
+        """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
+
+        The keys are the layers' names within their forward pass: ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran
+        several times in it (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
+        several forward passes the inputs are numbered through.
+
+        Raises:
+            OutOfRange: there is no such input.
+            Unsupported: an output has no axis of the size of the input batch.
+        """
+        return Samples(self._log).one(i)
+
+    # -- elsewhere
+
+    def numpy(self) -> dict[str, Any]:
+        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact.
+
+        A sparse or quantized output becomes a dense array, and so does a DTensor if this process holds all of it.
+
+        Raises:
+            Unsupported: an output has no such array: it is nested, on meta, or a DTensor of which other processes hold a part.
+        """
+        return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._index().items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
+
+        Raises:
+            StoreError: the file cannot be written, or an output has no form on disk.
+        """
+        write(self._log, path)
+
+    def plot(
+        self,
+        sample: int = 0,
+        layers: Any = None,
+        signal: Any = None,
+        sample_rate: float | None = None,
+        timeline: Any = None,
+        channels: int = 64,
+        channels_last: Any = None,
+    ) -> Any:
+        """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        return _public("plot").plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
+
+    def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
+        """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        _public("report").report(self, path, model, **options)
+
+    def summary(self, stats: bool = False, rows: int | None = MOST) -> Table:
+        """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
+
+        The statistics are of the finite values: min, mean, max, standard deviation (of the population), and the share of
+        zeros among all values; then how many are NaN and Inf.
+
+        Args:
+            stats: whether to add them.
+            rows: the most calls to print, the first and the last; None for all. Indexing the table reaches the others
+                while their outputs are kept, which the table does until ``clear()``.
+
+        Raises:
+            InvalidType, InvalidValue: ``rows`` is not a positive int or None.
+        """
+        keys = list(self._index())  # first: it may number calls anew
+        return call_table(self._log, keys, stats, rows, self.nbytes, self.coverage)
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+
+def _public(module: str) -> Any:
+    """Imports what draws: by its public name and only when it is asked for, since it comes after what it draws."""
+    return importlib.import_module(f"convtap.{module}")
+
+
+def log_of(acts: Activations) -> Log:
+    """Returns the log that a mapping of outputs reads."""
+    return acts._log
+
+
+def _ordinal(number: int) -> str:
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"

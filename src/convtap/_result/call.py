@@ -1,0 +1,226 @@
+"""One run of one layer, and the account of each layer's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from convtap._errors import NotCaptured
+from convtap._public import public
+from convtap._result.gradient import Gradient
+from convtap._result.keys import numbered, separator
+from convtap._tensors.layout import Layout
+from convtap._tensors.memory import memory_of, tensor_bytes
+from convtap._tensors.nested import Held, map_leaves, read, walk_tensors
+from convtap._tensors.statistics import dtype_text, shapes, shapes_text
+
+
+class LayerRecord:
+    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed.
+
+    Attributes:
+        name: the layer.
+        is_conv1d: whether it is a Conv1d module.
+    """
+
+    # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
+    captured = 0
+    ran = 0  # counted only where captured cannot be: when an activation is looked for
+    held = 0
+    cleared = 0
+    last_pass = -1
+    bypassed: str | None = None
+    bypasses = 0
+    pending: tuple[int, object] | None = None
+    computed = False
+    separator = "#"
+    layout: Layout | None = None
+
+    def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
+        self.name = name
+        self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
+        self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer, whose output has the part."""
+        return self.name.removesuffix(self.part)
+
+    def key(self, number: int, count: int) -> str:
+        """Returns the key of one of ``count`` calls: ``conv#1``, ``lstm#1[0]``."""
+        return numbered(self.layer, number, count, self.separator, self.part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.pending is not None:  # what read the weight is a place in code, which has no pickle
+            state["pending"] = (self.pending[0], str(self.pending[1]))
+        return state
+
+    def read_by(self, reader: object, forward: int) -> None:
+        """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
+        if self.last_pass == forward or (self.pending is not None and self.pending[0] == forward):
+            return
+        self.settle()
+        self.pending = (forward, reader)
+
+    def settle(self) -> None:
+        """Counts a read as a bypass, if the convolution was not seen in the same pass after it."""
+        if self.pending is not None:
+            self.bypasses += 1
+            self.bypassed = self.bypassed or str(self.pending[1])
+            self.pending = None
+
+
+@public
+class Call:
+    """One run of one layer.
+
+    Attributes:
+        index: how many times the layer had run before, in this block.
+        forward: the number of the forward pass that it was part of: a call of the model, or of one of its methods.
+        via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
+    """
+
+    __slots__ = ("_gradient", "_record", "_value", "forward", "index", "via")
+
+    def __init__(
+        self, record: LayerRecord, index: int, forward: int, via: str, value: Any, gradient: Gradient | None = None
+    ) -> None:
+        self._record = record
+        self.index = index
+        self.forward = forward
+        self.via = via
+        self._value = value
+        self._gradient = gradient
+
+    def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
+        state = {name: getattr(self, name) for name in self.__slots__}
+        state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
+        return None, state
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self._record.name
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer, without the part of its output that alone is kept."""
+        return self._record.layer
+
+    @property
+    def part(self) -> str:
+        """The path of the part of the layer's output that alone is kept, such as ``[0]``; empty if all of it is."""
+        return self._record.part
+
+    @property
+    def key(self) -> str:
+        """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
+        record = self._record
+        return record.key(self.index, record.held)
+
+    @property
+    def output(self) -> Any:
+        """The output: a tensor such as (B, C, T), or the structure of tensors that the layer returned.
+
+        Raises:
+            ModifiedInPlace: it was kept as an alias (``copy=False``) and has been written since.
+        """
+        value = self._value
+        return value if type(value) is Tensor else read(value, self.key)
+
+    @property
+    def grad(self) -> Any:
+        """d(loss)/d(output), of the shape of the output, or None if no backward pass has reached the layer.
+
+        It is of the last backward pass that did, and of the whole output also where ``reduce`` keeps less of that. It is
+        there once ``loss.backward()`` or ``torch.autograd.grad`` has run, inside the block or after it.
+
+        Raises:
+            NotCaptured: the block was not opened with ``grads=True``, or the output has no autograd graph.
+        """
+        if self._gradient is None:
+            raise NotCaptured(
+                f"no gradients were collected here, so there is none of {self.key!r} (a saved file holds none either). "
+                "Write: with capture(model, grads=True) as acts: …"
+            )
+        return read(self._gradient.read(self.key), self.key)
+
+    @property
+    def shape(self) -> Any:
+        """The shape of the output, as a ``torch.Size``, or the structure of shapes."""
+        return shapes(shown_value(self))
+
+    @property
+    def dtype(self) -> Any:
+        """The data type of the output's first tensor, or None if it has no tensor."""
+        return next((tensor.dtype for _, tensor in walk_tensors(shown_value(self))), None)
+
+    @property
+    def device(self) -> Any:
+        """The device of the output's first tensor, or None if it has no tensor."""
+        return next((tensor.device for _, tensor in walk_tensors(shown_value(self))), None)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the output's elements."""
+        return sum(tensor_bytes(tensor) for _, tensor in walk_tensors(shown_value(self)))
+
+    def __repr__(self) -> str:
+        return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
+
+
+def record_of(call: Call) -> LayerRecord:
+    """Returns the record of the call's layer."""
+    return call._record
+
+
+def is_convolution(call: Call) -> bool:
+    """Returns whether a call is of a 1-D convolution: of a module, or one that was seen without its module."""
+    return call._record.is_conv1d or call.via in ("function", "compiled", "script")
+
+
+def layout_of(call: Call, path: str) -> Layout | None:
+    """Returns where a tensor of the call's output has its channels and its time, if the layer's type says it."""
+    if call.part + path not in ("", "[0]"):
+        return None
+    found = call._record.layout
+    return Layout() if found is None and is_convolution(call) else found
+
+
+def held_value(call: Call) -> Any:
+    """Returns what the call holds of its output: tensors, or what stands for them until they are read."""
+    return call._value
+
+
+def shown_value(call: Call) -> Any:
+    """Returns the output to describe, without waiting for it or checking it."""
+    return map_leaves(lambda held: held.tensor, call._value, Held)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
+
+
+def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
+    """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
+    found: dict[tuple[str, int], int] = {}
+    for call in calls:
+        for _, tensor in walk_tensors(shown_value(call)):
+            found.update(memory_of(tensor))
+        if call._gradient is not None and call._gradient.nbytes:
+            found[("gradient", id(call._gradient))] = call._gradient.nbytes
+    return found
+
+
+def separate(records: Iterable[LayerRecord], names: Iterable[str]) -> None:
+    """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
+    names = [name for name in names if "#" in name]
+    for record in list(records) if names else ():
+        record.separator = separator(record.layer, names)

@@ -1,0 +1,194 @@
+"""The outputs for each input: rows of what a block kept, without the batch axis."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, plural
+from convtap._result.call import Call, is_convolution, layout_of, record_of, shown_value
+from convtap._result.log import Log
+from convtap._tensors.layout import axes_of
+from convtap._tensors.nested import walk_tensors
+
+#: Cuts one tensor of a call: given the call, the path of the tensor in it, the tensor without batch axis, and the input.
+Cut: TypeAlias = "Callable[[Call, str, Tensor, int], Tensor]"
+
+
+class Pass:
+    """The calls of one forward pass, and the inputs it was given."""
+
+    def __init__(self, calls: list[Call], shape: tuple[int, ...] | None) -> None:
+        self.calls = calls
+        self._keys = _keys(calls)
+        self.shape = shape
+        self.single = shape is not None and _is_single(calls, shape)
+        self.unsqueezed = shape is not None and len(shape) == 1
+        if self.single:
+            self.size = 1
+        elif shape is not None:
+            self.size = shape[0]
+        else:
+            tensors = (tensor for call in calls for _, tensor in walk_tensors(shown_value(call)))
+            self.size = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 0)
+
+    def row(self, row: int, cut: Cut | None = None) -> dict[str, Tensor]:
+        """Returns one input's outputs, each with its own memory."""
+        found: dict[str, Tensor] = {}
+        for call, stem in zip(self.calls, self._keys, strict=True):
+            for path, tensor in walk_tensors(call.output):
+                key = f"{stem}{path}"
+                one = self.cut(key, tensor, row, axes_of(tensor.shape, layout_of(call, path)).batch)
+                if key in found:
+                    raise Unsupported(
+                        f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
+                        "output. Read them with acts.calls()."
+                    )
+                found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
+        return found
+
+    def cut(self, key: str, tensor: Tensor, row: int, batch: int = 0) -> Tensor:
+        if self.single:
+            return tensor[0] if self.unsqueezed and tensor.dim() == 3 else tensor
+        if tensor.dim() <= batch or tensor.shape[batch] != self.size:
+            axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
+            raise Unsupported(
+                f"{key!r} has shape {tuple(tensor.shape)}: {axis} and the input batch is {self.size}, so its rows are not "
+                f"the inputs. Read it whole with acts[{key!r}], or leave it out of the selection."
+            )
+        return tensor.select(batch, row)
+
+
+class Samples:
+    """The inputs of a block, numbered through its forward passes."""
+
+    def __init__(self, log: Log) -> None:
+        by_pass: dict[int, list[Call]] = {}
+        for call in log.calls.values():
+            by_pass.setdefault(call.forward, []).append(call)
+        self.passes = [Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
+        self._why = next((why for number in by_pass for why in _doubts(number, by_pass, log.unclear)), None)
+
+    def _check(self) -> None:
+        """Refuses passes whose rows may not be the inputs."""
+        if self._why is not None:
+            raise Unsupported(
+                f"the outputs cannot be told apart by input: {self._why}. Call the model or one of its methods once for "
+                "each input, or open a capture for each; acts.calls() has all outputs in order."
+            )
+
+    @property
+    def count(self) -> int:
+        """How many inputs there are."""
+        self._check()
+        return sum(found.size for found in self.passes)
+
+    def all(self) -> list[dict[str, Tensor]]:
+        """Returns every input's outputs."""
+        self._check()
+        return [found.row(row) for found in self.passes for row in range(found.size)]
+
+    def valid(self, lengths: Any, timeline: Any) -> list[dict[str, Tensor]]:
+        """Returns every input's outputs, each cut to the frames that its input makes by itself."""
+        if lengths is None or timeline is None:
+            raise InvalidValue(
+                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
+                "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
+            )
+        if not hasattr(timeline, "__cutter__"):
+            raise InvalidType(
+                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
+            )
+        numbers = whole_numbers(lengths, "lengths")
+        total = self.count
+        if len(numbers) != total:
+            raise InvalidValue(
+                f"lengths has {plural(len(numbers), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
+                "samples of each, over all forward passes."
+            )
+        rows: list[dict[str, Tensor]] = []
+        cutter = timeline.__cutter__()
+        for found in self.passes:
+            cut = cutter.of(numbers[len(rows) : len(rows) + found.size], found.shape)
+            rows.extend([found.row(row, cut) for row in range(found.size)])
+        cutter.warn(stacklevel=3)
+        return rows
+
+    def one(self, i: int) -> dict[str, Tensor]:
+        """Returns one input's outputs; a negative position counts from the end."""
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise InvalidType(f"sample({i!r}): it must be the number of one input: sample(0) for the first.") from None
+        total = self.count
+        if not -total <= i < total:
+            raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
+        rest = i % total
+        for found in self.passes:
+            if rest < found.size:
+                break
+            rest -= found.size
+        return found.row(rest)
+
+
+def _keys(calls: list[Call]) -> list[str]:
+    """The keys of calls within their pass."""
+    counts = Counter(call.name for call in calls)
+    numbers = dict.fromkeys(counts, 0)
+    found = []
+    for call in calls:
+        found.append(record_of(call).key(numbers[call.name], counts[call.name]))
+        numbers[call.name] += 1
+    return found
+
+
+def _doubts(number: int, by_pass: dict[int, list[Call]], unclear: dict[int, tuple[str, int]]) -> Iterator[str]:
+    """Says why the rows of a pass may not be its inputs, if there is another pass that they may belong to."""
+    why, first = unclear.get(number, ("", -1))
+    if first < 0 or not why:
+        name, times = Counter(call.name for call in by_pass[number]).most_common(1)[0]
+        if number in unclear and times > 1:
+            yield f"{name!r} ran several times outside of any call of the model"
+    elif any(other == first or unclear.get(other, ("", -1))[1] == first for other in by_pass if other != number):
+        yield why
+
+
+def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
+    """Whether the input was one (C, T) or (T,) signal: every Conv1d gives (C, T) then, or (1, C, T) after an unsqueeze."""
+    convolutions = [tensor for call in calls if is_convolution(call) for _, tensor in walk_tensors(shown_value(call))]
+    if len(shape) > 2 or not convolutions:
+        return False
+    if all(tensor.dim() == 2 for tensor in convolutions):
+        return True
+    return len(shape) == 1 and all(tensor.dim() == 3 and tensor.shape[0] == 1 for tensor in convolutions)
+
+
+def whole_numbers(values: Any, name: str) -> list[int]:
+    """Reads a (B,) tensor, array or sequence of lengths.
+
+    Raises:
+        InvalidType: it holds something else than whole numbers.
+        InvalidValue: a number is negative, or there is more than one axis.
+    """
+    hint = f"Pass one whole number an input, such as {name}=[16000, 12000]."
+    if isinstance(values, (str, bytes)) or not (isinstance(values, Iterable) or hasattr(values, "__array__")):
+        raise InvalidType(f"{name} is a {type(values).__name__}. {hint}")
+    if getattr(values, "ndim", 1) != 1:
+        raise InvalidValue(f"{name} has shape {tuple(values.shape)}, and it must have one axis. {hint}")
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    numbers: list[int] = []
+    for value in found:
+        if isinstance(value, Tensor) and value.dim() == 0:
+            value = value.item()
+        whole = isinstance(value, float) and value.is_integer()
+        try:
+            numbers.append(int(value) if whole else operator.index(value))
+        except TypeError:
+            raise InvalidType(f"{name} holds {value!r}, which is no whole number. {hint}") from None
+        if isinstance(value, bool) or numbers[-1] < 0:
+            raise InvalidValue(f"{name} holds {value!r}, and an input cannot have that many samples. {hint}")
+    return numbers

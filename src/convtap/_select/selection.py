@@ -1,0 +1,273 @@
+"""Which modules a selection means: names, globs, patterns, types, instances, positions and predicates."""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import nn
+
+from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
+from convtap._select.module_tree import ModuleTree, is_keras, is_kind, kind_name
+from convtap._select.parts import outermost, read_part
+
+#: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
+#: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
+CONV1D: tuple[type[nn.Module], ...] = (nn.Conv1d, nnq.Conv1d)
+
+FUNCTION = "F.conv1d"
+
+Types: TypeAlias = "type[nn.Module] | Sequence[type[nn.Module]]"
+Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | nn.Module | int | Callable[[str, nn.Module], bool]"
+Layers: TypeAlias = "Selector | Iterable[Selector] | None"
+
+
+class Selection:
+    """What a selection means in one model.
+
+    Attributes:
+        modules: the selected modules by clean name, in definition order.
+        name_of: their names by the modules' identity.
+        parts: by the name of a module of which only parts were asked for, their paths, such as ``[0]``.
+        exact: what was asked for by exact name or by instance, as in ``names``.
+        tree: all modules of the model.
+    """
+
+    def __init__(self, tree: ModuleTree, layers: Layers, types: tuple[type[nn.Module], ...]) -> None:
+        self.tree = tree
+        self.types = types
+        self.typed = {name: module for name, module in tree.names.items() if isinstance(module, types)}
+        if tree.has_script or tree.has_keras:
+            self.typed = {name: module for name, module in tree.names.items() if is_kind(module, types)}
+        self.parts: dict[str, tuple[str, ...]] = {}
+        self.exact: set[str] = set()
+        self.function_names: set[str] = set()
+        self._patterns: list[re.Pattern[str]] = []
+        self._everything = layers is None
+        self.modules = self.typed if layers is None else self._chosen(layers)
+        self.name_of = {id(module): name for name, module in self.modules.items()}
+
+    def _chosen(self, layers: Layers) -> dict[str, nn.Module]:
+        whole: set[str] = set()
+        parts: dict[str, list[str]] = {}
+        for selector in _selectors(layers):
+            part = read_part(selector, self.tree, self.typed, self._owners()) if isinstance(selector, str) else None
+            if part is None:
+                whole.update(self._choose(selector))
+                continue
+            for name in part.names:
+                parts.setdefault(name, []).append(part.path)
+            self.exact.update(name + part.path for name in part.names if part.exact)
+        self.parts = {name: outermost(paths) for name, paths in parts.items() if name not in whole}
+        self.exact -= {
+            name + path for name, paths in parts.items() for path in set(paths) - {*self.parts.get(name, ())}
+        }
+        return {name: module for name, module in self.tree.names.items() if name in whole or name in parts}
+
+    @property
+    def names(self) -> Mapping[str, nn.Module | None]:
+        """The selected modules, or parts of them, then the parameters that were asked for by name (without a module)."""
+        found: Mapping[str, nn.Module | None] = self.modules
+        if self.parts:
+            found = {name + part: m for name, m in self.modules.items() for part in self.parts.get(name, ("",))}
+        return {**found, **dict.fromkeys(self.function_names)} if self.function_names else found
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths of the parts that were asked for, by their names."""
+        return {name + part: part for name, parts in self.parts.items() for part in parts}
+
+    @property
+    def takes_conv1d(self) -> bool:
+        """Whether ``types`` includes Conv1d, so that a convolution without a module is selected as well."""
+        return any(issubclass(nn.Conv1d, kind) for kind in self.types)
+
+    @property
+    def scripted(self) -> list[str]:
+        """The selected convolutions that TorchScript runs."""
+        if not self.tree.has_script:
+            return []
+        script = torch.jit.ScriptModule
+        return [name for name, m in self.modules.items() if isinstance(m, script) and is_kind(m, CONV1D)]
+
+    @property
+    def keras(self) -> dict[str, nn.Module]:
+        """The selected Keras layers."""
+        return {name: m for name, m in self.modules.items() if is_keras(type(m))} if self.tree.has_keras else {}
+
+    @property
+    def takes_functions(self) -> bool:
+        """Whether a convolution that is called as a function could be selected."""
+        return self.takes_conv1d or bool(self.modules)
+
+    def wants(self, name: str) -> bool:
+        """Says whether an ``F.conv1d`` call is selected, from the name of its weight's owner."""
+        if self._everything:
+            return self.takes_conv1d or name in self.modules
+        if name in self.modules or name in self.function_names:
+            return True
+        return any(pattern.fullmatch(name) for pattern in self._patterns)
+
+    def _choose(self, selector: Any) -> Iterable[str]:
+        if isinstance(selector, str):
+            return self._by_name(selector)
+        if isinstance(selector, re.Pattern):
+            return self._by_pattern(selector, repr(selector.pattern), selector)
+        if isinstance(selector, nn.Module):
+            return self._by_instance(selector)
+        if isinstance(selector, type):
+            return self._by_type(selector)
+        if callable(selector):
+            return self._by_predicate(selector)
+        return self._by_position(selector)
+
+    def _by_name(self, name: str) -> Iterable[str]:
+        resolved = self.tree.resolve(name)
+        if resolved is not None:
+            self.exact.add(resolved)
+            return [resolved]
+        if name == FUNCTION or name in self._owners():
+            self.exact.add(name)
+            self.function_names.add(name)
+            return []
+        if not any(mark in name for mark in "*?["):
+            known = [*self.tree.names, *self._owners()]
+            hint = did_you_mean(name, list(self.typed)) or did_you_mean(name, known)
+            raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{hint} {_SHOW}")
+        return self._by_pattern(re.compile(fnmatch.translate(name)), repr(name), name)
+
+    def _by_pattern(self, pattern: re.Pattern[str], shown: str, selector: Any) -> Iterable[str]:
+        found = [name for name in self.typed if pattern.fullmatch(name)]
+        self._patterns.append(pattern)
+        if self.takes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
+            kernels = {
+                name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
+            }
+            self.function_names.update(name for name in kernels if pattern.fullmatch(name))
+        if found or self.function_names or (self.takes_conv1d and pattern.fullmatch(FUNCTION)):
+            return found
+        others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
+        if others:
+            raise LayerNotFound(
+                f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
+                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
+            )
+        hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
+        tensors = [name for name, _ in self.tree.model.named_parameters() if pattern.fullmatch(name)]
+        if tensors:
+            hint = (
+                f" It matches parameters ({listed(tensors, 3)}), and a selection names layers: leave their names out."
+            )
+        raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
+
+    def _by_instance(self, module: nn.Module) -> Iterable[str]:
+        name = self.tree.name_of(module)
+        if name is None:
+            raise LayerNotFound(
+                f"the {type(module).__name__} given as a layer is not part of this {type(self.tree.model).__name__} "
+                f"(a copy of a module is another module). {self._here()} Take it from the model you capture."
+            )
+        self.exact.add(name)
+        return [name]
+
+    def _by_type(self, kind: type) -> Iterable[str]:
+        if not issubclass(kind, nn.Module):
+            raise InvalidType(f"layers: {kind.__name__} is not a module type. Pass a subclass of nn.Module.")
+        found = [name for name, module in self.tree.names.items() if is_kind(module, (kind,))]
+        if not found:
+            theirs = self.tree.keras_namesakes(kind)
+            hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
+            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
+        return found
+
+    def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
+        found = [name for name, module in self.typed.items() if predicate(name, module)]
+        if not found:
+            label = getattr(predicate, "__name__", repr(predicate))
+            raise LayerNotFound(
+                f"the predicate {label} selects none of {plural(len(self.typed), 'layer')}. {self._here()}"
+            )
+        return found
+
+    def _by_position(self, selector: Any) -> Iterable[str]:
+        position = _as_index(selector)
+        names = list(self.typed)
+        if not -len(names) <= position < len(names):
+            raise LayerNotFound(
+                f"layer {position} is out of range: the model has {len(names)} {_kinds(self.types)}"
+                + (f", numbered 0 to {len(names) - 1} (or -1 to -{len(names)}). {self._here()}" if names else ".")
+            )
+        return [names[position]]
+
+    def _owners(self) -> set[str]:
+        """The names of parameters that a function call could be named after (those that are no module's weight)."""
+        if not self.takes_conv1d:
+            return set()
+        return {name for name, _ in self.tree.parameters() if name not in self.tree.names}
+
+    def _here(self) -> str:
+        return f"The {_kinds(self.types)} layers here: {listed(self.typed)}."
+
+    def nothing(self) -> str:
+        """Says that the model has none of the selected types, what it has instead, and what to write."""
+        kinds = Counter(type(module) for module in self.tree.names.values())
+        namesakes = [kind for wanted in self.types for kind in self.tree.keras_namesakes(wanted)]
+        others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
+        has = (
+            ", ".join(f"{kinds[kind]} {kind_name(kind) if is_keras(kind) else kind.__name__}" for kind in others[:3])
+            or self.tree.census()
+        )
+        first = kind_name(others[0]) if others else ""
+        remedy = f"pass types={first if '.' in first else self._any_type()}"
+        return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+
+    def _any_type(self) -> str:
+        """What to pass as ``types=`` for every layer of the model."""
+        return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
+
+
+_SHOW = "list_layers(model) shows all."
+
+
+def _kinds(types: tuple[type[nn.Module], ...]) -> str:
+    if types == CONV1D:
+        return "Conv1d"
+    return " or ".join(dict.fromkeys(kind.__name__ for kind in types))
+
+
+def _as_index(selector: Any) -> int:
+    try:
+        if isinstance(selector, bool):
+            raise TypeError
+        return operator.index(selector)
+    except TypeError:
+        raise InvalidType(
+            f"layers: {type(selector).__name__} selects nothing. A layer is a name, a glob, a re.Pattern, a module "
+            "type, a module of the model, an int, or a function of (name, module)."
+        ) from None
+
+
+def _selectors(layers: Layers) -> list[Any]:
+    if isinstance(layers, (str, re.Pattern, nn.Module, type)):
+        return [layers]
+    if callable(layers) or not isinstance(layers, Iterable):
+        return [layers]
+    selectors = list(layers)
+    if not selectors:
+        raise InvalidValue("layers is empty, so nothing would be captured. Pass None for every 1-D convolution.")
+    return selectors
+
+
+def select(model: nn.Module, layers: Layers, types: tuple[type[nn.Module], ...]) -> Selection:
+    """Resolves a selection against a model.
+
+    Raises:
+        LayerNotFound: a selector matches nothing; the message names what is there and the nearest name.
+    """
+    return Selection(ModuleTree(model), layers, types)

@@ -1,0 +1,107 @@
+"""Taps modules: forward hooks that emit their outputs, or their inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from convtap._record.recorder import Recorder
+from convtap._torch import call_shim
+from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
+from convtap._torch.convolution_key import run_without
+from convtap._torch.hooks import Hooks, has_global_hooks
+from convtap._torch.modes import Token, open_tokens
+
+# Note: [Plain layers]
+# Assumption: what a plain Conv1d returns is new memory that its caller alone has, and the only convolution in its call is
+#   its own.
+# Failure: a hook on each layer costs as much as the rest of the tap, and so does a kernel that sees each convolution.
+# Choice: a plain layer has a shim around its calls instead of a hook. It excludes the convolution key for the time of the
+#   call, unless somebody's hooks run in it, and emits what the caller gets.
+
+
+class ModuleTap:
+    """Emits what modules return, or what they are given.
+
+    Attributes:
+        shimmed: the plain layers, by name.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], recorder: Recorder, token: Token, *, at: str, plainly: bool
+    ) -> None:
+        self._recorder = recorder
+        self._token = token
+        self._at = at
+        self.shimmed: dict[str, nn.Module] = {}
+        self._others: dict[str, nn.Module] = {}
+        shims = plainly and at == "output"
+        for name, module in modules.items():
+            (self.shimmed if shims and is_plain(module) else self._others)[name] = module
+        self._name_of = recorder.name_of
+        self._emit = recorder.emit_plain
+        self._hooks = Hooks()
+
+    def open(self) -> None:
+        """Puts a shim or a hook on every module."""
+        call_shim.listen_to_all(self.shimmed.values(), self._called)
+        for name, module in self._others.items():
+            if self._at == "input":
+                self._hooks.before(module, self._emit_input, name, module)
+            else:  # what may be a view of something else, or may be swapped, is looked at more closely
+                self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
+
+    def close(self) -> None:
+        """Takes them off."""
+        call_shim.leave(self.shimmed.values(), self._called)
+        self._hooks.remove()
+
+    @pass_by_in_dynamo
+    def _called(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Runs a plain layer."""
+        name = self._name_of[id(module)]
+        if self._token not in open_tokens():
+            self._recorder.is_here(name)
+            return call(*args, **kwargs)
+        output = run_without(call, args, kwargs) if runs_alone(module) else call(*args, **kwargs)
+        return self._emit(name, output)
+
+    def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is tapped:  # see Note: [Hooks and copies]
+            self._recorder.emit_input(name, as_input(args, kwargs), "module")
+
+
+@skip_in_dynamo
+def runs_alone(module: nn.Module) -> bool:
+    """Whether no hooks run in the calls of a module, which may run convolutions of their own."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks())
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose forward is PyTorch's own, on parameters of its own."""
+    own, kind = module.__dict__, type(module)
+    return (
+        _runs_conv1d(kind)  # type: ignore[arg-type]
+        and type(own["_parameters"].get("weight")) is nn.Parameter
+        and "forward" not in own
+        and "_conv_forward" not in own
+    )
+
+
+@functools.cache
+def _runs_conv1d(kind: Any) -> bool:
+    conv = nn.Conv1d
+    return issubclass(kind, conv) and kind.forward is conv.forward and kind._conv_forward is conv._conv_forward
+
+
+def as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A single argument as itself, several as a tuple, named ones as a dict, both as a dict with ``args``."""
+    if not kwargs:
+        return args[0] if len(args) == 1 else args
+    if not args:
+        return next(iter(kwargs.values())) if len(kwargs) == 1 else dict(kwargs)
+    return {"args": args, "kwargs": dict(kwargs)} if "args" in kwargs else {"args": args, **kwargs}

@@ -1,0 +1,157 @@
+"""What tensors weigh: their memory and who shares it, and sizes as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue
+from convtap._tensors.nested import walk_tensors
+
+
+def data_address(tensor: Tensor) -> int:
+    """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
+    base = _base_address(tensor)
+    return base + int(tensor.storage_offset()) * tensor.element_size() if base else 0
+
+
+def _base_address(tensor: Tensor) -> int:
+    """Returns where the storage under a tensor begins; ``data_ptr`` would end copy-on-write."""
+    try:
+        return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def storage_key(tensor: Tensor) -> tuple[int, int] | None:
+    """Returns what identifies the memory under a tensor (start address, bytes), or None if it has no plain storage.
+
+    Copy-on-write siblings have the same key for as long as they share memory.
+    """
+    try:
+        address = _base_address(tensor)
+        size = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return None
+    if address == 0:
+        return (0, 0)
+    return (address, int(size))
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the plain tensors that a tensor consists of.
+
+    That is the tensor itself, the indices and values of a sparse one, or what a wrapper (a DTensor, a jagged tensor, a
+    quantized or masked subclass) holds, however deep.
+    """
+    if type(tensor) not in _PLAIN:
+        held = _held(tensor)
+        if held:
+            return list({id(part): part for inner in held for part in parts(inner)}.values())
+    layout = tensor.layout
+    if layout is torch.strided:
+        return [tensor]
+    if layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _held(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors inside a wrapper; none if it is an ordinary tensor."""
+    try:
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [inner for name in names if isinstance(inner := getattr(tensor, name), Tensor)]
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        pass
+    if _base_address(tensor) or has_no_values(tensor):
+        return []
+    return [inner for _, inner in walk_tensors(vars(tensor)) if inner is not tensor]  # it cannot be flattened
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor is on meta, or fake: it has a shape and a type, and no memory."""
+    try:
+        return tensor.is_meta or tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor's own elements, in all of its parts."""
+    return sum(part.numel() * part.element_size() for part in parts(tensor))
+
+
+def memory_of(tensor: Tensor) -> dict[tuple[str, int], int]:
+    """Returns the memory under a tensor: the bytes of each storage by device and address; none for one on meta."""
+    found: dict[tuple[str, int], int] = {}
+    for part in parts(tensor):
+        key = storage_key(part)
+        if key is None:
+            found[("", id(part))] = part.numel() * part.element_size()
+        elif key[1]:
+            found[(str(part.device), key[0])] = key[1]
+    return found
+
+
+def is_copy_on_write(value: Any) -> bool:
+    """Whether a value is a tensor whose memory is copied when it is next written."""
+    try:
+        return isinstance(value, Tensor) and bool(torch._C._is_cow_tensor(value))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def shares_memory(value: Any, tensors: list[Tensor]) -> bool:
+    """Whether a tensor of a structure lies in the memory of one of ``tensors`` (a view of it, or itself)."""
+    try:
+        storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return any(tensor.untyped_storage()._cdata in storages for _, tensor in walk_tensors(value))
+    except (RuntimeError, NotImplementedError):
+        return True
+
+
+def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:
+    """Whether none of ``these`` lies in the same memory as another one of ``tensors``."""
+    try:
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return all(storages.count(tensor.untyped_storage()._cdata) == 1 for tensor in these)
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+_UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(value: Any, name: str) -> int:
+    """Reads a number of bytes: an int, or text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary).
+
+    Raises:
+        InvalidType: neither a number nor text.
+        InvalidValue: no such unit, or less than one byte.
+    """
+    hint = f"Write for example {name}=2_000_000_000, '2GB' or '512MiB'."
+    if isinstance(value, str):
+        digits = value.strip()
+        number = digits.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = digits[len(number) :].strip().upper()
+        unit = unit[:-1] if len(unit) > 1 and unit.endswith("B") else unit
+        try:
+            size = int(float(number.replace("_", "")) * _UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            raise InvalidValue(f"{name}={value!r} is no number of bytes. {hint}") from None
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        size = int(value) if abs(value) != float("inf") else 0
+    else:
+        raise InvalidType(f"{name} is a {type(value).__name__}, and it must be a number of bytes. {hint}")
+    if size < 1:
+        raise InvalidValue(f"{name}={value!r} leaves no room for any output. {hint}")
+    return size
