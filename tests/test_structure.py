@@ -38,6 +38,7 @@ ORDER = (
     "_cli",
     "cli",
     "__main__",
+    "_old_paths",
 )
 
 

@@ -118,6 +118,9 @@ _WHEN_ASKED = {
 }
 
 
+# Pickles of version 0.1.0 name modules that have moved.
+__path__.append(f"{__path__[0]}/_old_paths")
+
 _MODULES = ("plot", "ray", "report")
 
 

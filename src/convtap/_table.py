@@ -116,6 +116,10 @@ class Table(Sequence[Any]):
             self.rows = rows if isinstance(rows, Rows) else [tuple(row) for row in rows]
         self._items: Sequence[Any] = self.rows if items is None else items
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        missing = {"whole": "", "_marked": (), "_shown": list(enumerate(state["rows"]))}
+        self.__dict__.update({**missing, **state})  # a pickle of version 0.1.0 has all of its rows, and shows them
+
     def __len__(self) -> int:
         return len(self._items)
 

@@ -202,6 +202,10 @@ class Tapped(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_kernels" not in state:  # a pickle of version 0.1.0, whose layers had one policy and no parts
+            self._kernels, self._parts = None, dict.fromkeys(self._layers, ("",))
+            self._policies = dict.fromkeys(self._layers, self.__dict__.pop("_policy"))
+            self._selected, self._exact, self._idle = list(self._layers), frozenset(), set()
         # In a deep copy the old hooks are there, and do nothing. A shallow copy shares the model with its original,
         # whose hooks still work. See Note: [Hooks and copies].
         first = next(iter(self._layers.values()), None)

@@ -1,0 +1,1 @@
+"""Where the store was in version 0.1.0."""
