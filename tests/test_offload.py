@@ -24,7 +24,7 @@ from convtap import ConvtapError, MemoryLimitExceeded, ModifiedInPlace, Unsuppor
 from convtap._errors import OffloadWarning
 from convtap._offload.cuda_streams import CudaStreams
 from convtap._offload.offloader import Offloader
-from convtap._offload.transfers import Flight
+from convtap._offload.transfers import Transfers
 from convtap._tensors.memory import data_address
 from tests.models import AfterConv, FiveConvs, RaisesHalfway, ReusedConv
 from tests.reference import cloning_hooks, patched_conv1d, same
@@ -443,19 +443,19 @@ def test_leaving_the_block_waits_also_when_the_body_raises(backend):
 
 
 def landed(block, backend) -> bool:
-    flights = block._options.offloader._flights.values()
-    assert flights
+    all_transfers = block._options.offloader._transfers.values()
+    assert all_transfers
     unfinished = isinstance(backend, Fake) and backend.streams.flying
-    return not unfinished and not any(flight._copies or flight._bytes for flight in flights)
+    return not unfinished and not any(transfers._copies or transfers._bytes for transfers in all_transfers)
 
 
 def test_a_block_that_is_never_left_still_outlives_its_copies(backend):
     offloader = Offloader("cpu", streams=backend.streams, **SMALL)
     backend.lag()
     offloader.move(backend.put(torch.randn(64)))
-    flight = next(iter(offloader._flights.values()))
-    copies = flight._copies
-    del offloader, flight
+    transfers = next(iter(offloader._transfers.values()))
+    copies = transfers._copies
+    del offloader, transfers
     assert not copies
 
 
@@ -878,7 +878,7 @@ def test_offload_to_the_models_own_device_leaves_copy_false_as_it_is():
 
 
 def test_a_cpu_model_touches_no_pinned_memory_and_no_stream(monkeypatch):
-    monkeypatch.setattr(Flight, "start", None)
+    monkeypatch.setattr(Transfers, "start", None)
     block = capture(FiveConvs(), offload="cpu")
     with block:
         block._options.model(torch.randn(1, 1, 30))

@@ -20,10 +20,10 @@ X = torch.randn(2, 1, 12)
 @pytest.fixture(autouse=True)
 def _tested_anew():
     self_test._failures.cache_clear()
-    self_test._say.cache_clear()
+    self_test._warn.cache_clear()
     yield
     self_test._failures.cache_clear()
-    self_test._say.cache_clear()
+    self_test._warn.cache_clear()
 
 
 def test_nothing_fails_here_and_nothing_is_left_or_drawn():
@@ -64,7 +64,7 @@ def test_what_torch_took_away_is_said_once_and_replaced(change, monkeypatch):
     with cloning_hooks(models[1]) as modules:
         models[1](X)
     self_test._failures.cache_clear()
-    self_test._say.cache_clear()
+    self_test._warn.cache_clear()
     change(monkeypatch)
     with pytest.warns(CoverageWarning, match=f"torch .* differs from the versions .*{SUBSTITUTES[change]}"):
         with capture(models[0]) as acts:

@@ -13,7 +13,7 @@ from convtap._capture.options import CaptureOptions
 from convtap._errors import LayerNotFound, NotCaptured, OffloadWarning, StopForward, Unsupported, listed
 from convtap._offload.offloader import Offloader, first_failure
 from convtap._record.budget import Budget
-from convtap._record.checks import conclude
+from convtap._record.checks import report_missing
 from convtap._record.forward_passes import Passes
 from convtap._record.gradients import Gradients
 from convtap._record.keeper import Keeper
@@ -48,7 +48,7 @@ class Session:
         self.broken = broken = self_test.run()
         self.uses_key = self_test.KEY not in broken
         self.functional = (
-            options.functional is not False and selection.takes_functions and self_test.STACK not in broken
+            options.functional is not False and selection.includes_functions and self_test.STACK not in broken
         )
         self.eager = why_eager(options, selection, self.uses_key)
         if not selection.modules and not self.functional:
@@ -180,7 +180,7 @@ class Session:
         strict = self._strict
         log, selection = self.log, self.selection
         if self.recorder.reads:
-            log.settle()
+            log.count_bypasses()
         lacking = [name for name in log.lacking if name not in log.records]
         if lacking:
             log.notes.append(f"no such part: {listed(lacking)}")
@@ -193,7 +193,7 @@ class Session:
             if strict is not None and (error is None or stopped):
                 self._warn()
                 if not self._is_complete():
-                    conclude(
+                    report_missing(
                         log,
                         self.recorder,
                         self.passes,
@@ -222,7 +222,7 @@ class Session:
         states = log.states()
         if any(state.bypassed for state in states) or (needs_output and not any(state.captured for state in states)):
             log.exact = ()
-            conclude(log, recorder, self.passes, self.selection, strict=True, functional=self.functional)
+            report_missing(log, recorder, self.passes, self.selection, strict=True, functional=self.functional)
         if recorder.elsewhere:
             where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
             raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")

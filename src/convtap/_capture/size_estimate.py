@@ -41,7 +41,7 @@ class Weighed(Held):
 class Weigher(Policy):
     """A policy that applies ``reduce`` and ``dtype`` as a capture does, and keeps bytes instead of values."""
 
-    takes_fakes = True  # what they would take
+    keeps_fakes = True  # what they would take
     seen: dict[Any, tuple[Any, int]] = field(default_factory=dict)
 
     @property

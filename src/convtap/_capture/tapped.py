@@ -219,9 +219,9 @@ class Tapped(nn.Module):
 
     def _missing(self, missing: list[str], any_came: bool) -> None:
         # Under torch.compile this is traced, also if Dynamo could not trace the forward around it.
-        self._judge(missing, any_came, torch.compiler.is_dynamo_compiling())
+        self._refuse_missing(missing, any_came, torch.compiler.is_dynamo_compiling())
 
-    def _judge(self, missing: list[str], any_came: bool, compiled: bool) -> None:
+    def _refuse_missing(self, missing: list[str], any_came: bool, compiled: bool) -> None:
         """Raises, or warns, if layers did not come out.
 
         An idle layer is an error if it was asked for by name, if nothing else came out, or if it may have run unseen: in
@@ -244,7 +244,7 @@ class Tapped(nn.Module):
         raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
 
     # The mark is what torch.compiler.assume_constant_result sets; calling that would import Dynamo, for over a second.
-    _judge._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _refuse_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, plural
 from convtap._offload.cuda_streams import CudaStreams, Streams
 from convtap._offload.pinned_pool import Pool, Slab, pinned_limit
-from convtap._offload.transfers import Copy, Flight
+from convtap._offload.transfers import Copy, Transfers
 from convtap._result.call import Call, held_value
 from convtap._table import human_bytes
 from convtap._tensors.memory import tensor_bytes
@@ -45,12 +45,12 @@ class Offloaded(Held):
         tensor: where it arrives; its shape and type are right from the start, its values once it was read.
     """
 
-    __slots__ = ("__weakref__", "_copy", "_flight", "_lock", "_was_read", "tensor")
+    __slots__ = ("__weakref__", "_copy", "_lock", "_transfers", "_was_read", "tensor")
 
-    def __init__(self, tensor: Tensor, copy: Copy, flight: Flight, lock: threading.Lock) -> None:
+    def __init__(self, tensor: Tensor, copy: Copy, transfers: Transfers, lock: threading.Lock) -> None:
         self.tensor = tensor
         self._copy: Copy | None = copy
-        self._flight: Flight | None = flight
+        self._transfers: Transfers | None = transfers
         self._lock = lock
         self._was_read = False
 
@@ -60,7 +60,7 @@ class Offloaded(Held):
         Raises:
             ConvtapError: the copy failed.
         """
-        self._settle()
+        self._wait()
         error = self.failure(key)
         if error is not None:
             raise error
@@ -84,7 +84,7 @@ class Offloaded(Held):
 
     def can_leave(self) -> bool:
         """Whether it may move to pageable memory: nobody has it yet, and no graph ends in it."""
-        self._settle()
+        self._wait()
         return not self._was_read and not self.tensor.requires_grad and self._copy is None
 
     def leave(self) -> None:
@@ -93,12 +93,12 @@ class Offloaded(Held):
             if not self._was_read:
                 self.tensor = self.tensor.clone()
 
-    def _settle(self) -> None:
-        copy, flight = self._copy, self._flight
-        if copy is not None and flight is not None:
-            flight.wait(copy)
+    def _wait(self) -> None:
+        copy, transfers = self._copy, self._transfers
+        if copy is not None and transfers is not None:
+            transfers.wait(copy)
             if copy.error is None:
-                self._copy = self._flight = None
+                self._copy = self._transfers = None
 
     def __reduce__(self) -> Any:  # a copy of the block, and a pickle of it, hold plain tensors
         return torch.clone, (self.read("a layer").detach(),)
@@ -145,7 +145,7 @@ class Offloader:
         self._streams: Streams = CudaStreams() if streams is None else streams
         self._window = window
         self._pool = Pool(self._streams.pinned, pinned_limit() if pinned is None else pinned, **sizes)
-        self._flights: dict[torch.device, Flight] = {}
+        self._transfers: dict[torch.device, Transfers] = {}
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._missed: list[int] = []
@@ -174,9 +174,9 @@ class Offloader:
 
     def drain(self) -> bool:
         """Waits for every copy. Returns whether all of them succeeded."""
-        for flight in self._flights.values():
-            flight.drain()
-        return not any(flight.failed for flight in self._flights.values())
+        for transfers in self._transfers.values():
+            transfers.drain()
+        return not any(transfers.failed for transfers in self._transfers.values())
 
     def warning(self) -> str | None:
         """Says once what did not go through pinned memory."""
@@ -197,37 +197,37 @@ class Offloader:
 
     def _start(self, source: Tensor) -> Any:
         size = tensor_bytes(source)
-        slab = self._pool.take(size) or self._make_room(size)
+        slab = self._pool.acquire(size) or self._make_room(size)
         if slab is None:
             self._missed.append(size)
             return source.to(self.device)
         destination = slab.like(source)
         device = self._streams.device(source)
-        flight = self._flights.get(device)
-        if flight is None:
-            flight = self._flights[device] = Flight(self._streams, device, self._window)
+        transfers = self._transfers.get(device)
+        if transfers is None:
+            transfers = self._transfers[device] = Transfers(self._streams, device, self._window)
         copies: list[Copy] = []
 
         def start(source: Tensor) -> Tensor:
-            copies.append(flight.start(source.detach(), destination))
+            copies.append(transfers.start(source.detach(), destination))
             return destination
 
         tensor = _Moved.apply(source, start) if source.requires_grad else start(source)  # type: ignore[no-untyped-call]
-        held = Offloaded(tensor, copies[0], flight, self._read_lock)
+        held = Offloaded(tensor, copies[0], transfers, self._read_lock)
         slab.tenants.append(weakref.ref(held))
         return held
 
     def _make_room(self, size: int) -> Slab | None:
         """Moves results out of the slabs that were filled first until so many bytes fit. See Note: [Where results live]."""
         for slab in self._pool.by_age():
-            if _vacate(slab):
-                found = self._pool.take(size)
+            if _evict(slab):
+                found = self._pool.acquire(size)
                 if found is not None:
                     return found
         return None
 
 
-def _vacate(slab: Slab) -> bool:
+def _evict(slab: Slab) -> bool:
     """Moves what is in a slab to pageable memory, or nothing of it if something has to stay."""
     for i, tenant in enumerate(slab.tenants):
         held = tenant()

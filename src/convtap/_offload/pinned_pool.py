@@ -100,7 +100,7 @@ class Pool:
         """The bytes that are pinned now."""
         return sum(slab.size for slab in self._slabs)
 
-    def take(self, size: int) -> Slab | None:
+    def acquire(self, size: int) -> Slab | None:
         """Returns a slab with room for so many bytes, or None if the limit leaves none."""
         size = aligned(size)
         for slab in self._slabs:

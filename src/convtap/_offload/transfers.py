@@ -42,7 +42,7 @@ class Copy:
         self.error: Exception | None = None
 
 
-class Flight:
+class Transfers:
     """The copies from one device, in order, on a stream of their own.
 
     Attributes:
@@ -74,7 +74,7 @@ class Flight:
             except Exception as error:  # it surfaces where the value is read, which names the layer
                 self._copies.pop()
                 self._fail(copy, error)
-                self._land(copy)
+                self._finish(copy)
         return copy
 
     def wait(self, copy: Copy) -> None:
@@ -138,12 +138,12 @@ class Flight:
         else:
             self._events.append(copy.event)
         self._copies.popleft()
-        self._land(copy)
+        self._finish(copy)
 
     def _fail(self, copy: Copy, error: Exception) -> None:
         copy.error = error.with_traceback(None)  # its frames would keep the model's tensors alive
         self.failed = True
 
-    def _land(self, copy: Copy) -> None:
+    def _finish(self, copy: Copy) -> None:
         self._bytes -= copy.size
         copy.source = copy.destination = copy.event = None

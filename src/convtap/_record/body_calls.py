@@ -66,7 +66,7 @@ class BodyCalls:
             if before is not None and tensor is not None and self._may_go_on(before, tensor, caller):
                 self._doubt(now, part, before)
                 self._waiting[now.number] = (id(before.last), tuple(tensor.shape))
-                self._judge(id(before.last))
+                self._decide(id(before.last))
         elif (
             now.before is not None
             and id(part) not in now.before.parts
@@ -84,7 +84,7 @@ class BodyCalls:
         if isinstance(output, Tensor):
             now.output = weakref.ref(output)
             self._outputs[id(part)] = tuple(output.shape)
-            self._judge(id(part))
+            self._decide(id(part))
 
     def _doubt(self, now: BodyPass, part: nn.Module, before: BodyPass) -> None:
         why = f"{self._name_of(part)!r} was called by itself, and may have worked on either of two inputs"
@@ -103,7 +103,7 @@ class BodyCalls:
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in before.last.parameters())
         return not learns or (tensor.requires_grad and not tensor.is_leaf)
 
-    def _judge(self, part: int) -> None:
+    def _decide(self, part: int) -> None:
         """Clears up passes, once the shape is known that the part before them returns."""
         output = self._outputs.get(part)
         if output is None:

@@ -27,7 +27,7 @@ class Budget:
         self._log = log
         self._forget()
 
-    def admit(self, call: Call, replaced: Call | None) -> None:
+    def reserve(self, call: Call, replaced: Call | None) -> None:
         """Counts a call that is about to be stored, in place of another one or not.
 
         Raises:

@@ -16,7 +16,7 @@ from convtap._select.selection import FUNCTION, Selection
 _USED = "list_layers(model, example=x) shows how each layer is used."
 
 
-def conclude(
+def report_missing(
     log: Log,
     recorder: Recorder,
     passes: Passes,

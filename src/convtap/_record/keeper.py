@@ -37,7 +37,7 @@ class Keeper:
         self.is_plain = policy.is_plain
         self._reductions = reductions
         self._of: dict[str, Keeper] = {}
-        self.takes_fakes = policy.takes_fakes
+        self.keeps_fakes = policy.keeps_fakes
         self.moves = offloader is not None
         self._policy = policy
         self._offloader = offloader
@@ -84,11 +84,11 @@ class Keeper:
         policy = self._policy
         output = self._outside_transforms(output)
         if alone and fresh and policy.swaps(output, inputs) and self.stays(output):
-            instead = map_leaves(_gone_on_with, output, other=_unchanged)
-            _known.settle(output, instead, None)
+            instead = map_leaves(_replacement, output, other=_unchanged)
+            _known.note(output, instead, None)
             return map_leaves(_kept_upstream, output), instead
         kept = map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output)
-        _known.settle(output, None, kept)
+        _known.note(output, None, kept)
         return kept, None
 
     def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
@@ -152,7 +152,7 @@ def _kept_upstream(output: Tensor) -> Any:
     return Alias(output) if output.requires_grad else snapshot(output)
 
 
-def _gone_on_with(output: Tensor) -> Tensor:
+def _replacement(output: Tensor) -> Tensor:
     return snapshot(output) if output.requires_grad else output
 
 
@@ -176,7 +176,7 @@ class _Known(threading.local):
             self.identity, self.aliases, self.replaced = id(output), 0, False
         return self.aliases + self.replaced
 
-    def settle(self, output: Any, replacement: Any, kept: Any) -> None:
+    def note(self, output: Any, replacement: Any, kept: Any) -> None:
         """Notes what a hook has just done: torch holds what it returned, and an alias holds the output."""
         self.replaced = replacement is not None
         if replacement is not None:

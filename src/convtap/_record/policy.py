@@ -61,7 +61,7 @@ class Policy:
         reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
             that of the layer.
         dtype: what to cast floating and complex tensors to, after ``reduce``.
-        takes_fakes: whether FakeTensors are kept as well, which have no values.
+        keeps_fakes: whether FakeTensors are kept as well, which have no values.
     """
 
     detach: bool = True
@@ -69,7 +69,7 @@ class Policy:
     reduce: Any = None
     dtype: torch.dtype | None = None
 
-    takes_fakes = False  # no annotation: not a field
+    keeps_fakes = False  # no annotation: not a field
 
     @property
     def is_plain(self) -> bool:

@@ -199,7 +199,7 @@ class Recorder:
             return None if self._grads is None else self._grads.recomputed(name, output, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output) and not self._keeper.takes_fakes:
+        if is_fake(output) and not self._keeper.keeps_fakes:
             self.fakes += 1
             return None
         gradient = None
@@ -272,7 +272,7 @@ class Recorder:
             self._replace(name, call)
         else:
             if self._budget is not None:
-                self._admit(call, None)
+                self._reserve(call, None)
             record.held += 1
             log.changes = serial = next(self._serials)
             log.calls[serial] = call
@@ -294,17 +294,17 @@ class Recorder:
     def _replace(self, name: str, call: Call) -> None:
         log = self._log
         if self._budget is not None:
-            self._admit(call, log.calls.get(name))
+            self._reserve(call, log.calls.get(name))
         log.calls.pop(name, None)
         log.calls[name] = call
         log.records[name].held = 1
         log.trim()
         log.changes += 1
 
-    def _admit(self, call: Call, replaced: Call | None) -> None:
+    def _reserve(self, call: Call, replaced: Call | None) -> None:
         assert self._budget is not None
         try:
-            self._budget.admit(call, replaced)
+            self._budget.reserve(call, replaced)
         except ConvtapError as error:
             self.failure = error
             raise

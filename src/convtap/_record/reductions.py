@@ -35,7 +35,7 @@ class Reductions:
             return
         names = list(selection.names)
         kernels = [name for name, tensor in selection.tree.parameters() if tensor.dim() == 3]
-        functions = filter(selection.wants, [*kernels, FUNCTION]) if selection.takes_functions else ()
+        functions = filter(selection.wants, [*kernels, FUNCTION]) if selection.includes_functions else ()
         names.extend(name for name in functions if name not in selection.modules)
         self._given = {_clean(key, selection): function for key, function in given.items()}
         for key, clean in zip(given, self._given, strict=False):

@@ -69,10 +69,10 @@ class LayerRecord:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
         if self.last_pass == forward or (self.pending is not None and self.pending[0] == forward):
             return
-        self.settle()
+        self.count_bypass()
         self.pending = (forward, reader)
 
-    def settle(self) -> None:
+    def count_bypass(self) -> None:
         """Counts a read as a bypass, if the convolution was not seen in the same pass after it."""
         if self.pending is not None:
             self.bypasses += 1

@@ -100,11 +100,11 @@ class Log:
         """Sees to it that no numbered call has a key that is also another layer's."""
         separate(self.records.values(), self.names())
 
-    def settle(self) -> None:
+    def count_bypasses(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""
         for record in self.records.values():
             if record.pending is not None:
-                record.settle()
+                record.count_bypass()
 
     def states(self) -> list[LayerCoverage]:
         """What became of each of them."""

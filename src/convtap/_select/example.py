@@ -194,7 +194,7 @@ def called(model: nn.Module, example: Any, method: str | None = None) -> Any:
     try:
         return run(*args, **kwargs)
     except TypeError as error:
-        if isinstance(error, ConvtapError) or _takes(signature_of(model, method), args, kwargs):
+        if isinstance(error, ConvtapError) or _accepts(signature_of(model, method), args, kwargs):
             raise
         raise InvalidType(
             f"the model does not take this example: {one_line(error)}. Pass what it is called with, a tuple of positional "
@@ -240,7 +240,7 @@ def signature_of(model: nn.Module, method: str | None = None) -> inspect.Signatu
         return None
 
 
-def _takes(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _accepts(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         return signature is None or bool(signature.bind(*args, **kwargs))
     except TypeError:

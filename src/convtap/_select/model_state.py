@@ -24,16 +24,16 @@ from convtap._select.restore import (
     Memory,
     is_of_the_model,
     methods,
-    put_back,
-    put_class_back,
-    put_gradient_back,
-    put_items_back,
-    put_members_back,
-    put_parameters_back,
-    put_slot_back,
-    put_some_back,
-    put_tensor_back,
-    put_values_back,
+    restore_class,
+    restore_dict,
+    restore_gradient,
+    restore_items,
+    restore_members,
+    restore_parameters,
+    restore_slot,
+    restore_some,
+    restore_tensor,
+    restore_values,
 )
 from convtap._tensors.memory import has_no_values, parts
 from convtap._torch.script_state import script_state, set_script_state
@@ -130,14 +130,14 @@ class _State:
         elif isinstance(value, nn.Module):
             yield from self._module(name, value)
         elif isinstance(value, dict):
-            self._later(name, put_back, value, dict(dict.items(value)), methods(value))
+            self._later(name, restore_dict, value, dict(dict.items(value)), methods(value))
             yield from ((_item(name, key), item) for key, item in dict.items(value))
         elif isinstance(value, (list, deque)):
             items = list(value)
-            self._later(name, put_items_back, value, items)
+            self._later(name, restore_items, value, items)
             yield from ((f"{name}[{i}]", item) for i, item in enumerate(items))
         elif isinstance(value, set):
-            self._later(name, put_members_back, value, set(value))
+            self._later(name, restore_members, value, set(value))
         elif isinstance(value, tuple):
             yield from ((f"{name}[{i}]", item) for i, item in enumerate(value))
         elif isinstance(value, types.MethodType):
@@ -167,11 +167,11 @@ class _State:
             self._seen[id(own[key])] = own[key]
         if type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel", "torch._dynamo")):
             return  # wrappers that keep accounts of their own
-        self._later(name, put_class_back, module, type(module))
+        self._later(name, restore_class, module, type(module))
         for key in ("_modules", "_buffers"):
-            self._later(name, put_back, own[key], dict(own[key]))
+            self._later(name, restore_dict, own[key], dict(own[key]))
         if not self._sharded:  # which exchanges parameters itself
-            self._later(name, put_parameters_back, module, dict(dict.items(own["_parameters"])))
+            self._later(name, restore_parameters, module, dict(dict.items(own["_parameters"])))
         yield from self._attributes(name, module)
 
     def _attributes(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -180,14 +180,14 @@ class _State:
             items = {key: item for key, item in own.items() if is_of_the_model(key)}
             if self._sharded and isinstance(value, nn.Module):
                 items = {key: item for key, item in items.items() if not isinstance(item, Tensor)}
-                self._later(name, put_some_back, own, items)
+                self._later(name, restore_some, own, items)
             else:
-                self._later(name, put_back, own, items)
+                self._later(name, restore_dict, own, items)
             yield from ((_join(name, key), item) for key, item in own.items())
         slots = {slot for base in type(value).__mro__ for slot in _slots(base) if hasattr(value, slot)}
         for slot in slots - {"__dict__", "__weakref__"}:
             item = getattr(value, slot)
-            self._later(_join(name, slot), put_slot_back, value, slot, item)
+            self._later(_join(name, slot), restore_slot, value, slot, item)
             yield _join(name, slot), item
 
     def _generator_or_array(self, name: str, value: Any) -> None:
@@ -197,9 +197,9 @@ class _State:
         elif isinstance(value, random.Random):
             self._later(name, value.setstate, value.getstate())
         elif isinstance(value, bytearray):
-            self._later(name, put_items_back, value, bytes(value))
+            self._later(name, restore_items, value, bytes(value))
         elif numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind != "O":
-            self._later(name, put_values_back, value, value.copy())
+            self._later(name, restore_values, value, value.copy())
         elif numpy is not None and isinstance(value, numpy.random.RandomState):
             self._later(name, value.set_state, value.get_state())
         elif numpy is not None and isinstance(value, numpy.random.Generator):
@@ -216,11 +216,11 @@ class _State:
         inner = [tensor] if lazy else parts(tensor)
         if inner[0] is tensor or type(tensor) in (Tensor, nn.Parameter):
             kind = type(tensor) if lazy else None
-            self._later(name, put_tensor_back, tensor, kind, tensor.data, tensor.requires_grad)
+            self._later(name, restore_tensor, tensor, kind, tensor.data, tensor.requires_grad)
         for part in inner if not lazy else []:
             self._remember(name, part, is_parameter)
         if tensor.is_leaf:
-            self._later(name, put_gradient_back, tensor, tensor.grad)
+            self._later(name, restore_gradient, tensor, tensor.grad)
             if tensor.grad is not None:
                 self._remember(f"{name}.grad", tensor.grad, True)
         if hasattr(tensor, "__dict__"):

@@ -64,7 +64,7 @@ def read_part(text: str, tree: ModuleTree, typed: Mapping[str, nn.Module], owner
     is_glob = any(fnmatch.fnmatchcase(name, text) for name in typed)
     for base, path in ways:
         name = tree.resolve(base)
-        alone = name is not None and gives_one_tensor(tree.names[name])
+        alone = name is not None and returns_one_tensor(tree.names[name])
         if name is None or (is_glob and (alone or _is_class(path))):
             continue
         if alone:
@@ -72,7 +72,7 @@ def read_part(text: str, tree: ModuleTree, typed: Mapping[str, nn.Module], owner
             raise LayerNotFound(f"{name!r} is a {kind}, whose output has no part {path}. Select it whole: {name!r}.")
         return Part(path, [name], True)
     for base, path in reversed(ways):
-        names = [name for name in typed if fnmatch.fnmatchcase(name, base) and not gives_one_tensor(typed[name])]
+        names = [name for name in typed if fnmatch.fnmatchcase(name, base) and not returns_one_tensor(typed[name])]
         as_class = is_glob and (_is_class(path) or all(isinstance(typed[name], _SINGLE) for name in names))
         if names and not as_class and any(mark in base for mark in "*?["):
             return Part(path, names, False)
@@ -106,7 +106,7 @@ def outermost(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for part in every if not any(part.startswith(f"{other}[") for other in every))
 
 
-def gives_one_tensor(module: nn.Module) -> bool:
+def returns_one_tensor(module: nn.Module) -> bool:
     """Whether a module is one of torch's own that return a single tensor, and so has no parts."""
     forward: Any = getattr(type(module), "forward", None)
     plain = getattr(forward, "__module__", "").startswith("torch.nn.modules") and "forward" not in module.__dict__

@@ -66,25 +66,25 @@ def methods(value: dict[Any, Any]) -> Any:
     return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
-def put_some_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
+def restore_some(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
     """Sets the items of a dict that are others now."""
     for key, item in items.items():
         if key not in own or kind.__getitem__(own, key) is not item:
             kind.__setitem__(own, key, item)
 
 
-def put_back(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
+def restore_dict(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
     """Gives a dict the items that it had, in the order that they had."""
     for key in [key for key in own if key not in items and is_of_the_model(key)]:
         kind.__delitem__(own, key)
-    put_some_back(own, items, kind)
+    restore_some(own, items, kind)
     if [key for key in own if key in items] != list(items):
         rest = {key: item for key, item in kind.items(own) if key not in items}
         kind.clear(own)
-        put_some_back(own, {**items, **rest}, kind)
+        restore_some(own, {**items, **rest}, kind)
 
 
-def put_parameters_back(module: nn.Module, items: dict[str, Any]) -> None:
+def restore_parameters(module: nn.Module, items: dict[str, Any]) -> None:
     """Gives a module the parameters that it had."""
     own = module._parameters  # of the moment: a capture that is open has another dict there
     if list(own) != list(items) or any(dict.get(own, key) is not item for key, item in items.items()):
@@ -92,44 +92,44 @@ def put_parameters_back(module: nn.Module, items: dict[str, Any]) -> None:
         own.update(items)
 
 
-def put_items_back(own: Any, items: Any) -> None:
+def restore_items(own: Any, items: Any) -> None:
     """Gives a list, a deque or a bytearray the items that it had."""
     if len(own) != len(items) or any(one is not other for one, other in zip(own, items, strict=True)):
         own.clear()
         own.extend(items)
 
 
-def put_members_back(own: set[Any], members: set[Any]) -> None:
+def restore_members(own: set[Any], members: set[Any]) -> None:
     """Gives a set the members that it had."""
     own.intersection_update(members)
     own.update(members)
 
 
-def put_values_back(own: Any, values: Any) -> None:
+def restore_values(own: Any, values: Any) -> None:
     """Gives an array the values that it had."""
     if own.shape != values.shape or own.tobytes() != values.tobytes():
         own[...] = values
 
 
-def put_slot_back(value: Any, slot: str, item: Any) -> None:
+def restore_slot(value: Any, slot: str, item: Any) -> None:
     """Gives an attribute in a slot the value that it had."""
     if getattr(value, slot, None) is not item:
         object.__setattr__(value, slot, item)
 
 
-def put_class_back(module: nn.Module, kind: type) -> None:
+def restore_class(module: nn.Module, kind: type) -> None:
     """Gives a module the class that it had: a lazy one, or one before it was parametrized."""
     if type(module) is not kind:
         module.__class__ = kind
 
 
-def put_gradient_back(tensor: Tensor, gradient: Tensor | None) -> None:
+def restore_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
     """Gives a tensor the gradient that it had."""
     if tensor.grad is not gradient:
         tensor.grad = gradient
 
 
-def put_tensor_back(tensor: Tensor, lazy: Any, data: Tensor, requires_grad: bool) -> None:
+def restore_tensor(tensor: Tensor, lazy: Any, data: Tensor, requires_grad: bool) -> None:
     """Puts back where a tensor's values lie, with their shape, and the class of one that was not initialized."""
     if lazy is not None:
         if type(tensor) is not lazy:

@@ -84,7 +84,7 @@ class Selection:
         return {name + part: part for name, parts in self.parts.items() for part in parts}
 
     @property
-    def takes_conv1d(self) -> bool:
+    def includes_conv1d(self) -> bool:
         """Whether ``types`` includes Conv1d, so that a convolution without a module is selected as well."""
         return any(issubclass(nn.Conv1d, kind) for kind in self.types)
 
@@ -102,14 +102,14 @@ class Selection:
         return {name: m for name, m in self.modules.items() if is_keras(type(m))} if self.tree.has_keras else {}
 
     @property
-    def takes_functions(self) -> bool:
+    def includes_functions(self) -> bool:
         """Whether a convolution that is called as a function could be selected."""
-        return self.takes_conv1d or bool(self.modules)
+        return self.includes_conv1d or bool(self.modules)
 
     def wants(self, name: str) -> bool:
         """Says whether an ``F.conv1d`` call is selected, from the name of its weight's owner."""
         if self._everything:
-            return self.takes_conv1d or name in self.modules
+            return self.includes_conv1d or name in self.modules
         if name in self.modules or name in self.function_names:
             return True
         return any(pattern.fullmatch(name) for pattern in self._patterns)
@@ -145,12 +145,12 @@ class Selection:
     def _by_pattern(self, pattern: re.Pattern[str], shown: str, selector: Any) -> Iterable[str]:
         found = [name for name in self.typed if pattern.fullmatch(name)]
         self._patterns.append(pattern)
-        if self.takes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
+        if self.includes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
             kernels = {
                 name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
             }
             self.function_names.update(name for name in kernels if pattern.fullmatch(name))
-        if found or self.function_names or (self.takes_conv1d and pattern.fullmatch(FUNCTION)):
+        if found or self.function_names or (self.includes_conv1d and pattern.fullmatch(FUNCTION)):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
         if others:
@@ -207,7 +207,7 @@ class Selection:
 
     def _owners(self) -> set[str]:
         """The names of parameters that a function call could be named after (those that are no module's weight)."""
-        if not self.takes_conv1d:
+        if not self.includes_conv1d:
             return set()
         return {name for name, _ in self.tree.parameters() if name not in self.tree.names}
 

@@ -205,7 +205,7 @@ def end(token: Token, tokens: set[Token]) -> None:
     """
     tokens.discard(token)
     if _here.mode is not None and tokens is _here.tokens and not tokens:
-        _take_off(_here.mode)
+        _remove(_here.mode)
         _here.mode = None
 
 
@@ -219,7 +219,7 @@ def _stray() -> _FunctionMode | None:
     return next((mode for mode in modes if isinstance(mode, _FunctionMode)), None)
 
 
-def _take_off(mode: Any) -> None:
+def _remove(mode: Any) -> None:
     """Removes a mode from this thread's stack, and leaves those that were pushed after it."""
     if _here.above is None:
         place = _place(mode)

@@ -89,7 +89,7 @@ def run() -> frozenset[str]:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return frozenset()  # inside vmap and the like a probe proves nothing
     found = _failures()
-    _say(found)
+    _warn(found)
     return found
 
 
@@ -126,7 +126,7 @@ def _try(model: _Probe, tap: _Tap) -> None:
 
 
 @functools.cache
-def _say(failed: frozenset[str]) -> None:
+def _warn(failed: frozenset[str]) -> None:
     if failed:
         what = "; ".join(f"{text} ({_INSTEAD[text]})" for text in sorted(failed))
         warnings.warn(
