@@ -138,7 +138,7 @@ def test_every_reader_of_both_twins_gives_the_same(tmp_path, wrap, cut):
     close(mixed[1], mixed[0].numpy())
     if cut:
         close(ordered[1], np.concatenate(rows, axis=1).T)
-    ready = [view._store.dataset() for view in (a, b)]
+    ready = [Store(view._reader.path).dataset() for view in (a, b)]
     for left, right in zip(*(DataLoader(data, batch_size=3, collate_fn=data.collate) for data in ready), strict=True):
         assert left[0] == right[0]
         close(right[1]["layer"].mT, left[1]["layer"].numpy())

@@ -22,7 +22,7 @@ _WRAPPERS = {
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
-    ("convtap._capture.tapped", "Tapped"): "model",
+    ("convtap", "Tapped"): "model",
 }
 
 
