@@ -227,8 +227,7 @@ class Tapped(nn.Module):
         An idle layer is an error if it was asked for by name, if nothing else came out, or if it may have run unseen: in
         compiled code, unless it was idle in an earlier forward that was not compiled.
         """
-        asked = [name for name in missing if name in self._exact]
-        parts = ModuleTree(self.model).compiled
+        asked, parts = [name for name in missing if name in self._exact], ModuleTree(self.model).compiled
         unseen = [name for name in missing if name in parts or (compiled and name not in self._idle)]
         if asked or unseen or not any_came:
             raise NotCaptured(_not_out(asked or unseen or missing, len(self._selected)))
@@ -291,8 +290,8 @@ def _check_at(at: Any, model: nn.Module) -> None:
 def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(layer, torch.jit.ScriptModule) for layer in layers):
         raise Unsupported(
-            "TorchScript runs no Python hooks, so a scripted model cannot be tapped: tap the Python model that it was made "
-            "from, or run it in a block, with capture(model) as acts: model(x)"
+            "TorchScript runs no Python hooks, so a scripted model cannot be tapped. Tap the Python model, or write: "
+            "with capture(model) as acts: model(x)"
         )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise Unsupported(
