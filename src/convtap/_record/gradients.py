@@ -15,7 +15,7 @@ from convtap._errors import InvalidValue
 from convtap._record.policy import cast, drops_imaginary_part
 from convtap._result.gradient import Gradient
 from convtap._tensors.memory import are_separate, tensor_bytes
-from convtap._tensors.nested import map_leaves, walk_tensors
+from convtap._tensors.nested import Leaves, walk_tensors
 from convtap._tensors.snapshot import snapshot
 from convtap._torch.transforms import is_wrapped
 
@@ -85,7 +85,7 @@ class Gradients:
         self._move = move
         self._regions: weakref.WeakKeyDictionary[Any, _Region] = weakref.WeakKeyDictionary()
 
-    def follow(self, name: str, output: Any, inputs: Any, swapped: Any) -> tuple[Gradient, Any]:
+    def follow(self, name: str, output: Leaves, inputs: Any, swapped: Any) -> tuple[Gradient, Any]:
         """Begins to wait for an output's gradient.
 
         Args:
@@ -97,7 +97,7 @@ class Gradients:
         Raises:
             InvalidValue: ``dtype`` would drop the imaginary part of a gradient.
         """
-        tensors = [tensor for _, tensor in walk_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
+        tensors = [tensor for tensor in output.tensors if tensor.is_floating_point() or tensor.is_complex()]
         if any(map(is_wrapped, tensors)):
             return Gradient(output, 0, _TRANSFORMED), swapped
         if any(drops_imaginary_part(tensor, self._dtype) for tensor in tensors):
@@ -109,7 +109,7 @@ class Gradients:
         if any(tensor.requires_grad for tensor in tensors):
             gradient = Gradient(output, size, None)
             if swapped is not None:
-                self._listen(gradient, output)
+                self._listen(gradient, output, output.tensors)
                 return gradient, swapped
             return gradient, self._listen_in_place(gradient, output, inputs)
         _, regions = _checkpoints()
@@ -117,7 +117,7 @@ class Gradients:
         self._list(name, gradient, regions)
         return gradient, None
 
-    def recomputed(self, name: str, output: Any, inputs: Any) -> Any:
+    def recomputed(self, name: str, output: Leaves, inputs: Any) -> Any:
         """Follows the output of a run during a backward pass instead of the one that it repeats."""
         if _backward_task() == -1:
             return None
@@ -127,7 +127,7 @@ class Gradients:
         if gradient is None:
             return None
         self._list(name, gradient, regions)
-        if not any(tensor.requires_grad for _, tensor in walk_tensors(output)):
+        if not any(tensor.requires_grad for tensor in output.tensors):
             return None
         gradient.missing = None
         return self._listen_in_place(gradient, output, inputs)
@@ -136,9 +136,9 @@ class Gradients:
         for context in regions:
             self._regions.setdefault(context, _Region()).add(name, gradient)
 
-    def _listen_in_place(self, gradient: Gradient, output: Any, inputs: Any) -> Any:
+    def _listen_in_place(self, gradient: Gradient, output: Leaves, inputs: Any) -> Any:
         """Listens to what the model goes on with. See Note: [Where a gradient is read]."""
-        tensors = [tensor for _, tensor in walk_tensors(output)]
+        tensors = output.tensors
         given = {id(tensor): tensor for _, tensor in walk_tensors(inputs)}
         unstable = {
             id(tensor)
@@ -146,18 +146,16 @@ class Gradients:
             if tensor.requires_grad and tensor._is_view() and are_separate([*tensors, *given.values()], [tensor])
         }
         if not unstable:
-            self._listen(gradient, output)
+            self._listen(gradient, output, tensors)
             return None
-        followed = map_leaves(
-            lambda tensor: snapshot(tensor) if id(tensor) in unstable else tensor, output, other=lambda value: value
-        )
-        self._listen(gradient, followed)
-        return followed
+        followed = [snapshot(tensor) if id(tensor) in unstable else tensor for tensor in tensors]
+        self._listen(gradient, output, followed)
+        return output.rebuild(followed, other=lambda value: value)
 
-    def _listen(self, gradient: Gradient, output: Any) -> None:
+    def _listen(self, gradient: Gradient, output: Leaves, tensors: list[Tensor]) -> None:
         # The graph must not keep what the block collected alive, nor the block the graph: a weak reference, one way.
         reference = weakref.ref(gradient)
-        for path, tensor in walk_tensors(output):
+        for path, tensor in zip(output.paths, tensors, strict=True):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._arrived, reference, path))  # type: ignore[no-untyped-call]
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from convtap._errors import ConvtapError, Unsupported
 from convtap._offload.offloader import Offloader
 from convtap._record.policy import Alias, Policy
 from convtap._record.reductions import Reductions
-from convtap._tensors.nested import map_leaves, walk_tensors
+from convtap._tensors.nested import Leaves
 from convtap._tensors.snapshot import snapshot
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import outside_modes
@@ -48,17 +48,17 @@ class Keeper:
         """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
         return self._busy.now
 
-    def stays(self, output: Any) -> bool:
-        """Whether what is kept stays on its device."""
+    def stays(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether what is kept of tensors stays on their device."""
         offloader = self._offloader
-        return offloader is None or all(offloader.is_home(tensor) for _, tensor in walk_tensors(output))
+        return offloader is None or all(map(offloader.is_home, tensors))
 
     def input(self, name: str, value: Any) -> Any:
         """Returns what to hold of a layer's input."""
         keeper = self._for(name)
-        return self._guarded(keeper, keeper._keep_input, name, value)
+        return self._guarded(keeper, keeper._keep_input, name, Leaves(value))
 
-    def output(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+    def output(self, name: str, output: Leaves, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
         """Returns what to hold of a layer's output, and what the model is to go on with instead (None: its own).
 
         Raises:
@@ -77,21 +77,22 @@ class Keeper:
             self._of[name] = Keeper(policy, self._offloader)
         return self._of[name]
 
-    def _keep_input(self, value: Any) -> Any:
-        return map_leaves(self._moving(self._policy.keep_input), self._outside_transforms(value))
+    def _keep_input(self, value: Leaves) -> Any:
+        return value.rebuild(map(self._moving(self._policy.keep_input), self._outside_transforms(value.tensors)))
 
-    def _keep_output(self, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+    def _keep_output(self, output: Leaves, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
         policy = self._policy
-        output = self._outside_transforms(output)
-        if alone and fresh and policy.swaps(output, inputs) and self.stays(output):
-            instead = map_leaves(_replacement, output, other=_unchanged)
-            _known.note(output, instead, None)
-            return map_leaves(_kept_upstream, output), instead
-        kept = map_leaves(self._moving(lambda tensor: policy.keep_output(tensor, fresh)), output)
-        _known.note(output, None, kept)
+        tensors = self._outside_transforms(output.tensors)
+        if alone and fresh and policy.swaps(output, inputs) and self.stays(output.tensors):
+            instead = output.rebuild(map(_replacement, output.tensors), other=_unchanged)
+            _known.note(output.structure, instead, None)
+            return output.rebuild(map(_kept_upstream, output.tensors)), instead
+        keep = self._moving(lambda tensor: policy.keep_output(tensor, fresh))
+        kept = output.rebuild(map(keep, tensors))
+        _known.note(output.structure, None, kept)
         return kept, None
 
-    def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Any, *rest: Any) -> Any:
+    def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Leaves, *rest: Any) -> Any:
         """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
         self._busy.now = True
         try:
@@ -102,7 +103,7 @@ class Keeper:
             with saved_tensors_hooks(Tensor.detach, _unchanged):
                 return keep(value, *rest)
         except Exception as error:
-            raise keeper._failed(name, value, error) from error
+            raise keeper._failed(name, value.structure, error) from error
         finally:
             self._busy.now = False
 
@@ -118,16 +119,16 @@ class Keeper:
 
         return kept
 
-    def _outside_transforms(self, value: Any) -> Any:
+    def _outside_transforms(self, tensors: list[Tensor]) -> list[Tensor]:
         """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
-        if not any(is_wrapped(tensor) for _, tensor in walk_tensors(value)):
-            return value
+        if not any(map(is_wrapped, tensors)):
+            return tensors
         if not self._policy.detach:
             raise Unsupported(
                 "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
                 "transform. Leave detach=True, or take gradients with torch.autograd.grad."
             )
-        return map_leaves(unwrapped, value)
+        return [unwrapped(tensor) for tensor in tensors]
 
     def _failed(self, name: str, output: Any, error: Exception) -> ConvtapError:
         if isinstance(error, ConvtapError):
@@ -137,11 +138,9 @@ class Keeper:
         return ConvtapError(f"layer {name!r}: {what} failed on the output{shape}: {type(error).__name__}: {error}")
 
 
-def is_fake(output: Any) -> bool:
+def are_fake(tensors: Iterable[Tensor]) -> bool:
     """Whether a model is being traced with tensors that have no values (``torch.export``): there is nothing to record."""
-    return type(output) is not Tensor and any(
-        type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for _, tensor in walk_tensors(output)
-    )
+    return any(type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for tensor in tensors)
 
 
 def _unchanged(value: Any) -> Any:
@@ -161,7 +160,9 @@ def _replacement(output: Tensor) -> Tensor:
 # Failure: a layer that keeps its last output, or a user's hook that does, would no longer have what the model works on.
 # Choice: count the references to the output at the hook. The count without any other holder depends on Python and on
 #   torch's way to call hooks, so it is measured once, on a module that keeps nothing. What another block's hook has just
-#   given the model instead, torch still has in a variable of its own: that is one more.
+#   given the model instead, torch still has in a variable of its own: that is one more. (To replace only what a plain
+#   Conv1d without hooks of others returns needs no count, but loses the value of every convolution with weight
+#   normalization, and of every class of the user's, in front of an in-place activation.)
 
 
 class _Known(threading.local):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
 from convtap._tensors.memory import are_separate
-from convtap._tensors.nested import Held, walk_tensors
+from convtap._tensors.nested import Held, Leaves, walk_tensors
 from convtap._tensors.snapshot import own, snapshot
 
 
@@ -121,15 +121,15 @@ class Policy:
         tensor = tensor.detach() if self.detach else tensor
         return tensor.clone() if keep == self.keep_input else snapshot(tensor)
 
-    def swaps(self, output: Any, inputs: Any) -> bool:
+    def swaps(self, output: Leaves, inputs: Any) -> bool:
         """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
 
         Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
         where the output is a structure of a type that a copy may not equal; nor while it is traced.
         """
-        if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output):
+        if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output.structure):
             return False
-        tensors = [tensor for _, tensor in walk_tensors(output)]
+        tensors = output.tensors
         return (
             any(tensor.requires_grad for tensor in tensors)
             and all(type(tensor) is Tensor for tensor in tensors)

@@ -15,13 +15,13 @@ from convtap._errors import ConvtapError, StopForward
 from convtap._record.budget import Budget
 from convtap._record.forward_passes import Passes
 from convtap._record.gradients import Gradients
-from convtap._record.keeper import Keeper, is_fake, is_held_elsewhere
+from convtap._record.keeper import Keeper, are_fake, is_held_elsewhere
 from convtap._result.call import Call, LayerRecord
 from convtap._result.gradient import Gradient
 from convtap._result.log import Log
 from convtap._select.selection import Selection
 from convtap._tensors.memory import is_copy_on_write, shares_memory
-from convtap._tensors.nested import walk_tensors
+from convtap._tensors.nested import Leaves, walk_tensors
 from convtap._tensors.snapshot import snapshot, snapshot_of_result
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
@@ -127,7 +127,11 @@ class Recorder:
 
     @skip_in_dynamo
     def emit_plain(self, name: str, output: Tensor) -> Tensor:
-        """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function."""
+        """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function.
+
+        It repeats ``record`` and ``_store``, because calling them costs 0.6 µs a layer of the 64 tiny layers that
+        ``benchmarks/overhead.py`` measures.
+        """
         usual = self._usual and type(output) is Tensor and _backward_task() == -1
         if not usual or has_dispatch_modes() or has_function_modes() or tracing_state() or is_wrapped(output):
             with outside_function_modes() if type(output) is Tensor else nullcontext():
@@ -164,10 +168,11 @@ class Recorder:
     def _shared(self, name: str, module: nn.Module, inputs: Any, output: Any, alone: bool) -> Any:
         if self.follow is not None:
             return self._follow(self.follow, name, output, "module")
+        leaves = Leaves(output)
         known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
         # Memory that is copy-on-write already was given out here before: nobody's raw view of it can be hurt any more.
-        fresh = is_copy_on_write(output) or not shares_memory(output, [t for _, t in known if t is not None])
-        return self.record(name, output, "module", inputs, fresh=fresh, alone=alone)
+        fresh = is_copy_on_write(output) or not shares_memory(leaves.tensors, [t for _, t in known if t is not None])
+        return self.record(name, leaves, "module", inputs, fresh=fresh, alone=alone)
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
         """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
@@ -189,27 +194,34 @@ class Recorder:
 
         Args:
             name: the layer.
-            output: what it returned.
+            output: what it returned, or the leaves of that.
             via: how it was seen.
             inputs: what it was given.
             fresh: whether the output's memory is new, and no view of an input, a parameter or a buffer.
             alone: whether nobody but the caller holds the output object.
         """
+        leaves = output if type(output) is Leaves else Leaves(output)
         if (self._token not in tokens_here() or _backward_task() != -1) and not self.is_here(name):
-            return None if self._grads is None else self._grads.recomputed(name, output, inputs)
+            return None if self._grads is None else self._grads.recomputed(name, leaves, inputs)
         if self._keeper.busy:
             return None
-        if is_fake(output) and not self._keeper.keeps_fakes:
+        if are_fake(leaves.tensors) and not self._keeper.keeps_fakes:
             self.fakes += 1
             return None
-        gradient = None
-        if self._plain and fresh and self._keeper.stays(output) and type(output) is Tensor and not is_wrapped(output):
-            value, replacement = self._snapshot(output), None
+        gradient, tensor = None, leaves.structure
+        if (
+            self._plain
+            and fresh
+            and type(tensor) is Tensor
+            and self._keeper.stays((tensor,))
+            and not is_wrapped(tensor)
+        ):
+            value, replacement = self._snapshot(tensor), None
         else:
-            value, replacement = self._kept(name, output, inputs, fresh, alone)
+            value, replacement = self._kept(name, leaves, inputs, fresh, alone)
             if self._grads is not None and tracing_state() is None:
                 with outside_modes():
-                    gradient, replacement = self._noted(self._grads.follow, name, output, inputs, replacement)
+                    gradient, replacement = self._noted(self._grads.follow, name, leaves, inputs, replacement)
         self._store(name, value, via, gradient)
         return replacement
 
@@ -246,7 +258,7 @@ class Recorder:
         record = self._log.records.get(name) or self._add_record(name)
         record.computed, record.pending, record.last_pass = True, None, self._passes.current()
 
-    def _kept(self, name: str, output: Any, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
+    def _kept(self, name: str, output: Leaves, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
         if tracing_state() is None:
             kept: tuple[Any, Any] = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
             return kept
@@ -268,11 +280,11 @@ class Recorder:
         if record.pending is not None:
             record.pending = None
         call = Call(record, record.captured - record.cleared, forward, via, value, gradient)
+        if self._budget is not None:
+            self._noted(self._budget.reserve, call, log.calls.get(name) if self._last else None)
         if self._last:
-            self._replace(name, call)
+            log.replace(name, call)
         else:
-            if self._budget is not None:
-                self._reserve(call, None)
             record.held += 1
             log.changes = serial = next(self._serials)
             log.calls[serial] = call
@@ -290,21 +302,3 @@ class Recorder:
         if self._has_numbers or "#" in name:
             log.tell_apart()
         return record
-
-    def _replace(self, name: str, call: Call) -> None:
-        log = self._log
-        if self._budget is not None:
-            self._reserve(call, log.calls.get(name))
-        log.calls.pop(name, None)
-        log.calls[name] = call
-        log.records[name].held = 1
-        log.trim()
-        log.changes += 1
-
-    def _reserve(self, call: Call, replaced: Call | None) -> None:
-        assert self._budget is not None
-        try:
-            self._budget.reserve(call, replaced)
-        except ConvtapError as error:
-            self.failure = error
-            raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convtap._errors import NotCaptured
-from convtap._tensors.nested import map_leaves, walk_tensors
+from convtap._tensors.nested import Leaves, map_leaves
 
 
 class _Place:
@@ -27,9 +27,8 @@ class Gradient:
 
     __slots__ = ("__weakref__", "_found", "_structure", "missing", "nbytes")
 
-    def __init__(self, output: Any, nbytes: int, missing: str | None) -> None:
-        paths = iter([path for path, _ in walk_tensors(output)])
-        self._structure = map_leaves(lambda _: _Place(next(paths)), output)
+    def __init__(self, output: Leaves, nbytes: int, missing: str | None) -> None:
+        self._structure = output.rebuild(map(_Place, output.paths))
         self.nbytes = nbytes
         self.missing = missing
         self._found: dict[str, Any] = {}

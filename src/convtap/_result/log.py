@@ -60,6 +60,14 @@ class Log:
         self.changes += 1
         self.cleared += 1
 
+    def replace(self, name: str, call: Call) -> None:
+        """Keeps a call in place of the layer's earlier one."""
+        self.calls.pop(name, None)
+        self.calls[name] = call
+        record_of(call).held = 1
+        self.trim()
+        self.changes += 1
+
     def withdraw(self, name: str) -> Call | None:
         """Forgets the newest call of a layer, as if it had not been; returns it."""
         newest: list[tuple[Any, Call]] = list(reversed(self.calls.items()))

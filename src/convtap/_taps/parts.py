@@ -59,7 +59,7 @@ class Parted:
         known = [*(t for _, t in walk_tensors(inputs)), *(tensor for tensor in own if tensor is not None)]
         alone, replaced = alone and is_plain_structure(output), False
         for part, found in self._found(name, output):
-            fresh = is_copy_on_write(found) or not shares_memory(found, known)
+            fresh = is_copy_on_write(found) or not shares_memory((tensor for _, tensor in walk_tensors(found)), known)
             # what the rest of the output shares with the part must stay shared
             rest = [tensor for path, tensor in walk_tensors(output) if not path.startswith(part)]
             instead = self._recorder.record(name + part, found, via, (inputs, rest), fresh=fresh, alone=alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,11 +111,11 @@ def is_copy_on_write(value: Any) -> bool:
         return False
 
 
-def shares_memory(value: Any, tensors: list[Tensor]) -> bool:
-    """Whether a tensor of a structure lies in the memory of one of ``tensors`` (a view of it, or itself)."""
+def shares_memory(these: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
+    """Whether one of ``these`` lies in the memory of one of ``tensors`` (a view of it, or itself)."""
     try:
         storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return any(tensor.untyped_storage()._cdata in storages for _, tensor in walk_tensors(value))
+        return any(tensor.untyped_storage()._cdata in storages for tensor in these)
     except (RuntimeError, NotImplementedError):
         return True
 

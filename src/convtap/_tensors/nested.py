@@ -107,6 +107,31 @@ def walk_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
             yield path, leaf
 
 
+class Leaves:
+    """The tensors of a structure, walked once, and the way back to a structure of the same kind.
+
+    Attributes:
+        structure: the structure.
+        paths: where each tensor is in it: ``""``, ``"[0]"``, ``"[hidden][1]"``.
+        tensors: the tensors, in the same order.
+    """
+
+    __slots__ = ("paths", "structure", "tensors")
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        if isinstance(structure, Tensor):
+            self.paths, self.tensors = [""], [structure]
+        else:
+            found = list(walk_tensors(structure))
+            self.paths, self.tensors = [path for path, _ in found], [tensor for _, tensor in found]
+
+    def rebuild(self, values: Iterable[Any], other: Callable[[Any], Any] | None = None) -> Any:
+        """Returns a structure of the same kind with other values in the places of the tensors; see ``map_leaves``."""
+        following = iter(values)
+        return map_leaves(lambda _: next(following), self.structure, other=other)
+
+
 class Missing:
     """Stands for a part that a structure does not have."""
 

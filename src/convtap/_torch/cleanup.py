@@ -1,4 +1,4 @@
-"""Takes off again what was put on, also where an interrupt strikes while that is being done."""
+"""Removes again what was registered, also if an interrupt strikes meanwhile."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 # Note: [Interrupts]
 # Assumption: Python raises KeyboardInterrupt between any two calls in the main thread, so also between two lines of an
 #   exit, and what is left undone then is never done.
-# Failure: hooks that stay on the model, a function mode that stays on the thread, a stance that stays forced.
-# Choice: what puts something on says so first; what takes it off may be repeated, and finishes what an interrupted run of
-#   it left (sets, not counts; look, then remove). ``undo`` repeats an interrupted step, and its callers call it twice, for
-#   an interrupt between its own lines. What remains is an interrupt in the first instruction of ``__exit__``: then the
-#   block ends when its guard is freed, with the traceback that holds it. A guard that is done with has no ``__del__``, for
-#   an interrupt in one is lost.
+# Failure: hooks stay on the model, a function mode on the thread, and a forced stance in the process.
+# Choice: a step is listed before it is needed, and may be repeated: it finishes what an interrupted run of it left (sets, not
+#   counts; look, then remove). ``undo`` repeats an interrupted step, and its callers call it twice, for an interrupt
+#   between its own lines. ``contextlib.ExitStack`` would not do: it takes a step from its list before it runs it, so an
+#   interrupted step is never finished. What remains is an interrupt in the first instruction of ``__exit__``: then the
+#   session ends when its guard is freed, with the traceback that holds it. A guard that is done with has no ``__del__``,
+#   since an interrupt in one is lost.
 
 
 def undo(steps: list[Callable[[], object]]) -> None:
