@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, listed
 from convtap._public import public
 from convtap._result.call import Call, held_bytes
 from convtap._result.coverage import Coverage
 from convtap._result.file import write
 from convtap._result.log import Log
+from convtap._result.lookup import find_output, missing, not_a_name
 from convtap._result.samples import Samples
 from convtap._result.summary import call_table
-from convtap._select.parts import find
 from convtap._table import MOST, Table
 from convtap._tensors.nested import MISSING, map_leaves
 from convtap._tensors.statistics import shapes, shapes_text, to_numpy
@@ -34,24 +34,11 @@ class Activations(Mapping[str, Any]):
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._keys: tuple[int, dict[str, Call]] = (-1, {})
 
     # -- the mapping
 
-    def _index(self) -> dict[str, Call]:
-        stamp, index = self._keys
-        if stamp != self._log.changes:
-            changes = self._log.changes
-            calls = list(self._log.calls.values())
-            index = {call.key: call for call in calls}
-            if len(index) < len(calls):
-                self._log.renumber()
-                index = {call.key: call for call in calls}
-            self._keys = (changes, index)
-        return index
-
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._index()))
+        return iter(list(self._log.index()))
 
     def __len__(self) -> int:
         return len(self._log.calls)
@@ -60,7 +47,7 @@ class Activations(Mapping[str, Any]):
         if not isinstance(key, str):
             return False
         try:
-            return find(key, self._find) is not MISSING
+            return find_output(self._log, key) is not MISSING
         except AmbiguousCall:
             return True
         except LayerNotFound:
@@ -74,10 +61,10 @@ class Activations(Mapping[str, Any]):
             AmbiguousCall: the layer ran several times.
         """
         if not isinstance(key, str):
-            raise self._no_position(key)
-        found = find(key, self._find)
+            raise not_a_name(self._log, key)
+        found = find_output(self._log, key)
         if found is MISSING:
-            raise self._missing(key)
+            raise missing(self._log, key)
         return found
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -87,62 +74,10 @@ class Activations(Mapping[str, Any]):
             AmbiguousCall: the layer ran several times.
         """
         try:
-            found = find(key, self._find) if isinstance(key, str) else MISSING
+            found = find_output(self._log, key) if isinstance(key, str) else MISSING
         except LayerNotFound:  # the call is here, and has no such part
             return default
         return default if found is MISSING else found
-
-    def _find(self, key: str) -> Call | None:
-        index = self._index()
-        call = index.get(key)
-        if call is not None:
-            return call
-        name = self._log.resolve(key)
-        if name is None:
-            stem, mark, number = key.rpartition("#")
-            name = self._log.resolve(stem) if mark else None
-            return None if name is None else index.get(f"{name}#{number}")
-        record = self._log.records.get(name)
-        if record is not None and record.held > 1:
-            raise self._ambiguous(name)
-        return index.get(name)
-
-    def _ambiguous(self, name: str) -> AmbiguousCall:
-        record = self._log.records[name]
-        held = record.held
-        return AmbiguousCall(
-            f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
-            f"acts.calls({name!r}), one with acts[{record.key(1, held)!r}], or join them with acts.cat({name!r})."
-        )
-
-    def _no_position(self, key: Any) -> LayerNotFound:
-        calls = list(self._log.calls.values())
-        if isinstance(key, int) and not isinstance(key, bool) and -len(calls) <= key < len(calls):
-            position = key % len(calls)
-            return LayerNotFound(
-                f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
-                f"layer {calls[position].name!r}."
-            )
-        return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(self._index())}.")
-
-    def _missing(self, key: str) -> LayerNotFound:
-        name = self._log.resolve(key)
-        if name is not None:
-            state = self.coverage[name]
-            if state.captured:
-                why = "its outputs were cleared"
-            elif state.unactivated:
-                why = (
-                    f"it {state}. Capture it with at='output', the activations themselves with types=nn.ReLU, or name its "
-                    "activation's type with activations=(...)"
-                )
-            else:
-                why = f"it is {state}: no output of it was seen"
-            return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(self._index())}.")
-        known = list(dict.fromkeys([*self._index(), *self._log.names()]))
-        return LayerNotFound(
-            f"no output is named {key!r}. Captured here: {listed(self._index())}.{did_you_mean(key, known)}"
-        )
 
     # -- calls
 
@@ -156,7 +91,7 @@ class Activations(Mapping[str, Any]):
         if name is not None:
             resolved = self._log.resolve(name)
             if resolved is None:
-                raise self._missing(name)
+                raise missing(self._log, name)
             found = [call for call in found if call.name == resolved]
         return found if forward is None else [call for call in found if call.forward == forward]
 
@@ -169,7 +104,7 @@ class Activations(Mapping[str, Any]):
         """
         outputs = [call.output for call in self.calls(name)]
         if not outputs:
-            raise self._missing(name)
+            raise missing(self._log, name)
         if not all(isinstance(output, Tensor) for output in outputs):
             raise Unsupported(
                 f"{name!r} returns {shapes_text(shapes(outputs[0]))}, no single tensor, so its calls cannot be joined."
@@ -236,7 +171,7 @@ class Activations(Mapping[str, Any]):
         Raises:
             Unsupported: an output has no such array: it is nested, on meta, or a DTensor of which other processes hold a part.
         """
-        return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._index().items()}
+        return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._log.index().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
@@ -285,7 +220,7 @@ class Activations(Mapping[str, Any]):
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
         """
-        keys = list(self._index())  # first: it may number calls anew
+        keys = list(self._log.index())  # first: it may number calls anew
         return call_table(self._log, keys, stats, rows, self.nbytes, self.coverage)
 
     def __repr__(self) -> str:
@@ -303,8 +238,3 @@ def _public(module: str) -> Any:
 def log_of(acts: Activations) -> Log:
     """Returns the log that a mapping of outputs reads."""
     return acts._log
-
-
-def _ordinal(number: int) -> str:
-    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"

@@ -40,10 +40,11 @@ class Log:
     lacking: dict[str, None] = field(default_factory=dict)
     changes: int = 0
     cleared: int = 0
+    _indexed: tuple[int, dict[str, Call]] = field(default=(-1, {}), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # while the block is open, the names are keys of its modules
-        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact)}
+        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact), "_indexed": (-1, {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         records = state.pop("tallies", {})  # their name in pickles of version 0.1.0, which lack some of the others
@@ -96,6 +97,19 @@ class Log:
     def resolve(self, name: str) -> str | None:
         """Returns the layer that a name stands for here, or None."""
         return resolve_name(name, self.names(), self.aliases)
+
+    def index(self) -> dict[str, Call]:
+        """Returns the calls by key, in execution order."""
+        stamp, index = self._indexed
+        if stamp != self.changes:
+            changes = self.changes
+            calls = list(self.calls.values())
+            index = {call.key: call for call in calls}
+            if len(index) < len(calls):
+                self.renumber()
+                index = {call.key: call for call in calls}
+            self._indexed = (changes, index)
+        return index
 
     def renumber(self) -> None:
         """Numbers the calls of each layer in order: two threads that run a layer at once may have taken one number."""
