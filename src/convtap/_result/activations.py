@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, listed
+from convtap._errors import AmbiguousCall, InvalidType, LayerNotFound, brief
 from convtap._public import public
 from convtap._result.call import Call, held_bytes
+from convtap._result.combine import joined, renamed
 from convtap._result.coverage import Coverage
 from convtap._result.file import write
 from convtap._result.log import Log
 from convtap._result.lookup import find_output, missing, not_a_name
-from convtap._result.samples import Samples
+from convtap._result.samples import Samples, by_key_in_pass, joined_outputs
 from convtap._result.summary import call_table
 from convtap._table import MOST, Table
 from convtap._tensors.nested import MISSING, map_leaves
-from convtap._tensors.statistics import shapes, shapes_text, to_numpy
+from convtap._tensors.statistics import to_numpy
 
 
 @public
@@ -79,6 +80,9 @@ class Activations(Mapping[str, Any]):
             return default
         return default if found is MISSING else found
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
     # -- calls
 
     def calls(self, name: str | None = None, forward: int | None = None) -> list[Call]:
@@ -95,25 +99,47 @@ class Activations(Mapping[str, Any]):
             found = [call for call in found if call.name == resolved]
         return found if forward is None else [call for call in found if call.forward == forward]
 
-    def cat(self, name: str, dim: int = 0) -> Tensor:
-        """Joins the outputs of a layer's calls along an axis (``dim=-1`` for time).
+    def cat(self, name: str | None = None, dim: int = 0) -> Any:
+        """Joins the outputs of a layer's calls along an axis (``dim=-1`` for time), or those of every layer.
+
+        Args:
+            name: the layer. None for a dict of all: the outputs of all forward passes, joined, by the layer's name within
+                its pass: ``conv``, or ``conv#0``, ``conv#1``, … if it ran several times in one.
+            dim: the axis.
 
         Raises:
             LayerNotFound: the layer has no output here.
-            Unsupported: an output is no tensor, or the shapes do not fit together.
+            Unsupported: an output is not a single tensor, or the shapes do not fit together.
         """
+        if name is None:
+            return {key: joined_outputs(key, outputs, dim) for key, outputs in by_key_in_pass(self._log).items()}
         outputs = [call.output for call in self.calls(name)]
         if not outputs:
             raise missing(self._log, name)
-        if not all(isinstance(output, Tensor) for output in outputs):
-            raise Unsupported(
-                f"{name!r} returns {shapes_text(shapes(outputs[0]))}, no single tensor, so its calls cannot be joined."
-            )
-        try:
-            return torch.cat(outputs, dim)
-        except (RuntimeError, IndexError) as error:
-            found = listed([str(tuple(output.shape)) for output in outputs])
-            raise Unsupported(f"the calls of {name!r} cannot be joined along axis {dim}: {found}. {error}") from error
+        return joined_outputs(name, outputs, dim)
+
+    def rename(self, names: Mapping[str, str]) -> Activations:
+        """Returns the same outputs with other names for some layers: ``acts.rename({"encoder.0": "early"})``.
+
+        The values are shared, not copied.
+
+        Raises:
+            LayerNotFound: no such layer is here.
+            InvalidType, InvalidValue: ``names`` is not a mapping of names to names; two layers would have one name.
+        """
+        return Activations(renamed(self._log, names))
+
+    def join(self, other: Activations) -> Activations:
+        """Returns the outputs of two captures: those of ``other`` after these, its forward passes numbered on.
+
+        A layer of one name in both is one layer here, whose calls are those of both. The values are shared, not copied.
+
+        Raises:
+            InvalidType: ``other`` is not what a capture collected.
+        """
+        if not isinstance(other, Activations):
+            raise InvalidType(f"other={brief(other)} is not the outputs of a capture. Write acts.join(other_acts).")
+        return Activations(joined(self._log, other._log))
 
     @property
     def coverage(self) -> Coverage:

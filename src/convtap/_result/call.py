@@ -188,6 +188,12 @@ def record_of(call: Call) -> LayerRecord:
     return call._record
 
 
+def moved(call: Call, record: LayerRecord, forward: int | None = None) -> Call:
+    """Returns the same call in another layer's record, or another forward pass."""
+    forward = call.forward if forward is None else forward
+    return Call(record, call.index, forward, call.via, call._value, call._gradient)
+
+
 def is_convolution(call: Call) -> bool:
     """Returns whether a call is of a 1-D convolution: of a module, or one that was seen without its module."""
     return call._record.is_conv1d or call.via in ("function", "compiled", "script")

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, plural
+from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed, plural
 from convtap._result.call import Call, is_convolution, layout_of, record_of, shown_value
 from convtap._result.log import Log
 from convtap._tensors.layout import axes_of
 from convtap._tensors.nested import walk_tensors
+from convtap._tensors.statistics import shapes, shapes_text
 
 #: Cuts one tensor of a call: given the call, the path of the tensor in it, the tensor without batch axis, and the input.
 Cut: TypeAlias = "Callable[[Call, str, Tensor, int], Tensor]"
@@ -144,6 +146,36 @@ def _keys(calls: list[Call]) -> list[str]:
         found.append(record_of(call).key(numbers[call.name], counts[call.name]))
         numbers[call.name] += 1
     return found
+
+
+def by_key_in_pass(log: Log) -> dict[str, list[Any]]:
+    """Returns the outputs of all forward passes, by the key of each call within its pass."""
+    by_pass: dict[int, list[Call]] = {}
+    for call in log.calls.values():
+        by_pass.setdefault(call.forward, []).append(call)
+    found: dict[str, list[Any]] = {}
+    for number in sorted(by_pass):
+        for key, call in zip(_keys(by_pass[number]), by_pass[number], strict=True):
+            found.setdefault(key, []).append(call.output)
+    return found
+
+
+def joined_outputs(name: str, outputs: list[Any], dim: int) -> Tensor:
+    """Joins outputs of a layer along an axis.
+
+    Raises:
+        Unsupported: one is not a single tensor, or the shapes do not fit together.
+    """
+    if not all(isinstance(output, Tensor) for output in outputs):
+        raise Unsupported(
+            f"{name!r} returns {shapes_text(shapes(outputs[0]))}, not a single tensor, so its calls cannot be joined. Take one "
+            f"of its tensors: capture(model, {name + '[0]'!r}), or read them with acts.calls({name!r})."
+        )
+    try:
+        return torch.cat(outputs, dim)
+    except (RuntimeError, IndexError) as error:
+        found = listed([str(tuple(output.shape)) for output in outputs])
+        raise Unsupported(f"the calls of {name!r} cannot be joined along axis {dim}: {found}. {error}") from error
 
 
 def _doubts(number: int, by_pass: dict[int, list[Call]], unclear: dict[int, tuple[str, int]]) -> Iterator[str]:
