@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from convtap._errors import ConvtapError, InvalidType
 from convtap._record.policy import Policy, cast
-from convtap._result.keys import numbered
+from convtap._result.keys import numbered, positions
 from convtap._select.module_tree import is_kind
 from convtap._select.selection import CONV1D
 from convtap._taps.modules import as_input
@@ -100,14 +100,8 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
 
 
 def keyed(calls: list[tuple[str, str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
-    """Gives each call its key: the layer's name if it ran once, else the name with the call's number; then the part."""
-    times: dict[str, int] = {}  # counted by hand: this is compiled too, and torch 2.6 does not trace list.count
-    for name, part, _ in calls:
-        times[name + part] = times.get(name + part, 0) + 1
-    numbers = dict.fromkeys(times, 0)
+    """Returns the values by key: the layer's name, with the number of the call if it ran several times, then the part."""
     found: dict[str, Any] = {}
-    for name, part, value in calls:
-        number = numbers[name + part]
-        numbers[name + part] = number + 1
-        found[numbered(name, number, times[name + part], separators[name], part)] = value
+    for (name, part, value), position in zip(calls, positions([name + part for name, part, _ in calls]), strict=True):
+        found[numbered(name, *position, separators[name], part)] = value
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed, plural
 from convtap._result.call import Call, is_convolution, layout_of, record_of, shown_value
+from convtap._result.keys import positions
 from convtap._result.log import Log
 from convtap._tensors.layout import axes_of
 from convtap._tensors.nested import walk_tensors
@@ -138,14 +139,9 @@ class Samples:
 
 
 def _keys(calls: list[Call]) -> list[str]:
-    """The keys of calls within their pass."""
-    counts = Counter(call.name for call in calls)
-    numbers = dict.fromkeys(counts, 0)
-    found = []
-    for call in calls:
-        found.append(record_of(call).key(numbers[call.name], counts[call.name]))
-        numbers[call.name] += 1
-    return found
+    """Returns the keys of calls within their pass."""
+    found = positions([call.name for call in calls])
+    return [record_of(call).key(*position) for call, position in zip(calls, found, strict=True)]
 
 
 def by_key_in_pass(log: Log) -> dict[str, list[Any]]:
