@@ -1,4 +1,4 @@
-"""The public context manager: its options, and one session for each time it is entered."""
+"""The public context manager ``capture``: its options, and one session for each time it is entered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists what a selection selects, and with an example how each layer is really used."""
+"""The public ``list_layers``: what a selection selects, and with an example how each layer is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from convtap._capture.options import capture_options
 from convtap._capture.session import Session
-from convtap._capture.size_estimate import Weigher, weight
+from convtap._capture.size_estimate import SizeEstimator, estimated_bytes
 from convtap._errors import LayerNotFound
 from convtap._public import public
 from convtap._record.reductions import Reduce
@@ -115,7 +115,7 @@ def list_layers(
 def _observe(model: Any, layers: Any, types: Any, example: Any, method: Any, reduce: Any, dtype: Any) -> Log:
     example = own_tensors(prepared(example, model))
     options = capture_options(model, layers, types=types, functional=True)
-    with looking(model), Session(options.without_checks(Weigher(reduce=reduce, dtype=dtype))) as session:
+    with looking(model), Session(options.without_checks(SizeEstimator(reduce=reduce, dtype=dtype))) as session:
         called(model, example, method)
     return session.log
 
@@ -156,7 +156,7 @@ def _with_use(row: LayerRow, acts: Activations, batch: int) -> LayerRow:
     counts = {way: sum(1 for call in calls if call.via == way) for way in dict.fromkeys(call.via for call in calls)}
     used = ", ".join(f"{ways[way]} × {count}" for way, count in counts.items())
     first = calls[0]
-    total = sum(weight(call) for call in calls)
+    total = sum(estimated_bytes(call) for call in calls)
     found = {"used": used, "shape": first.shape, "dtype": first.dtype, "nbytes": total}
     return LayerRow(**{**row.__dict__, **found, "nbytes_per_sample": total / batch if batch else None})
 

@@ -1,4 +1,4 @@
-"""What a model makes impossible for a capture, and what it has to run eagerly for."""
+"""Checks what a model makes impossible for a capture, and why it may have to run eagerly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a capture is asked for: its options, checked, in one object that does not change."""
+"""The options of a capture, checked, in one frozen object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One time that a capture is open: wires selection, taps, recorder and log together, and undoes all of it on exit."""
+"""One entry into a capture: wires selection, taps, recorder and log together, and removes everything on exit."""
 
 from __future__ import annotations
 

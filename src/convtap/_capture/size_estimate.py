@@ -1,4 +1,4 @@
-"""Weighs what a capture would keep, and keeps none of it."""
+"""Estimates the bytes that a capture would keep, and keeps no output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from convtap._tensors.nested import Held, map_leaves
 #   tensor of inference mode has no version, so each of those counts in full.
 
 
-class Weighed(Held):
+class EstimatedSize(Held):
     """What would be kept of one tensor: its shape and type, as a tensor without values, and its bytes."""
 
     __slots__ = ("nbytes", "tensor")
@@ -38,7 +38,7 @@ class Weighed(Held):
 
 
 @dataclass(frozen=True)
-class Weigher(Policy):
+class SizeEstimator(Policy):
     """A policy that applies ``reduce`` and ``dtype`` as a capture does, and keeps bytes instead of values."""
 
     keeps_fakes = True  # what they would take
@@ -46,13 +46,13 @@ class Weigher(Policy):
 
     @property
     def is_plain(self) -> bool:
-        """No: each output is weighed."""
+        """No: the size of each output is estimated."""
         return False
 
     def keep_output(self, tensor: Tensor, fresh: bool = True) -> Any:
-        """Weighs what would be kept of an output."""
+        """Estimates the size of what would be kept of an output."""
         kept = super().keep_output(tensor, fresh)
-        return Weighed(_without_values(kept), self._bytes(tensor, kept))
+        return EstimatedSize(_without_values(kept), self._bytes(tensor, kept))
 
     def _bytes(self, tensor: Tensor, kept: Tensor) -> int:
         originals, copies = parts(tensor), parts(kept)
@@ -103,8 +103,8 @@ def _weak(tensor: Tensor) -> Any:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def weight(call: Call) -> int:
-    """Returns the bytes that a weighed call would add to what is kept."""
+def estimated_bytes(call: Call) -> int:
+    """Returns the estimated bytes that a call would add to what is kept."""
     found: list[Any] = []
-    map_leaves(found.append, held_value(call), Weighed)
-    return sum(weighed.nbytes for weighed in found)
+    map_leaves(found.append, held_value(call), EstimatedSize)
+    return sum(size.nbytes for size in found)

@@ -1,4 +1,4 @@
-"""The capture that can be traced: a module whose forward returns the output and what the selected layers gave."""
+"""The public ``tapped``: a module that returns the output and those of selected layers, and can be traced."""
 
 from __future__ import annotations
 

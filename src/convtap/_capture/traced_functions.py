@@ -1,4 +1,4 @@
-"""Sees the convolutions that a tapped model calls as functions: a function mode that torch traces with the model."""
+"""Sees the convolutions that a tapped model calls as functions, with a function mode that torch can trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the hooks of a tapped module write, and what they write: clones, reduced and cast, all of it traceable."""
+"""The hooks of a tapped module and what they write: clones, reduced and cast, all of it traceable."""
 
 from __future__ import annotations
 

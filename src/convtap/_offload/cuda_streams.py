@@ -1,4 +1,4 @@
-"""The few operations on streams and events that offloading needs, and what they are on CUDA."""
+"""The operations on CUDA streams and events that offloading needs."""
 
 from __future__ import annotations
 

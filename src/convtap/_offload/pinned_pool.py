@@ -1,4 +1,4 @@
-"""Pinned host memory in slabs: parts of them become tensors, and a slab is used again when no tensor uses it."""
+"""Pools pinned host memory in slabs, which are used again when no tensor uses them."""
 
 from __future__ import annotations
 

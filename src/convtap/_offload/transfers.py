@@ -1,4 +1,4 @@
-"""The copies in flight from one device: an event each, in a window of bytes, with what they read and write kept alive."""
+"""The copies in flight from one device: an event each, within a window of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps what a block holds within ``max_bytes``: memory counts once, however many outputs share it."""
+"""Keeps a capture within ``max_bytes``; memory that several outputs share counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to say when a block ends: whether everything that was asked for is there, and if not, why and what to write."""
+"""Checks a capture on exit: whether everything selected was captured, and if not, why and what to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of outputs, d(loss)/d(output): brought to the call they belong to by hooks on the tensors themselves."""
+"""Collects d(loss)/d(output) for each call, by hooks on the output tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps outputs and inputs: unwraps, applies the policy, moves; and says by name which layer an error belongs to."""
+"""Keeps outputs and inputs: unwraps them, applies the policy, moves them, and names the layer in errors."""
 
 from __future__ import annotations
 

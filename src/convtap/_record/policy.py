@@ -1,4 +1,4 @@
-"""What happens to one output: reduce, cast, detach, snapshot."""
+"""Applies the options to one output: reduce, cast, detach, snapshot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every tap emits to: decides which outputs are this block's, and keeps them in order, counted, within budget."""
+"""Records what the taps emit: in order, counted, within the budget, and only for its own capture."""
 
 from __future__ import annotations
 

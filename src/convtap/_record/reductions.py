@@ -1,4 +1,4 @@
-"""A reduction for each of some layers: which function a mapping from names and globs means for which layer."""
+"""Resolves a mapping from names and globs to functions: which reduction belongs to which layer."""
 
 from __future__ import annotations
 

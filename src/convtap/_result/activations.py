@@ -1,4 +1,4 @@
-"""What a block collected, as a mapping of call keys to outputs."""
+"""The outputs of a capture, as a mapping from call keys to outputs."""
 
 from __future__ import annotations
 

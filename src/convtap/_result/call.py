@@ -1,4 +1,4 @@
-"""One run of one layer, and the account of each layer's runs."""
+"""One run of one layer, and the record of all runs of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a selection was captured: per layer captured n times, idle, or bypassed, and by what."""
+"""Reports what became of each selected layer: captured n times, idle, or bypassed, and by what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of one call's output, as a call holds it."""
+"""Holds the gradient of one call's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a block: what the recorder writes and every view reads."""
+"""The memory of a capture: the recorder writes it, and every view reads it."""
 
 from __future__ import annotations
 

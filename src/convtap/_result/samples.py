@@ -1,4 +1,4 @@
-"""The outputs for each input: rows of what a block kept, without the batch axis."""
+"""Splits the outputs of a capture by input: rows without the batch axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is called with for a batch of data: by default, or by a function ``inputs``."""
+"""Turns a batch of data into the model's arguments, by default or by a function ``inputs``."""
 
 from __future__ import annotations
 

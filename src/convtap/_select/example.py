@@ -1,4 +1,4 @@
-"""What a model is called with: examples and batches, as its arguments; and one run on them that leaves no trace."""
+"""Turns examples and batches into arguments, and runs a model on them without leaving a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout of a layer's output where its type says it: Conv1d, norms, Linear, attention, recurrent layers, and Keras."""
+"""Knows the layout of a layer's output by its type: Conv1d, norms, Linear, attention, recurrent and Keras layers."""
 
 from __future__ import annotations
 

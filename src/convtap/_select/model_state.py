@@ -1,4 +1,4 @@
-"""Keeps a model as it is while something runs it: what a pass changes in it is put back."""
+"""Restores a model after a pass: buffers, caches, modes, random numbers and everything else that the pass changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of what a layer returns, as they are written behind its name: ``lstm[0]``, ``block[hidden][1]``."""
+"""Selects and reads parts of an output, written behind the layer: ``lstm[0]``, ``block[hidden][1]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts what an object held back into it, if it differs: dicts, lists, attributes, tensors and the memory under them."""
+"""Restores what an object held, if it differs: dicts, lists, attributes, tensors and the memory under them."""
 
 from __future__ import annotations
 

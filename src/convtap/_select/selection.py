@@ -1,4 +1,4 @@
-"""Which modules a selection means: names, globs, patterns, types, instances, positions and predicates."""
+"""Resolves a selection to modules: names, globs, patterns, types, instances, positions and predicates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameter a tensor is, or is a view of: how a convolution without a module gets its name."""
+"""Finds the parameter that a tensor is, or is a view of, which names a convolution without a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follows what the other taps emit to the first activation that consumes it, through normalization and the like."""
+"""Taps activations: follows an emitted output to the first activation that consumes it."""
 
 from __future__ import annotations
 

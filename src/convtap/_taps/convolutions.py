@@ -1,4 +1,4 @@
-"""Taps the convolutions themselves: those of plain modules, functions, TorchScript and compiled code."""
+"""Taps convolutions as they run: in plain modules, functions, TorchScript and compiled code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taps Keras 3 layers on the torch backend, whose calls go past PyTorch's hooks: their ``call``."""
+"""Taps Keras 3 layers on the torch backend, whose calls do not run PyTorch's hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taps modules: forward hooks that emit their outputs, or their inputs."""
+"""Taps modules: hooks and shims that emit their outputs or inputs."""
 
 from __future__ import annotations
 

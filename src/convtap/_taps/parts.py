@@ -1,4 +1,4 @@
-"""Taps parts of what modules return, or are given, where a selection asks for parts only."""
+"""Taps parts of outputs and inputs, for selections of parts such as ``lstm[0]``."""
 
 from __future__ import annotations
 

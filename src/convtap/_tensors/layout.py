@@ -1,4 +1,4 @@
-"""Which axes of an output are its inputs, its channels and its time: from the layer's layout, and from the output's shape."""
+"""Finds the batch, channel and time axes of an output, from the layout of its layer and from its shape."""
 
 from __future__ import annotations
 

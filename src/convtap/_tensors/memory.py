@@ -1,4 +1,4 @@
-"""What tensors weigh: their memory and who shares it, and sizes as people write them."""
+"""The memory under tensors, who shares it, and sizes as people write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wraps the calls of one module, seen by whoever listens, without a hook: torch's own place for a compiled call."""
+"""Wraps the calls of a module without a hook, in the attribute that torch uses for a compiled call."""
 
 from __future__ import annotations
 

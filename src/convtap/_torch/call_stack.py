@@ -1,4 +1,4 @@
-"""Which calls of modules are on the Python stack right now, and what Dynamo is to leave alone."""
+"""Reads which module calls are on the Python stack, and marks what Dynamo must not trace."""
 
 from __future__ import annotations
 

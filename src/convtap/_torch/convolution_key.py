@@ -1,4 +1,4 @@
-"""The convolution key: Python kernels, below Python functions and above all else, that see each 1-D convolution run."""
+"""Registers Python kernels under a dispatch key of their own, which see each 1-D convolution run."""
 
 from __future__ import annotations
 

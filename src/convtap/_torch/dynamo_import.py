@@ -1,4 +1,4 @@
-"""Runs what has to run as soon as Dynamo is imported, without importing it."""
+"""Runs a function as soon as Dynamo is imported, without importing it."""
 
 from __future__ import annotations
 

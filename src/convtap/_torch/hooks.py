@@ -1,4 +1,4 @@
-"""Puts hooks on modules, and takes them off: copies of a hooked module, and pickles of it, have hooks that do nothing."""
+"""Registers and removes module hooks; in copies and pickles of a hooked module they do nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which captures are open here, and the one function mode, which only ``at="activation"`` and the fallback need."""
+"""Tracks which captures are open in this thread, and holds the function mode of ``at="activation"`` and the fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gives torch the references that it takes without having them."""
+"""Repays the references that torch 2.6 takes without owning them."""
 
 from __future__ import annotations
 

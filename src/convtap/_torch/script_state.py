@@ -1,4 +1,4 @@
-"""Reads and sets the attributes of a scripted module, which lie below Python."""
+"""Reads and sets the attributes of a scripted module, which are stored below Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds out, once per process, whether the private parts of torch still do what convtap relies on."""
+"""Tests once per process whether the private parts of torch still behave as convtap assumes."""
 
 from __future__ import annotations
 

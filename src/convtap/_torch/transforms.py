@@ -1,4 +1,4 @@
-"""Takes the wrappers of ``torch.func`` transforms off a tensor, so that it outlives them."""
+"""Unwraps the tensors of ``torch.func`` transforms, so that they outlive the transform."""
 
 from __future__ import annotations
 

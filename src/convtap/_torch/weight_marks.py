@@ -1,4 +1,4 @@
-"""Follows a weight that something fetched: a class of its own sees which torch calls take it, or what they made of it."""
+"""Follows a fetched weight: a class of its own sees which torch calls read it, or what was computed from it."""
 
 from __future__ import annotations
 

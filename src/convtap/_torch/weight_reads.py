@@ -1,4 +1,4 @@
-"""Notices who else reads the weight of a layer: a fused kernel that takes it computes the layer without a convolution."""
+"""Notices reads of a layer's weight by other code: a fused kernel computes the layer without a convolution."""
 
 from __future__ import annotations
 
