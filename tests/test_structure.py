@@ -68,18 +68,20 @@ def private_names(tree: ast.AST) -> set[str]:
     return {name for name in found if isinstance(name, str) and name.startswith("_") and not name.startswith("__")}
 
 
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+PRIVATE = {name: private_names(tree) for name, tree in TREES.items()}
+
 #: Private names of torch and of the standard library that classes of the package happen to have as well.
 NOT_OURS = {"_replace", "_modules", "_handle", "_values", "_parameters", "_buffers"}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_module_touches_no_private_attribute_of_another_one(name):
-    trees = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-    own = private_names(trees[name])
-    others = set().union(*map(private_names, trees.values())) - own - NOT_OURS
+    own = PRIVATE[name]
+    others = set().union(*PRIVATE.values()) - own - NOT_OURS
     touched = [
         f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(trees[name])
+        for node in ast.walk(TREES[name])
         if isinstance(node, ast.Attribute) and node.attr in others and ast.unparse(node.value) not in ("self", "cls")
     ]
     assert touched == []
