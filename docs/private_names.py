@@ -111,17 +111,18 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("_maybe_set_eval_frame", "_fn"),
-        "Compiled code is not recognized in the version of torch that has the name: a model is compiled once more, or a layer "
-        "is reported as not seen.",
+        "A model may be compiled once more, or a layer of compiled code be reported as not seen. On torch 2.13 nothing changed "
+        "without the first name; `_fn` is that of torch 2.6.",
     ),
     (
         ("torch._dynamo", "torch._dynamo.eval_frame", "torch._dynamo.convert_frame"),
         "The modules are looked up by name once something else has imported Dynamo. Under another name, compiled models are "
         "not recognized; without one of the two inner modules, importing Dynamo inside a capture fails.",
     ),
+    (("eval_frame._stance",), "Captures of compiled models, and `compare` of one, raise an AttributeError."),
     (
-        ("eval_frame._stance", "eval_frame._set_stance"),
-        "The stance of another library is not recognized as such: it counts as the default.",
+        ("eval_frame._set_stance",),
+        "An interrupt while the stance is set raises an AttributeError, and the stance stays. Nothing else changes.",
     ),
     (("_torchdynamo_orig_callable",), "A model whose `forward` was compiled counts as not compiled."),
     (
@@ -135,7 +136,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     # -- TorchScript
     (
         ("ScriptModule._c", "ScriptModule._c._type"),
-        "What looks at a scripted model (`list_layers`, `timeline`) raises an AttributeError. Captures do not need it.",
+        "What runs a scripted model and restores it (`list_layers`, `timeline`) raises an AttributeError. Captures do not need "
+        "it.",
     ),
     # -- outside of _torch
     (
@@ -144,18 +146,26 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (("torch._lazy_clone",), "A probe at import notices, and every snapshot is a clone."),
     (
-        ("torch._C._data_address", "torch._C._is_cow_tensor"),
-        "What counts kept memory, or compares the memory of tensors, raises an AttributeError.",
+        ("torch._C._data_address",),
+        "Captures with hooks, `max_bytes=`, `detach=False`, and `list_layers` with an example fail with an AttributeError.",
     ),
-    (("UntypedStorage._cdata",), "What compares the memory of tensors raises an AttributeError."),
+    (("torch._C._is_cow_tensor",), "Captures with hooks and `detach=False` fail with an AttributeError."),
+    (
+        ("UntypedStorage._cdata",),
+        "Captures with hooks, `detach=False`, and `list_layers` with an example fail with an AttributeError.",
+    ),
     (("torch._C._current_graph_task_id",), _IMPORT),
     (
         ("Tensor._version",),
-        "`copy=False`, `detach=False`, `finite` and `extract` raise an AttributeError.",
+        "`copy=False`, `detach=False`, `finite`, and `list_layers` with an example fail: it is named in a ConvtapError or an "
+        "AttributeError.",
     ),
-    (("Tensor._base",), "A capture of a model whose parts are called directly raises an AttributeError."),
+    (
+        ("Tensor._base",),
+        "Captures in which parts of the model are called one after another may raise an AttributeError.",
+    ),
     (("Tensor._is_view",), "`grads=True` raises an AttributeError."),
-    (("Tensor._backward_hooks",), "`finite` raises an AttributeError where it looks at the backward pass."),
+    (("Tensor._backward_hooks",), "`finite(backward=True)` raises an AttributeError."),
     (("Tensor._indices", "Tensor._values"), "What counts the memory of a sparse COO output raises an AttributeError."),
     (("DTensor._local_tensor",), "`finite` looks at a DTensor as a whole instead of its local part."),
     (("_conv_forward",), "Captures of a `Conv1d` raise an AttributeError."),
@@ -165,7 +175,7 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "torch.distributed.algorithms._checkpoint"),
-        "Names of layers keep the prefix of the wrapper.",
+        "Names of layers keep the prefix of the wrapper, and `compare` refuses a compiled model.",
     ),
     (
         (
@@ -182,7 +192,10 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
         ),
         _IMPORT,
     ),
-    (("torch._C._dispatch_has_kernel_for_dispatch_key",), "`timeline` raises an AttributeError."),
+    (
+        ("torch._C._dispatch_has_kernel_for_dispatch_key",),
+        "`timeline` raises an AttributeError at an operation that has no rule of its own.",
+    ),
     (("OpOverload._schema",), "`timeline` raises an AttributeError."),
     (("torch.utils._python_dispatch",), "`timeline`, `top` and `extract(lengths=)` raise an ImportError."),
 ]
