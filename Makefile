@@ -7,12 +7,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 FILE ?=
 TORCH ?= 2.6.0
 
-.PHONY: demo test test-torch lint types pytest soak overhead bench correctness clean
+.PHONY: help demo test test-torch lint types pytest architecture soak overhead bench correctness clean
+
+help:  ## these targets
+	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
 
 demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=speech.wav for your own sound)
 	$(BIN)/convtap demo $(FILE)
 
-test: lint types pytest  ## everything CI runs
+test: lint types pytest  ## everything CI runs: lint, types and pytest
 
 test-torch: .venv-torch-$(TORCH)/.ready  ## what needs no large packages, on another torch (TORCH=2.6.0, the oldest)
 	.venv-torch-$(TORCH)/bin/python -m pytest --core -rs
@@ -25,15 +28,18 @@ test-torch: .venv-torch-$(TORCH)/.ready  ## what needs no large packages, on ano
 		-c .venv-torch-$*/constraints.txt torch==$* -e '.[test-core]'
 	touch $@
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test
+types: $(VENV)/.test  ## mypy --strict
 	$(BIN)/mypy
 
-pytest: $(VENV)/.test
+pytest: $(VENV)/.test  ## the tests
 	$(BIN)/python -m pytest
+
+architecture: $(VENV)/.test  ## writes the picture and the lists of docs/architecture.md anew
+	$(BIN)/python -m docs.make_architecture
 
 soak: $(VENV)/.test  ## ten times as many random networks
 	CONVTAP_SOAK=20000 $(BIN)/python -m pytest tests/test_properties.py
@@ -69,5 +75,5 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.plain
 
-clean:
+clean:  ## removes what these targets made beside the sources
 	rm -rf $(VENV) .venv-bench .venv-torch-* .mypy_cache .ruff_cache .pytest_cache

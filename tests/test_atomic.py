@@ -12,7 +12,7 @@ from torch import nn
 from convtap import capture
 from convtap._atomic_write import write_whole
 from convtap._dataset.extract import extract
-from tests.test_structure import PACKAGE
+from tests.structure import PACKAGE
 
 
 def test_the_name_stands_for_the_old_content_until_the_new_one_is_whole(tmp_path):

@@ -126,3 +126,41 @@ print("well")
     for wraps in (True, False):
         done = run_python(script.replace("{wraps}", str(wraps)))
         assert "well" in done.stdout, done.stderr[-2000:]
+
+
+GONE = """
+import warnings, torch
+from torch import nn
+from torch.nn import functional as F
+import torch.library, torch._ops
+del {name}
+from convtap import CoverageWarning, capture
+weight = nn.Parameter(torch.ones(1, 1, 3))
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = weight
+    def forward(self, x):
+        return F.conv1d(x, self.weight)
+model, x = Model(), torch.ones(1, 1, 5)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with capture(model) as acts:
+        y = model(x)
+assert "convolution key" in str(caught[0].message), caught
+assert list(acts) == ["(root)"] and torch.equal(acts["(root)"], y)
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._C._dispatch_key_parse",
+        "torch._C._dispatch_has_backend_fallback",
+        "torch.library.fallthrough_kernel",
+    ],
+)
+def test_a_name_of_torch_that_is_gone_is_replaced_at_the_first_capture(name):
+    done = run_python(GONE.format(name=name))
+    assert done.stdout == "done\n", done.stderr
