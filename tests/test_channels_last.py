@@ -17,7 +17,7 @@ from convtap import CoverageWarning, LayerNotFound, Unsupported, capture, load, 
 from convtap._result.activations import log_of
 from convtap._view.outputs import CapturedOutputs
 from convtap._view.spread import spreads
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.time_axis import TimeAxis
 from convtap.plot import channels, distributions, plot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")

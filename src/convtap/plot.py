@@ -10,10 +10,9 @@ from convtap._view.channel_lines import one_map, small_multiples
 from convtap._view.draw import COLUMNS
 from convtap._view.maps import feature_maps
 from convtap._view.outputs import CapturedOutputs, Chosen, checked_count
-from convtap._view.pictures import pictures, signal_picture
-from convtap._view.signal import one_signal
+from convtap._view.pictures import pictures
 from convtap._view.spread import spread_figure, spreads
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +28,7 @@ def plot(
     channels: int = 64,
     channels_last: bool | Chosen = None,
 ) -> Figure:
-    """Draws what each layer gave for one input: one (channels × time) map a call, in execution order, the signal on top.
+    """Draws each layer's output for one input: one (channels × time) map a call, in execution order.
 
     Blue is below zero, red above, white at zero. Each map has its own colour limit, written in its title: 99 % of its
     cells are within it, and the others have the full colour. A map with more frames than columns shows each bin of frames
@@ -38,18 +37,18 @@ def plot(
     in the title and marked above the map. An output without a time axis is drawn as bars, one a channel.
 
     Args:
-        acts: what a block collected.
+        acts: the outputs of a capture.
         sample: which input, numbered from 0 through all forward passes.
-        layers: what to draw: a name, a call key (``"conv#1"``), a glob, a ``re.Pattern``, or several; None for every call.
-        signal: the model's input, to draw on top: (B, C, T), (B, T), (C, T) or (T,); (B, T, C) if the timeline, Keras or
-            ``channels_last=True`` says so.
+        layers: which calls: a name, a call key (``"conv#1"``), a glob, a ``re.Pattern``, or several; None for every call.
+        signal: the model's input, drawn on top: (B, C, T), (B, T), (C, T) or (T,); (B, T, C) with a timeline that follows axis
+            1, with Keras, or with ``channels_last=True``.
         sample_rate: input samples a second: the time axis is in seconds.
-        timeline: ``convtap.timeline(model, x)``: everything is drawn on one time axis, each frame around the centre of what
-            it sees and as wide as the stride. Without it each map is stretched over the width, with its frames numbered.
+        timeline: ``convtap.timeline(model, x)``: everything is drawn on one time axis, each frame around the centre of its
+            receptive field and as wide as the stride. Without it each map has the full width, with its frames numbered.
         channels: the most rows of a map.
         channels_last: which outputs are (B, T, C): True for all, False for none, or a name, glob or pattern of layers, or
-            several. None: as the timeline says, or the layers' types (Conv1d, LayerNorm, Linear, attention, recurrent and
-            Keras layers); the title of a map says where (B, C, T) was assumed.
+            several. None: as the timeline or the layers' types say (Conv1d, LayerNorm, Linear, attention, recurrent and
+            Keras layers); the title of a map says if (B, C, T) was assumed.
 
     Returns:
         A matplotlib Figure. A notebook shows it; elsewhere use ``figure.savefig("maps.png")``.
@@ -57,7 +56,7 @@ def plot(
     Raises:
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
-        LayerNotFound: ``layers`` means nothing that is here.
+        LayerNotFound: ``layers`` matches no captured call.
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 
@@ -69,28 +68,24 @@ def plot(
         >>> with capture(model) as acts:
         ...     y = model(torch.zeros(2, 1, 50))
         >>> figure = acts.plot(sample=1)
-        >>> len(figure.axes)  # two maps, and what the colours mean
+        >>> len(figure.axes)  # two maps and the scale of colours
         3
     """
     rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
     outputs = _outputs_of(acts, axis, channels_last)
-    values = None if signal is None else one_signal(outputs, signal, sample)
-    if values is not None:
-        axis.widen(axis.signal_extent(values.shape[1]))
-    drawn = pictures(outputs, sample, layers, rows, COLUMNS).drawn
-    return feature_maps(None if values is None else signal_picture(values, COLUMNS, axis), drawn, axis)
+    return feature_maps(pictures(outputs, sample, layers, signal, rows, COLUMNS), axis)
 
 
 def distributions(
     acts: Activations, layers: Chosen = None, timeline: Any = None, channels_last: bool | Chosen = None
 ) -> Figure:
-    """Draws how each layer's values are spread over all inputs: quantiles, zeros, dead channels.
+    """Draws the spread of each layer's values over all inputs: quantiles, zeros, dead channels.
 
     Args:
-        acts: what a block collected.
+        acts: the outputs of a capture.
         layers: which layers, as in ``plot``; None for all.
-        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
@@ -98,18 +93,17 @@ def distributions(
         the median (red) of the finite values; the share of exact zeros; the share of dead channels. A layer that runs
         several times in one forward pass, such as a shared activation, has one row for each of these runs: ``act#0``,
         ``act#1``, …. A channel is dead if it has the same value in every input at every frame (if there is one value only:
-        if that is zero). A question mark says where the channels were assumed to be axis 1.
+        if that is zero). A question mark follows the axis that was assumed to be the channels.
 
     Raises:
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
-        LayerNotFound: ``layers`` means nothing that is here.
+        LayerNotFound: ``layers`` matches no captured call.
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from convtap import capture
-        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 3))
         >>> with capture(model) as acts:
         ...     y = model(torch.zeros(2, 1, 50))
         >>> from convtap.plot import distributions
@@ -130,11 +124,11 @@ def channels(
     """Draws single channels of one layer for one input, each as its own small line over the frames.
 
     Args:
-        acts: what a block collected.
+        acts: the outputs of a capture.
         layer: the layer's name or a call key.
         sample: which input, numbered from 0 through all forward passes.
         channels: how many, from channel 0 on; or which, such as ``[3, 17]`` or ``range(64, 128)``.
-        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
@@ -142,20 +136,20 @@ def channels(
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        LayerNotFound: ``layer`` is not here.
-        AmbiguousCall: the layer ran several times.
+        NotCaptured: nothing was captured.
+        LayerNotFound: the layer did not run on this input.
+        AmbiguousCall: the layer ran several times on this input.
         OutOfRange: there is no such input, or no such channel.
-        ConvtapError: an argument cannot be used, or the layer has no rows an input.
+        ConvtapError: an argument cannot be used, or the layer's output has no row for each input.
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from convtap import capture
-        >>> model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 3))
         >>> with capture(model) as acts:
         ...     y = model(torch.zeros(2, 1, 50))
         >>> from convtap.plot import channels
-        >>> len(channels(acts, "2").axes)
+        >>> len(channels(acts, "0").axes)
         8
     """
     axis = TimeAxis(timeline, None, has_signal=False)
@@ -164,12 +158,7 @@ def channels(
 
 
 def _outputs_of(acts: Activations, axis: TimeAxis, channels_last: bool | Chosen) -> CapturedOutputs:
-    """Reads the log of a capture. This is the edge between the public argument and what draws it.
-
-    Raises:
-        InvalidType: ``acts`` is not a capture's outputs.
-        NotCaptured: nothing was captured.
-    """
+    """Turns the public argument into the log that everything below reads."""
     if not isinstance(acts, Activations):
         raise InvalidType(
             f"acts is a {type(acts).__name__}, not a capture's outputs. Pass acts of: with capture(model) as acts: model(x)"

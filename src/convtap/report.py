@@ -18,7 +18,7 @@ from convtap._view.report.coverage import coverage_section, layer_tree
 from convtap._view.report.figures import input_figures, legend
 from convtap._view.report.page import escape, page
 from convtap._view.report.table import statistics_table
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.time_axis import TimeAxis
 
 
 def report(
@@ -34,26 +34,26 @@ def report(
     channels: int = 64,
     channels_last: bool | Chosen = None,
 ) -> None:
-    """Writes one self-contained HTML page: what was captured and what was not, statistics, pictures, the layer tree.
+    """Writes one self-contained HTML page: coverage, statistics, pictures and the layer tree.
 
     The page loads nothing from anywhere, and works in any browser, from disk and on a phone. It is written under a
     temporary name and then renamed, so that a file of this name is always whole. It needs no other package.
 
     Args:
-        acts: what a block collected.
+        acts: the outputs of a capture.
         path: the file to write, such as ``"report.html"``; one that is there is replaced.
         model: the model, to show its whole layer tree; without it the tree has the selected layers only.
         sample: which input the pictures show, numbered from 0 through all forward passes.
         layers: which layers have a picture, as in ``plot``. The table has all.
         signal: the model's input, as in ``plot``.
         sample_rate: input samples a second, as in ``plot``.
-        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels: the most rows of a map.
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Raises:
         StoreError: the file cannot be written.
-        LayerNotFound: ``layers`` means nothing that is here.
+        LayerNotFound: ``layers`` matches no captured call.
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,31 +20,25 @@ PERCENTILE = 99
 #   row, which has at each frame the value furthest from zero. A NaN anywhere in a bin or a group is kept, and so is an Inf.
 
 
-@dataclass(frozen=True)
-class Cells:
-    """The cells that are drawn of a (C, T) map.
-
-    Attributes:
-        values: the cells, (rows, columns), with NaN and Inf where the map has them.
-        channels_per_row: how many channels the fullest row stands for.
-        frames_per_pair: how many frames the fullest pair of columns stands for; 0 if each column is one frame.
-    """
+class Cells(NamedTuple):
+    """The cells of a (C, T) map, (rows, columns), with NaN and Inf where it has them; and notes on what a cell stands for."""
 
     values: Array
-    channels_per_row: int
-    frames_per_pair: int
+    notes: list[str]
 
 
 def shrink(values: Array, rows: int, columns: int) -> Cells:
     """Shrinks a (C, T) map to at most (rows, columns) cells. See Note: [Shrinking]."""
     channels, frames = values.shape
-    groups = edges(channels, rows)
-    found = np.stack([_furthest_from_zero(values[first:stop]) for first, stop in itertools.pairwise(groups)])
-    if frames <= columns:
-        return Cells(found, int(np.diff(groups).max()), 0)
-    bins = edges(frames, max(1, columns // 2))
-    pairs = np.stack(envelope(found, bins), axis=-1).reshape(len(found), -1)
-    return Cells(pairs, int(np.diff(groups).max()), int(np.diff(bins).max()))
+    groups, notes = edges(channels, rows), []
+    cells = np.stack([_furthest_from_zero(values[first:stop]) for first, stop in itertools.pairwise(groups)])
+    if channels > rows:
+        notes.append(f"{np.diff(groups).max()} channels a row")
+    if frames > columns:
+        bins = edges(frames, max(1, columns // 2))
+        cells = np.stack(envelope(cells, bins), axis=-1).reshape(len(cells), -1)
+        notes.append(f"min and max of {np.diff(bins).max():,} frames")
+    return Cells(cells, notes)
 
 
 def edges(count: int, parts: int) -> Array:

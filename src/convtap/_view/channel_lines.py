@@ -32,13 +32,7 @@ _HEIGHT, _STEP = 54, 76
 
 
 def one_map(outputs: CapturedOutputs, layer: str, sample: int) -> tuple[str, Array]:
-    """Returns one call's output for one input, as (C, T), after a title: its key, and the axis that was assumed.
-
-    Raises:
-        LayerNotFound: the layer did not run on this input.
-        AmbiguousCall: it ran several times on it.
-        Unsupported: its output is not one tensor with values and with a row an input.
-    """
+    """Returns one call's output for one input, as (C, T), after a title: its key, and the axis that was assumed."""
     if not isinstance(layer, str):
         raise InvalidType(f"layer is a {type(layer).__name__}, and it must be one layer's name or a call key.")
     found, row = outputs.locate(sample)
@@ -77,7 +71,9 @@ def small_multiples(key: str, values: Array, channels: Any) -> Figure:
         return _bars(key, values[:, 0])
     lines = -(-len(shown) // _ACROSS)
     figure = draw.new_figure(draw.WIDTH, 34 + lines * _STEP + 22)
-    which = f"all {count:,} channels" if len(shown) == count else f"channels {_runs(shown)} of {count:,}"
+    in_a_row = len(shown) > 1 and shown == list(range(shown[0], shown[0] + len(shown)))
+    which = f"{shown[0]}–{shown[-1]}" if in_a_row else listed([str(number) for number in shown])
+    which = f"all {count:,} channels" if len(shown) == count else f"channels {which} of {count:,}"
     title = f"{shortened(key, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
     draw.write(figure, 20, 18, title, weight="bold")
     low, high = finite_range(values[shown])
@@ -96,13 +92,6 @@ def small_multiples(key: str, values: Array, channels: Any) -> Figure:
         axes.tick_params(labelleft=column == 0, labelbottom=position + _ACROSS >= len(shown))
     draw.write(figure, draw.WIDTH // 2, 34 + lines * _STEP + 16, "frame", ha="center", fontsize=7)
     return figure
-
-
-def _runs(numbers: list[int]) -> str:
-    """Writes numbers: ``0–63``, or ``3, 17, …``."""
-    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return f"{numbers[0]}–{numbers[-1]}"
-    return listed([str(number) for number in numbers])
 
 
 def _bars(key: str, values: Array) -> Figure:

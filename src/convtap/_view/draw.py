@@ -46,10 +46,6 @@ def new_figure(width: int, height: int) -> Figure:
     """Makes an empty figure of a size in pixels, which a notebook shows whether pyplot is imported or not.
 
     No backend is chosen and nothing is registered anywhere: the figure is freed like any other object.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        Unsupported: it would be higher than matplotlib can draw.
     """
     if height > _MOST:
         raise Unsupported(

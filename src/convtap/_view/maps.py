@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from convtap._view import draw
 from convtap._view.cells import PERCENTILE, STEPS, palette, shortened
 from convtap._view.draw import ACROSS, LEFT, WIDTH
-from convtap._view.pictures import Picture
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.pictures import Picture, Pictures
+from convtap._view.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,10 +18,10 @@ _TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that one sign of a title or a note 
 _ROOMY = 12  # up to so many maps each gets twice the height
 
 
-def feature_maps(signal: Picture | None, drawn: list[Picture], axis: TimeAxis) -> Figure:
+def feature_maps(found: Pictures, axis: TimeAxis) -> Figure:
     """Draws the signal, if there is one, and below it one picture an output."""
-    roomy = len(drawn) <= _ROOMY
-    panels = [] if signal is None else [(signal, _height(signal, roomy=True), True)]
+    drawn, roomy = found.outputs, len(found.outputs) <= _ROOMY
+    panels = [] if found.signal is None else [(found.signal, _height(found.signal, roomy=True), True)]
     for number, picture in enumerate(drawn, 1):
         labelled = roomy or picture.extent is None or number % _ROOMY == 0 or number == len(drawn)
         panels.append((picture, _height(picture, roomy), labelled and picture.kind != "nothing"))

@@ -1,4 +1,4 @@
-"""Reads captured outputs for a picture: which calls, which input, and which axis of an output is channels or time."""
+"""Reads captured outputs for a picture: the chosen calls, the pass of an input, and the axes of each output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convtap._result.call import Call, layout_of, record_of
 from convtap._result.log import Log
 from convtap._result.samples import Pass, Samples
 from convtap._tensors.layout import Axes, Layout, axes_of, axes_with_time
-from convtap._view.timeaxis import Place, TimeAxis
+from convtap._view.time_axis import Place, TimeAxis
 
 #: What ``layers=`` accepts: names, call keys, globs and patterns; None for every call.
 Chosen: TypeAlias = "str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None"
@@ -37,11 +37,6 @@ class CapturedOutputs:
         log: the log of the capture.
         axis: the picture's time axis, with its timeline if there is one.
         channels_last: True or False for all outputs, or the layers whose outputs are (B, T, C); None if it is not known.
-
-    Raises:
-        NotCaptured: the log has no calls.
-        LayerNotFound: ``channels_last`` names no captured layer.
-        InvalidType: it is neither a bool nor names.
     """
 
     def __init__(self, log: Log, axis: TimeAxis, channels_last: bool | Chosen = None) -> None:
@@ -66,12 +61,7 @@ class CapturedOutputs:
         self._named_last = {id(call) for call in named}
 
     def locate(self, sample: int) -> tuple[Pass, int]:
-        """Returns the forward pass of one input, and the input's row there.
-
-        Raises:
-            InvalidType: ``sample`` is not a whole number.
-            OutOfRange: there is no such input.
-        """
+        """Returns the forward pass of one input, and the input's row there."""
         if isinstance(sample, bool) or not hasattr(type(sample), "__index__"):
             raise InvalidType(
                 f"sample is a {type(sample).__name__}, and it must be the number of one input: sample=0 for the first."
@@ -79,13 +69,7 @@ class CapturedOutputs:
         return self.samples.locate(operator.index(sample))
 
     def chosen(self, layers: Any) -> list[Call]:
-        """Returns the calls that some names, call keys, globs and patterns match, in execution order.
-
-        Raises:
-            LayerNotFound: one of them matches no call.
-            InvalidValue: there are none of them.
-            InvalidType: one of them is something else.
-        """
+        """Returns the calls that some names, call keys, globs and patterns match, in execution order; all for None."""
         if layers is None:
             return self.calls
         selectors = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
@@ -93,7 +77,7 @@ class CapturedOutputs:
             raise InvalidValue("layers is empty, so nothing would be drawn. Pass None for every captured layer.")
         wanted: set[int] = set()
         for selector in selectors:
-            matches = [id(call) for call in self.calls if self._matches(selector, call)]
+            matches = self._matching(selector)
             if not matches:
                 text = selector if isinstance(selector, str) else selector.pattern
                 names = list(dict.fromkeys(name for call in self.calls for name in (call.name, call.key)))
@@ -104,17 +88,20 @@ class CapturedOutputs:
             wanted.update(matches)
         return [call for call in self.calls if id(call) in wanted]
 
-    def _matches(self, selector: Any, call: Call) -> bool:
-        names = (call.name, call.key)
-        if isinstance(selector, re.Pattern):
-            return any(selector.fullmatch(name) is not None for name in names)
-        if isinstance(selector, str):
-            is_name = selector in names or self.log.resolve(selector) == call.name
-            return is_name or any(fnmatch.fnmatchcase(name, selector) for name in names)
-        raise InvalidType(
-            f"layers: {type(selector).__name__} chooses nothing here. Pass a name, a call key such as 'conv#1', a glob, "
-            "a re.Pattern, or several of them in a list."
-        )
+    def _matching(self, selector: Any) -> set[int]:
+        if not isinstance(selector, (str, re.Pattern)):
+            raise InvalidType(
+                f"layers: {type(selector).__name__} chooses nothing here. Pass a name, a call key such as 'conv#1', a glob, "
+                "a re.Pattern, or several of them in a list."
+            )
+        exact = (selector, self.log.resolve(selector)) if isinstance(selector, str) else ()
+        pattern = re.compile(fnmatch.translate(selector)) if isinstance(selector, str) else selector
+        return {
+            id(call)
+            for call in self.calls
+            for name in (call.name, call.key)
+            if name in exact or pattern.fullmatch(name) is not None
+        }
 
     def keys_in_pass(self) -> dict[int, str]:
         """Returns the key of each call within its pass, by id: numbered if the layer ran several times in any pass."""
@@ -157,12 +144,7 @@ class CapturedOutputs:
 
 
 def checked_count(name: str, value: Any) -> int:
-    """Checks an argument that counts rows or channels.
-
-    Raises:
-        InvalidType: it is not a whole number.
-        InvalidValue: it is less than 1.
-    """
+    """Checks an argument that counts rows or channels."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise InvalidType(f"{name} is {value!r}, and it must be a whole number. Write for example {name}=64.")
     if value < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +15,8 @@ from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array, colour_limit, count_bad, edges, envelope, shrink
 from convtap._view.outputs import CapturedOutputs, Chosen
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.signal import one_signal
+from convtap._view.time_axis import Place, TimeAxis
 
 #: More channels of a signal than this are drawn as a map, not as lines.
 MAX_LINES = 8
@@ -62,28 +63,29 @@ class Picture:
 class Pictures(NamedTuple):
     """The pictures of one input, how many of its chosen calls there are, and how many chosen calls other passes have."""
 
-    drawn: list[Picture]
+    signal: Picture | None
+    outputs: list[Picture]
     here: int
     elsewhere: int
 
 
 def pictures(
-    outputs: CapturedOutputs, sample: int, layers: Chosen, rows: int, columns: int, most: int | None = None
+    outputs: CapturedOutputs,
+    sample: int,
+    layers: Chosen,
+    signal: Any,
+    rows: int,
+    columns: int,
+    signal_columns: int | None = None,
+    most: int | None = None,
 ) -> Pictures:
-    """Prepares each chosen call for one input, one call at a time, and widens the time axis for all of them first.
+    """Prepares the signal and each chosen call for one input, once the time axis is wide enough for all of them.
 
-    Args:
-        outputs: the captured outputs.
-        sample: the number of the input.
-        layers: which calls.
-        rows: the most rows of a map.
-        columns: the most columns of a map.
-        most: the most calls to prepare, or None for all.
-
-    Raises:
-        LayerNotFound: ``layers`` matches no call, or none that ran on this input.
-        OutOfRange: there is no such input.
+    A map has at most ``rows`` and ``columns``, the signal ``signal_columns``; of the calls the first ``most`` are prepared.
     """
+    values = None if signal is None else one_signal(outputs, signal, sample)
+    if values is not None:
+        outputs.axis.widen(outputs.axis.signal_extent(values.shape[1]))
     axis, calls = outputs.axis, outputs.chosen(layers)
     found, row = outputs.locate(sample)
     within = {id(call) for call in found.calls}
@@ -105,20 +107,25 @@ def pictures(
                 one = found.cut(key, tensor, row, axes.batch)
             except Unsupported as error:
                 drawn.append(_nothing(key, tensor, str(error).partition(". ")[0] + "."))
-                continue
-            if is_blank(one):
-                drawn.append(_nothing(key, one, "it has no values (meta device)." if one.numel() else "it is empty."))
-                continue
-            values, notes = as_map(one, axes)
-            shape, extent = tuple(one.shape), axis.extent(place, path, values.shape[1])
-            if values.shape[1] == 1:
-                drawn.append(bars(key, shape, values[:, 0], notes))
             else:
-                drawn.append(_map(key, shape, values, rows, columns, axis, extent, notes))
-    return Pictures(drawn, len(here), len(calls) - len(here))
+                drawn.append(_picture(key, path, one, axes, place, rows, columns, axis))
+    shown = None if values is None else _signal(values, signal_columns or columns, axis)
+    return Pictures(shown, drawn, len(here), len(calls) - len(here))
 
 
-def signal_picture(values: Array, columns: int, axis: TimeAxis) -> Picture:
+def _picture(
+    key: str, path: str, one: Tensor, axes: Axes, place: Place, rows: int, columns: int, axis: TimeAxis
+) -> Picture:
+    if is_blank(one):
+        return _nothing(key, one, "it has no values (meta device)." if one.numel() else "it is empty.")
+    values, notes = as_map(one, axes)
+    shape, frames = tuple(one.shape), values.shape[1]
+    if frames == 1:
+        return bars(key, shape, values[:, 0], notes)
+    return _map(key, shape, values, rows, columns, axis, axis.extent(place, path, frames), notes)
+
+
+def _signal(values: Array, columns: int, axis: TimeAxis) -> Picture:
     """Returns a (C, T) signal as lines, or as a map if it has many channels."""
     channels, samples = values.shape
     extent, unit = axis.signal_extent(samples), f"time in {axis.unit}"
@@ -177,10 +184,7 @@ def _map(
 ) -> Picture:
     cells = shrink(values, rows, axis.columns_for(extent, columns))
     (channels, frames), limit = values.shape, colour_limit(cells.values)
-    if cells.channels_per_row > 1:
-        notes.append(f"{cells.channels_per_row} channels a row")
-    if cells.frames_per_pair:
-        notes.append(f"min and max of {cells.frames_per_pair:,} frames")
+    notes = [*notes, *cells.notes]
     if axis.has_timeline and extent is None:
         notes.append("not on the time axis: drawn over its own frames")
     notes.append(_range(cells.values, limit))

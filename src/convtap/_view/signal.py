@@ -19,10 +19,6 @@ def one_signal(outputs: CapturedOutputs, signal: Any, sample: int) -> Array:
 
     Its time is the axis that the timeline followed; without a timeline the last one, or the one before it if all outputs are
     channels last, as in a Keras model.
-
-    Raises:
-        InvalidType: ``signal`` is neither a tensor nor an array of numbers.
-        InvalidValue: it has no time axis, is empty, or does not have one row an input.
     """
     values = _numbers(signal)
     rank = values.ndim

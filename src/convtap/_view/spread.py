@@ -55,9 +55,6 @@ def spreads(outputs: CapturedOutputs, layers: Chosen = None) -> list[Spread]:
     """Computes the spread of each chosen layer over all inputs, one layer at a time.
 
     A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
-
-    Raises:
-        LayerNotFound: ``layers`` matches no call.
     """
     keys = outputs.keys_in_pass()
     groups: dict[str, list[tuple[Call, str]]] = {}

@@ -10,11 +10,10 @@ import numpy as np
 from convtap._errors import plural
 from convtap._view.cells import PERCENTILE, STEPS, bad_columns, colour_indices, hex_colour, palette
 from convtap._view.outputs import CapturedOutputs, Chosen
-from convtap._view.pictures import MAX_MARKS, Picture, pictures, signal_picture
+from convtap._view.pictures import MAX_MARKS, Picture, pictures
 from convtap._view.report.image import bars, lines, png
 from convtap._view.report.page import escape
-from convtap._view.signal import one_signal
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.time_axis import TimeAxis
 
 #: The most columns of a map.
 COLUMNS = 600
@@ -40,30 +39,19 @@ def legend() -> str:
 
 
 def input_figures(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: Any, rows: int) -> str:
-    """Writes the pictures of one input, the signal first.
-
-    Raises:
-        LayerNotFound: ``layers`` matches no call, or none that ran on this input.
-        OutOfRange: there is no such input.
-        InvalidType, InvalidValue: the signal cannot be drawn.
-    """
-    axis = outputs.axis
-    values = None if signal is None else one_signal(outputs, signal, sample)
-    if values is not None:
-        axis.widen(axis.signal_extent(values.shape[1]))
+    """Writes the pictures of one input, the signal first."""
     share = MAX_CELLS // min(len(outputs.calls), MAX_PICTURES)
     columns = max(80, min(COLUMNS, share // min(rows, share)))
-    drawn, here, elsewhere = pictures(outputs, sample, layers, rows, columns, most=MAX_PICTURES)
+    found = pictures(outputs, sample, layers, signal, rows, columns, COLUMNS, most=MAX_PICTURES)
     parts = [f"<p>Sample {sample}.</p>"]
-    if elsewhere:
-        parts.append(f"<p>{plural(elsewhere, 'call')} of other forward passes: choose another input with sample=.</p>")
-    if here > MAX_PICTURES:
-        parts.append(
-            f"<p class='alarm'>The first {MAX_PICTURES} of {plural(here, 'call')}; choose others with layers=.</p>"
-        )
-    if values is not None:
-        drawn.insert(0, signal_picture(values, COLUMNS, axis))
-    return "".join([*parts, *(figure(picture, axis) for picture in drawn)])
+    if found.elsewhere:
+        calls = plural(found.elsewhere, "call")
+        parts.append(f"<p>{calls} of other forward passes: choose another input with sample=.</p>")
+    if found.here > MAX_PICTURES:
+        calls = plural(found.here, "call")
+        parts.append(f"<p class='alarm'>The first {MAX_PICTURES} of {calls}; choose others with layers=.</p>")
+    drawn = found.outputs if found.signal is None else [found.signal, *found.outputs]
+    return "".join([*parts, *(figure(picture, outputs.axis) for picture in drawn)])
 
 
 def figure(picture: Picture, axis: TimeAxis) -> str:

@@ -38,16 +38,12 @@ class TimeAxis:
         scale: seconds an input sample, or 1.
         signal_dim: the axis of the model's input that is time, counted from the end, if the timeline says it.
         bounds: the ends of the axis, once they are known.
-
-    Raises:
-        InvalidType: ``timeline`` cannot be asked for a layer, or ``sample_rate`` is not a number.
-        InvalidValue: ``sample_rate`` is not positive, or there is nothing that it could be applied to.
     """
 
     def __init__(self, timeline: Any, sample_rate: float | None, *, has_signal: bool) -> None:
         if timeline is not None and not hasattr(type(timeline), "__getitem__"):
             raise InvalidType(
-                f"timeline is a {type(timeline).__name__}, and it must be what convtap.timeline(model, x) gives."
+                f"timeline is a {type(timeline).__name__}, not a timeline. Pass timeline=convtap.timeline(model, x)."
             )
         self._timeline = timeline
         self.signal_dim = getattr(timeline, "time_dim", None)
