@@ -68,7 +68,7 @@ def both(**options):
 
 
 def spread_of(acts, timeline=None, channels_last=None):
-    return spreads(CapturedOutputs(log_of(acts), TimeAxis(timeline, None, has_signal=False), channels_last))
+    return spreads(CapturedOutputs(log_of(acts), TimeAxis(timeline), channels_last))
 
 
 def cells(figure):
@@ -202,7 +202,7 @@ def axes_of_only(model, x, types):
     with torch.no_grad(), capture(model, types=types) as acts:
         model(x)
     call = acts.calls()[0]
-    outputs = CapturedOutputs(log_of(acts), TimeAxis(None, None, has_signal=False))
+    outputs = CapturedOutputs(log_of(acts), TimeAxis(None))
     tensor = call.output[0] if isinstance(call.output, tuple) else call.output
     return outputs.axes(call, "[0]" if isinstance(call.output, tuple) else "", tensor)
 

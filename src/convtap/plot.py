@@ -72,9 +72,8 @@ def plot(
         3
     """
     rows = checked_count("channels", channels)
-    axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
-    outputs = _outputs_of(acts, axis, channels_last)
-    return feature_maps(pictures(outputs, sample, layers, signal, rows, COLUMNS), axis)
+    outputs = _outputs_of(acts, TimeAxis(timeline, sample_rate, has_signal=signal is not None), channels_last)
+    return feature_maps(pictures(outputs, sample, layers, signal, rows, COLUMNS), outputs.axis)
 
 
 def distributions(
@@ -109,8 +108,7 @@ def distributions(
         >>> from convtap.plot import distributions
         >>> figure = distributions(acts)
     """
-    axis = TimeAxis(timeline, None, has_signal=False)
-    return spread_figure(spreads(_outputs_of(acts, axis, channels_last), layers))
+    return spread_figure(spreads(_outputs_of(acts, TimeAxis(timeline), channels_last), layers))
 
 
 def channels(
@@ -152,9 +150,8 @@ def channels(
         >>> len(channels(acts, "0").axes)
         8
     """
-    axis = TimeAxis(timeline, None, has_signal=False)
-    key, values = one_map(_outputs_of(acts, axis, channels_last), layer, sample)
-    return small_multiples(key, values, channels)
+    title, values = one_map(_outputs_of(acts, TimeAxis(timeline), channels_last), layer, sample)
+    return small_multiples(title, values, channels)
 
 
 def _outputs_of(acts: Activations, axis: TimeAxis, channels_last: bool | Chosen) -> CapturedOutputs:

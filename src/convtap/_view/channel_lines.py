@@ -63,19 +63,19 @@ def one_map(outputs: CapturedOutputs, layer: str, sample: int) -> tuple[str, Arr
     return " · ".join([key, *(note for note in notes if "taken as" in note)]), values
 
 
-def small_multiples(key: str, values: Array, channels: Any) -> Figure:
+def small_multiples(title: str, values: Array, channels: Any) -> Figure:
     """Draws some channels of a (C, T) map, or all of one frame as bars."""
     count, frames = values.shape
     shown = _numbers(channels, count)
     if frames == 1:
-        return _bars(key, values[:, 0])
+        return _bars(title, values[:, 0])
     lines = -(-len(shown) // _ACROSS)
     figure = draw.new_figure(draw.WIDTH, 34 + lines * _STEP + 22)
     in_a_row = len(shown) > 1 and shown == list(range(shown[0], shown[0] + len(shown)))
     which = f"{shown[0]}–{shown[-1]}" if in_a_row else listed([str(number) for number in shown])
     which = f"all {count:,} channels" if len(shown) == count else f"channels {which} of {count:,}"
-    title = f"{shortened(key, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
-    draw.write(figure, 20, 18, title, weight="bold")
+    text = f"{shortened(title, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
+    draw.write(figure, 20, 18, text, weight="bold")
     low, high = finite_range(values[shown])
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1
     width = (draw.WIDTH - 50) // _ACROSS
@@ -94,12 +94,12 @@ def small_multiples(key: str, values: Array, channels: Any) -> Figure:
     return figure
 
 
-def _bars(key: str, values: Array) -> Figure:
+def _bars(title: str, values: Array) -> Figure:
     count = len(values)
     figure = draw.new_figure(draw.WIDTH, 190)
-    draw.write(figure, draw.LEFT, 24, f"{shortened(key, 70)}  ({count:,},)", weight="bold")
+    draw.write(figure, draw.LEFT, 24, f"{shortened(title, 70)}  ({count:,},)", weight="bold")
     axes = draw.place(figure, draw.LEFT, 30, draw.ACROSS, 120)
-    draw.draw_bars(axes, bars(key, (count,), values, []))
+    draw.draw_bars(axes, bars(title, (count,), values, []))
     axes.set_xlabel("channel" if count <= MAX_BARS else "channel (each bar the range of neighbours)", fontsize=7)
     return figure
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from convtap._errors import LayerNotFound, Unsupported, listed
 from convtap._result.call import shown_value
 from convtap._tensors.layout import Axes
+from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array, colour_limit, count_bad, edges, envelope, shrink
@@ -149,7 +150,7 @@ def bars(key: str, shape: tuple[int, ...], values: Array, notes: list[str]) -> P
 
 def is_blank(tensor: Tensor) -> bool:
     """Returns whether a tensor is empty or on the meta device."""
-    return not tensor.numel() or tensor.device.type == "meta"
+    return not tensor.numel() or has_no_values(tensor)
 
 
 def as_map(tensor: Tensor, axes: Axes) -> tuple[Array, list[str]]:

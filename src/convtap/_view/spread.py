@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convtap._result.call import Call, shown_value
+from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
 from convtap._view import draw
@@ -69,7 +70,7 @@ def spread_of(outputs: CapturedOutputs, name: str, tensors: list[tuple[Call, str
     parts, assumed = [], ""
     for call, path in tensors:
         tensor = dict(walk_tensors(call.output))[path]
-        if tensor.device.type != "meta":
+        if not has_no_values(tensor):
             array = real_values(tensor.detach()).cpu().numpy()
             axes = outputs.axes(call, path, tensor)
             parts.append(_by_channel(array, axes.channel or 0))

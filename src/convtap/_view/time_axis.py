@@ -40,7 +40,7 @@ class TimeAxis:
         bounds: the ends of the axis, once they are known.
     """
 
-    def __init__(self, timeline: Any, sample_rate: float | None, *, has_signal: bool) -> None:
+    def __init__(self, timeline: Any, sample_rate: float | None = None, has_signal: bool = False) -> None:
         if timeline is not None and not hasattr(type(timeline), "__getitem__"):
             raise InvalidType(
                 f"timeline is a {type(timeline).__name__}, not a timeline. Pass timeline=convtap.timeline(model, x)."
