@@ -14,9 +14,10 @@ from torch import nn
 os.environ["KERAS_BACKEND"] = "torch"
 
 from convtap import CoverageWarning, LayerNotFound, Unsupported, capture, load, timeline
-from convtap._view.orient import Orientation
+from convtap._result.activations import log_of
+from convtap._view.outputs import CapturedOutputs
 from convtap._view.spread import spreads
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.time_axis import TimeAxis
 from convtap.plot import channels, distributions, plot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:keras.*")
@@ -67,7 +68,7 @@ def both(**options):
 
 
 def spread_of(acts, timeline=None, channels_last=None):
-    return spreads(acts, Orientation(acts, TimeAxis(timeline, None, has_signal=False), channels_last))
+    return spreads(CapturedOutputs(log_of(acts), TimeAxis(timeline), channels_last))
 
 
 def cells(figure):
@@ -201,9 +202,9 @@ def axes_of_only(model, x, types):
     with torch.no_grad(), capture(model, types=types) as acts:
         model(x)
     call = acts.calls()[0]
-    orientation = Orientation(acts, TimeAxis(None, None, has_signal=False))
+    outputs = CapturedOutputs(log_of(acts), TimeAxis(None))
     tensor = call.output[0] if isinstance(call.output, tuple) else call.output
-    return orientation.axes(call, "[0]" if isinstance(call.output, tuple) else "", tensor)
+    return outputs.axes(call, "[0]" if isinstance(call.output, tuple) else "", tensor)
 
 
 class Attends(nn.Module):

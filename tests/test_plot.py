@@ -504,7 +504,9 @@ def _environment():
 def test_a_figure_is_a_matplotlib_figure_that_is_freed_and_pickles():
     figure = plot(captured(torch.randn(1, 4, 10)))
     assert isinstance(figure, Figure)
-    assert isinstance(pickle.loads(pickle.dumps(figure)), Figure)
+    copy = pickle.loads(pickle.dumps(figure))
+    assert isinstance(copy, Figure)
+    assert copy._repr_png_() == figure._repr_png_()
     gone = weakref.ref(figure)
     del figure
     gc.collect()
@@ -513,7 +515,7 @@ def test_a_figure_is_a_matplotlib_figure_that_is_freed_and_pickles():
 
 def test_without_matplotlib_the_error_names_the_pip_command(monkeypatch):
     acts = captured(torch.randn(1, 4, 10))
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "convtap._view.figure"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for draw in (acts.plot, lambda: distributions(acts), lambda: channels(acts, "convs.0")):
@@ -655,9 +657,15 @@ def test_a_bad_argument_is_named_with_its_value(options, error, message):
 def test_nothing_captured_is_said():
     acts = captured(torch.randn(1, 4, 10))
     acts.clear()
-    for draw in (acts.plot, lambda: distributions(acts)):
+    for draw in (acts.plot, lambda: distributions(acts), lambda: channels(acts, "convs.0")):
         with pytest.raises(NotCaptured, match="there is nothing to draw: no outputs were captured"):
             draw()
+
+
+def test_what_is_no_capture_is_named():
+    for draw in (plot, distributions, lambda acts: channels(acts, "convs.0")):
+        with pytest.raises(InvalidType, match="acts is a dict, not a capture's outputs. Pass acts of"):
+            draw({})
 
 
 def test_a_layer_of_another_pass_is_said():

@@ -18,6 +18,7 @@ from torch import nn
 
 from convtap import LayerNotFound, StoreError, capture
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
+from convtap.report import report
 
 VOID = {"meta", "img", "br", "path", "rect"}
 HOSTILE = [
@@ -180,7 +181,7 @@ def test_pictures_are_limited_and_the_page_says_so(tmp_path):
 
 
 def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
-    monkeypatch.setattr("convtap._view.report_table.MAX_ROWS", 1)
+    monkeypatch.setattr("convtap._view.report.table.MAX_ROWS", 1)
     page = read(acts, tmp_path / "r.html")
     assert len(page.all("tr")) == 2  # the headings and one call
     assert "The first 1 of 2 calls; acts.summary() has all." in page.written()
@@ -261,8 +262,18 @@ def test_what_was_not_captured_is_named_with_its_reason(tmp_path):
     assert marks == ["captured", "idle", "bypassed"]
 
 
+def test_a_layer_without_an_activation_is_in_the_list_and_in_the_tree(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1))
+    with capture(model, at="activation", strict=False) as acts:
+        model(torch.randn(1, 1, 9))
+    page = read(acts, tmp_path / "r.html", model=model)
+    assert page.written().count("ran 1 time without an activation after it") == 2
+    assert "○ ran 1 time without" in page.written()
+    assert [attrs["class"] for attrs in page.all("td") if attrs.get("class") == "not-activated"] == ["not-activated"]
+
+
 def test_the_list_of_what_was_not_captured_is_limited_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("convtap.report.MAX_ROWS", 2)
+    monkeypatch.setattr("convtap._view.report.coverage.MAX_ROWS", 2)
 
     class Lazy(nn.Module):
         def __init__(self):
@@ -396,6 +407,11 @@ def test_an_error_leaves_the_old_file(acts, tmp_path):
 def test_a_bad_argument_is_named(acts, tmp_path, path, options, error, message):
     with pytest.raises(error, match=message):
         acts.report(tmp_path / path, **options)
+
+
+def test_what_is_no_capture_is_named(tmp_path):
+    with pytest.raises(InvalidType, match="acts is a dict, not a capture's outputs"):
+        report({}, tmp_path / "r.html")
 
 
 def test_a_path_that_is_none_is_named(acts):

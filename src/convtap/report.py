@@ -1,28 +1,24 @@
-"""One HTML page that holds a whole capture: coverage, statistics, pictures and the layer tree. It needs nothing but itself."""
+"""Writes one HTML page of a capture: coverage, statistics, pictures and the layer tree. The page needs nothing but itself."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from convtap._atomic_write import write_whole
 from convtap._errors import InvalidType, StoreError, plural
-from convtap._result.coverage import counts_line
+from convtap._result.activations import Activations, log_of
 from convtap._result.file import unwritable
 from convtap._table import human_bytes
-from convtap._view import gallery as _gallery
-from convtap._view.cells import STEPS, palette
-from convtap._view.choose import Chosen
-from convtap._view.gallery import Gallery
-from convtap._view.outline import layer_tree
-from convtap._view.page import escape, page
-from convtap._view.report_table import MAX_ROWS, statistics_table
-
-if TYPE_CHECKING:
-    from convtap._result.activations import Activations
+from convtap._view.outputs import CapturedOutputs, Chosen, checked_count
+from convtap._view.report.coverage import coverage_section, layer_tree
+from convtap._view.report.figures import input_figures, legend
+from convtap._view.report.page import escape, page
+from convtap._view.report.table import statistics_table
+from convtap._view.time_axis import TimeAxis
 
 
 def report(
@@ -38,26 +34,26 @@ def report(
     channels: int = 64,
     channels_last: bool | Chosen = None,
 ) -> None:
-    """Writes one self-contained HTML page: what was captured and what was not, statistics, pictures, the layer tree.
+    """Writes one self-contained HTML page: coverage, statistics, pictures and the layer tree.
 
     The page loads nothing from anywhere, and works in any browser, from disk and on a phone. It is written under a
     temporary name and then renamed, so that a file of this name is always whole. It needs no other package.
 
     Args:
-        acts: what a block collected.
+        acts: the outputs of a capture.
         path: the file to write, such as ``"report.html"``; one that is there is replaced.
         model: the model, to show its whole layer tree; without it the tree has the selected layers only.
         sample: which input the pictures show, numbered from 0 through all forward passes.
         layers: which layers have a picture, as in ``plot``. The table has all.
         signal: the model's input, as in ``plot``.
         sample_rate: input samples a second, as in ``plot``.
-        timeline: what ``convtap.timeline`` gives, as in ``plot``.
+        timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels: the most rows of a map.
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Raises:
         StoreError: the file cannot be written.
-        LayerNotFound: ``layers`` means nothing that is here.
+        LayerNotFound: ``layers`` matches no captured call.
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 
@@ -72,6 +68,10 @@ def report(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     acts.report(f"{folder}/report.html", model=model)
     """
+    if not isinstance(acts, Activations):
+        raise InvalidType(
+            f"acts is a {type(acts).__name__}, not a capture's outputs. Write: acts.report('report.html')."
+        )
     if model is not None and not isinstance(model, nn.Module):
         raise InvalidType(f"model is a {type(model).__name__}, not a torch.nn.Module: report(path, model=model).")
     try:
@@ -80,44 +80,23 @@ def report(
         raise InvalidType(
             f"path is a {type(path).__name__}, and it must name a file: acts.report('report.html')."
         ) from None
-    gallery = Gallery(acts, sample, layers, signal, sample_rate, timeline, channels, channels_last)
-    title = "What convtap captured" if model is None else f"{type(model).__name__}: what convtap captured"
+    rows = checked_count("channels", channels)
+    axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
+    table, figures = "<p>No outputs were captured.</p>", "<p>There is nothing to draw.</p>"
+    if len(acts):
+        outputs = CapturedOutputs(log_of(acts), axis, channels_last)
+        figures = legend() + input_figures(outputs, sample, layers, signal, rows)
+        table = statistics_table(outputs)
     sections = [
-        ("coverage", "Coverage", _coverage(acts)),
-        ("layers", "Layers", statistics_table(acts, gallery.orientation) if len(acts) else _NOTHING),
-        ("pictures", "Pictures", _legend() + gallery.html() if len(acts) else "<p>There is nothing to draw.</p>"),
+        ("coverage", "Coverage", coverage_section(acts.coverage)),
+        ("layers", "Layers", table),
+        ("pictures", "Pictures", figures),
         ("tree", "Layer tree", layer_tree(acts.coverage, model)),
     ]
+    title = "What convtap captured" if model is None else f"{type(model).__name__}: what convtap captured"
     lead = f"<p>{escape(plural(len(acts), 'call'))}, {escape(human_bytes(acts.nbytes))}</p>"
     text = page(title, sections, lead)
     try:
         write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise StoreError(unwritable(target, error)) from error
-
-
-_NOTHING = "<p>No outputs were captured.</p>"
-
-
-def _coverage(acts: Activations) -> str:
-    coverage = acts.coverage
-    missing = [layer for layer in coverage.values() if layer.state != "captured"]
-    lines = [f"<p>{escape(counts_line(coverage))}</p>"]
-    if missing:
-        rows = "".join(
-            f"<tr><td>{escape(layer.name)}</td><td class='{layer.state}'>{escape(layer)}</td></tr>"
-            for layer in missing[:MAX_ROWS]
-        )
-        if len(missing) > MAX_ROWS:
-            lines.append(f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(missing), 'such layer')}.</p>")
-        lines.append(f"<div class='wide'><table class='plain'><tbody>{rows}</tbody></table></div>")
-    lines.extend(f"<p class='alarm'>{escape(note)}</p>" for note in coverage.notes)
-    return "".join(lines)
-
-
-def _legend() -> str:
-    stops = ", ".join("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in palette()[: 2 * STEPS + 1 : 8])
-    return (
-        f'<p class="soft">−limit <span class="legend" style="background: linear-gradient(to right, {stops})"></span> +limit, '
-        f"white at zero. {escape(_gallery.EXPLANATION)}</p>"
-    )

@@ -127,15 +127,21 @@ class Samples:
             i = operator.index(i)
         except TypeError:
             raise InvalidType(f"sample({i!r}): it must be the number of one input: sample(0) for the first.") from None
-        total = self.count
+        self._check()
+        found, row = self.locate(i)
+        return found.row(row)
+
+    def locate(self, i: int) -> tuple[Pass, int]:
+        """Returns the forward pass of one input, and the input's row there; a negative position counts from the end."""
+        total = sum(found.size for found in self.passes)
         if not -total <= i < total:
             raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
-        rest = i % total
+        row = i % total
         for found in self.passes:
-            if rest < found.size:
+            if row < found.size:
                 break
-            rest -= found.size
-        return found.row(rest)
+            row -= found.size
+        return found, row
 
 
 def _keys(calls: list[Call]) -> list[str]:

@@ -1,15 +1,29 @@
-"""Draws on matplotlib axes: a map, bars, a signal, one line; and lays axes out one below the other, in whole pixels."""
+"""Draws with matplotlib: a figure laid out in whole pixels, and on its axes a map, bars, lines or a single line."""
 
 from __future__ import annotations
 
+import functools
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convtap._errors import MissingExtra, Unsupported
-from convtap._view.cells import INF_COLOUR, NAN_COLOUR, STEPS, Array, edges, palette
+from convtap._view.cells import (
+    BLUE,
+    INF_COLOUR,
+    INF_HEX,
+    NAN_HEX,
+    RED,
+    STEPS,
+    Array,
+    bad_columns,
+    edges,
+    finite_envelope,
+    finite_range,
+    palette,
+)
 from convtap._view.pictures import MAX_BARS, MAX_MARKS, Picture
-from convtap._view.timeaxis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,17 +40,12 @@ COLUMNS = ACROSS // 2
 
 INK = "#2b3a4a"
 ALARM = "#c00000"
-BLUE, RED = "#17589f", "#a8202e"
-_NAN = "#{:02x}{:02x}{:02x}".format(*NAN_COLOUR)
-_INF = "#{:02x}{:02x}{:02x}".format(*INF_COLOUR)
 
 
 def new_figure(width: int, height: int) -> Figure:
-    """An empty figure of a size in pixels.
+    """Makes an empty figure of a size in pixels, which a notebook shows whether pyplot is imported or not.
 
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        Unsupported: it would be higher than matplotlib can draw.
+    No backend is chosen and nothing is registered anywhere: the figure is freed like any other object.
     """
     if height > _MOST:
         raise Unsupported(
@@ -44,13 +53,21 @@ def new_figure(width: int, height: int) -> Figure:
             "channels at a time with layers= or channels=, or see all of them in acts.report('report.html')."
         )
     try:
-        from convtap._view.figure import Picture as Shown
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtra(
             "pictures are drawn with matplotlib, which is not installed (acts.report(path) needs none). "
             "Install it with: pip install 'convtap[plot]'"
         ) from error
-    return Shown(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
@@ -64,47 +81,47 @@ def place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
 
 
 def write(figure: Figure, left: int, top: int, text: str, **style: Any) -> None:
-    """Writes text at a position in pixels. What is in it is never read as mathematics."""
+    """Writes text at a position in pixels. Nothing in it is read as mathematics."""
     across, down = figure.get_size_inches() * DPI
     style = {"fontsize": 8, "va": "bottom", "ha": "left", **style}
     figure.text(left / across, 1 - top / down, text, parse_math=False, **style)
 
 
-def colours() -> Any:
-    """The map's colours for matplotlib, NaN in its own."""
-    from matplotlib.colors import ListedColormap
-
-    found = ListedColormap(palette()[: 2 * STEPS + 1] / 255.0, name="convtap")
-    return found.with_extremes(bad=_NAN)
+def not_finite(values: Array) -> str:
+    """Writes how many values are NaN or Inf, or nothing if none are."""
+    bad = int((~np.isfinite(values)).sum())
+    return f"{bad:,} NaN or Inf" if bad else ""
 
 
 def draw_map(axes: Axes, picture: Picture) -> None:
     """Draws a map as an image, channel 0 on top; NaN black, Inf yellow, and a mark above the columns that have one."""
+    from matplotlib.colors import ListedColormap
+
     cells = picture.cells.astype(np.float64)  # twice the limit must not overflow
     first, last = picture.extent or (-0.5, picture.frames - 0.5)
-    extent = (first, last, len(cells) - 0.5, -0.5)
-    style: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    style: dict[str, Any] = {
+        "aspect": "auto",
+        "interpolation": "nearest",
+        "extent": (first, last, len(cells) - 0.5, -0.5),
+    }
+    colours = ListedColormap(palette()[: 2 * STEPS + 1] / 255.0, name="convtap").with_extremes(bad=NAN_HEX)
     infinite = np.isinf(cells)
-    axes.imshow(np.where(infinite, 0, cells), cmap=colours(), vmin=-picture.limit, vmax=picture.limit, **style)
+    axes.imshow(np.where(infinite, 0, cells), cmap=colours, vmin=-picture.limit, vmax=picture.limit, **style)
     if infinite.any():
         axes.imshow(np.where(infinite[..., None], (*(np.asarray(INF_COLOUR) / 255), 1.0), 0.0), **style)
-    wrong = np.flatnonzero(~np.isfinite(cells).all(axis=0))
+    wrong = bad_columns(cells)
     if 0 < len(wrong) <= MAX_MARKS:
         centres = first + (wrong + 0.5) * (last - first) / cells.shape[1]
         above = axes.get_xaxis_transform()
         axes.plot(centres, np.full(len(wrong), 1.0), "v", color=ALARM, ms=3, transform=above, clip_on=False, lw=0)
-    _label_rows(axes, len(cells), picture.channels)
-
-
-def _label_rows(axes: Axes, rows: int, channels: int) -> None:
-    if rows == 1:
-        axes.set_yticks([0], ["0" if channels == 1 else f"0–{channels - 1}"])
+    if len(cells) > 1:
+        axes.set_yticks([0, len(cells) - 1], ["0", f"{picture.channels - 1:,}"])
     else:
-        axes.set_yticks([0, rows - 1], ["0", f"{channels - 1:,}"])
+        axes.set_yticks([0], ["0" if picture.channels == 1 else f"0–{picture.channels - 1}"])
 
 
 def draw_bars(axes: Axes, picture: Picture) -> None:
-    """Draws one bar a channel, blue below zero and red above; a channel that is no number gets a cross instead."""
+    """Draws one bar a channel, blue below zero and red above; a channel with NaN or Inf gets a cross instead."""
     low, high = picture.cells
     bounds = edges(picture.channels, MAX_BARS)
     starts, widths = bounds[:-1] - 0.5, np.diff(bounds)
@@ -115,73 +132,56 @@ def draw_bars(axes: Axes, picture: Picture) -> None:
     axes.bar(left[good], low[good], width[good], color=BLUE, align="edge")
     axes.axhline(0, color=INK, lw=0.6)
     nan = np.isnan(low) | np.isnan(high)
-    for mask, colour, where in ((nan, _NAN, 0.5), (~good & ~nan, _INF, 0.9)):
+    cross: dict[str, Any] = {"ms": 7, "mec": "black", "mew": 0.5, "lw": 0, "transform": axes.get_xaxis_transform()}
+    for mask, colour, height in ((nan, NAN_HEX, 0.5), (~good & ~nan, INF_HEX, 0.9)):
         if mask.any():
-            centres = (starts + widths / 2)[mask]
-            heights = np.full(len(centres), where)
-            axes.plot(
-                centres,
-                heights,
-                "X",
-                ms=7,
-                color=colour,
-                mec="black",
-                mew=0.5,
-                lw=0,
-                transform=axes.get_xaxis_transform(),
-            )
-    axes.set_xlim(-0.5, picture.channels - 0.5)
+            axes.plot((starts + widths / 2)[mask], np.full(mask.sum(), height), "X", color=colour, **cross)
     axes.locator_params(axis="y", nbins=3)
     whole_ticks(axes, picture.channels)
 
 
 def whole_ticks(axes: Axes, count: int, most: int = 8) -> None:
-    """Puts ticks at whole numbers."""
+    """Puts ticks at whole numbers, of an axis that counts so many things."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(-0.5, count - 0.5)
 
 
-def draw_signal(axes: Axes, values: Array, axis: TimeAxis) -> None:
+def draw_lines(axes: Axes, picture: Picture) -> None:
     """Draws the channels of a signal as lines, one below the other."""
-    channels, samples = values.shape
-    first, last = axis.signal_extent(samples)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = finite_range(picture.cells)
     height = (high - low) * 1.1 or 1.0
-    for channel, row in enumerate(values):
-        draw_line(axes, row, (first, last), shift=-channel * height)
-    if channels > 1:
-        middle = (high + low) / 2
-        axes.set_yticks([middle - channel * height for channel in range(channels)], [str(i) for i in range(channels)])
-        axes.set_ylim(middle - (channels - 0.5) * height, middle + height / 2)
+    for channel, row in enumerate(picture.cells):
+        draw_line(axes, row, picture.extent, shift=-channel * height)
+    if picture.channels > 1:
+        middle, numbers = (high + low) / 2, range(picture.channels)
+        axes.set_yticks([middle - channel * height for channel in numbers], [str(i) for i in numbers])
+        axes.set_ylim(middle - (picture.channels - 0.5) * height, middle + height / 2)
     else:
         axes.locator_params(axis="y", nbins=3)
-    axes.set_xlim(axis.bounds or (first, last))
 
 
-def draw_line(axes: Axes, row: Array, extent: tuple[float, float], shift: float = 0.0, columns: int = ACROSS) -> None:
-    """Draws one channel over time: a line, or where it has more values than columns, its minimum and maximum in each.
+def draw_line(
+    axes: Axes, row: Array, extent: tuple[float, float] | None = None, shift: float = 0.0, columns: int = ACROSS
+) -> None:
+    """Draws one channel over time: a line, or if it has more values than columns, its minimum and maximum in each.
 
-    What is no number leaves a gap, with a cross at the bottom.
+    NaN and Inf leave a gap, with a cross at the bottom.
     """
-    first, last = extent
     samples = len(row)
+    first, last = extent or (-0.5, samples - 0.5)
     step = (last - first) / samples
-    good = np.isfinite(row)
-    values = np.where(good, row, np.nan) + shift
     if samples > 2 * columns:
         bounds = edges(samples, columns)
-        low = np.fmin.reduceat(values, bounds[:-1])
-        high = np.fmax.reduceat(values, bounds[:-1])
+        low, high = finite_envelope(row + shift, bounds)
         centres = first + (bounds[:-1] + bounds[1:]) / 2 * step
         axes.fill_between(centres, low, high, color=INK, lw=0.5)
     else:
-        axes.plot(
-            first + (np.arange(samples) + 0.5) * step, values, color=INK, lw=0.8, marker="." if samples == 1 else ""
-        )
-    wrong = np.flatnonzero(~good)
+        values = np.where(np.isfinite(row), row, np.nan) + shift
+        times = first + (np.arange(samples) + 0.5) * step
+        axes.plot(times, values, color=INK, lw=0.8, marker="." if samples == 1 else "")
+    wrong = np.flatnonzero(~np.isfinite(row))
     if len(wrong):
         at = first + (wrong + 0.5) * step
         bins = np.unique(((at - first) / (last - first) * columns).astype(int), return_index=True)[1]

@@ -1,9 +1,9 @@
-"""What is to be drawn of a capture: for one input, each call's cells, where they lie on the time axis, and what to say."""
+"""Prepares what is drawn of each output for one input: its cells, their extent on the time axis, and notes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,22 +11,18 @@ from torch import Tensor
 from convtap._errors import LayerNotFound, Unsupported, listed
 from convtap._result.call import shown_value
 from convtap._tensors.layout import Axes
+from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
-from convtap._view.cells import Array, Cells, colour_limit, edges, envelope, shrink
-from convtap._view.choose import Chosen, chosen, one_input, pass_of
-from convtap._view.labels import counted
-from convtap._view.orient import Orientation
-from convtap._view.timeaxis import Place, TimeAxis
-
-if TYPE_CHECKING:
-    from convtap._result.activations import Activations
-
+from convtap._view.cells import Array, colour_limit, count_bad, edges, envelope, shrink
+from convtap._view.outputs import CapturedOutputs, Chosen
+from convtap._view.signal import one_signal
+from convtap._view.time_axis import Place, TimeAxis
 
 #: More channels of a signal than this are drawn as a map, not as lines.
 MAX_LINES = 8
 
-#: Columns with a value that is no number, up to which each gets a mark above it; more are seen without.
+#: Up to so many columns with NaN or Inf have a mark above them; more are seen without.
 MAX_MARKS = 60
 
 #: More bars than this are drawn as ranges of neighbouring channels.
@@ -35,58 +31,64 @@ MAX_BARS = 256
 
 @dataclass(frozen=True)
 class Picture:
-    """One call's output for one input, ready to be drawn.
+    """One output for one input, or the signal, ready to be drawn.
 
     Attributes:
-        key: the call.
+        key: the key of the call, with the path of the tensor if it returns several; or ``"signal"``.
         shape: the shape of the output for this input, such as (C, T).
-        kind: a map over time; bars, where there is no time axis; or nothing, where only the note can be shown.
-        cells: the map's cells; for bars two rows, the lower and the upper ends.
-        channels: how many channels there are.
-        frames: how many frames (1 for bars).
-        limit: the magnitude that gets the full colour.
-        bad: how many values are NaN, and how many Inf.
-        extent: where the map begins and ends on the time axis, in its unit, or None if it has no place on it.
-        notes: what else to say about it.
+        kind: a map over time; lines over time; bars without a time axis; or nothing, if only the note can be shown.
+        cells: the map's cells; for lines the values, (C, T); for bars two rows, the lower and the upper ends.
+        limit: the magnitude of the full colour.
+        warning: how many values are NaN and how many Inf, or nothing.
+        extent: where it begins and ends on the time axis, in its unit, or None if it has no place on it.
+        notes: what else there is to know about it.
     """
 
     key: str
     shape: tuple[int, ...]
-    kind: Literal["map", "bars", "nothing"]
+    kind: Literal["map", "lines", "bars", "nothing"]
     cells: Array
     channels: int = 0
     frames: int = 0
     limit: float = 1.0
-    bad: tuple[int, int] = (0, 0)
+    warning: str = ""
     extent: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
     @property
-    def warning(self) -> str:
-        """How much of it is no number, or nothing."""
-        return counted(self.bad)
+    def size(self) -> str:
+        """The shape with separated thousands: ``(4, 1,200)``."""
+        return f"({', '.join(f'{size:,}' for size in self.shape)}{',' if len(self.shape) == 1 else ''})"
+
+
+class Pictures(NamedTuple):
+    """The pictures of one input, how many of its chosen calls there are, and how many chosen calls other passes have."""
+
+    signal: Picture | None
+    outputs: list[Picture]
+    here: int
+    elsewhere: int
 
 
 def pictures(
-    acts: Activations,
+    outputs: CapturedOutputs,
     sample: int,
     layers: Chosen,
-    *,
+    signal: Any,
     rows: int,
     columns: int,
-    axis: TimeAxis,
-    orientation: Orientation,
+    signal_columns: int | None = None,
     most: int | None = None,
-) -> tuple[list[Picture], int]:
-    """Prepares what is drawn of each chosen call for one input, one call at a time, and counts the calls there are.
+) -> Pictures:
+    """Prepares the signal and each chosen call for one input, once the time axis is wide enough for all of them.
 
-    Raises:
-        NotCaptured: there are no outputs.
-        LayerNotFound: ``layers`` names nothing that is here, or nothing that ran on this input.
-        OutOfRange: there is no such input.
+    A map has at most ``rows`` and ``columns``, the signal ``signal_columns``; of the calls the first ``most`` are prepared.
     """
-    calls = chosen(acts, layers)
-    position, found = pass_of(acts, sample)
+    values = None if signal is None else one_signal(outputs, signal, sample)
+    if values is not None:
+        outputs.axis.widen(outputs.axis.signal_extent(values.shape[1]))
+    axis, calls = outputs.axis, outputs.chosen(layers)
+    found, row = outputs.locate(sample)
     within = {id(call) for call in found.calls}
     here = [call for call in calls if id(call) in within]
     if not here:
@@ -94,86 +96,66 @@ def pictures(
             f"{listed([call.key for call in calls])}: captured, but not in the forward pass of sample {sample}. "
             f"That pass has {listed([call.key for call in found.calls])}."
         )
-    places = [(call, orientation.place(call)) for call in here[:most]]
+    places = [(call, outputs.place(call)) for call in here[:most]]
     for call, place in places:
         for path, tensor in walk_tensors(shown_value(call)):
-            axis.widen(axis.extent(place, path, orientation.frames(call, path, tensor)))
-    drawn: list[Picture] = []
+            axis.widen(axis.extent(place, path, outputs.frames(call, path, tensor)))
+    drawn = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
-            key = f"{call.key}{path}"
-            axes = orientation.axes(call, path, tensor)
+            key, axes = f"{call.key}{path}", outputs.axes(call, path, tensor)
             try:
-                cut = one_input(found, key, tensor, position, axes.batch)
+                one = found.cut(key, tensor, row, axes.batch)
             except Unsupported as error:
-                note = str(error).partition(". ")[0] + "."
-                drawn.append(Picture(key, tuple(tensor.shape), "nothing", np.zeros((0, 0)), notes=(note,)))
-                continue
-            drawn.append(_picture(key, path, cut, axes, place, rows, columns, axis))
-    return drawn, len(here)
-
-
-# -- one output
+                drawn.append(_nothing(key, tensor, str(error).partition(". ")[0] + "."))
+            else:
+                drawn.append(_picture(key, path, one, axes, place, rows, columns, axis))
+    shown = None if values is None else _signal(values, signal_columns or columns, axis)
+    return Pictures(shown, drawn, len(here), len(calls) - len(here))
 
 
 def _picture(
-    key: str, path: str, tensor: Tensor, axes: Axes, place: Place, rows: int, columns: int, axis: TimeAxis
+    key: str, path: str, one: Tensor, axes: Axes, place: Place, rows: int, columns: int, axis: TimeAxis
 ) -> Picture:
-    shape = tuple(tensor.shape)
-    if not tensor.numel() or tensor.device.type == "meta":
-        why = "it has no values (meta device)." if tensor.numel() else "it is empty."
-        return Picture(key, shape, "nothing", np.zeros((0, 0)), notes=(why,))
-    values, notes = as_map(tensor, axes)
-    channels, frames = values.shape
-    bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
+    if is_blank(one):
+        return _nothing(key, one, "it has no values (meta device)." if one.numel() else "it is empty.")
+    values, notes = as_map(one, axes)
+    shape, frames = tuple(one.shape), values.shape[1]
     if frames == 1:
-        each = "one bar a channel" if channels <= MAX_BARS else "each bar the range of neighbouring channels"
-        notes.append(f"no time axis: {each}")
-        cells = bar_cells(values[:, 0])
-        finite = cells[np.isfinite(cells)]
-        notes.append(f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite value")
-        return Picture(key, shape, "bars", cells, channels, 1, bad=bad, notes=tuple(notes))
-    return _map(key, shape, values, rows, columns, axis, axis.extent(place, path, frames), bad, notes)
+        return bars(key, shape, values[:, 0], notes)
+    return _map(key, shape, values, rows, columns, axis, axis.extent(place, path, frames), notes)
 
 
-def signal_map(values: Array, rows: int, columns: int, axis: TimeAxis) -> Picture:
-    """A signal of many channels, (C, T), as a map."""
-    bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
-    extent = axis.signal_extent(values.shape[1])
-    return _map("signal", values.shape, values, rows, columns, axis, extent, bad, [])
+def _signal(values: Array, columns: int, axis: TimeAxis) -> Picture:
+    """Returns a (C, T) signal as lines, or as a map if it has many channels."""
+    channels, samples = values.shape
+    extent, unit = axis.signal_extent(samples), f"time in {axis.unit}"
+    if channels > MAX_LINES:
+        picture = _map("signal", values.shape, values, 64, columns, axis, extent, [])
+        return replace(picture, notes=(*picture.notes, unit))
+    warning = count_bad(values)
+    return Picture("signal", values.shape, "lines", values, channels, samples, 1.0, warning, extent, (unit,))
 
 
-def _map(
-    key: str,
-    shape: tuple[int, ...],
-    values: Array,
-    rows: int,
-    columns: int,
-    axis: TimeAxis,
-    extent: tuple[float, float] | None,
-    bad: tuple[int, int],
-    notes: list[str],
-) -> Picture:
-    channels, frames = values.shape
-    cells = shrink(values, rows, axis.columns_for(extent, columns))
-    notes.extend(_shrunk(cells))
-    if axis.has_timeline and extent is None:
-        notes.append("not on the time axis: drawn over its own frames")
-    limit = colour_limit(cells.values)
-    notes.append(_range(cells.values, limit))
-    return Picture(key, shape, "map", cells.values, channels, frames, limit, bad, extent, tuple(notes))
+def bars(key: str, shape: tuple[int, ...], values: Array, notes: list[str]) -> Picture:
+    """Returns (C,) values as bars from zero; of many, neighbours share a bar, with their range."""
+    low, high = envelope(values, edges(len(values), MAX_BARS))
+    cells = np.stack([np.where(low > 0, 0, low), np.where(high < 0, 0, high)])
+    finite = cells[np.isfinite(cells)]
+    each = "one bar a channel" if len(values) <= MAX_BARS else "each bar the range of neighbouring channels"
+    span = f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite value"
+    notes = [*notes, f"no time axis: {each}", span]
+    return Picture(key, shape, "bars", cells, len(values), 1, warning=count_bad(values), notes=tuple(notes))
+
+
+def is_blank(tensor: Tensor) -> bool:
+    """Returns whether a tensor is empty or on the meta device."""
+    return not tensor.numel() or has_no_values(tensor)
 
 
 def as_map(tensor: Tensor, axes: Axes) -> tuple[Array, list[str]]:
-    """One input's output as (C, T) numbers, and what was done to make it that.
-
-    Args:
-        tensor: the output, without batch axis.
-        axes: which of its axes is what; what is assumed of them is in the note.
-    """
-    notes = []
-    if tensor.is_complex():
-        notes.append("magnitudes of complex values")
+    """Returns one input's output, without batch axis, as (C, T) numbers, and notes on how it became that."""
+    notes = ["magnitudes of complex values"] if tensor.is_complex() else []
     array: Array = real_values(tensor.detach()).cpu().numpy()
     if array.ndim < 2 or axes.time is None or axes.channel is None:
         return array.reshape(-1, 1), notes
@@ -187,19 +169,27 @@ def as_map(tensor: Tensor, axes: Axes) -> tuple[Array, list[str]]:
     return array.reshape(-1, array.shape[-1]), notes
 
 
-def bar_cells(values: Array) -> Array:
-    """The lower and upper ends of bars from zero; of more than MAX_BARS values neighbours share one, with their range."""
-    low, high = envelope(values, edges(len(values), MAX_BARS))
-    return np.stack([np.where(low > 0, 0, low), np.where(high < 0, 0, high)])
+def _nothing(key: str, tensor: Tensor, note: str) -> Picture:
+    return Picture(key, tuple(tensor.shape), "nothing", np.zeros((0, 0)), notes=(note,))
 
 
-def _shrunk(cells: Cells) -> list[str]:
-    notes = []
-    if cells.channels_per_row > 1:
-        notes.append(f"{cells.channels_per_row} channels a row")
-    if cells.frames_per_pair:
-        notes.append(f"min and max of {cells.frames_per_pair:,} frames")
-    return notes
+def _map(
+    key: str,
+    shape: tuple[int, ...],
+    values: Array,
+    rows: int,
+    columns: int,
+    axis: TimeAxis,
+    extent: tuple[float, float] | None,
+    notes: list[str],
+) -> Picture:
+    cells = shrink(values, rows, axis.columns_for(extent, columns))
+    (channels, frames), limit = values.shape, colour_limit(cells.values)
+    notes = [*notes, *cells.notes]
+    if axis.has_timeline and extent is None:
+        notes.append("not on the time axis: drawn over its own frames")
+    notes.append(_range(cells.values, limit))
+    return Picture(key, shape, "map", cells.values, channels, frames, limit, count_bad(values), extent, tuple(notes))
 
 
 def _range(cells: Array, limit: float) -> str:
@@ -207,6 +197,4 @@ def _range(cells: Array, limit: float) -> str:
     if not finite.size:
         return "no finite value"
     peak = float(np.abs(finite).max())
-    if not peak:
-        return "all zero"
-    return f"colour ±{limit:.3g}, peak {peak:.3g}"
+    return f"colour ±{limit:.3g}, peak {peak:.3g}" if peak else "all zero"

@@ -1,4 +1,4 @@
-"""The input signal of a picture: one input's channels over time, out of whatever the model was given."""
+"""Reads one input of the model as (C, T), out of the batch, the row or the array that the user passes as ``signal``."""
 
 from __future__ import annotations
 
@@ -8,51 +8,31 @@ import numpy as np
 from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, plural
-from convtap._result.activations import Activations, log_of
 from convtap._result.call import layout_of
-from convtap._result.samples import Samples
 from convtap._tensors.statistics import real_values
 from convtap._view.cells import Array
-from convtap._view.timeaxis import TimeAxis
+from convtap._view.outputs import CapturedOutputs
 
 
-def one_signal(acts: Activations, signal: Any, sample: int, axis: TimeAxis, channels_last: Any = None) -> Array:
-    """Returns one input as (C, T): ``signal`` is what the model was given, as (B, C, T), (B, T), (C, T) or (T,).
+def one_signal(outputs: CapturedOutputs, signal: Any, sample: int) -> Array:
+    """Returns one input as (C, T), of a signal that is (B, C, T), (B, T), (C, T) or (T,).
 
-    With more than one axis, the timeline's ``time_dim`` says which is time; without a timeline it is the last one, or the one
-    before it if all is channels last, as in a Keras model.
-
-    Raises:
-        InvalidType: it is no tensor and no array of numbers.
-        InvalidValue: it has no time axis, is empty, or has not one row an input.
+    Its time is the axis that the timeline followed; without a timeline the last one, or the one before it if all outputs are
+    channels last, as in a Keras model.
     """
     values = _numbers(signal)
-    if not 1 <= values.ndim <= 3 or not values.size:
+    rank = values.ndim
+    if not 1 <= rank <= 3 or not values.size:
         raise InvalidValue(
             f"signal has shape {tuple(values.shape)}, and it must be the input of the model as (B, C, T), (B, T), (C, T) "
             "or (T,), with at least one value."
         )
-    passes = Samples(log_of(acts)).passes
-    sizes = [found.size for found in passes]
-    dim = _time_dim(acts, axis, channels_last, values.ndim)
-    if values.ndim == 3 or (values.ndim == 2 and _has_batch(acts, tuple(values.shape), sizes)):
-        batch = 1 if dim == -values.ndim else 0
-        values = np.moveaxis(values, batch, 0)
-        values = values[_row(len(values), sizes, sample)]
-        dim = dim if dim > -values.ndim else -values.ndim
-    return np.moveaxis(values, dim, -1) if values.ndim == 2 else values[None]
-
-
-def _time_dim(acts: Activations, axis: TimeAxis, channels_last: Any, rank: int) -> int:
-    """Which axis of a signal is time, counted from the end."""
-    if axis.signal_dim is not None and -rank <= axis.signal_dim < 0:
-        return int(axis.signal_dim)
-    if rank < 2 or axis.has_timeline:
-        return -1
-    if isinstance(channels_last, bool):
-        return -2 if channels_last and rank == 3 else -1
-    keras = [layout_of(call, "") for call in acts.calls() if call.via == "keras"]
-    return -2 if rank == 3 and keras and all(found is not None and found.last for found in keras) else -1
+    time = _time_axis(outputs, rank)
+    if rank == 3 or (rank == 2 and _has_batch(outputs, tuple(values.shape))):
+        values = np.moveaxis(values, 1 if time == -rank else 0, 0)
+        values = values[_row(outputs, len(values), sample)]
+        time = max(time, 1 - rank)  # of (T, B, C), the row is (T, C)
+    return np.moveaxis(values, time, -1) if values.ndim == 2 else values[None]
 
 
 def _numbers(signal: Any) -> Array:
@@ -77,31 +57,39 @@ def _numbers(signal: Any) -> Array:
         ) from None
 
 
-def _has_batch(acts: Activations, shape: tuple[int, ...], sizes: list[int]) -> bool:
-    """Whether axis 0 of a two-axis signal counts inputs: so it does in the model's own input, unless that was one (C, T)."""
-    inputs = [given for given in log_of(acts).inputs.values() if given is not None]
-    single = any(found.single for found in Samples(log_of(acts)).passes)
-    if single:
+def _time_axis(outputs: CapturedOutputs, rank: int) -> int:
+    """Returns which axis of a signal is time, counted from the end."""
+    dim = outputs.axis.signal_dim
+    if dim is not None and -rank <= dim < 0:
+        return int(dim)
+    if rank < 3 or outputs.axis.has_timeline:
+        return -1
+    if outputs.all_last is not None:
+        return -2 if outputs.all_last else -1
+    keras = [layout_of(call, "") for call in outputs.calls if call.via == "keras"]
+    return -2 if keras and all(found is not None and found.last for found in keras) else -1
+
+
+def _has_batch(outputs: CapturedOutputs, shape: tuple[int, ...]) -> bool:
+    """Returns whether axis 0 of a two-axis signal counts inputs, as in the model's own input unless that was one (C, T)."""
+    passes = outputs.samples.passes
+    if any(found.single for found in passes):
         return False
+    inputs = [given for given in outputs.log.inputs.values() if given is not None]
     if any(tuple(given) == shape for given in inputs):
         return True
-    two_axes = all(len(given) == 2 for given in inputs)
-    return bool(inputs) and two_axes and shape[0] == sum(sizes)
+    return bool(inputs) and all(len(given) == 2 for given in inputs) and shape[0] == sum(found.size for found in passes)
 
 
-def _row(rows: int, sizes: list[int], sample: int) -> int:
-    """The row of a signal that an input is: of all inputs of the block, or of the inputs of its own pass."""
-    total = sum(sizes)
-    number = sample % total
+def _row(outputs: CapturedOutputs, rows: int, sample: int) -> int:
+    """Returns the row of one input in a signal of all inputs, or of the inputs of its own forward pass."""
+    found, row = outputs.locate(sample)
+    total = sum(one.size for one in outputs.samples.passes)
     if rows == total:
-        return number
-    for size in sizes:
-        if number < size:
-            break
-        number -= size
-    if rows == size:
-        return number
+        return sample % total
+    if rows == found.size:
+        return row
     raise InvalidValue(
-        f"signal has {plural(rows, 'input')} along axis 0, and the block has {total}. Pass the batch that the model was "
-        "given, or the one input itself as (C, T) or (T,)."
+        f"signal has {plural(rows, 'input')} along axis 0, and the block has {total}. Pass the model's own input batch, or "
+        "the one input itself as (C, T) or (T,)."
     )

@@ -1,54 +1,49 @@
-"""How the values of a layer are spread, over all its calls and inputs: quantiles, zeros, dead channels."""
+"""Computes and draws the spread of each layer's values over all inputs: quantiles, zeros and dead channels."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convtap._result.call import Call, record_of, shown_value
+from convtap._result.call import Call, shown_value
+from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
-from convtap._view.cells import Array
-from convtap._view.choose import Chosen, chosen
-from convtap._view.labels import counted
-from convtap._view.orient import Orientation
+from convtap._view import draw
+from convtap._view.cells import Array, count_bad, shortened
+from convtap._view.outputs import CapturedOutputs, Chosen
 
 if TYPE_CHECKING:
-    from convtap._result.activations import Activations
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 QUANTILES = (1, 25, 50, 75, 99)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How the values of one layer are spread.
+    """The spread of one layer's values.
 
     Attributes:
-        name: the layer; with the path of the tensor, if it returns several.
+        name: the layer; with the path of the tensor if it returns several.
         quantiles: of the finite values, at QUANTILES percent; None if there are none.
         zeros: the share of exact zeros among all values, or None without values.
         dead: how many channels have one and the same value everywhere (if there is one value only: zero).
         channels: how many channels there are; 0 if the calls do not agree on it.
-        bad: how many values are NaN, and how many Inf.
-        assumed: the axis that was taken to be the channels where nobody says it, such as ``"axis 1"``.
+        warning: how many values are NaN and how many Inf, or nothing.
+        assumed: the axis that was assumed to be the channels, such as ``"axis 1"``; empty if it is known.
     """
 
     name: str
-    quantiles: tuple[float, ...] | None
-    zeros: float | None
-    dead: int
-    channels: int
-    bad: tuple[int, int]
+    quantiles: tuple[float, ...] | None = None
+    zeros: float | None = None
+    dead: int = 0
+    channels: int = 0
+    warning: str = ""
     assumed: str = ""
-
-    @property
-    def dead_share(self) -> float | None:
-        """The share of dead channels, or None if channels cannot be told apart."""
-        return self.dead / self.channels if self.channels else None
 
     @property
     def dead_text(self) -> str:
@@ -56,89 +51,134 @@ class Spread:
         assumed = f" ({self.assumed}?)" if self.assumed else ""
         return f"{self.dead:,} of {self.channels:,}{assumed}" if self.channels else "–"
 
-    @property
-    def warning(self) -> str:
-        """How much of it is no number, or nothing."""
-        return counted(self.bad)
 
-
-def spreads(
-    acts: Activations, orientation: Orientation, layers: Chosen = None, calls: list[Call] | None = None
-) -> list[Spread]:
-    """Computes the spread of each chosen layer over all inputs, or of each of some calls; one at a time.
+def spreads(outputs: CapturedOutputs, layers: Chosen = None) -> list[Spread]:
+    """Computes the spread of each chosen layer over all inputs, one layer at a time.
 
     A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
-
-    Raises:
-        NotCaptured: there are no outputs.
-        LayerNotFound: ``layers`` means nothing that is here.
     """
-    stems = _numbered_in_passes(acts.calls())
+    keys = outputs.keys_in_pass()
     groups: dict[str, list[tuple[Call, str]]] = {}
-    for call in chosen(acts, layers) if calls is None else calls:
-        stem = stems[id(call)] if calls is None else call.key
+    for call in outputs.chosen(layers):
         for path, _ in walk_tensors(shown_value(call)):
-            groups.setdefault(f"{stem}{path}", []).append((call, path))
-    found = []
-    for name, places in groups.items():
-        parts, assumed = [], ""
-        for call, path in places:
-            tensor = dict(walk_tensors(call.output))[path]
-            if tensor.device.type != "meta":
-                array = real_values(tensor.detach()).cpu().numpy()
-                axes = orientation.axes(call, path, tensor)
-                parts.append(_by_channel(array, axes.channel))
-                if not axes.sure:
-                    assumed = "last axis" if axes.channel == -1 else f"axis {array.ndim + (axes.channel or 0)}"
-        found.append(replace(_spread(name, parts), assumed=assumed))
-    return found
+            groups.setdefault(f"{keys[id(call)]}{path}", []).append((call, path))
+    return [spread_of(outputs, name, tensors) for name, tensors in groups.items()]
 
 
-def _numbered_in_passes(calls: list[Call]) -> dict[int, str]:
-    """Returns the layer's name for each call, with the number of the call in its pass if any pass has several."""
-    numbers: dict[int, int] = {}
-    times: Counter[tuple[str, int]] = Counter()
-    for call in calls:
-        numbers[id(call)] = times[call.name, call.forward]
-        times[call.name, call.forward] += 1
-    several = {name for (name, _), count in times.items() if count > 1}
-    return {id(call): record_of(call).key(numbers[id(call)], 2 if call.name in several else 1) for call in calls}
+def spread_of(outputs: CapturedOutputs, name: str, tensors: list[tuple[Call, str]]) -> Spread:
+    """Computes the spread of all values of some tensors, each a call and the path of the tensor in its output."""
+    parts, assumed = [], ""
+    for call, path in tensors:
+        tensor = dict(walk_tensors(call.output))[path]
+        if not has_no_values(tensor):
+            array = real_values(tensor.detach()).cpu().numpy()
+            axes = outputs.axes(call, path, tensor)
+            parts.append(_by_channel(array, axes.channel or 0))
+            if not axes.sure:
+                assumed = "last axis" if axes.channel == -1 else f"axis {array.ndim + (axes.channel or 0)}"
+    values = (
+        parts[0].reshape(-1) if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *map(np.ravel, parts)])
+    )
+    if not values.size:
+        return Spread(name, assumed=assumed)
+    finite = values[np.isfinite(values)]
+    quantiles = tuple(float(q) for q in np.percentile(finite, QUANTILES)) if finite.size else None
+    dead, channels = (_dead(parts), len(parts[0])) if len({len(part) for part in parts}) == 1 else (0, 0)
+    return Spread(name, quantiles, float((values == 0).mean()), dead, channels, count_bad(values), assumed)
 
 
-def _by_channel(array: Array, channel: int | None) -> Array:
-    """All values of an output as (channels, values)."""
+def _by_channel(array: Array, channel: int) -> Array:
+    """Returns all values of an output as (channels, values)."""
     if array.ndim == 0:
         return array.reshape(1, 1)
-    axis = 0 if channel is None else channel
-    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+    return np.moveaxis(array, channel, 0).reshape(array.shape[channel], -1)
 
 
-def _spread(name: str, parts: list[Array]) -> Spread:
-    flat = [part.reshape(-1) for part in parts]
-    values = flat[0] if len(flat) == 1 else np.concatenate([np.zeros(0, np.float32), *flat])
-    if not values.size:
-        return Spread(name, None, None, 0, 0, (0, 0))
-    finite = values[np.isfinite(values)]
-    bad = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
-    zeros = float((values == 0).mean())
-    quantiles = tuple(float(q) for q in np.percentile(finite, QUANTILES)) if finite.size else None
-    if len({len(part) for part in parts}) > 1:
-        return Spread(name, quantiles, zeros, 0, 0, bad)
-    return Spread(name, quantiles, zeros, int(_dead(parts).sum()), len(parts[0]), bad)
-
-
-def _dead(parts: list[Array]) -> Array:
+def _dead(parts: list[Array]) -> int:
     parts = [part for part in parts if part.size]
     low = np.min([part.min(axis=1) for part in parts], axis=0)
     high = np.max([part.max(axis=1) for part in parts], axis=0)
-    if sum(part.shape[1] for part in parts) == 1:
-        return np.asarray(low == 0)
-    return np.asarray(low == high)
+    is_one_value = sum(part.shape[1] for part in parts) == 1
+    return int((low == (0 if is_one_value else high)).sum())
 
 
 def linear_up_to(widths: list[float]) -> float | None:
-    """A power of ten up to which the common scale is linear, or None where one linear scale shows every layer."""
+    """Returns a power of ten up to which the common scale is linear, or None if one linear scale shows every layer."""
     widths = sorted(width for width in widths if width > 0)
     if not widths or widths[-1] <= 10 * widths[len(widths) // 2]:
         return None
     return float(10.0 ** math.floor(math.log10(widths[len(widths) // 4])))
+
+
+# -- the figure: one row a layer
+
+_TOP, _BOTTOM, _BETWEEN, _SIDE, _WARNED = 34, 38, 28, 130, 130
+_SIGN = 7.0  # pixels that one sign of a label needs at most, nearly always
+_CROWDED = 20
+
+
+def spread_figure(found: list[Spread]) -> Figure:
+    """Draws one row a layer."""
+    step = 26 if len(found) <= _CROWDED else 17
+    labels = [shortened(spread.name, 40) for spread in found]
+    left = 24 + max(40, int(_SIGN * max(map(len, labels))))
+    height = step * len(found)
+    figure = draw.new_figure(draw.WIDTH, _TOP + height + _BOTTOM)
+    warned = _WARNED if any(spread.warning for spread in found) else 0
+    width = draw.WIDTH - left - 2 * (_SIDE + _BETWEEN) - warned - 24
+    columns = {"values: 1 – 25 – 50 – 75 – 99 %": width, "exactly zero": _SIDE, "dead channels": _SIDE}
+    axes = []
+    for title, extent in columns.items():
+        axes.append(draw.place(figure, left, _TOP, extent, height))
+        axes[-1].set_title(title, fontsize=8, weight="bold", pad=4)
+        left += extent + _BETWEEN
+    _quantiles(axes[0], [spread.quantiles for spread in found])
+    _shares(axes[1], [(one.zeros or 0.0, "–" if one.zeros is None else f"{100 * one.zeros:.3g} %") for one in found])
+    _shares(axes[2], [(one.dead / one.channels if one.channels else 0.0, one.dead_text) for one in found])
+    for ax in axes:
+        ax.set_ylim(len(found) - 0.5, -0.5)
+        ax.set_yticks([])
+    axes[0].set_yticks(range(len(found)), labels, fontsize=8, parse_math=False)
+    for row, spread in enumerate(found):
+        middle = _TOP + int((row + 0.5) * step)
+        draw.write(figure, left - 16, middle, spread.warning, color=draw.ALARM, fontsize=7, va="center")
+    return figure
+
+
+def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
+    """Draws the 1 % to 99 % quantiles of each row as a thin bar, the quartiles as a thick one, the median as a line."""
+    for position, row in enumerate(rows):
+        if row is None:
+            continue
+        low, first, median, third, high = row
+        axes.plot([low, high], [position, position], color=draw.INK, lw=1.2, solid_capstyle="butt")
+        axes.barh(position, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
+        ends = [position - 0.28, position + 0.28]
+        axes.plot([median, median], ends, color=draw.ALARM, lw=1.6, solid_capstyle="butt")
+    _scale(axes, [max(abs(row[0]), abs(row[-1])) for row in rows if row is not None])
+    axes.axvline(0, color=draw.INK, lw=0.5, zorder=0)
+    axes.grid(axis="x", lw=0.3, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+def _scale(axes: Axes, widths: list[float]) -> None:
+    linear = linear_up_to(widths)
+    if linear is None:
+        axes.set_xlabel("finite values", fontsize=7)
+        axes.locator_params(axis="x", nbins=7)
+        return
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.set_xlabel(f"finite values (logarithmic beyond ±{linear:g})", fontsize=7)
+    low, high = round(math.log10(linear)), math.ceil(math.log10(max(widths)))
+    powers = [10.0**power for power in range(high, low, -max(1, math.ceil((high - low) / 3)))]
+    axes.set_xticks([*(-power for power in powers), 0, *reversed(powers)])
+    axes.set_xticks([], minor=True)
+
+
+def _shares(axes: Axes, shares: list[tuple[float, str]]) -> None:
+    """Draws shares between 0 and 1 as bars, each with its text."""
+    axes.barh(range(len(shares)), [share for share, _ in shares], height=0.56, color="#f0a07c", ec=draw.INK, lw=0.4)
+    for position, (_, text) in enumerate(shares):
+        axes.text(0.02, position, text, fontsize=7, va="center")
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])

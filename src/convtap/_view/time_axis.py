@@ -1,20 +1,18 @@
-"""The time axis of a picture: where the frames of each layer lie, in input samples or seconds."""
+"""Places the frames of each layer on one time axis, in input samples or seconds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the frames of one call lie.
+class Place(NamedTuple):
+    """The place of a call on the time axis.
 
     Attributes:
-        entry: what the timeline has of the call, or None.
+        entry: the timeline's entry of the call, or None.
         dim: which axis of the output is time, counted from the end; None if the timeline does not say it.
         path: which tensor of a structure that is about; None for any.
     """
@@ -24,7 +22,7 @@ class Place:
     path: str | None = None
 
     def dim_of(self, path: str) -> int | None:
-        """Which axis of one of the call's tensors is time, or None if the timeline does not say it."""
+        """Returns which axis of one of the call's tensors is time, or None if the timeline does not say it."""
         return self.dim if self.path in (None, path) else None
 
 
@@ -32,7 +30,7 @@ class TimeAxis:
     """The unit of a picture's time axis, and each layer's place on it.
 
     Args:
-        timeline: what ``convtap.timeline`` gives, or None. ``timeline[layer]`` has a ``stride`` in input samples and
+        timeline: the result of ``convtap.timeline``, or None. ``timeline[layer]`` has a ``stride`` in input samples and
             ``centre(t)``, the input sample at the centre of frame t; it may have ``dim``, the axis that is time.
         sample_rate: input samples a second, or None to count in samples.
 
@@ -40,16 +38,12 @@ class TimeAxis:
         scale: seconds an input sample, or 1.
         signal_dim: the axis of the model's input that is time, counted from the end, if the timeline says it.
         bounds: the ends of the axis, once they are known.
-
-    Raises:
-        InvalidType: ``timeline`` cannot be asked for a layer, or ``sample_rate`` is no number.
-        InvalidValue: ``sample_rate`` is not positive, or there is nothing that it could be applied to.
     """
 
-    def __init__(self, timeline: Any, sample_rate: float | None, *, has_signal: bool) -> None:
+    def __init__(self, timeline: Any, sample_rate: float | None = None, has_signal: bool = False) -> None:
         if timeline is not None and not hasattr(type(timeline), "__getitem__"):
             raise InvalidType(
-                f"timeline is a {type(timeline).__name__}, and it must be what convtap.timeline(model, x) gives."
+                f"timeline is a {type(timeline).__name__}, not a timeline. Pass timeline=convtap.timeline(model, x)."
             )
         self._timeline = timeline
         self.signal_dim = getattr(timeline, "time_dim", None)
@@ -64,9 +58,9 @@ class TimeAxis:
         self.bounds: tuple[float, float] | None = None
 
     def place(self, name: str, number: int | None, separator: str, part: str = "") -> Place:
-        """What the timeline knows of a call: a layer's only one in its pass, or the one of some number.
+        """Returns the place of a layer's only call in its pass, or of the call of some number.
 
-        A layer that ran several times in a pass has no one place by its name, so that only ``name#0``, … is asked for.
+        A layer that ran several times in a pass has no one place by its name, so only ``name#0``, … is looked up.
         """
         if self._timeline is None:
             return Place()
@@ -80,7 +74,7 @@ class TimeAxis:
         return Place(entry, getattr(entry, "dim", -1), path)
 
     def extent(self, place: Place, path: str, frames: int) -> tuple[float, float] | None:
-        """Where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""
+        """Returns where the first frame begins and the last one ends; a frame is as wide as the stride, around its centre."""
         entry = place.entry
         if entry is None or place.path not in (None, path):
             return None
@@ -96,18 +90,18 @@ class TimeAxis:
         return first * self.scale, last * self.scale
 
     def signal_extent(self, samples: int) -> tuple[float, float]:
-        """Where a signal begins and ends; sample n is drawn around n."""
+        """Returns where a signal begins and ends; sample n is drawn around n."""
         return -0.5 * self.scale, (samples - 0.5) * self.scale
 
     def columns_for(self, extent: tuple[float, float] | None, columns: int) -> int:
-        """How many of the full width's columns a map has: fewer, if it covers only a part of the axis."""
+        """Returns how many of the full width's columns a map has: fewer if it covers only a part of the axis."""
         if extent is None or self.bounds is None:
             return columns
         share = (extent[1] - extent[0]) / (self.bounds[1] - self.bounds[0])
         return max(2, min(columns, math.floor(columns * share)))
 
     def widen(self, *extents: tuple[float, float] | None) -> None:
-        """Makes the axis long enough for what is drawn on it."""
+        """Makes the axis long enough for these extents."""
         ends = [extent for extent in (self.bounds, *extents) if extent is not None]
         if ends:
             self.bounds = min(first for first, _ in ends), max(last for _, last in ends)

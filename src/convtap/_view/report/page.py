@@ -1,11 +1,14 @@
-"""The frame of an HTML page that needs nothing but itself: its style, its one script, and escaping."""
+"""Writes the frame of an HTML page that needs nothing but itself: its style, its one script, and escaping."""
 
 from __future__ import annotations
 
 import html
 from typing import Any
 
-from convtap._view.labels import printable
+from convtap._view.cells import printable
+
+#: More rows than this make a page that no browser opens at once.
+MAX_ROWS = 2000
 
 # The page may load nothing from anywhere: only its own style, its own script and the pictures inside it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -44,7 +47,7 @@ figure { margin: 0 0 12px; } figcaption { font-size: 13px; overflow-wrap: anywhe
 details { padding-left: 14px; } details > p { padding-left: 28px; } summary { cursor: pointer; }
 .tree { font: 13px/1.6 ui-monospace, monospace; overflow-x: auto; white-space: nowrap; } .tree p { margin: 0; }
 .tree > details { padding-left: 0; }
-.captured { color: #0a6b2d; font-weight: 600; } .idle { color: var(--soft); }
+.captured { color: #0a6b2d; font-weight: 600; } .idle, .not-activated { color: var(--soft); }
 .bypassed { color: var(--alarm); font-weight: 600; }
 @media (max-width: 640px) and (max-resolution: 1.5dppx) { .track img { image-rendering: auto; } }
 """
@@ -75,12 +78,12 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
 
 
 def escape(text: Any) -> str:
-    """Text for any place in the page, attributes included: nothing in it is read as markup, nothing is invisible."""
+    """Escapes text for any place in the page, attributes included: none of it is read as markup or is invisible."""
     return html.escape(printable(str(text)), quote=True)
 
 
 def page(title: str, sections: list[tuple[str, str, str]], lead: str) -> str:
-    """The whole page. A section is its anchor, its heading and its HTML."""
+    """Writes the whole page. A section is its anchor, its heading and its HTML."""
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in sections)
     body = "".join(
         f'<section id="{anchor}"><h2>{escape(heading)}</h2>{html}</section>' for anchor, heading, html in sections
@@ -95,11 +98,11 @@ def page(title: str, sections: list[tuple[str, str, str]], lead: str) -> str:
 
 
 def sortable(columns: list[tuple[str, bool]], rows: list[list[tuple[str, Any]]]) -> str:
-    """A table that sorts by a click on a heading.
+    """Writes a table that sorts by a click on a heading.
 
     Args:
         columns: headings, each with whether it holds numbers.
-        rows: cells: their HTML, and what to sort numbers by (None where there is none).
+        rows: cells: their HTML, and what to sort numbers by (None if there is nothing).
     """
     heads = "".join(
         f'<th scope="col"{_number(numeric)}><button type="button">{escape(name)}</button></th>'

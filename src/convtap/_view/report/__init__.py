@@ -1,0 +1,1 @@
+"""Writes the HTML page of a capture; it needs neither matplotlib nor a network."""
