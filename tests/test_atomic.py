@@ -75,5 +75,5 @@ def test_every_file_that_is_written_has_the_permissions_that_the_mask_allows(tmp
 
 
 def test_no_other_module_makes_temporary_files():
-    others = [path for path in PACKAGE.rglob("*.py") if path.name != "_atomic.py"]
+    others = [path for path in PACKAGE.rglob("*.py") if path.name != "_atomic_write.py"]
     assert not [path.name for path in others if "mkstemp" in path.read_text() or '.part"' in path.read_text()]

@@ -121,7 +121,8 @@ def close(found, expected):
 def test_every_reader_of_both_twins_gives_the_same(tmp_path, wrap, cut):
     options = {} if cut else {"lengths": None}
     types = (Block,) if wrap is Around else (nn.Conv1d, nn.Linear)
-    a, b = (store["layer"] for store in both(tmp_path, wrap=wrap, types=types, **options))
+    stores = both(tmp_path, wrap=wrap, types=types, **options)
+    a, b = (store["layer"] for store in stores)
     assert (a.time_dim, b.time_dim) == (-1, -2)
     assert repr(b).endswith(", time is axis -2>")
     assert (a.shape[1], b.shape[2]) == (5, 5)
@@ -138,7 +139,7 @@ def test_every_reader_of_both_twins_gives_the_same(tmp_path, wrap, cut):
     close(mixed[1], mixed[0].numpy())
     if cut:
         close(ordered[1], np.concatenate(rows, axis=1).T)
-    ready = [view._store.dataset() for view in (a, b)]
+    ready = [store.dataset() for store in stores]
     for left, right in zip(*(DataLoader(data, batch_size=3, collate_fn=data.collate) for data in ready), strict=True):
         assert left[0] == right[0]
         close(right[1]["layer"].mT, left[1]["layer"].numpy())

@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from convtap._dataset.options import ExtractOptions
 from convtap._errors import InvalidType, InvalidValue
 
 #: Says whether a batch is to be computed, from its number.
@@ -171,20 +172,22 @@ class IterPlan:
         return self._batches[number] if isinstance(self._batches, Sequence) else None
 
 
-def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] | None) -> MapPlan | IterPlan:
+def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
     """Decides how data is read.
 
     Raises:
         InvalidType: it is neither a data set, nor a loader, nor an iterable of batches.
         InvalidValue: it is empty, or its batches are others each time.
     """
+    batch_size = options.batch_size
+    settings = {"num_workers": options.num_workers, "collate_fn": options.collate_fn}
+    has_settings = (batch_size, *settings.values()) != (1, 0, None)
     if isinstance(data, DataLoader):
-        if (batch_size, num_workers, collate_fn) != (1, 0, None):
+        if has_settings:
             raise InvalidValue("the DataLoader has its own batch_size, num_workers and collate_fn: set them there.")
         return _from_loader(data)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidValue(f"batch_size={batch_size!r} must be a positive number of samples, such as 16.")
-    settings = {"num_workers": num_workers, "collate_fn": collate_fn}
     if isinstance(data, IterableDataset):
         return IterPlan(DataLoader(data, batch_size=batch_size, **settings))  # type: ignore[arg-type]
     if _is_map_style(data):
@@ -194,7 +197,7 @@ def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any
             f"data is a {type(data).__name__}. Pass a map-style Dataset, a DataLoader, or an iterable of batches; a tensor "
             "with samples on axis 0 is TensorDataset(x), or [x] as a single batch."
         )
-    if batch_size != 1 or num_workers or collate_fn is not None:
+    if has_settings:
         raise InvalidValue(
             f"data is a {type(data).__name__}, an iterable of batches already, so batch_size, num_workers and collate_fn "
             "mean nothing for it. For single samples pass a Dataset or a DataLoader."

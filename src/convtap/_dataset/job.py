@@ -26,7 +26,6 @@ from convtap._dataset.layout import (
     write_padding,
 )
 from convtap._dataset.progress import Progress
-from convtap._dataset.rows import RowMaker
 from convtap._dataset.runner import Runner
 from convtap._dataset.sample_ids import Names, listing
 from convtap._dataset.shard_reader import Shard
@@ -35,6 +34,7 @@ from convtap._dataset.sigterm import Terminated, Termination
 from convtap._dataset.stateful_check import StateWatch
 from convtap._dataset.valid_lengths import checked_lengths
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
+from convtap._select.batch import naming_inputs
 from convtap._table import human_bytes
 from convtap._time.padded import warn
 
@@ -59,41 +59,25 @@ class Job:
 
     Args:
         part, parts: which of the batches are its own: those whose number, divided by ``parts``, leaves ``part``.
-        inputs, ids, lengths, labels: the user's functions of a batch, or None.
     """
 
     def __init__(
-        self,
-        path: Path,
-        folder: RankFolder,
-        planned: MapPlan | IterPlan,
-        runner: Runner,
-        rows: RowMaker,
-        part: int,
-        parts: int,
-        *,
-        inputs: Callable[[Any], Any] | None,
-        ids: Callable[[Any], Any] | None,
-        lengths: Callable[[Any], Any] | None,
-        labels: Callable[[Any], Any] | None,
+        self, path: Path, folder: RankFolder, planned: MapPlan | IterPlan, runner: Runner, part: int, parts: int
     ) -> None:
         self._path = path
         self._folder = folder
         self._plan = planned
         self._runner = runner
-        self._rows = rows
+        self._options = runner.options
         self._part = part
         self._parts = parts
-        self._inputs = inputs
-        self._ids = ids
-        self._lengths = lengths
-        self._labels = labels
+        named = self._options.ids is not None
         index = read_index(path)
         self._done = _Done(index)
-        self._names = Names(index, named=ids is not None, counts=ids is None and isinstance(planned, IterPlan))
+        self._names = Names(index, named=named, counts=not named and isinstance(planned, IterPlan))
         self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
         self._looked = self._same.numbers()
-        self._state = StateWatch(runner.model)
+        self._state = StateWatch(self._options.model)
         self._stored = len(index.ids)
         runner.fresh = not index.layers
 
@@ -103,7 +87,7 @@ class Job:
     def _wanted(self, number: int) -> bool:
         return self._mine(number) and number not in self._done
 
-    def run(self, shard_bytes: int, settle: Callable[[], None], show: bool) -> None:
+    def run(self, settle: Callable[[], None]) -> None:
         """Computes what is missing. ``settle`` is called before a shard is written."""
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
         if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
@@ -113,16 +97,17 @@ class Job:
             return
         everything = self._plan.count(lambda number: number not in self._done)
         done = self._stored if total is None or left is None else total - left
-        bar = Progress(self._path, total=total, done=done, missing=everything, even=self._plan.even, show=show)
+        show, even = self._options.progress, self._plan.even
+        bar = Progress(self._path, total=total, done=done, missing=everything, even=even, show=show)
 
         def before(batches: Sequence[Batch]) -> None:
             bar.check_room(batches)
             settle()
-            if self._rows.rule is not None:
-                write_padding(self._folder.path, self._rows.rule.differences)
+            if self._runner.rule is not None:
+                write_padding(self._folder.path, self._runner.rule.differences)
             self._same.settle()
 
-        writer = Writer(self._folder, shard_bytes, before)
+        writer = Writer(self._folder, self._options.shard_bytes, before)
         try:
             with Termination() as termination, bar:
                 try:
@@ -170,12 +155,13 @@ class Job:
             self._look(number, given)
         if not self._wanted(number):
             return None
-        with self._runner.naming_inputs(self._inputs, batch):
+        options = self._options
+        with naming_inputs(options.inputs, batch, options.model, options.method):
             return self._compute(number, indices, given)
 
     def _given(self, batch: Any) -> _Given:
-        args, kwargs = self._runner.inputs(self._inputs, batch)
-        functions = (self._ids, self._lengths, self._labels)
+        args, kwargs = self._runner.inputs(batch)
+        functions = (self._options.ids, self._options.lengths, self._options.labels)
         ids, lengths, labels = (None if function is None else function(batch) for function in functions)
         return _Given(args, kwargs, listing(ids), lengths, labels)
 
@@ -191,23 +177,21 @@ class Job:
     def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
         inputs = (given.args, given.kwargs)
         names = self._names.of(number, indices, given.ids, inputs)
-        lengths = None if self._lengths is None else checked_lengths(given.lengths, len(names))
+        lengths = None if self._options.lengths is None else checked_lengths(given.lengths, len(names))
         contents = given.contents  # before the model runs, which may change its inputs
         self._state.before(number)
-        calls = self._runner.run(*inputs, lengths)
+        columns = self._runner.rows(*inputs, len(names), lengths)
         self._state.after()
-        with torch.inference_mode():
-            columns = self._rows.columns(calls, len(names))
-        if self._rows.rule is not None:
-            warn(self._rows.rule.unwarned(), stacklevel=6)
-        labels = None if self._labels is None else _checked_labels(given.labels, len(names))
-        axes = {key: self._rows.axes.found[key] for key in columns}
+        if self._runner.rule is not None:
+            warn(self._runner.rule.unwarned(), stacklevel=6)
+        labels = None if self._options.labels is None else _checked_labels(given.labels, len(names))
+        axes = {key: self._runner.axes.found[key] for key in columns}
         return Batch(number, names, columns, labels, contents, axes)
 
     def _warn_of_idle(self) -> None:
         if self._runner.fresh:
             return
-        exact = self._runner.selection.exact
+        exact = self._options.selection.exact
         idle = self._runner.idle()
         if idle and (exact & set(idle)):
             warnings.warn(
