@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 os.environ["KERAS_BACKEND"] = "torch"
 
 from convtap import Store, StoreError, Unsupported
-from convtap._dataset import index as index_module
 from convtap._dataset.extract import extract
 from convtap._errors import InvalidValue
 from tests.reference import same
@@ -161,20 +160,18 @@ def test_an_array_of_rows_of_one_length_is_the_transpose(tmp_path):
         both(tmp_path / "ragged")[1].numpy("layer")
 
 
-def test_a_reopened_store_and_its_saved_index_know_the_time_axis(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "_WORTH_KEEPING", 1)
+def test_a_reopened_store_knows_the_time_axis(tmp_path):
     _, b = both(tmp_path, shard_bytes=1)
     for _ in range(2):
         again = Store(b.path)
-        assert (again.path / ".index.npz").exists()
         assert again["layer"].time_dim == -2
         assert same(list(again["layer"]), list(b["layer"]))
 
 
 def older(store):
     """The store as an earlier version wrote it: nothing of the time axis in its shards."""
+    from convtap._dataset.shard_format import header_checksum
     from convtap._dataset.shard_reader import Shard
-    from convtap._dataset.shard_writer import header_checksum
 
     for path in store.path.glob("rank-*/*.safetensors"):
         content = path.read_bytes()

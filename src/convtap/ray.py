@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convtap._dataset.options import extract_options
 from convtap._dataset.runner import Runner
-from convtap._dataset.shard_writer import Rows
+from convtap._dataset.shard_format import Rows
 from convtap._dataset.valid_lengths import checked_lengths
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
 from convtap._record.reductions import Reduce

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +14,15 @@ from torch import Tensor
 
 from convtap._dataset.fingerprint import raw_bytes
 from convtap._dataset.index import Index
-from convtap._dataset.iterable_check import Beginning, ids_seen, other_ids
+from convtap._dataset.layout import write_first
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError, listed
 from convtap._tensors.nested import walk_tensors
 
 #: What is compared of a batch: what the model is called with, and what the user's functions return of it.
 PARTS = ("inputs", "ids", "lengths", "labels")
+
+_FIRST_BATCH = ".beginning.json"
 
 #: A checksum for each of ``PARTS``; 0 for one that is not there.
 Contents: TypeAlias = "tuple[int, ...]"
@@ -32,6 +36,12 @@ Contents: TypeAlias = "tuple[int, ...]"
 #   also compares batch 0 with the process that wrote the first shard.
 # Data that are others each time they are read (random augmentation) cannot be told from other data by one look. Where a
 #   batch can be read again, and then differs from itself, nothing is compared.
+
+# Note: [The whole iterable]
+# Assumption: every process is given the same iterable, of which it takes its part of the batches.
+# Failure: loaders that know the ranks themselves (a node splitter, split_dataset_by_node) give each process other samples, and
+#   a part of a part is computed: the batches are all there, by their numbers, and half of the samples is not.
+# Choice: who writes the first shard notes batch 0; who finds another one there stops before it writes any.
 
 
 def contents_of(inputs: Any, ids: Any, lengths: Any, labels: Any) -> Contents:
@@ -79,7 +89,7 @@ def shapes_in(inputs: Any) -> str:
 
 
 class SameData:
-    """Compares batches with those that the stored rows were computed from. See Note: [Other data].
+    """Compares batches with those that the stored rows were computed from. See Note: [Other data], [The whole iterable].
 
     Args:
         path: the store.
@@ -96,7 +106,6 @@ class SameData:
         self._index = index
         self._rank = rank
         self._again = again
-        self._beginning = Beginning(path)
         self._first: dict[str, Any] | None = None
         self._random = False
         self.refused = False
@@ -120,7 +129,7 @@ class SameData:
             StoreError: it is not the one that the store has rows of.
         """
         if number == 0:
-            self._first = {"contents": contents, "shapes": shapes_in(inputs), **({} if ids is None else ids_seen(ids))}
+            self._first = {"contents": contents, "shapes": shapes_in(inputs), **({} if ids is None else _ids_seen(ids))}
             self._compare_first()
         self._compare(number, contents, self._stored(number))
 
@@ -130,21 +139,33 @@ class SameData:
         Raises:
             StoreError: it has another one: another process was first.
         """
-        begun_before = len(self._index.batches) and not self._beginning.read()  # by an earlier version
+        begun_before = len(self._index.batches) and not self._noted()  # by an earlier version
         if self._first is not None and not begun_before:
-            self._beginning.note(self._first)
+            write_first(self._path / _FIRST_BATCH, json.dumps(self._first).encode())
             self._compare_first()
             self._first = None
 
     def _compare_first(self) -> None:
-        seen, first = self._first, self._beginning.read()
+        seen, first = self._first, self._noted()
         if seen is None:
             return
-        message = other_ids(first, seen, self._rank)
-        if message is not None:
-            self._refuse(message)
+        if "digest" in first and "digest" in seen and first["digest"] != seen["digest"]:
+            self._refuse(
+                f"{self._rank}the data begins with the samples {_shown(seen)}, and for the process that began this store it "
+                f"began with {_shown(first)}. Every process must be given the whole iterable, in the same order: extract deals "
+                "its batches to the ranks itself. Leave out what splits or shuffles it (a node splitter, "
+                "split_dataset_by_node)."
+            )
         shapes = (first.get("shapes"), seen["shapes"])
         self._compare(0, seen["contents"], first.get("contents"), shapes)
+
+    def _noted(self) -> dict[str, Any]:
+        """Returns the first batch as the first process saw it; empty if it is not noted: no row is read by it."""
+        try:
+            found = json.loads((self._path / _FIRST_BATCH).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _compare(self, number: int, now: Contents, then: Any, shapes: tuple[Any, Any] = ("", "")) -> None:
         if then is None or self._random:
@@ -178,3 +199,15 @@ class SameData:
             return None
         _, _, shard, place = batches[line].tolist()
         return Shard(self._path / self._index.names[shard]).contents(place)
+
+
+def _ids_seen(ids: Iterable[Any]) -> dict[str, Any]:
+    """Writes the ids of a batch in short."""
+    names = [repr(name) for name in ids] if hasattr(ids, "__iter__") else [repr(ids)]
+    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
+    return {"ids": names[:3], "count": len(names), "digest": digest}
+
+
+def _shown(first: dict[str, Any]) -> str:
+    more = f", … ({first['count']})" if first["count"] > len(first["ids"]) else ""
+    return ", ".join(first["ids"]) + more

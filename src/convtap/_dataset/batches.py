@@ -48,7 +48,6 @@ class MapPlan:
     """Batches of a map-style data set, loaded by a ``DataLoader``.
 
     Attributes:
-        even: whether the batches are equal parts of the data set in its own order.
         identity: what a resume must find again.
     """
 
@@ -62,7 +61,6 @@ class MapPlan:
             raise InvalidValue(
                 f"sample {twice} is in the data loader's batches more than once, and a store holds each id once."
             )
-        self.even = even
         self.identity = {
             "length": len(dataset),
             "batches": len(groups),
@@ -131,7 +129,6 @@ class IterPlan:
         seen: how many batches there are, once the end was reached.
     """
 
-    even = False
     seen: int | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -253,45 +250,41 @@ def _from_loader(loader: DataLoader[Any]) -> MapPlan | IterPlan:
 def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
     batching: Any = loader.batch_sampler
     if type(batching) is not BatchSampler:
-        return _settled_batches(batching)
+        return _stable(batching, _OTHER_BATCHES)
     # a DistributedSampler deals single samples to ranks, some of them twice; here whole batches are dealt
     if type(batching.sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
         return Even(_length(loader.dataset), batching.batch_size)
-    order = _settled_order(batching.sampler)
+    order = _stable(batching.sampler, _OTHER_SAMPLES)
     return [order[start : start + batching.batch_size] for start in range(0, len(order), batching.batch_size)]
 
 
-def _settled_order(sampler: Any) -> list[int]:
-    """Returns a sampler's own order if it has one, and the order of the data set if it shuffles."""
-    first = list(sampler)
-    others = [list(sampler) for _ in range(_trials(first))]
+_OTHER_SAMPLES = (
+    "draws other samples each time, so a resume could not tell what is missing. Give the samples once each: "
+    "DataLoader(Subset(dataset, indices), ...)."
+)
+_OTHER_BATCHES = (
+    "makes other batches each time it is read, and the batches of a store must stay the same: fix its seed, or let it shuffle "
+    "whole batches only."
+)
+
+
+def _stable(sampler: Any, problem: str) -> list[Any]:
+    """Returns what a sampler yields: in its own order if it has one, sorted if it shuffles.
+
+    A sampler does not say whether it shuffles, so it is read again; a few items more often, since they come in the same
+    order by chance (three items in one of six times), and a resume would then refuse its own store.
+    """
+
+    def read() -> list[Any]:
+        return [list(item) if isinstance(item, Iterable) else item for item in sampler]
+
+    first = read()
+    others = [read() for _ in range(1 if len(first) > 20 else 24)]
     if all(first == other for other in others):
         return first
     if any(sorted(first) != sorted(other) for other in others):
-        raise InvalidValue(
-            f"the {type(sampler).__name__} draws other samples each time, so a resume could not tell what is missing. Give "
-            "the samples once each: DataLoader(Subset(dataset, indices), ...)."
-        )
+        raise InvalidValue(f"the {type(sampler).__name__} {problem}")
     return sorted(first)
-
-
-def _settled_batches(sampler: Any) -> list[list[int]]:
-    """Returns a batch sampler's batches, in their own order if it has one, else in the order of their first samples."""
-    first = [list(group) for group in sampler]
-    others = [[list(group) for group in sampler] for _ in range(_trials(first))]
-    if all(first == other for other in others):
-        return first
-    if any(sorted(first) != sorted(other) for other in others):
-        raise InvalidValue(
-            f"the {type(sampler).__name__} makes other batches each time it is read, and the batches of a store must stay "
-            "the same: fix its seed, or let it shuffle whole batches only."
-        )
-    return sorted(first)
-
-
-def _trials(order: Sequence[Any]) -> int:
-    """How often to read a sampler again, to see whether it shuffles: few items come in the same order by chance."""
-    return 1 if len(order) > 20 else 24
 
 
 def _digest_of(groups: Sequence[list[int]]) -> str:

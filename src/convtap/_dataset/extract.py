@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from convtap._dataset.batches import IterPlan, MapPlan, plan
 from convtap._dataset.fingerprint import check_same, function_identity, model_identity
-from convtap._dataset.job import Job, set_bad_aside
+from convtap._dataset.job import Job
 from convtap._dataset.layout import RankFolder, describe, note_part, prepare, rank_folders
 from convtap._dataset.options import ExtractOptions, extract_options
 from convtap._dataset.runner import Runner
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store import Store
+from convtap._dataset.verify import set_bad_aside
 from convtap._errors import InvalidValue
 from convtap._public import public
 from convtap._record.reductions import Reduce

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._dataset.background_writer import Writer
 from convtap._dataset.batch_checksums import Contents, SameData, contents_of
 from convtap._dataset.batches import IterPlan, MapPlan
 from convtap._dataset.index import Index, read_index
 from convtap._dataset.layout import (
     RankFolder,
-    rank_folders,
     read_finished,
-    set_aside,
-    shard_files,
     write_finished,
     write_padding,
 )
-from convtap._dataset.progress import Progress
 from convtap._dataset.runner import Runner
 from convtap._dataset.sample_ids import Names, listing
-from convtap._dataset.shard_reader import Shard
-from convtap._dataset.shard_writer import Batch
+from convtap._dataset.shard_format import Batch
+from convtap._dataset.shard_publisher import ShardPublisher
 from convtap._dataset.sigterm import Terminated, Termination
 from convtap._dataset.stateful_check import StateWatch
 from convtap._dataset.valid_lengths import checked_lengths
@@ -95,33 +90,30 @@ class Job:
                 for number, _, batch in batches:
                     self._look(number, self._given(batch))
             return
-        everything = self._plan.count(lambda number: number not in self._done)
         done = self._stored if total is None or left is None else total - left
-        show, even = self._options.progress, self._plan.even
-        bar = Progress(self._path, total=total, done=done, missing=everything, even=even, show=show)
+        missing = self._plan.count(lambda number: number not in self._done)
 
-        def before(batches: Sequence[Batch]) -> None:
-            bar.check_room(batches)
+        def before() -> None:
             settle()
             if self._runner.rule is not None:
                 write_padding(self._folder.path, self._runner.rule.differences)
             self._same.settle()
 
-        writer = Writer(self._folder, self._options.shard_bytes, before)
+        publisher = ShardPublisher(self._folder, self._options.shard_bytes, missing, before)
         try:
-            with Termination() as termination, bar:
+            with Termination() as termination, self._bar(total, done) as bar:
                 try:
-                    self._loop(writer, bar, termination)
-                    writer.flush()
-                    bar.update(0, writer.written)
+                    self._loop(publisher, bar, termination)
+                    publisher.flush()
+                    _show(bar, publisher, 0)
                 except BaseException:
                     if not self._same.refused:
-                        writer.rescue()
+                        publisher.rescue()
                     raise
         except Terminated:
             raise StoreError(
                 f"SIGTERM ended the extraction, and the handler that was there before let the process live. "
-                f"{human_bytes(writer.written)} were written; the same call goes on from there."
+                f"{human_bytes(publisher.written)} were written; the same call goes on from there."
             ) from None
         if isinstance(self._plan, IterPlan) and self._plan.seen is not None:
             if not self._plan.seen:
@@ -133,7 +125,13 @@ class Job:
         count = read_finished(self._path)
         return count is not None and not any(self._wanted(number) for number in range(count))
 
-    def _loop(self, writer: Writer, bar: Progress, termination: Termination) -> None:
+    def _bar(self, total: int | None, done: int) -> Any:
+        from tqdm import tqdm
+
+        name = f"extract → {self._path.name}"
+        return tqdm(total=total, initial=done, desc=name, unit=" samples", disable=not self._options.progress)
+
+    def _loop(self, publisher: ShardPublisher, bar: Any, termination: Termination) -> None:
         batches = self._plan.batches(self._wanted, self._looked)
         with contextlib.closing(batches):
             while True:
@@ -144,9 +142,9 @@ class Job:
                     batch = self._take(*found)
                 if batch is None:
                     continue
-                writer.add(batch)
+                publisher.add(batch)
                 self._names.keep(batch)
-                bar.update(len(batch.ids), writer.written)
+                _show(bar, publisher, len(batch.ids))
 
     def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
         """Compares a batch if it is one of those, and computes it if it is missing."""
@@ -202,6 +200,13 @@ class Job:
             )
 
 
+def _show(bar: Any, publisher: ShardPublisher, samples: int) -> None:
+    """Shows that samples were computed, how many bytes are on the disk, and about how many there will be."""
+    about = "" if publisher.forecast is None else f" of about {human_bytes(publisher.forecast)}"
+    bar.set_postfix_str(f"{human_bytes(publisher.written)}{about} written", refresh=False)
+    bar.update(samples)
+
+
 class _Done:
     """Which batches are stored already."""
 
@@ -230,50 +235,3 @@ def _checked_labels(found: Any, size: int) -> Tensor:
             f"labels(batch) returned shape {tuple(labels.shape)} for {size} samples. Return a row for each."
         )
     return labels.detach().cpu().contiguous()
-
-
-def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, show: bool) -> None:
-    """Verifies the shards that this process answers for, and renames the bad ones, so that they are computed again.
-
-    It answers for its own folder, and for those of ranks that are there no more.
-    """
-    from tqdm import tqdm
-
-    folders = [name for name in rank_folders(path) if int(name[5:]) % parts == part]
-    files = [name for name in shard_files(path) if name.split("/")[0] in folders]
-    found = []
-    for name in tqdm(files, desc="verify", unit="shard", disable=not show or not files, leave=False):
-        problem = _problem(path / name)
-        if problem is None:
-            continue
-        with _locked(path, own, int(name[5:].split("/")[0])) as free:
-            if free:
-                set_aside(path / name)
-                found.append(f"{name} ({problem})")
-    if found:
-        warnings.warn(f"set aside as .bad, to be computed again: {listed(found, 3)}.", CoverageWarning, stacklevel=3)
-
-
-def _problem(shard: Path) -> str | None:
-    try:
-        return Shard(shard).problem()
-    except StoreError as error:
-        return str(error)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, own: RankFolder, rank: int) -> Iterator[bool]:
-    """Locks another rank's folder; gives False if its process runs."""
-    folder = RankFolder(path, rank)
-    if folder.path == own.path:
-        yield True
-        return
-    try:
-        folder.__enter__()
-    except StoreError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        folder.__exit__(None, None, None)

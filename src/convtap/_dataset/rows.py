@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._dataset.options import ExtractOptions
-from convtap._dataset.shard_writer import Rows
+from convtap._dataset.shard_format import Rows
 from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, listed

@@ -13,7 +13,7 @@ from convtap._capture.session import Session
 from convtap._capture.tapped import tapped
 from convtap._dataset.options import ExtractOptions
 from convtap._dataset.rows import Calls, RowMaker
-from convtap._dataset.shard_writer import Rows
+from convtap._dataset.shard_format import Rows
 from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
 from convtap._select.batch import called_with

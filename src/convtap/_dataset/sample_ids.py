@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convtap._dataset.index import Index
-from convtap._dataset.shard_writer import Batch, Id
+from convtap._dataset.shard_format import Batch, Id
 from convtap._errors import InvalidType, InvalidValue, brief
 from convtap._tensors.nested import walk_tensors
 

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from convtap._dataset.layout import read_padding
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store_reader import StoreReader
-from convtap._dataset.summary import missing, stem, summary, unreadable, verify
+from convtap._dataset.summary import missing, stem, summary, unreadable
+from convtap._dataset.verify import verify
 from convtap._dataset.views import LayerView, StoreDataset
 from convtap._errors import (
     AmbiguousCall,

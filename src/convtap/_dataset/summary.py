@@ -1,4 +1,4 @@
-"""The account of a store: its layers, what is missing, double or unreadable, and whether its bytes are the ones written."""
+"""The account of a store: its layers, and what is missing, double or unreadable."""
 
 from __future__ import annotations
 
@@ -9,32 +9,11 @@ from typing import Any
 
 import torch
 
-from convtap._dataset.index import Index, read_index
+from convtap._dataset.index import Index
 from convtap._dataset.layout import rank_folders, read_finished, read_padding, read_parts
-from convtap._dataset.shard_reader import Shard
-from convtap._errors import StoreError, listed, plural
+from convtap._errors import listed, plural
 from convtap._select.parts import split_key
 from convtap._table import Table, human_bytes
-
-
-def verify(path: Path, progress: bool) -> Table:
-    """Reads every shard that is in a store now. Returns ``(shard, what is wrong)`` for each bad one."""
-    from tqdm import tqdm
-
-    index = read_index(path)
-    bad = dict(index.bad)
-    for name in tqdm(index.files, desc="verify", unit="shard", disable=not progress):
-        if name not in bad:
-            try:
-                problem = Shard(path / name).problem()
-            except StoreError as error:
-                problem = str(error)
-            if problem is not None:
-                bad[name] = problem
-    checked = plural(len({*index.files, *bad}), "shard")
-    title = f"{checked}, {len(bad)} bad" if bad else f"{checked}, all whole"
-    remedy = "extract(..., resume=True) with the same arguments sets them aside and computes their batches again."
-    return Table(("shard", "what is wrong"), sorted(bad.items()), title, [remedy] if bad else [])
 
 
 def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] | None:

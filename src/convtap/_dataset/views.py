@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._dataset.padding import given_axis, padded, time_axis
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store_reader import StoreReader
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, brief, listed, plural
 from convtap._public import public

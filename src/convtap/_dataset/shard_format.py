@@ -1,4 +1,4 @@
-"""Writing a shard: a safetensors file that holds whole batches, complete by itself, with a checksum of every part."""
+"""The format of a shard, and its writing: a safetensors file of whole batches, with a checksum of every part."""
 
 from __future__ import annotations
 
@@ -76,8 +76,7 @@ def as_list(rows: Rows) -> list[Tensor]:
     return [rows] if isinstance(rows, Tensor) else rows
 
 
-def row_shapes(rows: Rows) -> list[tuple[int, ...]]:
-    """Returns the shape of every row."""
+def _row_shapes(rows: Rows) -> list[tuple[int, ...]]:
     if isinstance(rows, Tensor):
         return [tuple(rows.shape[1:])] * rows.shape[0]
     return [tuple(row.shape) for row in rows]
@@ -131,7 +130,7 @@ def _storable(tensor: Tensor, key: str) -> Tensor:
 
 
 def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str, Any]]:
-    shapes = list(chain.from_iterable(row_shapes(rows) for rows in columns))
+    shapes = list(chain.from_iterable(_row_shapes(rows) for rows in columns))
     if not shapes:  # batches without samples
         return _column_of_nothing(key, columns)
     tensors = list(chain.from_iterable(as_list(rows) for rows in columns))
