@@ -26,7 +26,7 @@ class Extractor:
     """Runs batches of a Ray data set through a model, and adds a column with the outputs of each layer.
 
     Each actor of the pool makes its model once, and an actor that dies is replaced, its batch computed again, by Ray.
-    ``map_batches`` is given the class and what its constructor takes::
+    Pass the class and its arguments to ``map_batches``::
 
         features = ray.data.read_parquet("audio").map_batches(
             convtap.ray.Extractor,
@@ -61,7 +61,7 @@ class Extractor:
         inputs: the name of the column that the model is called with, or a function of the batch that returns
             ``(args, kwargs)``. None if the batch has one column only.
         lengths: the name of the column with the number of real input samples of each row, or a function of the batch that
-            returns them: each row is cut to the frames that they give.
+            returns them: each row is cut to its real frames.
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
             calls on time, ``"keys"`` for a column ``name#k`` each.
         keep: the columns of the batch to pass on; None for all of them.
@@ -89,7 +89,7 @@ class Extractor:
         device: str | torch.device | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        _check(inputs, lengths, calls, at, keep)
+        _check(inputs, lengths, at, keep)
         self._inputs = inputs
         self._lengths = lengths
         self._keep = None if keep is None else list(keep)
@@ -113,12 +113,12 @@ class Extractor:
         """Returns the batch's columns and, for each layer, one with a row for each of its rows.
 
         Args:
-            batch: a dict of arrays, as ``map_batches`` gives it with ``batch_format="numpy"``, its default.
+            batch: a dict of arrays, as from ``map_batches`` with ``batch_format="numpy"``, its default.
 
         Raises:
             NotCaptured: a layer that was asked for by name did not run, or one was bypassed.
-            Unsupported: a layer's outputs are no rows, or the layers that ran are not those of the batches before.
-            ConvtapError: the batch is no dict of arrays, or has no such column.
+            Unsupported: the rows of an output are not those of the batch, or other layers ran than in the batches before.
+            ConvtapError: the batch is not a dict of arrays, or has no such column.
         """
         size, kept = self._checked(batch)
         tensors = {name: _as_tensors(column) for name, column in batch.items()}
@@ -198,16 +198,14 @@ class Extractor:
             )
 
 
-def _check(inputs: Any, lengths: Any, calls: Any, at: Any, keep: Any) -> None:
+def _check(inputs: Any, lengths: Any, at: Any, keep: Any) -> None:
     for name, value in {"inputs": inputs, "lengths": lengths}.items():
         if value is not None and not isinstance(value, str) and not callable(value):
             raise InvalidType(
                 f"{name} is a {type(value).__name__}, and it must name a column, or be a function of a batch."
             )
-    choices = {"calls": (calls, ("error", "cat", "keys")), "at": (at, ("output", "input"))}
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
+    if at not in ("output", "input"):
+        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
     if isinstance(keep, str) or not (keep is None or all(isinstance(name, str) for name in keep)):
         raise InvalidType(f"keep={keep!r} must be a list of column names, such as keep=['id'].")
 

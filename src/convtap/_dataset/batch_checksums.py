@@ -1,4 +1,4 @@
-"""What a batch holds, as one checksum for each part of it: kept with its rows, and compared in a later run."""
+"""Checksums of the contents of each batch: stored with its rows, and compared by a later run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from convtap._dataset.fingerprint import raw_bytes
 from convtap._dataset.index import Index
-from convtap._dataset.layout import write_first
+from convtap._dataset.layout import read_note, write_first
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError, listed
 from convtap._tensors.nested import walk_tensors
 
-#: What is compared of a batch: what the model is called with, and what the user's functions return of it.
+#: The compared parts of a batch: the arguments of the model, and the results of the user's functions.
 PARTS = ("inputs", "ids", "lengths", "labels")
 
 _FIRST_BATCH = ".beginning.json"
@@ -28,7 +28,7 @@ _FIRST_BATCH = ".beginning.json"
 Contents: TypeAlias = "tuple[int, ...]"
 
 # Note: [Other data]
-# Assumption: rows are stored under the numbers of their batches, so a later run must be given the same batches.
+# Assumption: rows are stored under the numbers of their batches, so a later run must get the same batches.
 # Failure: another data set of equal length passes for the same one, and its samples get the rows of the first.
 # Choice: each batch is stored with a checksum of its contents. A later run reads the first, the middle and the last batch
 #   that is stored and compares them before it writes: enough for another data set, another order or another tail, and
@@ -38,10 +38,10 @@ Contents: TypeAlias = "tuple[int, ...]"
 #   batch can be read again, and then differs from itself, nothing is compared.
 
 # Note: [The whole iterable]
-# Assumption: every process is given the same iterable, of which it takes its part of the batches.
+# Assumption: every process gets the same iterable, of which it takes its part of the batches.
 # Failure: loaders that know the ranks themselves (a node splitter, split_dataset_by_node) give each process other samples, and
 #   a part of a part is computed: the batches are all there, by their numbers, and half of the samples is not.
-# Choice: who writes the first shard notes batch 0; who finds another one there stops before it writes any.
+# Choice: the process that writes the first shard notes batch 0. One that finds another batch there stops before it writes.
 
 
 def contents_of(inputs: Any, ids: Any, lengths: Any, labels: Any) -> Contents:
@@ -122,7 +122,7 @@ class SameData:
         Args:
             number: which batch it is.
             contents: its checksums.
-            inputs: what the model is called with.
+            inputs: the arguments of the model.
             ids: the ids of its samples, if the data are an iterable and the user names them.
 
         Raises:
@@ -133,8 +133,8 @@ class SameData:
             self._compare_first()
         self._compare(number, contents, self._stored(number))
 
-    def settle(self) -> None:
-        """Gives the store its first batch, unless it has one; to be called before a shard is written.
+    def note_first(self) -> None:
+        """Notes the first batch in the store, unless it has one; to be called before a shard is written.
 
         Raises:
             StoreError: it has another one: another process was first.
@@ -160,12 +160,8 @@ class SameData:
         self._compare(0, seen["contents"], first.get("contents"), shapes)
 
     def _noted(self) -> dict[str, Any]:
-        """Returns the first batch as the first process saw it; empty if it is not noted: no row is read by it."""
-        try:
-            found = json.loads((self._path / _FIRST_BATCH).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        """Returns the first batch as the first process saw it."""
+        return read_note(self._path / _FIRST_BATCH)
 
     def _compare(self, number: int, now: Contents, then: Any, shapes: tuple[Any, Any] = ("", "")) -> None:
         if then is None or self._random:

@@ -1,8 +1,9 @@
-"""From data to numbered batches with ids, in an order that depends on the data and its loader only."""
+"""Numbers the batches of a data set or an iterable, in an order that a resume finds again."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from convtap._dataset.options import ExtractOptions
 from convtap._errors import InvalidType, InvalidValue
 
-#: Says whether a batch is to be computed, from its number.
+#: Whether a batch is to be computed, by its number.
 Wanted = Callable[[int], bool]
 
 
@@ -83,9 +84,13 @@ class MapPlan:
         A batch that is looked at only and cannot be read is left out.
         """
         first = [number for number in looked if number < len(self._groups) and not wanted(number)]
-        chosen = _Chosen(self._groups, wanted, first)
+
+        def numbers() -> Iterator[int]:
+            return itertools.chain(first, filter(wanted, range(len(self._groups))))
+
+        chosen = (self._groups[number] for number in numbers())
         loader = iter(DataLoader(self._dataset, batch_sampler=chosen, **self._settings))
-        for place, number in enumerate(chosen.numbers()):
+        for place, number in enumerate(numbers()):
             try:
                 batch = next(loader)
             except Exception:
@@ -103,27 +108,8 @@ class MapPlan:
         return next((batch for _, _, batch in self.some([number])), None)
 
 
-class _Chosen:
-    """The batch sampler of some first batches, and then of what is wanted."""
-
-    def __init__(self, groups: Sequence[list[int]], wanted: Wanted, first: Sequence[int]) -> None:
-        self._groups = groups
-        self._wanted = wanted
-        self._first = first
-
-    def numbers(self) -> Iterator[int]:
-        yield from self._first
-        yield from (number for number in range(len(self._groups)) if self._wanted(number))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self._groups[number] for number in self.numbers())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.numbers())
-
-
 class IterPlan:
-    """Any iterable of batches; what is not wanted is passed over.
+    """Any iterable of batches; unwanted batches are passed over.
 
     Attributes:
         seen: how many batches there are, once the end was reached.
@@ -137,7 +123,7 @@ class IterPlan:
         self.identity: dict[str, Any] = {"length": None, "batches": count, "batch_size": None, "composition": None}
 
     def count(self, wanted: Wanted) -> int | None:
-        """Nobody knows."""
+        """Returns None: the number of samples of an iterable is not known."""
         return None
 
     def batches(

@@ -1,4 +1,4 @@
-"""The public ``extract``: checks what it is given, and opens the store that the job then fills."""
+"""The public ``extract``: checks its options, and opens the store that the job fills."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def extract(
     resume: bool = True,
     progress: bool = True,
 ) -> Store:
-    """Runs a model over a data set and streams what its layers give to disk, in bounded memory.
+    """Runs a model over a data set and streams the outputs of its layers to disk, in bounded memory.
 
-    A run that was killed goes on where it stopped when it is called again with the same arguments, and gives what an
-    uninterrupted run would have given, bit for bit.
+    A run that was killed resumes where it stopped when it is called again with the same arguments. The store then is that of
+    an uninterrupted run, bit for bit.
 
     Example:
         >>> import tempfile, torch
@@ -92,7 +92,7 @@ def extract(
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
             passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
-        lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give. A warning
+        lengths: from a batch, (B,) numbers of real input samples: each row is cut to its real frames. A warning
             names the layers whose frames are still not those of each input alone; ``Store.padding`` keeps it.
         signal: with ``lengths``: which input they are of, by the name or the position of the argument; None for the one that
             is as long as the longest row and reaches the layers.
@@ -120,7 +120,7 @@ def extract(
         StoreError: the directory cannot be used, was begun with other arguments, is in use, or the disk is full.
         LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
         NotCaptured: nothing was captured in the first batch, or a layer was bypassed.
-        Unsupported: a layer's outputs are no rows of samples, or it ran several times.
+        Unsupported: the rows of a layer's output are not the samples, or it ran several times.
         ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
     """
     options = extract_options(
@@ -156,7 +156,7 @@ def extract(
 
 
 def _fill(path: Path, data: Any, options: ExtractOptions) -> Store:
-    """Runs the model over the data, and returns the store that is full then."""
+    """Runs the model over the data, and returns the store."""
     runner = Runner(options)
     planned = plan(data, options)
     i, n = _part(options, planned)
@@ -164,15 +164,15 @@ def _fill(path: Path, data: Any, options: ExtractOptions) -> Store:
     where = repr(str(path)) if n == 1 else f"rank {i} of {n}: {str(path)!r}"
     check_same(prepare(path, resume=options.resume), identity, where)
 
-    def settle() -> None:
+    def claim() -> None:
         check_same(describe(path, identity), identity, where)
 
     with RankFolder(path, i) as folder, runner:
         if n > 1 or len(rank_folders(path)) > 1:
             note_part(folder, i, n)
         set_bad_aside(path, folder, i, n, options.progress)
-        Job(path, folder, planned, runner, i, n).run(settle)
-        settle()
+        Job(path, folder, planned, runner, i, n).run(claim)
+        claim()
     return Store(path)
 
 

@@ -11,8 +11,8 @@ from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError
 
 # Note: [No saved index]
-# Assumption: the headers of the shards say where every sample lies.
-# Failure: a file that saves the reading of them can say something else than they do.
+# Assumption: the headers of the shards hold where every sample lies.
+# Failure: a file that saves the reading of them can contradict them.
 # Choice: none is saved. A header is read in 0.2 ms on one core (8 layers, 1000 samples): a store of 10^5 samples in 100
 #   shards opens in 0.03 s, and one of 10^6 in 1000 shards in 0.24 s, of which such a file would save all but 0.01 s.
 
@@ -26,7 +26,7 @@ class LayerSummary:
         shape: a row's shape, with None for an axis that varies; None if even the number of axes does.
         elements: how many numbers they have together.
         time: which axis of a row is time, counted from the end; None if there is none.
-        timed: whether that is known; None if the shards do not say it (those of earlier versions).
+        timed: whether that is known; None in shards of earlier versions, which do not hold it.
     """
 
     dtype: str
@@ -53,7 +53,7 @@ class LayerSummary:
 
     @property
     def time_note(self) -> str:
-        """What to say of the time axis after a shape; nothing where it is the last one, as usual."""
+        """A note on the time axis, to follow a shape; empty if it is the last one, as usual."""
         if self.is_assumed:
             return f", axis {self.time_dim} taken as time"
         return "" if self.time_dim in (None, -1) else f", time is axis {self.time_dim}"

@@ -1,4 +1,4 @@
-"""The loop: batch by batch through the model into shards; what is there already is not computed again."""
+"""The loop of one process: batch by batch through the model into shards, except those that are stored already."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convtap._dataset.layout import (
     write_padding,
 )
 from convtap._dataset.runner import Runner
-from convtap._dataset.sample_ids import Names, listing
+from convtap._dataset.sample_ids import SampleIds, ids_as_list
 from convtap._dataset.shard_format import Batch
 from convtap._dataset.shard_publisher import ShardPublisher
 from convtap._dataset.sigterm import Terminated, Termination
@@ -35,8 +35,8 @@ from convtap._time.padded import warn
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What is known of a batch before the model runs: its arguments, and what the user's functions returned."""
+class _Prepared:
+    """A batch before the model runs: the model's arguments, and the results of the user's functions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -69,7 +69,7 @@ class Job:
         named = self._options.ids is not None
         index = read_index(path)
         self._done = _Done(index)
-        self._names = Names(index, named=named, counts=not named and isinstance(planned, IterPlan))
+        self._ids = SampleIds(index, named=named, counts=not named and isinstance(planned, IterPlan))
         self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
         self._looked = self._same.numbers()
         self._state = StateWatch(self._options.model)
@@ -82,22 +82,22 @@ class Job:
     def _wanted(self, number: int) -> bool:
         return self._mine(number) and number not in self._done
 
-    def run(self, settle: Callable[[], None]) -> None:
-        """Computes what is missing. ``settle`` is called before a shard is written."""
+    def run(self, claim: Callable[[], None]) -> None:
+        """Computes what is missing. ``claim`` is called before a shard is written."""
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
         if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
             with contextlib.closing(self._plan.some(self._looked)) as batches:
                 for number, _, batch in batches:
-                    self._look(number, self._given(batch))
+                    self._look(number, self._prepare(batch))
             return
         done = self._stored if total is None or left is None else total - left
         missing = self._plan.count(lambda number: number not in self._done)
 
         def before() -> None:
-            settle()
+            claim()
             if self._runner.rule is not None:
                 write_padding(self._folder.path, self._runner.rule.differences)
-            self._same.settle()
+            self._same.note_first()
 
         publisher = ShardPublisher(self._folder, self._options.shard_bytes, missing, before)
         try:
@@ -143,46 +143,46 @@ class Job:
                 if batch is None:
                     continue
                 publisher.add(batch)
-                self._names.keep(batch)
+                self._ids.keep(batch)
                 _show(bar, publisher, len(batch.ids))
 
     def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
         """Compares a batch if it is one of those, and computes it if it is missing."""
-        given = self._given(batch)
+        prepared = self._prepare(batch)
         if number in self._looked:
-            self._look(number, given)
+            self._look(number, prepared)
         if not self._wanted(number):
             return None
         options = self._options
         with naming_inputs(options.inputs, batch, options.model, options.method):
-            return self._compute(number, indices, given)
+            return self._compute(number, indices, prepared)
 
-    def _given(self, batch: Any) -> _Given:
+    def _prepare(self, batch: Any) -> _Prepared:
         args, kwargs = self._runner.inputs(batch)
         functions = (self._options.ids, self._options.lengths, self._options.labels)
         ids, lengths, labels = (None if function is None else function(batch) for function in functions)
-        return _Given(args, kwargs, listing(ids), lengths, labels)
+        return _Prepared(args, kwargs, ids_as_list(ids), lengths, labels)
 
-    def _look(self, number: int, given: _Given) -> None:
-        ids = given.ids if isinstance(self._plan, IterPlan) else None
-        self._same.look(number, given.contents, (given.args, given.kwargs), ids)
+    def _look(self, number: int, prepared: _Prepared) -> None:
+        ids = prepared.ids if isinstance(self._plan, IterPlan) else None
+        self._same.look(number, prepared.contents, (prepared.args, prepared.kwargs), ids)
 
     def _again(self, number: int) -> Contents | None:
         """Reads a batch once more, if it has a place of its own in the data."""
         batch = self._plan.again(number)
-        return None if batch is None else self._given(batch).contents
+        return None if batch is None else self._prepare(batch).contents
 
-    def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
-        inputs = (given.args, given.kwargs)
-        names = self._names.of(number, indices, given.ids, inputs)
-        lengths = None if self._options.lengths is None else checked_lengths(given.lengths, len(names))
-        contents = given.contents  # before the model runs, which may change its inputs
+    def _compute(self, number: int, indices: list[int] | None, prepared: _Prepared) -> Batch:
+        inputs = (prepared.args, prepared.kwargs)
+        names = self._ids.of(number, indices, prepared.ids, inputs)
+        lengths = None if self._options.lengths is None else checked_lengths(prepared.lengths, len(names))
+        contents = prepared.contents  # before the model runs, which may change its inputs
         self._state.before(number)
         columns = self._runner.rows(*inputs, len(names), lengths)
         self._state.after()
         if self._runner.rule is not None:
             warn(self._runner.rule.unwarned(), stacklevel=6)
-        labels = None if self._options.labels is None else _checked_labels(given.labels, len(names))
+        labels = None if self._options.labels is None else _checked_labels(prepared.labels, len(names))
         axes = {key: self._runner.axes.found[key] for key in columns}
         return Batch(number, names, columns, labels, contents, axes)
 

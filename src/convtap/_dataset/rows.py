@@ -1,4 +1,4 @@
-"""From what one forward pass gave to rows, one for each sample: names, counts, valid frames, reduction."""
+"""Turns the outputs of one forward pass into rows, one for each sample."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RowMaker:
     Attributes:
         options: those of the extraction; ``reduce`` and ``dtype`` are for rows that are cut, others have them already.
         rule: the rule for valid frames; None to leave rows whole.
-        axes: which axis of an output is time, and what is noted of that for the rows.
+        axes: which axis of an output is time, and the notes of that for the rows.
     """
 
     options: ExtractOptions
@@ -44,7 +44,7 @@ class RowMaker:
             size: the number of samples in the batch.
 
         Raises:
-            Unsupported: a layer ran several times, or gave no rows that are samples.
+            Unsupported: a layer ran several times, or its rows are not the samples.
         """
         columns: dict[str, Rows] = {}
         for key, layer, part, path, tensor in self._tensors(calls):

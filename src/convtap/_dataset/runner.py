@@ -1,4 +1,4 @@
-"""One batch through the model, with its layers captured: device, mode, autocast, compiled or not."""
+"""Runs one batch through the model, with its layers captured, and returns rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Runner:
         self._cleanup.close()
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns what the model is called with for a batch."""
+        """Returns the arguments of the model for a batch."""
         return called_with(self.options.inputs, batch, self.options.model)
 
     def rows(

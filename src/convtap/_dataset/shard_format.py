@@ -47,14 +47,14 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch gives.
+    """The rows of one batch.
 
     Attributes:
         number: its place in the data set's order of batches.
         ids: one for each row.
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
-        contents: the checksums of what it was computed from, or None.
+        contents: the checksums of the data that it was computed from, or None.
         axes: by layer key, which axis of a row is time, as far as that is known.
     """
 
@@ -173,7 +173,7 @@ def _id_parts(ids: list[Id]) -> list[_Part]:
 
 
 def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
-    """Lays batches out as the tensors of one file, and says what they are."""
+    """Lays batches out as the tensors of one file, and describes them."""
     parts = _id_parts(list(chain.from_iterable(batch.ids for batch in batches)))
     about: dict[str, Any] = {
         "format": FORMAT,

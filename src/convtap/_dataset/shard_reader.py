@@ -1,4 +1,4 @@
-"""Reading a shard: its header at once, a row's own bytes when the row is asked for, everything to verify it."""
+"""Reads a shard: its header at once, a row when it is asked for, and everything to verify it."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _checksum(file: Any, size: int) -> int:
 
 
 def _restored(stored: Tensor, dtype: str) -> Tensor:
-    """Gives stored numbers the dtype that the layer gave."""
+    """Returns stored numbers in the dtype of the layer's output."""
     wanted: torch.dtype = getattr(torch, dtype)
     if wanted.is_complex:
         return torch.view_as_complex(stored)

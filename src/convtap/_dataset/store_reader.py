@@ -1,4 +1,4 @@
-"""Reads a store by position: its description, the index of its samples, and its shards, of which some stay open."""
+"""Finds the samples of a store by id and position, and keeps some of its shards open."""
 
 from __future__ import annotations
 

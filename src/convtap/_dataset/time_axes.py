@@ -1,4 +1,4 @@
-"""Which axis of the rows that are stored is time: asked of the layers' types, and of a timeline where those do not say it."""
+"""Finds which axis of the stored rows is time: by the layers' types, else by following the input through the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RowAxes:
         self._looked = False
 
     def look(self, calls: Iterable[tuple[str, str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Follows a first batch through the model, if a layer in it has a type that does not say its time axis."""
+        """Follows a first batch through the model, if a layer in it has a type whose time axis is not known."""
         if self._rule is not None or self._looked or self._at == "activation":
             return
         unknown = {layer for layer, part, value in calls if self._is_unknown(layer, part, value)}

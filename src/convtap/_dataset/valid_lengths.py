@@ -1,4 +1,4 @@
-"""How many frames of each layer are real, from how many samples of the input are: asked of the model's timeline."""
+"""Finds how many frames of each layer are real, from the numbers of real input samples."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ValidLengths:
             layers: the selected layers, by which the signal is told from the other arguments.
 
         Raises:
-            InvalidValue: there is no tensor that can be the signal, or a length is longer than it.
+            InvalidValue: no tensor can be the signal, or a length is longer than it.
         """
         example = as_example(self._model, args, kwargs, self._method)
         is_first = self._path is None
@@ -89,7 +89,7 @@ class ValidLengths:
         self._learned_padded |= self._is_padded
 
     def _find(self, example: Any, lengths: list[int], layers: set[str]) -> str:
-        """Finds the signal: what was named, or of the tensors that can be it, the first that reaches the most layers."""
+        """Finds the signal: the named tensor, or of those that can be it, the first that reaches the most layers."""
         forward = forward_of(self._model, self._method)
         if self._signal is not None:
             path, signal = signal_of(example, self._signal, forward)
@@ -150,7 +150,7 @@ class ValidLengths:
             batch: its axis that is the samples; 1 for (T, B, C).
 
         Raises:
-            Unsupported: nobody knows how many frames are real.
+            Unsupported: the number of real frames is not known.
         """
         times = self.times.get((layer, path), [])
         if not times and path and any(name == layer for name, _ in self.times):
@@ -171,7 +171,7 @@ class ValidLengths:
         return found
 
     def _check(self, layer: str, path: str, times: list[LayerTime], tensor: Tensor) -> None:
-        """Compares the rule with what was seen for the padded batch."""
+        """Compares the rule with the output of the padded batch."""
         expected = self._frames(layer, path, times, self._full)
         seen = tensor.shape[self._ask(layer + path, times, lambda time: time.dim)]
         if expected != seen:
