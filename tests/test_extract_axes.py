@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 os.environ["KERAS_BACKEND"] = "torch"
 
 from convtap import Store, StoreError, Unsupported
-from convtap._dataset import index as index_module
 from convtap._dataset.extract import extract
 from convtap._errors import InvalidValue
 from tests.reference import same
@@ -121,7 +120,8 @@ def close(found, expected):
 def test_every_reader_of_both_twins_gives_the_same(tmp_path, wrap, cut):
     options = {} if cut else {"lengths": None}
     types = (Block,) if wrap is Around else (nn.Conv1d, nn.Linear)
-    a, b = (store["layer"] for store in both(tmp_path, wrap=wrap, types=types, **options))
+    stores = both(tmp_path, wrap=wrap, types=types, **options)
+    a, b = (store["layer"] for store in stores)
     assert (a.time_dim, b.time_dim) == (-1, -2)
     assert repr(b).endswith(", time is axis -2>")
     assert (a.shape[1], b.shape[2]) == (5, 5)
@@ -138,7 +138,7 @@ def test_every_reader_of_both_twins_gives_the_same(tmp_path, wrap, cut):
     close(mixed[1], mixed[0].numpy())
     if cut:
         close(ordered[1], np.concatenate(rows, axis=1).T)
-    ready = [Store(view._reader.path).dataset() for view in (a, b)]
+    ready = [store.dataset() for store in stores]
     for left, right in zip(*(DataLoader(data, batch_size=3, collate_fn=data.collate) for data in ready), strict=True):
         assert left[0] == right[0]
         close(right[1]["layer"].mT, left[1]["layer"].numpy())
@@ -160,20 +160,18 @@ def test_an_array_of_rows_of_one_length_is_the_transpose(tmp_path):
         both(tmp_path / "ragged")[1].numpy("layer")
 
 
-def test_a_reopened_store_and_its_saved_index_know_the_time_axis(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "_WORTH_KEEPING", 1)
+def test_a_reopened_store_knows_the_time_axis(tmp_path):
     _, b = both(tmp_path, shard_bytes=1)
     for _ in range(2):
         again = Store(b.path)
-        assert (again.path / ".index.npz").exists()
         assert again["layer"].time_dim == -2
         assert same(list(again["layer"]), list(b["layer"]))
 
 
 def older(store):
     """The store as an earlier version wrote it: nothing of the time axis in its shards."""
+    from convtap._dataset.shard_format import header_checksum
     from convtap._dataset.shard_reader import Shard
-    from convtap._dataset.shard_writer import header_checksum
 
     for path in store.path.glob("rank-*/*.safetensors"):
         content = path.read_bytes()

@@ -207,7 +207,7 @@ def test_a_loader_worker_that_dies_loses_no_batch_that_was_computed(tmp_path):
 
 
 def test_a_full_disk_is_said_leaves_no_half_file_and_the_next_run_goes_on(tmp_path, monkeypatch):
-    import convtap._dataset.background_writer as writer
+    import convtap._dataset.shard_publisher as writer
 
     write, count = writer.write_shard, iter(range(100))
 
@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_leaves_no_half_file_and_the_next_run_goes_on(tmp_pa
 
 def test_what_is_computed_while_a_shard_is_written_is_bounded(tmp_path, monkeypatch):
     """The writer is slow: the loop waits for it, and never has more than two shards' batches in memory."""
-    import convtap._dataset.background_writer as writer
+    import convtap._dataset.shard_publisher as writer
 
     write, held, most = writer.write_shard, [], []
 
@@ -239,14 +239,14 @@ def test_what_is_computed_while_a_shard_is_written_is_bounded(tmp_path, monkeypa
         return size
 
     monkeypatch.setattr(writer, "write_shard", slow)
-    original = writer.Writer.add
+    original = writer.ShardPublisher.add
 
     def add(self, batch):
         original(self, batch)
         computed = batch.number + 1
         most.append(computed - sum(held))
 
-    monkeypatch.setattr(writer.Writer, "add", add)
+    monkeypatch.setattr(writer.ShardPublisher, "add", add)
     run(tmp_path)
     assert max(most) <= 2 * 2 + 1  # two shards of two batches, and the one that is just in
 
@@ -437,10 +437,10 @@ def test_a_store_can_be_moved(tmp_path):
 
 
 def small_disk(monkeypatch, free):
-    import convtap._dataset.progress as forecast
+    import convtap._dataset.shard_publisher as publisher
 
     usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(publisher.shutil, "disk_usage", lambda path: usage)
 
 
 def test_what_cannot_fit_is_refused_before_the_first_write_with_the_numbers_and_remedies(tmp_path, monkeypatch):
@@ -472,7 +472,7 @@ def test_ragged_data_that_may_not_fit_is_a_warning_because_the_rest_may_be_short
 
 
 def test_an_error_that_is_not_ours_is_not_hidden_by_the_flush(tmp_path, monkeypatch):
-    import convtap._dataset.background_writer as writer
+    import convtap._dataset.shard_publisher as writer
 
     def broken(path, batches):
         raise OSError(5, "Input/output error")

@@ -35,7 +35,7 @@ path, die = sys.argv[1], sys.argv[2]
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", f"file://{path}.meeting{size}", rank=rank, world_size=size)
 if die == "die" and rank == 2:
-    import convtap._dataset.background_writer as writer
+    import convtap._dataset.shard_publisher as writer
     write, count = writer.write_shard, iter(range(100))
     def killed(*args):
         if next(count) == 1:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from convtap._dataset.extract import extract
+from convtap._dataset.shard_format import Batch, write_shard
 from convtap._dataset.shard_reader import Shard
-from convtap._dataset.shard_writer import Batch, write_shard
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, OutOfRange, StoreError, Unsupported
 from tests.reference import same
 

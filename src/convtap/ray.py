@@ -8,14 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from convtap._dataset.rows import RowMaker
-from convtap._dataset.runner import Runner, module_mode
-from convtap._dataset.shard_writer import Rows
-from convtap._dataset.time_axes import RowAxes
-from convtap._dataset.valid_lengths import ValidLengths, checked_lengths
+from convtap._dataset.options import extract_options
+from convtap._dataset.runner import Runner
+from convtap._dataset.shard_format import Rows
+from convtap._dataset.valid_lengths import checked_lengths
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, Unsupported, did_you_mean, listed
-from convtap._record.policy import Policy
-from convtap._record.reductions import Reduce, Reductions
+from convtap._record.reductions import Reduce
 from convtap._select.selection import CONV1D, Layers, Types
 from convtap._tensors.statistics import to_numpy
 from convtap._time.padded import warn
@@ -28,7 +26,7 @@ class Extractor:
     """Runs batches of a Ray data set through a model, and adds a column with the outputs of each layer.
 
     Each actor of the pool makes its model once, and an actor that dies is replaced, its batch computed again, by Ray.
-    ``map_batches`` is given the class and what its constructor takes::
+    Pass the class and its arguments to ``map_batches``::
 
         features = ray.data.read_parquet("audio").map_batches(
             convtap.ray.Extractor,
@@ -63,7 +61,7 @@ class Extractor:
         inputs: the name of the column that the model is called with, or a function of the batch that returns
             ``(args, kwargs)``. None if the batch has one column only.
         lengths: the name of the column with the number of real input samples of each row, or a function of the batch that
-            returns them: each row is cut to the frames that they give.
+            returns them: each row is cut to its real frames.
         calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
             calls on time, ``"keys"`` for a column ``name#k`` each.
         keep: the columns of the batch to pass on; None for all of them.
@@ -91,43 +89,45 @@ class Extractor:
         device: str | torch.device | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        _check(inputs, lengths, calls, at, keep)
-        Policy(reduce=reduce, dtype=dtype)  # checks both
-        self._model = _made(model, device)
+        _check(inputs, lengths, at, keep)
         self._inputs = inputs
         self._lengths = lengths
         self._keep = None if keep is None else list(keep)
-        rule = None if lengths is None else ValidLengths(self._model, at)
-        capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
-        self._runner = Runner(
-            self._model, layers, capture, device=device, autocast=autocast, compile=False, stop=False, rule=rule
-        )
-        reductions = Reductions(reduce, self._runner.selection)
-        axes = RowAxes(self._model, self._runner.selection.tree, at, reductions, rule)
-        self._runner.look = axes.look
-        self._rows = RowMaker(calls, rule, reductions, dtype, axes)
         self._columns: list[str] | None = None
+        options = extract_options(
+            _made(model, device),
+            layers,
+            types=types,
+            at=at,
+            reduce=reduce,
+            dtype=dtype,
+            inputs=inputs if callable(inputs) else None,
+            lengths=None if lengths is None else self._of_lengths,
+            calls=calls,
+            device=device,
+            autocast=autocast,
+        )
+        self._runner = Runner(options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the batch's columns and, for each layer, one with a row for each of its rows.
 
         Args:
-            batch: a dict of arrays, as ``map_batches`` gives it with ``batch_format="numpy"``, its default.
+            batch: a dict of arrays, as from ``map_batches`` with ``batch_format="numpy"``, its default.
 
         Raises:
             NotCaptured: a layer that was asked for by name did not run, or one was bypassed.
-            Unsupported: a layer's outputs are no rows, or the layers that ran are not those of the batches before.
-            ConvtapError: the batch is no dict of arrays, or has no such column.
+            Unsupported: the rows of an output are not those of the batch, or other layers ran than in the batches before.
+            ConvtapError: the batch is not a dict of arrays, or has no such column.
         """
         size, kept = self._checked(batch)
         tensors = {name: _as_tensors(column) for name, column in batch.items()}
         args, kwargs = self._called_with(tensors)
         lengths = None if self._lengths is None else checked_lengths(self._of_lengths(tensors), size)
-        with module_mode(self._model, "eval"), torch.inference_mode():
-            calls = self._runner.run(args, kwargs, lengths)
-            columns = self._rows.columns(calls, size)
-        if self._rows.rule is not None:
-            warn(self._rows.rule.unwarned(), stacklevel=2)
+        with self._runner:
+            columns = self._runner.rows(args, kwargs, size, lengths)
+        if self._runner.rule is not None:
+            warn(self._runner.rule.unwarned(), stacklevel=2)
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 
@@ -152,7 +152,7 @@ class Extractor:
 
     def _called_with(self, tensors: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if callable(self._inputs):
-            return self._runner.inputs(self._inputs, tensors)
+            return self._runner.inputs(tensors)
         if self._inputs is None and len(tensors) > 1:
             raise InvalidValue(
                 f"the batch has the columns {listed(tensors)}, and nobody said which of them the model is called with. Pass "
@@ -184,7 +184,7 @@ class Extractor:
                 f"keep=[...]."
             )
         if self._columns is None:
-            idle = [name for name in self._runner.idle() if name in self._runner.selection.exact]
+            idle = [name for name in self._runner.idle() if name in self._runner.options.selection.exact]
             if idle:
                 raise NotCaptured(
                     f"{listed(idle)} did not run, and a column needs a value in each row. Leave it out of layers=, or use "
@@ -198,16 +198,14 @@ class Extractor:
             )
 
 
-def _check(inputs: Any, lengths: Any, calls: Any, at: Any, keep: Any) -> None:
+def _check(inputs: Any, lengths: Any, at: Any, keep: Any) -> None:
     for name, value in {"inputs": inputs, "lengths": lengths}.items():
         if value is not None and not isinstance(value, str) and not callable(value):
             raise InvalidType(
                 f"{name} is a {type(value).__name__}, and it must name a column, or be a function of a batch."
             )
-    choices = {"calls": (calls, ("error", "cat", "keys")), "at": (at, ("output", "input"))}
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
+    if at not in ("output", "input"):
+        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
     if isinstance(keep, str) or not (keep is None or all(isinstance(name, str) for name in keep)):
         raise InvalidType(f"keep={keep!r} must be a list of column names, such as keep=['id'].")
 

@@ -1,8 +1,10 @@
-"""What a batch holds, as one checksum for each part of it: kept with its rows, and compared in a later run."""
+"""Checksums of the contents of each batch: stored with its rows, and compared by a later run."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,19 +14,21 @@ from torch import Tensor
 
 from convtap._dataset.fingerprint import raw_bytes
 from convtap._dataset.index import Index
-from convtap._dataset.iterable_check import Beginning, ids_seen, other_ids
+from convtap._dataset.layout import read_note, write_first
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError, listed
 from convtap._tensors.nested import walk_tensors
 
-#: What is compared of a batch: what the model is called with, and what the user's functions return of it.
+#: The compared parts of a batch: the arguments of the model, and the results of the user's functions.
 PARTS = ("inputs", "ids", "lengths", "labels")
+
+_FIRST_BATCH = ".beginning.json"
 
 #: A checksum for each of ``PARTS``; 0 for one that is not there.
 Contents: TypeAlias = "tuple[int, ...]"
 
 # Note: [Other data]
-# Assumption: rows are stored under the numbers of their batches, so a later run must be given the same batches.
+# Assumption: rows are stored under the numbers of their batches, so a later run must get the same batches.
 # Failure: another data set of equal length passes for the same one, and its samples get the rows of the first.
 # Choice: each batch is stored with a checksum of its contents. A later run reads the first, the middle and the last batch
 #   that is stored and compares them before it writes: enough for another data set, another order or another tail, and
@@ -32,6 +36,12 @@ Contents: TypeAlias = "tuple[int, ...]"
 #   also compares batch 0 with the process that wrote the first shard.
 # Data that are others each time they are read (random augmentation) cannot be told from other data by one look. Where a
 #   batch can be read again, and then differs from itself, nothing is compared.
+
+# Note: [The whole iterable]
+# Assumption: every process gets the same iterable, of which it takes its part of the batches.
+# Failure: loaders that know the ranks themselves (a node splitter, split_dataset_by_node) give each process other samples, and
+#   a part of a part is computed: the batches are all there, by their numbers, and half of the samples is not.
+# Choice: the process that writes the first shard notes batch 0. One that finds another batch there stops before it writes.
 
 
 def contents_of(inputs: Any, ids: Any, lengths: Any, labels: Any) -> Contents:
@@ -79,7 +89,7 @@ def shapes_in(inputs: Any) -> str:
 
 
 class SameData:
-    """Compares batches with those that the stored rows were computed from. See Note: [Other data].
+    """Compares batches with those that the stored rows were computed from. See Note: [Other data], [The whole iterable].
 
     Args:
         path: the store.
@@ -96,7 +106,6 @@ class SameData:
         self._index = index
         self._rank = rank
         self._again = again
-        self._beginning = Beginning(path)
         self._first: dict[str, Any] | None = None
         self._random = False
         self.refused = False
@@ -113,38 +122,46 @@ class SameData:
         Args:
             number: which batch it is.
             contents: its checksums.
-            inputs: what the model is called with.
+            inputs: the arguments of the model.
             ids: the ids of its samples, if the data are an iterable and the user names them.
 
         Raises:
             StoreError: it is not the one that the store has rows of.
         """
         if number == 0:
-            self._first = {"contents": contents, "shapes": shapes_in(inputs), **({} if ids is None else ids_seen(ids))}
+            self._first = {"contents": contents, "shapes": shapes_in(inputs), **({} if ids is None else _ids_seen(ids))}
             self._compare_first()
         self._compare(number, contents, self._stored(number))
 
-    def settle(self) -> None:
-        """Gives the store its first batch, unless it has one; to be called before a shard is written.
+    def note_first(self) -> None:
+        """Notes the first batch in the store, unless it has one; to be called before a shard is written.
 
         Raises:
             StoreError: it has another one: another process was first.
         """
-        begun_before = len(self._index.batches) and not self._beginning.read()  # by an earlier version
+        begun_before = len(self._index.batches) and not self._noted()  # by an earlier version
         if self._first is not None and not begun_before:
-            self._beginning.note(self._first)
+            write_first(self._path / _FIRST_BATCH, json.dumps(self._first).encode())
             self._compare_first()
             self._first = None
 
     def _compare_first(self) -> None:
-        seen, first = self._first, self._beginning.read()
+        seen, first = self._first, self._noted()
         if seen is None:
             return
-        message = other_ids(first, seen, self._rank)
-        if message is not None:
-            self._refuse(message)
+        if "digest" in first and "digest" in seen and first["digest"] != seen["digest"]:
+            self._refuse(
+                f"{self._rank}the data begins with the samples {_shown(seen)}, and for the process that began this store it "
+                f"began with {_shown(first)}. Every process must be given the whole iterable, in the same order: extract deals "
+                "its batches to the ranks itself. Leave out what splits or shuffles it (a node splitter, "
+                "split_dataset_by_node)."
+            )
         shapes = (first.get("shapes"), seen["shapes"])
         self._compare(0, seen["contents"], first.get("contents"), shapes)
+
+    def _noted(self) -> dict[str, Any]:
+        """Returns the first batch as the first process saw it."""
+        return read_note(self._path / _FIRST_BATCH)
 
     def _compare(self, number: int, now: Contents, then: Any, shapes: tuple[Any, Any] = ("", "")) -> None:
         if then is None or self._random:
@@ -178,3 +195,15 @@ class SameData:
             return None
         _, _, shard, place = batches[line].tolist()
         return Shard(self._path / self._index.names[shard]).contents(place)
+
+
+def _ids_seen(ids: Iterable[Any]) -> dict[str, Any]:
+    """Writes the ids of a batch in short."""
+    names = [repr(name) for name in ids] if hasattr(ids, "__iter__") else [repr(ids)]
+    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
+    return {"ids": names[:3], "count": len(names), "digest": digest}
+
+
+def _shown(first: dict[str, Any]) -> str:
+    more = f", … ({first['count']})" if first["count"] > len(first["ids"]) else ""
+    return ", ".join(first["ids"]) + more

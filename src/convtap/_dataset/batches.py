@@ -1,8 +1,9 @@
-"""From data to numbered batches with ids, in an order that depends on the data and its loader only."""
+"""Numbers the batches of a data set or an iterable, in an order that a resume finds again."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from convtap._dataset.options import ExtractOptions
 from convtap._errors import InvalidType, InvalidValue
 
-#: Says whether a batch is to be computed, from its number.
+#: Whether a batch is to be computed, by its number.
 Wanted = Callable[[int], bool]
 
 
@@ -47,7 +49,6 @@ class MapPlan:
     """Batches of a map-style data set, loaded by a ``DataLoader``.
 
     Attributes:
-        even: whether the batches are equal parts of the data set in its own order.
         identity: what a resume must find again.
     """
 
@@ -61,7 +62,6 @@ class MapPlan:
             raise InvalidValue(
                 f"sample {twice} is in the data loader's batches more than once, and a store holds each id once."
             )
-        self.even = even
         self.identity = {
             "length": len(dataset),
             "batches": len(groups),
@@ -84,9 +84,13 @@ class MapPlan:
         A batch that is looked at only and cannot be read is left out.
         """
         first = [number for number in looked if number < len(self._groups) and not wanted(number)]
-        chosen = _Chosen(self._groups, wanted, first)
+
+        def numbers() -> Iterator[int]:
+            return itertools.chain(first, filter(wanted, range(len(self._groups))))
+
+        chosen = (self._groups[number] for number in numbers())
         loader = iter(DataLoader(self._dataset, batch_sampler=chosen, **self._settings))
-        for place, number in enumerate(chosen.numbers()):
+        for place, number in enumerate(numbers()):
             try:
                 batch = next(loader)
             except Exception:
@@ -104,33 +108,13 @@ class MapPlan:
         return next((batch for _, _, batch in self.some([number])), None)
 
 
-class _Chosen:
-    """The batch sampler of some first batches, and then of what is wanted."""
-
-    def __init__(self, groups: Sequence[list[int]], wanted: Wanted, first: Sequence[int]) -> None:
-        self._groups = groups
-        self._wanted = wanted
-        self._first = first
-
-    def numbers(self) -> Iterator[int]:
-        yield from self._first
-        yield from (number for number in range(len(self._groups)) if self._wanted(number))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self._groups[number] for number in self.numbers())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.numbers())
-
-
 class IterPlan:
-    """Any iterable of batches; what is not wanted is passed over.
+    """Any iterable of batches; unwanted batches are passed over.
 
     Attributes:
         seen: how many batches there are, once the end was reached.
     """
 
-    even = False
     seen: int | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -139,7 +123,7 @@ class IterPlan:
         self.identity: dict[str, Any] = {"length": None, "batches": count, "batch_size": None, "composition": None}
 
     def count(self, wanted: Wanted) -> int | None:
-        """Nobody knows."""
+        """Returns None: the number of samples of an iterable is not known."""
         return None
 
     def batches(
@@ -171,20 +155,22 @@ class IterPlan:
         return self._batches[number] if isinstance(self._batches, Sequence) else None
 
 
-def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] | None) -> MapPlan | IterPlan:
+def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
     """Decides how data is read.
 
     Raises:
         InvalidType: it is neither a data set, nor a loader, nor an iterable of batches.
         InvalidValue: it is empty, or its batches are others each time.
     """
+    batch_size = options.batch_size
+    settings = {"num_workers": options.num_workers, "collate_fn": options.collate_fn}
+    has_settings = (batch_size, *settings.values()) != (1, 0, None)
     if isinstance(data, DataLoader):
-        if (batch_size, num_workers, collate_fn) != (1, 0, None):
+        if has_settings:
             raise InvalidValue("the DataLoader has its own batch_size, num_workers and collate_fn: set them there.")
         return _from_loader(data)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidValue(f"batch_size={batch_size!r} must be a positive number of samples, such as 16.")
-    settings = {"num_workers": num_workers, "collate_fn": collate_fn}
     if isinstance(data, IterableDataset):
         return IterPlan(DataLoader(data, batch_size=batch_size, **settings))  # type: ignore[arg-type]
     if _is_map_style(data):
@@ -194,7 +180,7 @@ def plan(data: Any, batch_size: int, num_workers: int, collate_fn: Callable[[Any
             f"data is a {type(data).__name__}. Pass a map-style Dataset, a DataLoader, or an iterable of batches; a tensor "
             "with samples on axis 0 is TensorDataset(x), or [x] as a single batch."
         )
-    if batch_size != 1 or num_workers or collate_fn is not None:
+    if has_settings:
         raise InvalidValue(
             f"data is a {type(data).__name__}, an iterable of batches already, so batch_size, num_workers and collate_fn "
             "mean nothing for it. For single samples pass a Dataset or a DataLoader."
@@ -250,45 +236,41 @@ def _from_loader(loader: DataLoader[Any]) -> MapPlan | IterPlan:
 def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
     batching: Any = loader.batch_sampler
     if type(batching) is not BatchSampler:
-        return _settled_batches(batching)
+        return _stable(batching, _OTHER_BATCHES)
     # a DistributedSampler deals single samples to ranks, some of them twice; here whole batches are dealt
     if type(batching.sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
         return Even(_length(loader.dataset), batching.batch_size)
-    order = _settled_order(batching.sampler)
+    order = _stable(batching.sampler, _OTHER_SAMPLES)
     return [order[start : start + batching.batch_size] for start in range(0, len(order), batching.batch_size)]
 
 
-def _settled_order(sampler: Any) -> list[int]:
-    """Returns a sampler's own order if it has one, and the order of the data set if it shuffles."""
-    first = list(sampler)
-    others = [list(sampler) for _ in range(_trials(first))]
+_OTHER_SAMPLES = (
+    "draws other samples each time, so a resume could not tell what is missing. Give the samples once each: "
+    "DataLoader(Subset(dataset, indices), ...)."
+)
+_OTHER_BATCHES = (
+    "makes other batches each time it is read, and the batches of a store must stay the same: fix its seed, or let it shuffle "
+    "whole batches only."
+)
+
+
+def _stable(sampler: Any, problem: str) -> list[Any]:
+    """Returns what a sampler yields: in its own order if it has one, sorted if it shuffles.
+
+    A sampler does not say whether it shuffles, so it is read again; a few items more often, since they come in the same
+    order by chance (three items in one of six times), and a resume would then refuse its own store.
+    """
+
+    def read() -> list[Any]:
+        return [list(item) if isinstance(item, Iterable) else item for item in sampler]
+
+    first = read()
+    others = [read() for _ in range(1 if len(first) > 20 else 24)]
     if all(first == other for other in others):
         return first
     if any(sorted(first) != sorted(other) for other in others):
-        raise InvalidValue(
-            f"the {type(sampler).__name__} draws other samples each time, so a resume could not tell what is missing. Give "
-            "the samples once each: DataLoader(Subset(dataset, indices), ...)."
-        )
+        raise InvalidValue(f"the {type(sampler).__name__} {problem}")
     return sorted(first)
-
-
-def _settled_batches(sampler: Any) -> list[list[int]]:
-    """Returns a batch sampler's batches, in their own order if it has one, else in the order of their first samples."""
-    first = [list(group) for group in sampler]
-    others = [[list(group) for group in sampler] for _ in range(_trials(first))]
-    if all(first == other for other in others):
-        return first
-    if any(sorted(first) != sorted(other) for other in others):
-        raise InvalidValue(
-            f"the {type(sampler).__name__} makes other batches each time it is read, and the batches of a store must stay "
-            "the same: fix its seed, or let it shuffle whole batches only."
-        )
-    return sorted(first)
-
-
-def _trials(order: Sequence[Any]) -> int:
-    """How often to read a sampler again, to see whether it shuffles: few items come in the same order by chance."""
-    return 1 if len(order) > 20 else 24
 
 
 def _digest_of(groups: Sequence[list[int]]) -> str:

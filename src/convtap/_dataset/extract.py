@@ -1,4 +1,4 @@
-"""The public ``extract``: checks what it is given, and opens the store that the job then fills."""
+"""The public ``extract``: checks its options, and opens the store that the job fills."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from torch import Tensor, nn
 
 from convtap._dataset.batches import IterPlan, MapPlan, plan
 from convtap._dataset.fingerprint import check_same, function_identity, model_identity
-from convtap._dataset.job import Job, set_bad_aside
-from convtap._dataset.layout import RankFolder, check_part, describe, note_part, prepare, rank_folders
-from convtap._dataset.rows import RowMaker
-from convtap._dataset.runner import Runner, module_mode
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.job import Job
+from convtap._dataset.layout import RankFolder, describe, note_part, prepare, rank_folders
+from convtap._dataset.options import ExtractOptions, extract_options
+from convtap._dataset.runner import Runner
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store import Store
-from convtap._dataset.time_axes import RowAxes
-from convtap._dataset.valid_lengths import ValidLengths
-from convtap._errors import InvalidType, InvalidValue
+from convtap._dataset.verify import set_bad_aside
+from convtap._errors import InvalidValue
 from convtap._public import public
-from convtap._record.policy import Policy
-from convtap._record.reductions import Reduce, Reductions
+from convtap._record.reductions import Reduce
 from convtap._select.selection import CONV1D, Layers, Selection, Types
-from convtap._tensors.memory import parse_bytes
 
 
 @public
@@ -61,10 +58,10 @@ def extract(
     resume: bool = True,
     progress: bool = True,
 ) -> Store:
-    """Runs a model over a data set and streams what its layers give to disk, in bounded memory.
+    """Runs a model over a data set and streams the outputs of its layers to disk, in bounded memory.
 
-    A run that was killed goes on where it stopped when it is called again with the same arguments, and gives what an
-    uninterrupted run would have given, bit for bit.
+    A run that was killed resumes where it stopped when it is called again with the same arguments. The store then is that of
+    an uninterrupted run, bit for bit.
 
     Example:
         >>> import tempfile, torch
@@ -95,7 +92,7 @@ def extract(
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
             passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
-        lengths: from a batch, (B,) numbers of real input samples: each row is cut to the frames that they give. A warning
+        lengths: from a batch, (B,) numbers of real input samples: each row is cut to its real frames. A warning
             names the layers whose frames are still not those of each input alone; ``Store.padding`` keeps it.
         signal: with ``lengths``: which input they are of, by the name or the position of the argument; None for the one that
             is as long as the longest row and reaches the layers.
@@ -123,59 +120,81 @@ def extract(
         StoreError: the directory cannot be used, was begun with other arguments, is in use, or the disk is full.
         LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
         NotCaptured: nothing was captured in the first batch, or a layer was bypassed.
-        Unsupported: a layer's outputs are no rows of samples, or it ran several times.
+        Unsupported: the rows of a layer's output are not the samples, or it ran several times.
         ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
     """
-    functions = {"inputs": inputs, "ids": ids, "lengths": lengths, "labels": labels}
-    _check_choices(calls=(calls, ("error", "cat", "keys")), mode=(mode, ("eval", "train")), stop=(stop, (True, False)))
-    if stop and compile:
-        raise InvalidValue("stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both.")
-    _check_functions({**functions, "collate_fn": collate_fn})
-    Policy(reduce=reduce, dtype=dtype)  # checks both
-    chosen: dict[str, Any] = {"method": method, "signal": signal}
-    rule = None if lengths is None else ValidLengths(model, at, **chosen, time_dim=-1 if time_dim is None else time_dim)
-    capture = {"types": types, "at": at, **({} if rule else {"reduce": reduce, "dtype": dtype})}
-    options: dict[str, Any] = {"device": device, "autocast": autocast, "compile": compile, "stop": stop}
-    runner = Runner(model, layers, capture, **options, rule=rule, method=method)
-    reductions = Reductions(reduce, runner.selection)
-    axes = RowAxes(model, runner.selection.tree, at, reductions, rule, time_dim, **chosen)
-    runner.look = axes.look
-    rows = RowMaker(calls, rule, reductions, dtype, axes)
-    planned = plan(data, batch_size, num_workers, collate_fn)
-    shard_size = parse_bytes(shard_bytes, "shard_bytes")
-    i, n = _part(part, planned, ids)
-    identity = {
-        "layers": _layers_of(runner.selection),
-        "at": at,
-        "reduce": reduce_id or _reduce_identity(reduce),
-        **_texts(dtype=dtype, calls=calls, mode=mode, autocast=autocast, compile=bool(compile), stop=bool(stop)),
-        "method": method,
-        "signal": signal,
-        "time_dim": time_dim,
-        "given": [name for name, function in functions.items() if function is not None],
-        "data": planned.identity,
-        "model": model_identity(model),
-    }
-    path = Path(into)
-    where = repr(str(path)) if n == 1 else f"rank {i} of {n}: {str(path)!r}"
-    check_same(prepare(path, resume=resume), identity, where)
+    options = extract_options(
+        model,
+        layers,
+        types=types,
+        at=at,
+        reduce=reduce,
+        reduce_id=reduce_id,
+        dtype=dtype,
+        inputs=inputs,
+        ids=ids,
+        lengths=lengths,
+        signal=signal,
+        time_dim=time_dim,
+        calls=calls,
+        labels=labels,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        device=device,
+        method=method,
+        mode=mode,
+        autocast=autocast,
+        compile=compile,
+        stop=stop,
+        part=part,
+        shard_bytes=shard_bytes,
+        resume=resume,
+        progress=progress,
+    )
+    return _fill(Path(into), data, options)
 
-    def settle() -> None:
+
+def _fill(path: Path, data: Any, options: ExtractOptions) -> Store:
+    """Runs the model over the data, and returns the store."""
+    runner = Runner(options)
+    planned = plan(data, options)
+    i, n = _part(options, planned)
+    identity = _identity(options, planned)
+    where = repr(str(path)) if n == 1 else f"rank {i} of {n}: {str(path)!r}"
+    check_same(prepare(path, resume=options.resume), identity, where)
+
+    def claim() -> None:
         check_same(describe(path, identity), identity, where)
 
-    with RankFolder(path, i) as folder, module_mode(model, mode), runner:
+    with RankFolder(path, i) as folder, runner:
         if n > 1 or len(rank_folders(path)) > 1:
             note_part(folder, i, n)
-        set_bad_aside(path, folder, i, n, progress)
-        job = Job(path, folder, planned, runner, rows, i, n, **functions)
-        job.run(shard_size, settle, progress)
-        settle()
+        set_bad_aside(path, folder, i, n, options.progress)
+        Job(path, folder, planned, runner, i, n).run(claim)
+        claim()
     return Store(path)
 
 
-def _texts(**options: Any) -> dict[str, Any]:
-    """Options that a resume compares, with dtypes as text."""
-    return {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()}
+def _identity(options: ExtractOptions, planned: MapPlan | IterPlan) -> dict[str, Any]:
+    """Returns what a resume compares."""
+    return {
+        "layers": _layers_of(options.selection),
+        "at": options.capture.at,
+        "reduce": options.reduce_id or _reduce_identity(options.reduce),
+        "dtype": None if options.dtype is None else str(options.dtype),
+        "calls": options.calls,
+        "mode": options.mode,
+        "autocast": None if options.autocast is None else str(options.autocast),
+        "compile": bool(options.compile),
+        "stop": options.capture.stop,
+        "method": options.method,
+        "signal": options.signal,
+        "time_dim": options.time_dim,
+        "given": options.functions,
+        "data": planned.identity,
+        "model": model_identity(options.model),
+    }
 
 
 def _reduce_identity(reduce: Reduce | None) -> Any:
@@ -190,27 +209,15 @@ def _layers_of(selection: Selection) -> list[str]:
     return [*(name for name in selection.names if name not in functions), *sorted(functions)]
 
 
-def _check_choices(**given: tuple[Any, tuple[Any, ...]]) -> None:
-    for name, (value, choices) in given.items():
-        if value not in choices:
-            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
-
-
-def _check_functions(given: dict[str, Any]) -> None:
-    for name, function in given.items():
-        if function is not None and not callable(function):
-            raise InvalidType(f"{name} is a {type(function).__name__}, and it must be a function of a batch.")
-
-
-def _part(part: Any, planned: MapPlan | IterPlan, ids: Any) -> tuple[int, int]:
-    """Returns which part of how many this process computes: as it was told, else its rank."""
-    if part is not None:
-        i, n = check_part(part)
+def _part(options: ExtractOptions, planned: MapPlan | IterPlan) -> tuple[int, int]:
+    """Returns which part of how many this process computes: the part of the options, else its rank."""
+    if options.part is not None:
+        i, n = options.part
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
         i, n = torch.distributed.get_rank(), torch.distributed.get_world_size()
     else:
         return 0, 1
-    if n > 1 and isinstance(planned, IterPlan) and ids is None:
+    if n > 1 and isinstance(planned, IterPlan) and options.ids is None:
         raise InvalidValue(
             f"part {i} of {n} of an iterable cannot count the samples that it does not see. Pass ids=, or a map-style Dataset."
         )

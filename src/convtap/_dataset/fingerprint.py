@@ -1,4 +1,4 @@
-"""What a store was made from: the model, the reduction, the data and the options, in a form that can be compared."""
+"""What a store was made from (model, reduction, data, options), in a form that a resume compares."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> str:
-    """Kernel size, stride and the like, for torch's own modules: what they print is the same in every process."""
+    """Kernel size, stride and the like, for torch's own modules: their text is the same in every process."""
     return module.extra_repr() if type(module).__module__.startswith("torch.nn.") else ""
 
 
@@ -81,7 +81,7 @@ def raw_bytes(tensor: Tensor) -> memoryview | None:
 def function_identity(function: Any) -> str | None:
     """Names a function and hashes its code, with what it closes over; None for None.
 
-    Two functions that say the same in the same Python version are the same. Values that cannot be written down, such as
+    Two functions with the same code in the same Python version are the same. Values that cannot be written down, such as
     objects in a closure, count by their type only.
     """
     if function is None:
@@ -150,7 +150,7 @@ _WHAT: dict[str, Callable[[Any], str]] = {
 
 
 def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: str) -> None:
-    """Compares what a store was begun with (None: it is not begun yet) and what is asked for now.
+    """Compares the identity of a store (None if it is not begun yet) with that of this call.
 
     Raises:
         StoreError: something differs; the message names each thing that does.
@@ -160,7 +160,7 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
     differences = []
     for key in dict.fromkeys([*stored, *now]):
         before, after = stored.get(key), now.get(key)
-        if before == after or key not in stored:  # a store of an earlier version says nothing of it
+        if before == after or key not in stored:  # a store of an earlier version does not have it
             continue
         if key == "model":
             differences.append(_model_difference(before or {}, after or {}))
@@ -177,7 +177,7 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
 
 
 def _reduce_difference(before: Any, after: Any) -> str:
-    """Says how two functions differ, or two mappings from layers to functions."""
+    """Describes how two functions differ, or two mappings from layers to functions."""
     if isinstance(before, dict) and isinstance(after, dict):
         key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
         return f"reduce of {key!r}: {_reduce_difference(before.get(key), after.get(key)).removeprefix('reduce: ')}"

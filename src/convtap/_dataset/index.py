@@ -1,26 +1,20 @@
-"""Where every sample of a store lies: gathered from the headers of all shards, and kept in a file that is only a shortcut."""
+"""Where every sample of a store lies: gathered from the headers of all shards."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import zipfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from convtap._atomic_write import write_whole
 from convtap._dataset.layout import shard_files
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError
 
-_FILE = ".index.npz"
-_VERSION = 2
-_WORTH_KEEPING = 64  # shards whose headers are read in about ten milliseconds
+# Note: [No saved index]
+# Assumption: the headers of the shards hold where every sample lies.
+# Failure: a file that saves the reading of them can contradict them.
+# Choice: none is saved. A header is read in 0.2 ms on one core (8 layers, 1000 samples): a store of 10^5 samples in 100
+#   shards opens in 0.03 s, and one of 10^6 in 1000 shards in 0.24 s, of which such a file would save all but 0.01 s.
 
 
 @dataclass
@@ -32,7 +26,7 @@ class LayerSummary:
         shape: a row's shape, with None for an axis that varies; None if even the number of axes does.
         elements: how many numbers they have together.
         time: which axis of a row is time, counted from the end; None if there is none.
-        timed: whether that is known; None if the shards do not say it (those of earlier versions).
+        timed: whether that is known; None in shards of earlier versions, which do not hold it.
     """
 
     dtype: str
@@ -59,7 +53,7 @@ class LayerSummary:
 
     @property
     def time_note(self) -> str:
-        """What to say of the time axis after a shape; nothing where it is the last one, as usual."""
+        """A note on the time axis, to follow a shape; empty if it is the last one, as usual."""
         if self.is_assumed:
             return f", axis {self.time_dim} taken as time"
         return "" if self.time_dim in (None, -1) else f", time is axis {self.time_dim}"
@@ -127,60 +121,36 @@ def _empty(dtype: str, *shape: int) -> Any:
 
 
 def read_index(path: Path) -> Index:
-    """Reads the index of a store, takes in the shards that are newer, and keeps the result if that saves time."""
-    files = shard_files(path)
-    index = _load(path / _FILE)
-    if any(files.get(name) != state for name, state in index.files.items()):
-        index = Index()
-    bad: dict[str, str] = {}
-    fresh = [name for name in files if name not in index.files]
-    if fresh:
-        known = len(index.files)
-        index = _extended(index, _opened(path, fresh, bad), files)
-        if len(index.files) - known >= _WORTH_KEEPING:
-            with contextlib.suppress(OSError):  # the store may be read-only
-                write_whole(path / _FILE, lambda temporary: temporary.write_bytes(_dump(index)))
-    index.bad = bad
-    return index
-
-
-def _opened(path: Path, names: list[str], bad: dict[str, str]) -> Iterator[tuple[str, Shard]]:
-    """Opens shards one after the other, so that only one header is in memory; notes in ``bad`` what cannot be read."""
-    for name in names:
-        try:
-            shard = Shard(path / name)
-        except StoreError as error:
-            bad[name] = str(error)
-        else:
-            yield name, shard
-
-
-def _extended(old: Index, shards: Iterable[tuple[str, Shard]], files: dict[str, tuple[int, int]]) -> Index:
+    """Reads the headers of all shards of a store. See Note: [No saved index]."""
     import numpy as np
 
-    layers = dict(old.layers)
-    lines, ids = [old.batches], [old.ids] if len(old.ids) else []
+    files: dict[str, tuple[int, int]] = {}
+    bad: dict[str, str] = {}
+    layers: dict[str, LayerSummary] = {}
+    lines, ids = [_empty("int64", 0, 4)], []
     runs: list[tuple[slice | list[int], str]] = []  # which lines have which layer
-    line, number = len(old.batches), len(old.names)
-    known = dict(old.files)
-    for name, shard in shards:
-        known[name] = files[name]
-        places = len(shard.batches)
-        lines.append(_lines(shard, number))
-        names = shard.id_array()
-        if len(names):
+    line = 0
+    for name, state in shard_files(path).items():
+        try:
+            shard = Shard(path / name)  # dropped with the next one, so that a single header is in memory
+        except StoreError as error:
+            bad[name] = str(error)
+            continue
+        lines.append(_lines(shard, len(files)))
+        files[name] = state
+        if len(names := shard.id_array()):
             ids.append(names)
         for key, about in shard.columns.items():
             _merge(layers, key, shard)
             some = about.get("present")
-            runs.append((slice(line, line + places) if some is None else [line + place for place in some], key))
-        line, number = line + places, number + 1
-    present = np.zeros((line, len(layers)), np.bool_)
-    present[: old.present.shape[0], : old.present.shape[1]] = old.present
+            all_lines = slice(line, line + len(shard.batches))
+            runs.append((all_lines if some is None else [line + place for place in some], key))
+        line += len(shard.batches)
     place_of = {key: place for place, key in enumerate(layers)}
+    present = np.zeros((line, len(layers)), np.bool_)
     for found, key in runs:
         present[found, place_of[key]] = True
-    return _ordered(known, layers, np.concatenate(lines), present, _joined(ids), old.duplicates)
+    return _ordered(files, bad, layers, np.concatenate(lines), present, _joined(ids))
 
 
 def _lines(shard: Shard, number: int) -> Any:
@@ -204,31 +174,23 @@ def _joined(ids: list[Any]) -> Any:
 
 
 def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
-    shapes = shard.row_shapes(key)
-    shape: list[int | None] | None = []
-    if not shard.columns[key]["flat"] and len(shapes):
-        shape = shapes[0].tolist()
-    elif len(shapes) and shapes.numel():
-        low, high = torch.aminmax(shapes, dim=0)
-        shape = [a if a == b else None for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-        shape = None if (low < 0).any() else shape
     about = shard.columns[key]
     timed = about.get("timed", True) if "time" in about else None
-    found = LayerSummary(about["dtype"], shape, shard.elements(key), about.get("time", -1), timed)
+    found = LayerSummary(about["dtype"], shard.shape(key), shard.elements(key), about.get("time", -1), timed)
     if key in layers:
         layers[key].merge(found)
     else:
         layers[key] = found
 
 
-def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, duplicates: Any) -> Index:
+def _ordered(files: Any, bad: Any, layers: Any, batches: Any, present: Any, ids: Any) -> Index:
     """Brings batches into the order of their numbers; of those that are there twice, the first counts."""
     import numpy as np
 
     order = np.argsort(batches[:, 0], kind="stable")
     first = np.ones(len(order), np.bool_)
     first[1:] = np.diff(batches[order, 0]) != 0
-    duplicates = np.concatenate([duplicates, batches[order[~first]][:, [0, 2]]])
+    duplicates = batches[order[~first]][:, [0, 2]]
     kept = order[first]
     if len(kept) != len(order) or (kept != np.arange(len(kept))).any():
         rows = batches[kept, 1]
@@ -236,41 +198,4 @@ def _ordered(files: Any, layers: Any, batches: Any, present: Any, ids: Any, dupl
         # of each sample, where it was: its batch's old start, and its place in the batch
         ids = ids[np.repeat(starts[kept] - (np.cumsum(rows) - rows), rows) + np.arange(rows.sum())]
         batches, present = batches[kept], present[kept]
-    return Index(files, {}, layers, batches, present, ids, duplicates)
-
-
-def _dump(index: Index) -> bytes:
-    import numpy as np
-
-    layers = [
-        [key, layer.dtype, layer.shape, layer.elements, layer.time, layer.timed] for key, layer in index.layers.items()
-    ]
-    content = {"version": _VERSION, "files": list(index.files.items()), "layers": layers}
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        content=np.frombuffer(json.dumps(content).encode(), np.uint8),
-        batches=index.batches,
-        present=index.present,
-        ids=index.ids,
-        duplicates=index.duplicates,
-    )
-    return buffer.getvalue()
-
-
-def _load(file: Path) -> Index:
-    """Reads the file, or returns an empty index: whatever is wrong with it, the shards know better."""
-    import numpy as np
-
-    try:
-        with np.load(file, allow_pickle=False) as saved:
-            content = json.loads(saved["content"].tobytes())
-            if content["version"] != _VERSION:
-                return Index()
-            return Index(
-                files={name: (size, time) for name, (size, time) in content["files"]},
-                layers={key: LayerSummary(*rest) for key, *rest in content["layers"]},
-                **{name: saved[name] for name in ("batches", "present", "ids", "duplicates")},
-            )
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        return Index()
+    return Index(files, bad, layers, batches, present, ids, duplicates)

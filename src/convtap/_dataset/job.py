@@ -1,10 +1,10 @@
-"""The loop: batch by batch through the model into shards; what is there already is not computed again."""
+"""The loop of one process: batch by batch through the model into shards, except those that are stored already."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._dataset.background_writer import Writer
 from convtap._dataset.batch_checksums import Contents, SameData, contents_of
 from convtap._dataset.batches import IterPlan, MapPlan
 from convtap._dataset.index import Index, read_index
 from convtap._dataset.layout import (
     RankFolder,
-    rank_folders,
     read_finished,
-    set_aside,
-    shard_files,
     write_finished,
     write_padding,
 )
-from convtap._dataset.progress import Progress
-from convtap._dataset.rows import RowMaker
 from convtap._dataset.runner import Runner
-from convtap._dataset.sample_ids import Names, listing
-from convtap._dataset.shard_reader import Shard
-from convtap._dataset.shard_writer import Batch
+from convtap._dataset.sample_ids import SampleIds, ids_as_list
+from convtap._dataset.shard_format import Batch
+from convtap._dataset.shard_publisher import ShardPublisher
 from convtap._dataset.sigterm import Terminated, Termination
 from convtap._dataset.stateful_check import StateWatch
 from convtap._dataset.valid_lengths import checked_lengths
 from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
+from convtap._select.batch import naming_inputs
 from convtap._table import human_bytes
 from convtap._time.padded import warn
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What is known of a batch before the model runs: its arguments, and what the user's functions returned."""
+class _Prepared:
+    """A batch before the model runs: the model's arguments, and the results of the user's functions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -59,41 +54,25 @@ class Job:
 
     Args:
         part, parts: which of the batches are its own: those whose number, divided by ``parts``, leaves ``part``.
-        inputs, ids, lengths, labels: the user's functions of a batch, or None.
     """
 
     def __init__(
-        self,
-        path: Path,
-        folder: RankFolder,
-        planned: MapPlan | IterPlan,
-        runner: Runner,
-        rows: RowMaker,
-        part: int,
-        parts: int,
-        *,
-        inputs: Callable[[Any], Any] | None,
-        ids: Callable[[Any], Any] | None,
-        lengths: Callable[[Any], Any] | None,
-        labels: Callable[[Any], Any] | None,
+        self, path: Path, folder: RankFolder, planned: MapPlan | IterPlan, runner: Runner, part: int, parts: int
     ) -> None:
         self._path = path
         self._folder = folder
         self._plan = planned
         self._runner = runner
-        self._rows = rows
+        self._options = runner.options
         self._part = part
         self._parts = parts
-        self._inputs = inputs
-        self._ids = ids
-        self._lengths = lengths
-        self._labels = labels
+        named = self._options.ids is not None
         index = read_index(path)
         self._done = _Done(index)
-        self._names = Names(index, named=ids is not None, counts=ids is None and isinstance(planned, IterPlan))
+        self._ids = SampleIds(index, named=named, counts=not named and isinstance(planned, IterPlan))
         self._same = SameData(path, index, f"rank {part} of {parts}: " if parts > 1 else "", self._again)
         self._looked = self._same.numbers()
-        self._state = StateWatch(runner.model)
+        self._state = StateWatch(self._options.model)
         self._stored = len(index.ids)
         runner.fresh = not index.layers
 
@@ -103,40 +82,38 @@ class Job:
     def _wanted(self, number: int) -> bool:
         return self._mine(number) and number not in self._done
 
-    def run(self, shard_bytes: int, settle: Callable[[], None], show: bool) -> None:
-        """Computes what is missing. ``settle`` is called before a shard is written."""
+    def run(self, claim: Callable[[], None]) -> None:
+        """Computes what is missing. ``claim`` is called before a shard is written."""
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
         if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
             with contextlib.closing(self._plan.some(self._looked)) as batches:
                 for number, _, batch in batches:
-                    self._look(number, self._given(batch))
+                    self._look(number, self._prepare(batch))
             return
-        everything = self._plan.count(lambda number: number not in self._done)
         done = self._stored if total is None or left is None else total - left
-        bar = Progress(self._path, total=total, done=done, missing=everything, even=self._plan.even, show=show)
+        missing = self._plan.count(lambda number: number not in self._done)
 
-        def before(batches: Sequence[Batch]) -> None:
-            bar.check_room(batches)
-            settle()
-            if self._rows.rule is not None:
-                write_padding(self._folder.path, self._rows.rule.differences)
-            self._same.settle()
+        def before() -> None:
+            claim()
+            if self._runner.rule is not None:
+                write_padding(self._folder.path, self._runner.rule.differences)
+            self._same.note_first()
 
-        writer = Writer(self._folder, shard_bytes, before)
+        publisher = ShardPublisher(self._folder, self._options.shard_bytes, missing, before)
         try:
-            with Termination() as termination, bar:
+            with Termination() as termination, self._bar(total, done) as bar:
                 try:
-                    self._loop(writer, bar, termination)
-                    writer.flush()
-                    bar.update(0, writer.written)
+                    self._loop(publisher, bar, termination)
+                    publisher.flush()
+                    _show(bar, publisher, 0)
                 except BaseException:
                     if not self._same.refused:
-                        writer.rescue()
+                        publisher.rescue()
                     raise
         except Terminated:
             raise StoreError(
                 f"SIGTERM ended the extraction, and the handler that was there before let the process live. "
-                f"{human_bytes(writer.written)} were written; the same call goes on from there."
+                f"{human_bytes(publisher.written)} were written; the same call goes on from there."
             ) from None
         if isinstance(self._plan, IterPlan) and self._plan.seen is not None:
             if not self._plan.seen:
@@ -148,7 +125,13 @@ class Job:
         count = read_finished(self._path)
         return count is not None and not any(self._wanted(number) for number in range(count))
 
-    def _loop(self, writer: Writer, bar: Progress, termination: Termination) -> None:
+    def _bar(self, total: int | None, done: int) -> Any:
+        from tqdm import tqdm
+
+        name = f"extract → {self._path.name}"
+        return tqdm(total=total, initial=done, desc=name, unit=" samples", disable=not self._options.progress)
+
+    def _loop(self, publisher: ShardPublisher, bar: Any, termination: Termination) -> None:
         batches = self._plan.batches(self._wanted, self._looked)
         with contextlib.closing(batches):
             while True:
@@ -159,55 +142,54 @@ class Job:
                     batch = self._take(*found)
                 if batch is None:
                     continue
-                writer.add(batch)
-                self._names.keep(batch)
-                bar.update(len(batch.ids), writer.written)
+                publisher.add(batch)
+                self._ids.keep(batch)
+                _show(bar, publisher, len(batch.ids))
 
     def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
         """Compares a batch if it is one of those, and computes it if it is missing."""
-        given = self._given(batch)
+        prepared = self._prepare(batch)
         if number in self._looked:
-            self._look(number, given)
+            self._look(number, prepared)
         if not self._wanted(number):
             return None
-        with self._runner.naming_inputs(self._inputs, batch):
-            return self._compute(number, indices, given)
+        options = self._options
+        with naming_inputs(options.inputs, batch, options.model, options.method):
+            return self._compute(number, indices, prepared)
 
-    def _given(self, batch: Any) -> _Given:
-        args, kwargs = self._runner.inputs(self._inputs, batch)
-        functions = (self._ids, self._lengths, self._labels)
+    def _prepare(self, batch: Any) -> _Prepared:
+        args, kwargs = self._runner.inputs(batch)
+        functions = (self._options.ids, self._options.lengths, self._options.labels)
         ids, lengths, labels = (None if function is None else function(batch) for function in functions)
-        return _Given(args, kwargs, listing(ids), lengths, labels)
+        return _Prepared(args, kwargs, ids_as_list(ids), lengths, labels)
 
-    def _look(self, number: int, given: _Given) -> None:
-        ids = given.ids if isinstance(self._plan, IterPlan) else None
-        self._same.look(number, given.contents, (given.args, given.kwargs), ids)
+    def _look(self, number: int, prepared: _Prepared) -> None:
+        ids = prepared.ids if isinstance(self._plan, IterPlan) else None
+        self._same.look(number, prepared.contents, (prepared.args, prepared.kwargs), ids)
 
     def _again(self, number: int) -> Contents | None:
         """Reads a batch once more, if it has a place of its own in the data."""
         batch = self._plan.again(number)
-        return None if batch is None else self._given(batch).contents
+        return None if batch is None else self._prepare(batch).contents
 
-    def _compute(self, number: int, indices: list[int] | None, given: _Given) -> Batch:
-        inputs = (given.args, given.kwargs)
-        names = self._names.of(number, indices, given.ids, inputs)
-        lengths = None if self._lengths is None else checked_lengths(given.lengths, len(names))
-        contents = given.contents  # before the model runs, which may change its inputs
+    def _compute(self, number: int, indices: list[int] | None, prepared: _Prepared) -> Batch:
+        inputs = (prepared.args, prepared.kwargs)
+        names = self._ids.of(number, indices, prepared.ids, inputs)
+        lengths = None if self._options.lengths is None else checked_lengths(prepared.lengths, len(names))
+        contents = prepared.contents  # before the model runs, which may change its inputs
         self._state.before(number)
-        calls = self._runner.run(*inputs, lengths)
+        columns = self._runner.rows(*inputs, len(names), lengths)
         self._state.after()
-        with torch.inference_mode():
-            columns = self._rows.columns(calls, len(names))
-        if self._rows.rule is not None:
-            warn(self._rows.rule.unwarned(), stacklevel=6)
-        labels = None if self._labels is None else _checked_labels(given.labels, len(names))
-        axes = {key: self._rows.axes.found[key] for key in columns}
+        if self._runner.rule is not None:
+            warn(self._runner.rule.unwarned(), stacklevel=6)
+        labels = None if self._options.labels is None else _checked_labels(prepared.labels, len(names))
+        axes = {key: self._runner.axes.found[key] for key in columns}
         return Batch(number, names, columns, labels, contents, axes)
 
     def _warn_of_idle(self) -> None:
         if self._runner.fresh:
             return
-        exact = self._runner.selection.exact
+        exact = self._options.selection.exact
         idle = self._runner.idle()
         if idle and (exact & set(idle)):
             warnings.warn(
@@ -216,6 +198,13 @@ class Job:
                 CoverageWarning,
                 stacklevel=4,
             )
+
+
+def _show(bar: Any, publisher: ShardPublisher, samples: int) -> None:
+    """Shows that samples were computed, how many bytes are on the disk, and about how many there will be."""
+    about = "" if publisher.forecast is None else f" of about {human_bytes(publisher.forecast)}"
+    bar.set_postfix_str(f"{human_bytes(publisher.written)}{about} written", refresh=False)
+    bar.update(samples)
 
 
 class _Done:
@@ -246,50 +235,3 @@ def _checked_labels(found: Any, size: int) -> Tensor:
             f"labels(batch) returned shape {tuple(labels.shape)} for {size} samples. Return a row for each."
         )
     return labels.detach().cpu().contiguous()
-
-
-def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, show: bool) -> None:
-    """Verifies the shards that this process answers for, and renames the bad ones, so that they are computed again.
-
-    It answers for its own folder, and for those of ranks that are there no more.
-    """
-    from tqdm import tqdm
-
-    folders = [name for name in rank_folders(path) if int(name[5:]) % parts == part]
-    files = [name for name in shard_files(path) if name.split("/")[0] in folders]
-    found = []
-    for name in tqdm(files, desc="verify", unit="shard", disable=not show or not files, leave=False):
-        problem = _problem(path / name)
-        if problem is None:
-            continue
-        with _locked(path, own, int(name[5:].split("/")[0])) as free:
-            if free:
-                set_aside(path / name)
-                found.append(f"{name} ({problem})")
-    if found:
-        warnings.warn(f"set aside as .bad, to be computed again: {listed(found, 3)}.", CoverageWarning, stacklevel=3)
-
-
-def _problem(shard: Path) -> str | None:
-    try:
-        return Shard(shard).problem()
-    except StoreError as error:
-        return str(error)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, own: RankFolder, rank: int) -> Iterator[bool]:
-    """Locks another rank's folder; gives False if its process runs."""
-    folder = RankFolder(path, rank)
-    if folder.path == own.path:
-        yield True
-        return
-    try:
-        folder.__enter__()
-    except StoreError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        folder.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""A store's directory: its description, one folder and one lock for each rank, and files that appear whole or not at all."""
+"""The directory of a store: its description, a locked folder for each rank, and the notes in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import socket
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from convtap._atomic_write import TEMPORARY, sync_folder, write_whole
@@ -23,7 +22,7 @@ _RANK = re.compile(r"rank-(\d{5,})")
 # Note: [Locks]
 # Assumption: one process at a time writes into a rank's folder.
 # Failure: an flock is inherited by the data loader's forked workers, which outlive a killed parent by seconds, so a resume
-#   would find the folder locked by nobody.
+#   would find a folder locked that no process writes into.
 # Choice: a POSIX record lock, which belongs to the process alone. It does not keep the process from locking twice, so the
 #   folders that this process holds are remembered here.
 _held: set[Path] = set()
@@ -149,7 +148,7 @@ def rank_folders(path: Path) -> list[str]:
 
 
 class RankFolder:
-    """The folder of one rank, locked for as long as the block is open; what a killed process left half-written is gone.
+    """The folder of one rank, locked inside the context; half-written files of a killed process are removed.
 
     Raises:
         StoreError: another process has it.
@@ -167,9 +166,7 @@ class RankFolder:
                 entry.unlink()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -237,16 +234,19 @@ def note_part(folder: RankFolder, part: int, parts: int) -> None:
     _note(folder.path / "part.json", {"part": part, "parts": parts})
 
 
+def read_note(file: Path) -> dict[str, Any]:
+    """Reads a note; empty if it is missing or damaged, since no row is read by one."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def read_parts(path: Path) -> int:
     """Returns how many parts the latest run was divided into."""
-    latest, parts = -1, 1
-    for rank in rank_folders(path):
-        file = path / rank / "part.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            time, found = file.stat().st_mtime_ns, int(json.loads(file.read_bytes())["parts"])
-            if (time, found) > (latest, parts):
-                latest, parts = time, found
-    return parts
+    files = [path / rank / "part.json" for rank in rank_folders(path)]
+    noted = [(file, read_note(file).get("parts")) for file in files]
+    return max(((file.stat().st_mtime_ns, parts) for file, parts in noted if isinstance(parts, int)), default=(0, 1))[1]
 
 
 def write_finished(folder: Path, batches: int) -> None:
@@ -256,36 +256,25 @@ def write_finished(folder: Path, batches: int) -> None:
 
 def read_finished(path: Path) -> int | None:
     """Returns how many batches the data has, if a rank has come to its end."""
-    for rank in rank_folders(path):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((path / rank / "finished.json").read_bytes())["batches"])
-    return None
+    found = (read_note(path / rank / "finished.json").get("batches") for rank in rank_folders(path))
+    return next((batches for batches in found if isinstance(batches, int)), None)
 
 
 def write_padding(folder: Path, layers: dict[str, str]) -> None:
     """Notes in a rank's folder which layers' frames are not those of each input alone, and why."""
-    known = _padding_in(folder)
+    known = read_note(folder / "padding.json")
     if not layers.items() <= known.items():
         _note(folder / "padding.json", {**known, **layers})
 
 
 def read_padding(path: Path) -> dict[str, str]:
-    """Returns what the ranks have noted of padded batches, by layer."""
-    found: dict[str, str] = {}
-    for rank in rank_folders(path):
-        found.update(_padding_in(path / rank))
-    return found
-
-
-def _padding_in(folder: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / "padding.json").read_bytes())
-        return {str(layer): str(cause) for layer, cause in found.items()} if isinstance(found, dict) else {}
-    return {}
+    """Returns the notes of the ranks on padded batches, by layer."""
+    notes = [read_note(path / rank / "padding.json") for rank in rank_folders(path)]
+    return {layer: str(cause) for note in notes for layer, cause in note.items()}
 
 
 def set_aside(shard: Path) -> Path:
-    """Renames a bad shard, so that nobody reads it and its number is not used again."""
+    """Renames a bad shard, so that it is not read and its number is not used again."""
     target = shard.with_name(f"{shard.name}.bad")
     os.replace(shard, target)
     sync_folder(shard.parent)

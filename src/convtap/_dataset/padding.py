@@ -14,10 +14,10 @@ from convtap._errors import InvalidType, InvalidValue, Unsupported, listed
 
 
 def given_axis(layer: str, about: LayerSummary, given: Any) -> int | None:
-    """Checks the axis that somebody gives for all layers, or by layer; returns it counted from the end, or None.
+    """Checks the user's axis for all layers, or by layer; returns it counted from the end, or None.
 
     Raises:
-        InvalidType: it is no int.
+        InvalidType: it is not an int.
         InvalidValue: the layer's rows have no such axis.
     """
     dim = given.get(layer) if isinstance(given, Mapping) else given
@@ -42,7 +42,7 @@ def given_axis(layer: str, about: LayerSummary, given: Any) -> int | None:
 
 
 def time_axis(layer: str, about: LayerSummary, given: Any, stacklevel: int = 3) -> int | None:
-    """Returns which axis of a layer's rows is time: as it is given, else as the store has it; warns if that is assumed."""
+    """Returns which axis of a layer's rows is time: the user's, else the store's; warns if that is assumed."""
     dim = given_axis(layer, about, given)
     if dim is None and about.is_assumed:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""From what one forward pass gave to rows, one for each sample: names, counts, valid frames, reduction."""
+"""Turns the outputs of one forward pass into rows, one for each sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._dataset.shard_writer import Rows
+from convtap._dataset.options import ExtractOptions
+from convtap._dataset.shard_format import Rows
 from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, listed
 from convtap._record.policy import cast
-from convtap._record.reductions import Reductions
 from convtap._result.keys import numbered, separator
 from convtap._tensors.layout import Axes, after
 from convtap._tensors.nested import Omitted, walk_leaves
@@ -28,17 +28,13 @@ class RowMaker:
     """How calls become rows.
 
     Attributes:
-        calls: ``"error"``, ``"cat"`` or ``"keys"``: what to do with a layer that ran several times.
+        options: those of the extraction; ``reduce`` and ``dtype`` are for rows that are cut, others have them already.
         rule: the rule for valid frames; None to leave rows whole.
-        reduce: for rows that are cut; without a rule the batch was reduced already.
-        dtype: what to cast rows to that are cut.
-        axes: which axis of an output is time, and what is noted of that for the rows.
+        axes: which axis of an output is time, and the notes of that for the rows.
     """
 
-    calls: str
+    options: ExtractOptions
     rule: ValidLengths | None
-    reduce: Reductions
-    dtype: torch.dtype | None
     axes: RowAxes
 
     def columns(self, calls: Calls, size: int) -> dict[str, Rows]:
@@ -48,7 +44,7 @@ class RowMaker:
             size: the number of samples in the batch.
 
         Raises:
-            Unsupported: a layer ran several times, or gave no rows that are samples.
+            Unsupported: a layer ran several times, or its rows are not the samples.
         """
         columns: dict[str, Rows] = {}
         for key, layer, part, path, tensor in self._tensors(calls):
@@ -75,12 +71,12 @@ class RowMaker:
         names = {layer for layer, _ in by_layer}
         marks = {layer: separator(layer, names) for layer in names}
         for (layer, part), values in by_layer.items():
-            if self.calls == "keys":
+            if self.options.calls == "keys":
                 for number, value in enumerate(values):
                     key = numbered(layer, number, 0, marks[layer], part)
                     yield from ((key + path, layer, part, path, tensor) for path, tensor in _leaves(key, value))
                 continue
-            if len(values) > 1 and self.calls == "error":
+            if len(values) > 1 and self.options.calls == "error":
                 raise Unsupported(
                     f"layer {layer + part!r} ran {len(values)} times in one forward pass. Pass calls='cat' to join its calls "
                     "on time, or calls='keys' to store each under its own key."
@@ -92,7 +88,7 @@ class RowMaker:
             yield from ((key + path, layer, part, path, tensor) for path, tensor in _joined(key, values, dim))
 
     def _kept(self, key: str, name: str, row: Tensor, axes: Axes) -> Tensor:
-        reduce = self.reduce.of(name)
+        reduce = self.options.reductions.of(name)
         if reduce is not None:
             try:
                 reduced = reduce(row)
@@ -108,7 +104,7 @@ class RowMaker:
             row, axes = reduced, after(axes, row.shape, reduced.shape)
         self.axes.note(key, axes)
         try:
-            row = cast(row, self.dtype)
+            row = cast(row, self.options.dtype)
         except InvalidValue as error:
             raise InvalidValue(f"layer {key!r}: {error}") from None
         # its own memory: a part of the batch would keep all of it alive
@@ -169,8 +165,3 @@ def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
         "samples. Leave the layer out, bring the samples to axis 0 with reduce=, or, if the model really has other rows than "
         "the data, give ids=."
     )
-
-
-def values_of(calls: Iterable[Any]) -> Calls:
-    """Reads the calls of a block, in execution order."""
-    return [(call.layer, call.part, call.output) for call in calls]

@@ -1,49 +1,24 @@
-"""One batch through the model, with its layers captured: device, mode, autocast, compiled or not."""
+"""Runs one batch through the model, with its layers captured, and returns rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from convtap._capture.options import capture_options
 from convtap._capture.session import Session
 from convtap._capture.tapped import tapped
-from convtap._dataset.rows import Calls, values_of
+from convtap._dataset.options import ExtractOptions
+from convtap._dataset.rows import Calls, RowMaker
+from convtap._dataset.shard_format import Rows
+from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
-from convtap._errors import InvalidType, InvalidValue, Unsupported
-from convtap._select.batch import Inputs, called_with, naming_inputs
+from convtap._select.batch import called_with
 from convtap._select.example import entry, moved
 from convtap._select.parts import split_key
-from convtap._select.selection import Selection, select
-
-
-def find_device(model: nn.Module, device: Any) -> torch.device:
-    """Returns where inputs go: where the model's first parameter is.
-
-    Raises:
-        InvalidValue: ``device`` is no device, or another one than the model's.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    own = tensors[0].device if tensors else torch.device("cpu")
-    if device is None:
-        return own
-    try:
-        asked = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InvalidValue(f"device={device!r} is no device. Write device='cuda', or leave it out.") from None
-    if (
-        tensors
-        and asked not in [tensor.device for tensor in tensors]
-        and asked.type not in {t.device.type for t in tensors}
-    ):
-        raise InvalidValue(
-            f"device={str(asked)!r}, but the model is on {str(own)!r}. Move it first: model.to({str(asked)!r})."
-        )
-    return asked
 
 
 @contextmanager
@@ -59,112 +34,94 @@ def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 class Runner:
-    """Runs batches through a model, and gives what its selected layers gave.
+    """Runs batches through a model, and turns the outputs of its selected layers into rows.
 
-    Args:
-        capture: the options of ``Capture``.
-        rule: where to note how lengths become frames; None if nobody asks.
-        method: the method to run instead of the model itself, or None.
-        fresh: whether nothing was stored before, so that a first batch without any output is an error.
+    It is a context manager: the model is in the mode of the options inside.
 
     Attributes:
-        model: the model.
-        look: what is shown the calls of each batch, and the batch, before they become rows.
+        options: the options of the extraction.
+        rule: how lengths become frames; None without ``lengths``.
+        axes: which axis of each row is time.
+        fresh: whether nothing was stored before, so that a first batch without any output is an error.
         ran: the layers, and the parts of layers, that have run so far.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Any,
-        capture: dict[str, Any],
-        *,
-        device: Any,
-        autocast: torch.dtype | None,
-        compile: bool,
-        stop: bool,
-        rule: ValidLengths | None,
-        method: str | None = None,
-    ) -> None:
-        if autocast is not None and not isinstance(autocast, torch.dtype):
-            raise InvalidType(f"autocast is {autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
-        if compile and method is not None:
-            raise Unsupported(
-                f"compile=True compiles the model's forward, and method={method!r} is another one. Leave one of them out."
-            )
-        self._options = capture
-        # what is missing is judged over the whole run
-        self._capture = capture_options(model, layers, **capture, stop=stop).without_checks()
-        self.selection: Selection = select(model, layers, self._capture.types)
-        self.model = model
-        self._method = method
-        self._run = entry(model, method)
-        self._device = find_device(model, device)
-        self._autocast = autocast
-        self._rule = rule
-        self._layers = layers
-        self._tapped: Any = None
-        self._compiled: Any = None
-        self._compile = compile
+    def __init__(self, options: ExtractOptions) -> None:
+        self.options = options
+        self.rule = None if options.lengths is None else ValidLengths(options)
+        self.axes = RowAxes(options, self.rule)
         self.fresh = True
-        self.look: Callable[[Calls, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.ran: set[str] = set()
+        self._rows = RowMaker(options, self.rule, self.axes)
+        self._forward = entry(options.model, options.method)
+        self._compiled: Any = None
+        self._cleanup = ExitStack()
 
     def __enter__(self) -> Runner:
-        if self._compile:
-            self._tapped = tapped(self.model, self._layers, **self._options)
-            self._compiled = torch.compile(self._tapped)
+        options = self.options
+        self._cleanup.enter_context(module_mode(options.model, options.mode))
+        if options.compile:
+            capture, policy = options.capture, options.capture.policy
+            module = tapped(
+                options.model,
+                capture.layers,
+                types=capture.types,
+                at=capture.at,  # type: ignore[arg-type]
+                reduce=policy.reduce,
+                dtype=policy.dtype,
+            )
+            self._cleanup.callback(module.close)
+            self._compiled = torch.compile(module)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Takes off the model what compiled running has put on it."""
-        if self._tapped is not None:
-            self._tapped.close()
+        self._cleanup.close()
 
-    def inputs(self, function: Inputs | None, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns what the model is called with for a batch."""
-        return called_with(function, batch, self.model)
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of the model for a batch."""
+        return called_with(self.options.inputs, batch, self.options.model)
 
-    def naming_inputs(self, function: Inputs | None, batch: Any) -> AbstractContextManager[None]:
-        """Runs the body, which runs the batch: where the model refuses what it is called with, names ``inputs``."""
-        return naming_inputs(function, batch, self.model, self._method)
+    def rows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, lengths: list[int] | None = None
+    ) -> dict[str, Rows]:
+        """Runs one batch. Returns the rows of each layer, on the CPU.
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int] | None = None) -> Calls:
-        """Runs one batch. Returns what each call of a selected layer gave, in execution order.
+        Args:
+            size: the number of samples in the batch.
+            lengths: how many input samples of each are real.
 
         Raises:
             NotCaptured: a layer was bypassed, or ran in another thread, or nothing at all ran in the first batch.
+            Unsupported: a layer ran several times, or its rows are not the samples.
         """
-        args, kwargs = moved(args, self._device), moved(kwargs, self._device)
-        with torch.inference_mode(), self._casting():
-            if self._rule is not None:
-                self._rule.learn(args, kwargs, lengths or [], self.selection.modules)
-            if self._compiled is not None:
-                return self._shown(self._run_compiled(args, kwargs), args, kwargs)
-            with Session(self._capture) as session:
-                self._run(*args, **kwargs)
-            session.check(needs_output=self.fresh)
-            self.fresh = False
-            calls = self._shown(values_of(session.log.calls.values()), args, kwargs)
-        self.ran.update(layer + part for layer, part, _ in calls)
-        return calls
-
-    def _shown(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
-        if self.look is not None:
-            self.look(calls, args, kwargs)
-        return calls
+        options = self.options
+        args, kwargs = moved(args, options.device), moved(kwargs, options.device)
+        with torch.inference_mode():
+            with self._casting():
+                if self.rule is not None:
+                    self.rule.learn(args, kwargs, lengths or [], options.selection.modules)
+                calls = self._captured(args, kwargs) if self._compiled is None else self._traced(args, kwargs)
+                self.axes.look(calls, args, kwargs)
+            self.ran.update(layer + part for layer, part, _ in calls)
+            return self._rows.columns(calls, size)
 
     def idle(self) -> list[str]:
         """Returns the selected modules, and parts of their outputs, that have not run so far."""
-        functions = self.selection.function_names
-        return [name for name in self.selection.names if name not in self.ran and name not in functions]
+        selection = self.options.selection
+        return [name for name in selection.names if name not in self.ran and name not in selection.function_names]
 
     def _casting(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._autocast is None else torch.autocast(self._device.type, dtype=self._autocast)
+        dtype = self.options.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.options.device.type, dtype=dtype)
 
-    def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
+        with Session(self.options.capture) as session:
+            self._forward(*args, **kwargs)
+        session.check(needs_output=self.fresh)
+        self.fresh = False
+        return [(call.layer, call.part, call.output) for call in session.log.calls.values()]
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
         _, outputs = self._compiled(*args, **kwargs)
-        known = self.selection.modules
-        calls = [(layer, part, value) for key, value in outputs.items() for layer, _, part in [split_key(key, known)]]
-        self.ran.update(layer + part for layer, part, _ in calls)
-        return calls
+        known = self.options.selection.modules
+        return [(layer, part, value) for key, value in outputs.items() for layer, _, part in [split_key(key, known)]]

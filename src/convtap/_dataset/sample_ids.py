@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from convtap._dataset.index import Index
-from convtap._dataset.shard_writer import Batch, Id
+from convtap._dataset.shard_format import Batch, Id
 from convtap._errors import InvalidType, InvalidValue, brief
 from convtap._tensors.nested import walk_tensors
 
 
-def listing(found: Any) -> Any:
-    """Returns what ``ids`` returned as a list, if it is one of several items; it may be an array, or an iterator."""
+def ids_as_list(found: Any) -> Any:
+    """Returns the result of ``ids`` as a list, if it has several items; it may be an array or an iterator."""
     items = found.tolist() if hasattr(found, "tolist") else found
     return items if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__") else list(items)
 
 
-class Names:
+class SampleIds:
     """Gives the samples of each batch their ids: the user's, the indices of the data set, or a running count."""
 
     def __init__(self, index: Index, *, named: bool, counts: bool) -> None:
@@ -31,7 +31,7 @@ class Names:
             self._kind = type(index.ids[0].item()) if len(index.ids) else None
 
     def of(self, number: int, indices: list[int] | None, found: Any, inputs: Any) -> list[Id]:
-        """Returns the ids of a batch; ``found`` is what the user's function returned for it."""
+        """Returns the ids of a batch; ``found`` is the result of the user's function for it."""
         if self._named:
             return self._checked(found)
         if indices is not None:

@@ -1,4 +1,4 @@
-"""Reading a shard: its header at once, a row's own bytes when the row is asked for, everything to verify it."""
+"""Reads a shard: its header at once, a row when it is asked for, and everything to verify it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convtap._dataset.shard_writer import DTYPES, FORMAT, Id, header_checksum
+from convtap._dataset.shard_format import DTYPES, FORMAT, Id, header_checksum
 from convtap._errors import StoreError
 
 
@@ -105,14 +105,19 @@ class Shard:
         """Returns the checksums of what a batch was computed from; None in a shard of an earlier version."""
         return tuple(self._tensor("contents", place, place + 1)[0].tolist()) if "contents" in self._parts else None
 
-    def row_shapes(self, key: str) -> Tensor:
-        """Returns the shapes of a layer's rows here, (rows, axes); where a row has fewer axes, -1 fills up."""
-        if self.columns[key]["flat"]:
-            return self._tensor(f"shapes:{key}")
-        length, *shape = self._parts[f"layer:{key}"]["shape"]
-        if "complex" in self.columns[key]["dtype"]:
-            shape.pop()
-        return torch.tensor(shape, dtype=torch.int64).expand(length, len(shape))
+    def shape(self, key: str) -> list[int | None] | None:
+        """Returns the shape of a layer's rows here, None for an axis that varies; None if the number of axes does."""
+        if not self.columns[key]["flat"]:
+            length, *shape = self._parts[f"layer:{key}"]["shape"]
+            if "complex" in self.columns[key]["dtype"]:
+                shape.pop()
+            return shape if length else []
+        low, high = torch.aminmax(self._tensor(f"shapes:{key}"), dim=0)  # where a row has fewer axes, -1 fills up
+        return (
+            None
+            if (low < 0).any()
+            else [a if a == b else None for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        )
 
     def starts(self, key: str) -> dict[int, int]:
         """Returns where each batch's rows of a layer begin, by the batch's place in the shard; absent ones are not in it."""
@@ -179,7 +184,7 @@ def _checksum(file: Any, size: int) -> int:
 
 
 def _restored(stored: Tensor, dtype: str) -> Tensor:
-    """Gives stored numbers the dtype that the layer gave."""
+    """Returns stored numbers in the dtype of the layer's output."""
     wanted: torch.dtype = getattr(torch, dtype)
     if wanted.is_complex:
         return torch.view_as_complex(stored)

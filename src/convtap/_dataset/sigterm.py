@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -16,10 +16,11 @@ class Terminated(BaseException):
 
 
 class Termination:
-    """Holds SIGTERM back until what was computed is on the disk, then hands it on to whoever handled it before.
+    """Holds SIGTERM back until the computed batches are on the disk, then passes it on to the handler of before.
 
-    It interrupts only where a batch that is lost costs nothing: see ``interruptible``. Outside the main thread, where
-    Python allows no handler, it does nothing.
+    A scheduler sends it half a minute before SIGKILL, which loses the open shard and the one being written: all samples
+    of a run that has not filled its first 256 MB. It interrupts only where a lost batch costs nothing: see
+    ``interruptible``. Outside the main thread, where Python allows no handler, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -34,9 +35,7 @@ class Termination:
             self._installed = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._installed:
             # a handler that was not set from Python reads as None
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)

@@ -13,7 +13,7 @@ from convtap._tensors.nested import walk_tensors
 
 # Note: [State across batches]
 # Assumption: a batch's rows depend on the batch and the model alone, so batches can be computed in any run and on any rank.
-# Failure: a streaming model takes what the batch before has left in a buffer or an attribute; after a gap that is another
+# Failure: a streaming model reads what the batch before has left in a buffer or an attribute; after a gap that is another
 #   batch, or none, and the rows are those of no uninterrupted run.
 # Choice: after a gap, look whether the first batches write into a tensor that was there before, or replace it by one of the
 #   same shape. (A cache that is filled or grows is no state in this sense.) Then warn, by name.

@@ -1,4 +1,4 @@
-"""Reading a store: samples by id, layers as views, what is missing, and whether the bytes are still the ones written."""
+"""The public ``Store``: samples by id, layers as views, and what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from convtap._dataset.layout import read_padding
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store_reader import StoreReader
-from convtap._dataset.summary import missing, stem, summary, unreadable, verify
+from convtap._dataset.summary import missing, stem, summary, unreadable
+from convtap._dataset.verify import verify
 from convtap._dataset.views import LayerView, StoreDataset
 from convtap._errors import (
     AmbiguousCall,
@@ -45,7 +46,7 @@ class Store:
         torch.Size([8, 46])
 
     Args:
-        path: the directory that was given to ``extract`` as ``into``.
+        path: the directory that ``extract`` wrote ``into``.
 
     Raises:
         StoreError: no store is there, or it is half of one, or newer than this convtap.
@@ -173,7 +174,7 @@ class Store:
 
     @property
     def missing(self) -> list[int] | None:
-        """The numbers of the batches that are not here; None if nobody knows yet how many there are."""
+        """The numbers of the batches that are not here; None if their number is not known yet."""
         return missing(self.path, self._reader.identity, self._reader.index)
 
     @property

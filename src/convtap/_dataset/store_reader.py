@@ -1,4 +1,4 @@
-"""Reads a store by position: its description, the index of its samples, and its shards, of which some stay open."""
+"""Finds the samples of a store by id and position, and keeps some of its shards open."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from convtap._dataset.index import read_index
 from convtap._dataset.layout import read_description
+from convtap._dataset.shard_format import Id
 from convtap._dataset.shard_reader import Shard
-from convtap._dataset.shard_writer import Id
 from convtap._dataset.summary import missing, unreadable
 from convtap._errors import OutOfRange, StoreError, listed
 

@@ -1,4 +1,4 @@
-"""The account of a store: its layers, what is missing, double or unreadable, and whether its bytes are the ones written."""
+"""The account of a store: its layers, and what is missing, double or unreadable."""
 
 from __future__ import annotations
 
@@ -9,36 +9,15 @@ from typing import Any
 
 import torch
 
-from convtap._dataset.index import Index, read_index
+from convtap._dataset.index import Index
 from convtap._dataset.layout import rank_folders, read_finished, read_padding, read_parts
-from convtap._dataset.shard_reader import Shard
-from convtap._errors import StoreError, listed, plural
+from convtap._errors import listed, plural
 from convtap._select.parts import split_key
 from convtap._table import Table, human_bytes
 
 
-def verify(path: Path, progress: bool) -> Table:
-    """Reads every shard that is in a store now. Returns ``(shard, what is wrong)`` for each bad one."""
-    from tqdm import tqdm
-
-    index = read_index(path)
-    bad = dict(index.bad)
-    for name in tqdm(index.files, desc="verify", unit="shard", disable=not progress):
-        if name not in bad:
-            try:
-                problem = Shard(path / name).problem()
-            except StoreError as error:
-                problem = str(error)
-            if problem is not None:
-                bad[name] = problem
-    checked = plural(len({*index.files, *bad}), "shard")
-    title = f"{checked}, {len(bad)} bad" if bad else f"{checked}, all whole"
-    remedy = "extract(..., resume=True) with the same arguments sets them aside and computes their batches again."
-    return Table(("shard", "what is wrong"), sorted(bad.items()), title, [remedy] if bad else [])
-
-
 def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] | None:
-    """Returns the numbers of the batches that are not there, or None if nobody knows yet how many there are."""
+    """Returns the numbers of the batches that are not there, or None if their number is not known yet."""
     count = identity["data"].get("batches")
     if count is None:
         count = read_finished(path)
@@ -49,13 +28,14 @@ def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] 
 
 
 def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mapping[str, str], most: int | None) -> Table:
-    """Returns a table with one line a layer. ``names`` gives the keys of the layers by the names to show."""
+    """Returns a table with one line a layer. ``names`` maps the names to show to the keys of the layers."""
     rows: list[tuple[Any, ...]] = []
     counts = dict(zip(index.layers, (index.present * index.batches[:, 1:2]).sum(0).tolist(), strict=True))
     for shown, key in names.items():
         layer = index.layers[key]
         size = layer.elements * getattr(torch, layer.dtype.split("|")[0]).itemsize
-        rows.append((shown, counts[key], _shape_text(layer.shape), layer.dtype, human_bytes(size)))
+        shape = "varies" if layer.shape is None else str(tuple(layer.shape)).replace("None", "…")
+        rows.append((shown, counts[key], shape, layer.dtype, human_bytes(size)))
     layers = set(identity["layers"])
     split = [split_key(key, layers) for key in index.layers]
     ran = {name for layer, _, part in split for name in (layer, layer + part)}
@@ -114,7 +94,7 @@ def _ranks(path: Path, index: Index) -> dict[int, int]:
 
 
 def _undone(absent: list[int], parts: int, ranks: Mapping[int, int]) -> list[str]:
-    """Says which ranks the missing batches are of, if the latest run had several."""
+    """Describes which ranks the missing batches are of, if the latest run had several."""
     if parts == 1:
         return []
     owners = Counter(number % parts for number in absent)
@@ -134,7 +114,7 @@ def _several(index: Index) -> list[Any]:
 
 
 def unreadable(index: Index) -> str:
-    """Says which shards cannot be read."""
+    """Describes which shards cannot be read."""
     bad = listed([f"{name} ({problem})" for name, problem in index.bad.items()], 3)
     return (
         f"{len(index.bad)} of {plural(len(index.bad) + len(index.files), 'shard')} cannot be read, and their samples are "
@@ -150,14 +130,6 @@ def stem(key: str, layers: Container[str]) -> str:
 
 def _batches(count: int) -> str:
     return f"{count} batch{'' if count == 1 else 'es'}"
-
-
-def _shape_text(shape: list[int | None] | None) -> str:
-    if shape is None:
-        return "varies"
-    return (
-        "(" + ", ".join("…" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
-    )
 
 
 def _ranges(numbers: list[int], limit: int = 6) -> str:

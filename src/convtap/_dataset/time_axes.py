@@ -1,72 +1,48 @@
-"""Which axis of the rows that are stored is time: asked of the layers' types, and of a timeline where those do not say it."""
+"""Finds which axis of the stored rows is time: by the layers' types, else by following the input through the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
-
+from convtap._dataset.options import ExtractOptions
 from convtap._dataset.valid_lengths import ValidLengths
-from convtap._record.reductions import Reductions
 from convtap._select.layer_layout import LayerLayouts, layout_of
-from convtap._select.module_tree import ModuleTree
 from convtap._tensors.layout import Axes, axes_of, axes_with_time
 from convtap._tensors.nested import walk_tensors
-from convtap._time.signal import checked_time_dim
 
 
 class RowAxes:
     """The axes of the outputs that rows are made of, and of the rows that were made so far.
 
     Args:
-        model: the model.
-        tree: its modules.
-        at: what of the layers is stored: ``"output"``, ``"input"`` or ``"activation"``.
-        reductions: the functions that are applied: to a row that was cut, else to the output beforehand.
-        rule: what knows the time axis of each layer because rows are cut on it; None if they are not.
-        time_dim: the axis of the model's input that is time; None if nobody says it, and it is the last one unless the layers
+        options: those of the extraction. Without ``time_dim`` the last axis of the input is time, unless the layers
             contradict that.
-        method, signal: as ``ValidLengths`` takes them.
+        rule: what knows the time axis of each layer because rows are cut on it; None if they are not.
 
     Attributes:
         found: by key, which axis of the latest row is time.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tree: ModuleTree,
-        at: str,
-        reductions: Reductions,
-        rule: ValidLengths | None,
-        time_dim: int | None = None,
-        *,
-        method: str | None = None,
-        signal: str | int | None = None,
-    ) -> None:
+    def __init__(self, options: ExtractOptions, rule: ValidLengths | None) -> None:
         self.found: dict[str, Axes] = {}
-        self._model = model
-        self._input: dict[str, Any] = {"method": method, "signal": signal}
-        self._modules = tree.names
-        self._layouts = LayerLayouts(tree, at)
-        self._at = at
-        self._reductions = reductions
+        self._options = options
+        self._at = options.capture.at
+        self._layouts = LayerLayouts(options.selection.tree, self._at)
         self._rule = rule
         self._guide: ValidLengths | None = None
-        self._dims = (-1, -2) if time_dim is None else (checked_time_dim(time_dim),)
         self._looked = False
 
     def look(self, calls: Iterable[tuple[str, str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Follows a first batch through the model, if a layer in it has a type that does not say its time axis."""
+        """Follows a first batch through the model, if a layer in it has a type whose time axis is not known."""
         if self._rule is not None or self._looked or self._at == "activation":
             return
         unknown = {layer for layer, part, value in calls if self._is_unknown(layer, part, value)}
         if not unknown:
             return
         self._looked = True
-        for dim in self._dims:
-            guide = ValidLengths(self._model, self._at, **self._input, time_dim=dim)
+        for dim in (-1, -2) if self._options.time_dim is None else (self._options.time_dim,):
+            guide = ValidLengths(self._options, dim)
             try:
                 guide.learn(args, kwargs, [], unknown)
             except Exception:  # the model cannot be followed on this axis, so nothing is known by it
@@ -84,7 +60,7 @@ class RowAxes:
             path: where the tensor lies in that.
             shape: the tensor's.
         """
-        reduced = self._rule is None and self._reductions.of(layer + part) is not None
+        reduced = self._rule is None and self._options.reductions.of(layer + part) is not None
         place = part + path
         layout = self._layouts.of(layer, reduced=reduced) if place in ("", "[0]") else None
         usual = axes_of(shape, layout)
@@ -113,7 +89,7 @@ class RowAxes:
         """Whether a layer that knows its own time axis has another one by the timeline."""
         side = "input" if self._at == "input" else "output"
         for (name, path), runs in guide.times.items():
-            module = self._modules.get(name)
+            module = self._options.selection.tree.names.get(name)
             layout = None if module is None or path not in ("", "[0]") else layout_of(module, side)
             for one in runs:
                 usual = axes_of(one.shape, layout)

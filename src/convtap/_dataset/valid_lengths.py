@@ -1,4 +1,4 @@
-"""How many frames of each layer are real, from how many samples of the input are: asked of the model's timeline."""
+"""Finds how many frames of each layer are real, from the numbers of real input samples."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from convtap._dataset.options import ExtractOptions
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
 from convtap._select.batch import as_example
 from convtap._select.example import forward_of
@@ -28,33 +29,21 @@ class ValidLengths:
     """The rule of each layer, found by following the time axis of a batch through the model.
 
     Args:
-        model: the model.
-        at: ``"input"`` for what layers are given, else for what they return.
-        method: the method that is run, or None.
-        signal: which input has the lengths; None to find it.
-        time_dim: the axis of it that is time.
+        options: those of the extraction.
+        time_dim: the axis of the signal that is time; None for that of the options, or the last one.
 
     Attributes:
         times: by layer and the path of a tensor, the time axis of each of its runs, once a batch was followed.
         differences: the tensors of layers whose frames are not those of each input alone, and why.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        at: str = "output",
-        *,
-        method: str | None = None,
-        signal: str | int | None = None,
-        time_dim: int = -1,
-    ) -> None:
+    def __init__(self, options: ExtractOptions, time_dim: int | None = None) -> None:
         self.differences: dict[str, str] = {}
-        self._model = model
-        self._every = "input" if at == "input" else "output"
-        self._at = at
-        self._method = method
-        self._signal = signal
-        self._time_dim = time_dim
+        self._model = options.model
+        self._at = options.capture.at
+        self._method = options.method
+        self._signal = options.signal
+        self._time_dim = next((dim for dim in (time_dim, options.time_dim) if dim is not None), -1)
         self._path: str | None = None
         self._lengths: list[int] = []
         self._full = 0
@@ -75,7 +64,7 @@ class ValidLengths:
             layers: the selected layers, by which the signal is told from the other arguments.
 
         Raises:
-            InvalidValue: there is no tensor that can be the signal, or a length is longer than it.
+            InvalidValue: no tensor can be the signal, or a length is longer than it.
         """
         example = as_example(self._model, args, kwargs, self._method)
         is_first = self._path is None
@@ -100,7 +89,7 @@ class ValidLengths:
         self._learned_padded |= self._is_padded
 
     def _find(self, example: Any, lengths: list[int], layers: set[str]) -> str:
-        """Finds the signal: what was named, or of the tensors that can be it, the first that reaches the most layers."""
+        """Finds the signal: the named tensor, or of those that can be it, the first that reaches the most layers."""
         forward = forward_of(self._model, self._method)
         if self._signal is not None:
             path, signal = signal_of(example, self._signal, forward)
@@ -134,7 +123,8 @@ class ValidLengths:
         axis = time_axis(signal, self._time_dim)
         samples = int(signal.shape[axis])
         zeros = any(length < samples for length in lengths) and _has_zeros(signal.movedim(axis, -1), lengths)
-        how = Pass(self._model, path, axis, self._method, zeros, self._every)
+        every = "input" if self._at == "input" else "output"
+        how = Pass(self._model, path, axis, self._method, zeros, every)
         records, _ = follow(how, example)
         doubts = settle(records, how, example)
         found: dict[tuple[str, str], list[LayerTime]] = {}
@@ -160,7 +150,7 @@ class ValidLengths:
             batch: its axis that is the samples; 1 for (T, B, C).
 
         Raises:
-            Unsupported: nobody knows how many frames are real.
+            Unsupported: the number of real frames is not known.
         """
         times = self.times.get((layer, path), [])
         if not times and path and any(name == layer for name, _ in self.times):
@@ -181,7 +171,7 @@ class ValidLengths:
         return found
 
     def _check(self, layer: str, path: str, times: list[LayerTime], tensor: Tensor) -> None:
-        """Compares the rule with what was seen for the padded batch."""
+        """Compares the rule with the output of the padded batch."""
         expected = self._frames(layer, path, times, self._full)
         seen = tensor.shape[self._ask(layer + path, times, lambda time: time.dim)]
         if expected != seen:

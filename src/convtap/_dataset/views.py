@@ -1,4 +1,4 @@
-"""What a store gives to read: one layer by sample, its frames in random order, and a data set for training."""
+"""Reads a layer of a store: by sample, as frames in random order, and as a data set for training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._dataset.padding import given_axis, padded, time_axis
-from convtap._dataset.shard_writer import Id
+from convtap._dataset.shard_format import Id
 from convtap._dataset.store_reader import StoreReader
 from convtap._errors import InvalidType, InvalidValue, NotCaptured, OutOfRange, Unsupported, brief, listed, plural
 from convtap._public import public
@@ -62,7 +62,7 @@ class LayerView:
         """Which axis of a row is time, counted from the end: -1 for (C, T), -2 for (T, C); None if there is none, as in (C,).
 
         It is known from the cut, the layer's type or the timeline; else it is the only axis that varies between rows, or else
-        assumed to be the last one, and printing the view says so.
+        assumed to be the last one, and the printed view shows that.
         """
         return self._summary.time_dim
 
@@ -147,10 +147,10 @@ class LayerView:
     def frames(self, n: int, shuffle: bool = True, seed: int = 0, time_dim: int | None = None) -> Iterator[Tensor]:
         """Yields every frame once, in batches (n, C); the last one holds the rest.
 
-        For what is fitted to single frames: k-means, sparse autoencoders. A row (C, T) or (T, C) has T frames, a row (C,) is
+        For models of single frames, such as k-means and sparse autoencoders. A row (C, T) or (T, C) has T frames, a row (C,) is
         one.
         With ``shuffle`` the rows are read in random order, and their frames are drawn from a pool of about 64 MiB or
-        16 batches, so that a batch holds frames of many samples while memory stays bounded. The same ``seed`` gives the
+        16 batches, so that a batch holds frames of many samples while memory stays bounded. The same ``seed`` yields the
         same batches; use another one for each epoch.
 
         Args:
@@ -158,10 +158,10 @@ class LayerView:
             shuffle: whether to mix the frames.
             seed: of the mixing.
             time_dim: the axis of a row that is time, counted from the end; None for the one that the store has (see
-                ``time_dim`` of the view). A warning says where that is an assumption.
+                ``time_dim`` of the view). A warning names an axis that is only assumed.
 
         Raises:
-            InvalidValue: ``n`` is no positive number, or ``time_dim`` no axis of the rows.
+            InvalidValue: ``n`` is not a positive number, or ``time_dim`` not an axis of the rows.
             Unsupported: the rows have more than two axes, or their channels differ.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -193,7 +193,7 @@ class LayerView:
                 limit = max(16 * n, _POOL_BYTES // (frames.shape[1] * frames.element_size()))
             if held >= limit + n:
                 rest = _mixed(pool, draw if shuffle else None)
-                # half of the pool goes out, so that what comes mixes with what is there
+                # half of the pool goes out, so that new frames mix with the old ones
                 count = max((held - limit // 2 if shuffle else held) // n, 1) * n
                 yield from torch.split(rest[:count], n)
                 pool, held = [rest[count:].clone()], held - count

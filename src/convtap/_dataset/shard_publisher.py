@@ -1,36 +1,45 @@
-"""Writes shards in the background: one is written while the next is filled, and each appears whole or not at all."""
+"""Makes shards visible in a store: written in the background, each appears whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from convtap._atomic_write import write_whole
 from convtap._dataset.layout import RankFolder
-from convtap._dataset.shard_writer import Batch, write_shard
+from convtap._dataset.shard_format import Batch, write_shard
 from convtap._errors import StoreError
+from convtap._table import human_bytes
 
 
-class Writer:
+class ShardPublisher:
     """Collects batches into shards. At most two shards are in memory: the one that fills and the one that is written.
 
     Args:
         folder: where the shards go; it is locked.
         shard_bytes: a shard is closed once it holds as many.
-        before: called with a shard's batches before it is handed over; raises to refuse it.
+        missing: the samples that all processes together have still to write; None if it is not known.
+        before: called before a shard is written; raises to refuse it.
 
     Attributes:
         written: the bytes of the shards written so far.
+        forecast: the bytes of all missing samples, estimated from the first shard; None before that, or if it is not known.
     """
 
-    def __init__(self, folder: RankFolder, shard_bytes: int, before: Callable[[list[Batch]], None]) -> None:
+    def __init__(self, folder: RankFolder, shard_bytes: int, missing: int | None, before: Callable[[], None]) -> None:
         self.written = 0
+        self.forecast: float | None = None
         self._folder = folder.path
         self._number = folder.next_number()
         self._shard_bytes = shard_bytes
+        self._missing = missing
         self._before = before
         self._batches: list[Batch] = []
         self._filled = 0
@@ -50,13 +59,13 @@ class Writer:
             self._hand_over()
 
     def flush(self) -> None:
-        """Writes what is there, and returns when it is on the disk."""
+        """Writes the batches of the open shard, and returns when they are on the disk."""
         if self._batches:
             self._hand_over()
         self._wait()
 
     def rescue(self) -> None:
-        """Writes what is there although something failed elsewhere; does nothing if the writing itself did."""
+        """Writes the open shard although something failed elsewhere; does nothing if the writing itself did."""
         if not self._failed:
             with contextlib.suppress(Exception):
                 self.flush()
@@ -64,7 +73,9 @@ class Writer:
     def _hand_over(self) -> None:
         self._wait()
         self._failed = True  # until it is known to go well
-        self._before(self._batches)
+        if self.forecast is None and self._missing is not None:
+            self.forecast = _check_room(self._folder.parent, self._batches, self._missing)
+        self._before()
         self._failed = False
         batches, self._batches, self._filled = self._batches, [], 0
         path = self._folder / f"shard-{self._number:06d}.safetensors"
@@ -83,6 +94,7 @@ class Writer:
 
     def _write(self, path: Path, batches: list[Batch]) -> None:
         try:
+            # from here on the shard is visible: readers and resumed runs take any file of this name for a whole one
             self.written += write_whole(path, lambda temporary: write_shard(temporary, batches))
         except OSError as error:
             self._error = StoreError(_unwritten(path, error))
@@ -96,4 +108,38 @@ def _unwritten(path: Path, error: OSError) -> str:
     return (
         f"{str(path)!r}: {why} ({error}). The shards before it are whole: make room (or use reduce=, dtype=, fewer layers "
         "in a new store) and run the same call again; it goes on from there."
+    )
+
+
+def _check_room(store: Path, batches: Sequence[Batch], missing: int) -> float | None:
+    """Estimates from the first shard what all missing samples need: hours of computing are lost on a disk that is too small.
+
+    Returns:
+        Their bytes; None if the shard has no samples.
+
+    Raises:
+        StoreError: even samples as small as the smallest here do not fit.
+    """
+    rows = sum(len(batch.ids) for batch in batches)
+    if not rows:
+        return None
+    mean = sum(batch.nbytes for batch in batches) / rows
+    forecast, free = mean * missing, shutil.disk_usage(store).free
+    numbers = (
+        f"{missing} samples of about {human_bytes(mean)} are {human_bytes(forecast)}, and "
+        f"{str(store)!r} has {human_bytes(free)} free"
+    )
+    remedies = "reduce=lambda t: t.mean(-1), dtype=torch.float16, or fewer layers take less"
+    if min(_least(batch) for batch in batches if batch.ids) * missing > free:
+        raise StoreError(f"it will not fit: {numbers}. Nothing was written. Give another disk; {remedies}.")
+    if forecast > free:
+        warnings.warn(f"it may not fit: {numbers}. {remedies}.", stacklevel=2)
+    return forecast
+
+
+def _least(batch: Batch) -> float:
+    """Returns the fewest bytes that a sample of a batch can have."""
+    return sum(
+        rows.nbytes / len(batch.ids) if isinstance(rows, Tensor) else min(row.nbytes for row in rows)
+        for rows in batch.columns.values()
     )

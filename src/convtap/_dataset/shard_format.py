@@ -1,4 +1,4 @@
-"""Writing a shard: a safetensors file that holds whole batches, complete by itself, with a checksum of every part."""
+"""The format of a shard, and its writing: a safetensors file of whole batches, with a checksum of every part."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch gives.
+    """The rows of one batch.
 
     Attributes:
         number: its place in the data set's order of batches.
         ids: one for each row.
         columns: by layer key, the rows; a layer that did not run is not in it.
         labels: one row for each id, or None.
-        contents: the checksums of what it was computed from, or None.
+        contents: the checksums of the data that it was computed from, or None.
         axes: by layer key, which axis of a row is time, as far as that is known.
     """
 
@@ -76,8 +76,7 @@ def as_list(rows: Rows) -> list[Tensor]:
     return [rows] if isinstance(rows, Tensor) else rows
 
 
-def row_shapes(rows: Rows) -> list[tuple[int, ...]]:
-    """Returns the shape of every row."""
+def _row_shapes(rows: Rows) -> list[tuple[int, ...]]:
     if isinstance(rows, Tensor):
         return [tuple(rows.shape[1:])] * rows.shape[0]
     return [tuple(row.shape) for row in rows]
@@ -131,7 +130,7 @@ def _storable(tensor: Tensor, key: str) -> Tensor:
 
 
 def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str, Any]]:
-    shapes = list(chain.from_iterable(row_shapes(rows) for rows in columns))
+    shapes = list(chain.from_iterable(_row_shapes(rows) for rows in columns))
     if not shapes:  # batches without samples
         return _column_of_nothing(key, columns)
     tensors = list(chain.from_iterable(as_list(rows) for rows in columns))
@@ -174,7 +173,7 @@ def _id_parts(ids: list[Id]) -> list[_Part]:
 
 
 def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
-    """Lays batches out as the tensors of one file, and says what they are."""
+    """Lays batches out as the tensors of one file, and describes them."""
     parts = _id_parts(list(chain.from_iterable(batch.ids for batch in batches)))
     about: dict[str, Any] = {
         "format": FORMAT,

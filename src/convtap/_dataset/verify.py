@@ -1,0 +1,55 @@
+"""Compares the bytes of a store's shards with their checksums, and sets bad shards aside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from convtap._dataset.index import read_index
+from convtap._dataset.layout import RankFolder, rank_folders, set_aside, shard_files
+from convtap._dataset.shard_reader import Shard
+from convtap._errors import CoverageWarning, StoreError, listed, plural
+from convtap._table import Table
+
+
+def verify(path: Path, progress: bool) -> Table:
+    """Reads every shard that is in a store now. Returns ``(shard, what is wrong)`` for each bad one."""
+    index = read_index(path)
+    bad = {**index.bad, **dict(_problems(path, index.files, progress))}
+    checked = plural(len({*index.files, *bad}), "shard")
+    title = f"{checked}, {len(bad)} bad" if bad else f"{checked}, all whole"
+    remedy = "extract(..., resume=True) with the same arguments sets them aside and computes their batches again."
+    return Table(("shard", "what is wrong"), sorted(bad.items()), title, [remedy] if bad else [])
+
+
+def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: bool) -> None:
+    """Verifies the shards that this process answers for, and renames the bad ones, so that they are computed again.
+
+    It answers for its own folder, and for those of ranks that are there no more.
+    """
+    ranks = {name: int(name[5:]) for name in rank_folders(path)}
+    files = [name for name in shard_files(path) if ranks[name.split("/")[0]] % parts == part]
+    found = []
+    for name, problem in _problems(path, files, progress, leave=False):
+        folder = RankFolder(path, ranks[name.split("/")[0]])
+        with suppress(StoreError), nullcontext() if folder.path == own.path else folder:  # another process may have it
+            set_aside(path / name)
+            found.append(f"{name} ({problem})")
+    if found:
+        warnings.warn(f"set aside as .bad, to be computed again: {listed(found, 3)}.", CoverageWarning, stacklevel=3)
+
+
+def _problems(path: Path, files: Iterable[str], progress: bool, leave: bool = True) -> Iterator[tuple[str, str]]:
+    """Yields each bad shard, and what is wrong with it."""
+    from tqdm import tqdm
+
+    names = list(files)
+    for name in tqdm(names, desc="verify", unit="shard", disable=not progress or not names, leave=leave):
+        try:
+            problem = Shard(path / name).problem()
+        except StoreError as error:
+            problem = str(error)
+        if problem is not None:
+            yield name, problem
