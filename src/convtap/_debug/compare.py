@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
+from convtap._debug.compare_captures import compare_captures
 from convtap._debug.compare_models import compare_models
-from convtap._debug.comparison import Comparison, Ledger
+from convtap._debug.comparison import Comparison
 from convtap._debug.metrics import Tolerance
-from convtap._debug.pairs import match
 from convtap._errors import InvalidType, InvalidValue
 from convtap._public import public
 from convtap._result.activations import Activations
 from convtap._select.example import Example
 from convtap._select.selection import CONV1D, Layers, Types
-from convtap._tensors.nested import MISSING, part_of
-from convtap._tensors.statistics import shapes
 
 
 @public
@@ -81,7 +79,7 @@ def compare(
     if mode not in ("eval", "train", None):
         raise InvalidValue(f"mode={mode!r} is none of 'eval', 'train', None.")
     if isinstance(a, Activations) and isinstance(b, Activations):
-        return _compare_captures(a, b, map, tolerance)
+        return compare_captures(a, b, map, tolerance)
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         if example is None:
             raise InvalidValue("two models are compared on an example. Write: compare(a, b, example=x)")
@@ -90,42 +88,6 @@ def compare(
         f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
         "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example."
     )
-
-
-def _compare_captures(a: Activations, b: Activations, map: Any, tolerance: Tolerance) -> Comparison:
-    pairs, note = match(_structure(a, b), _structure(b, a), map)
-    ledger = Ledger(pairs, tolerance)
-    ledger.parts.update({call.name: call.part for acts in (a, b) for call in acts.calls()})
-    theirs = {(name, index): output for name, index, output in _outputs(b, a)}
-    for name, index, output in _outputs(a, b):
-        partner = (pairs.get(name, ""), index)
-        if partner in theirs:
-            ledger.compare(name, partner[0], index, output, theirs.pop(partner))
-        else:
-            ledger.lone(0, name, index)
-    for name, index in theirs:
-        ledger.lone(1, name, index)
-    return ledger.close([note])
-
-
-def _outputs(acts: Activations, other: Activations) -> Iterator[tuple[str, int, Any]]:
-    """Yields name, number and output of each call; of what the other side has in part only, the same parts."""
-    parts: dict[str, dict[str, None]] = {}
-    for call in other.calls():
-        if call.part:
-            parts.setdefault(call.layer, {})[call.part] = None
-    for call in acts.calls():
-        for part in parts.get(call.layer, ("",)) if not call.part else ("",):
-            found = part_of(call.output, part)
-            if found is not MISSING:
-                yield call.name + part, call.index, found
-
-
-def _structure(acts: Activations, other: Activations) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
-    for name, _, output in _outputs(acts, other):
-        found.setdefault(name, []).append(shapes(output))
-    return found
 
 
 def _tolerance(name: str, value: Any) -> float | None:
