@@ -1,51 +1,45 @@
-"""Compares two captures, call by call."""
+"""Compares captures, or a capture with arrays, call by call."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from convtap._debug.comparison import Comparison, Ledger, Run
+from convtap._debug.comparison import Comparison, Ledger
 from convtap._debug.metrics import Tolerance
+from convtap._debug.outputs import Output, joined, outputs_of, several_per_pass
 from convtap._debug.pairs import match
+from convtap._errors import listed
 from convtap._result.activations import Activations
-from convtap._tensors.nested import MISSING, part_of
 from convtap._tensors.statistics import shapes
 
 
-def compare_captures(a: Activations, b: Activations, map: Any, tolerance: Tolerance) -> Comparison:
-    """Compares two captures; see ``compare``."""
-    ours, theirs = _outputs(a, b), _outputs(b, a)
+def compare_captures(
+    a: Activations | Mapping[str, Any], b: Activations | Mapping[str, Any], map: Any, tolerance: Tolerance, calls: str
+) -> Comparison:
+    """Compares two captures, or a capture with arrays; see ``compare``."""
+    ours, theirs, notes = outputs_of(a, b), outputs_of(b, a), []
+    if calls == "cat":
+        several = several_per_pass(ours) | several_per_pass(theirs)
+        (ours, ours_timeless), (theirs, theirs_timeless) = joined(ours, several), joined(theirs, several)
+        timeless = dict.fromkeys([*ours_timeless, *theirs_timeless])
+        notes = [f"without a time axis, so of the last call: {listed(timeless)}"] if timeless else []
     pairs, note = match(_structure(ours), _structure(theirs), map)
-    partners = {(run.name, run.number): run for run in theirs}
+    partners = {(output.run.name, output.run.number): output for output in theirs}
     ledger = Ledger(tolerance)
-    for run, output in ours.items():
-        partner = partners.pop((pairs.get(run.name, ""), run.number), None)
+    for output in ours:
+        partner = partners.pop((pairs.get(output.run.name, ""), output.run.number), None)
         if partner is None:
-            ledger.lone(0, run)
+            ledger.lone(0, output.run)
         else:
-            ledger.compare(run, partner, output, theirs[partner])
+            ledger.compare(output.run, partner.run, output.value, partner.value)
     for partner in partners.values():
-        ledger.lone(1, partner)
-    return ledger.close([note])
+        ledger.lone(1, partner.run)
+    return ledger.close([note, *notes])
 
 
-def _outputs(acts: Activations, other: Activations) -> dict[Run, Any]:
-    """Returns the output of each call; of an output that the other side has in part, the same parts."""
-    parts: dict[str, dict[str, None]] = {}
-    for call in other.calls():
-        if call.part:
-            parts.setdefault(call.layer, {})[call.part] = None
-    found = {}
-    for call in acts.calls():
-        for part in ("",) if call.part else parts.get(call.layer, ("",)):
-            output = part_of(call.output, part)
-            if output is not MISSING:
-                found[Run(call.layer, call.index, call.part + part)] = output
-    return found
-
-
-def _structure(outputs: dict[Run, Any]) -> dict[str, Any]:
+def _structure(outputs: list[Output]) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
-    for run, output in outputs.items():
-        found.setdefault(run.name, []).append(shapes(output))
+    for output in outputs:
+        found.setdefault(output.run.name, []).append(shapes(output.value))
     return found
