@@ -176,7 +176,7 @@ def test_run_reads_wav_files(here, capsys, width):
                 number = round(channel * scale) + (128 if width == 1 else 0)
                 file.writeframes(number.to_bytes(width, "little", signed=width > 1))
     torch.save({"audio": torch.tensor([[values, [-value for value in values]]])}, "x.pt")
-    from convtap._cli.read_input import read_input
+    from convtap._cli.model_and_input import read_input
 
     assert torch.equal(read_input("x.wav"), torch.tensor([[values, [-value for value in values]]]))
     assert read_input("x.wav", "2,1,-1").shape == (2, 1, 4)

@@ -784,3 +784,211 @@ def test_no_two_rows_of_a_comparison_have_one_key():
     found = compare(model, copy.deepcopy(model), example=torch.randn(1, 2, 5))
     assert [row.name for row in found.rows] == ["a##0", "a##1", "a#0", "<output>"]
     assert found.agrees
+
+
+# -- arrays from elsewhere
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(2, 3, 3), nn.Conv1d(3, 2, 3)
+
+    def forward(self, x):
+        return self.conv2(self.conv1(x).relu())
+
+    def by_numpy(self, x):
+        """The outputs of both layers, computed without torch."""
+        first = convolved(x, self.conv1)
+        return first, convolved(np.maximum(first, 0), self.conv2)
+
+
+def convolved(x, layer):
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[-1], axis=-1)
+    return np.einsum("bctk,ock->bot", windows, weight) + bias[:, None]
+
+
+def captured(model, *inputs, **options):
+    with torch.no_grad(), capture(model, **options) as acts:
+        for x in inputs:
+            model(x)
+    return acts
+
+
+def test_arrays_are_compared_with_a_capture_by_name():
+    model = Small()
+    first, second = model.by_numpy(X.numpy())
+    acts = captured(model, X)
+    arrays = {"conv1": first, "conv2": second}
+    assert compare(acts, arrays).agrees
+    assert compare(arrays, acts).agrees
+    assert compare(acts, {"conv2": torch.from_numpy(second), "conv1": first.astype(np.float64)}).agrees
+    wrong = second.copy()
+    wrong[0, 1, 5] += 0.5
+    result = compare(acts, {"conv1": first, "conv2": wrong})
+    assert result.first.name == "conv2"
+    assert result.first.max_abs == pytest.approx(0.5, rel=1e-4)
+    assert result.first.relative == pytest.approx(0.5 / np.linalg.norm(second), rel=1e-4)
+    assert compare(acts, {"conv1": first}).only_a == ["conv2"]
+
+
+def test_arrays_of_other_names_are_paired_by_map_or_by_order():
+    model = Small()
+    first, second = model.by_numpy(X.numpy())
+    acts = captured(model, X)
+    by_order = compare(acts, {"/conv1/Conv_output_0": first, "/conv2/Conv_output_0": second})
+    assert [row.partner for row in by_order] == ["/conv1/Conv_output_0", "/conv2/Conv_output_0"]
+    assert by_order.agrees
+    assert "paired by order" in str(by_order)
+    mapped = compare(acts, {"out": second, "StatefulPartitionedCall:0": first}, map={"conv2": "out"})
+    assert [(row.name, row.partner) for row in mapped] == [("conv1", "StatefulPartitionedCall:0"), ("conv2", "out")]
+    with pytest.raises(LayerNotFound, match="map: side b has no layer 'outt'. It has out. Did you mean 'out'"):
+        compare(acts, {"out": second}, map={"conv2": "outt"})
+
+
+def test_arrays_of_calls_and_of_parts_have_their_keys():
+    model = Small()
+    acts = captured(model, X, 2 * X)
+    firsts = [model.by_numpy(x.numpy())[0] for x in (X, 2 * X)]
+    result = compare(acts, {"conv1#0": firsts[0], "conv1#1": firsts[1]}, map={"conv1": "conv1"})
+    assert [row.name for row in result] == ["conv1#0", "conv1#1"]
+    assert not any(row.over for row in result)
+    lstm = nn.LSTM(2, 3, batch_first=True)
+    data = torch.randn(1, 5, 2)
+    acts = captured(lstm, data, types=nn.Module)
+    with torch.no_grad():
+        output, (hidden, cell) = lstm(data)
+    assert compare(acts, {"(root)[0]": output.numpy()}).agrees
+    whole = compare(acts, {"(root)": (output.numpy(), (hidden.numpy(), cell.numpy()))})
+    assert [row.name for row in whole] == ["(root)[0]", "(root)[1][0]", "(root)[1][1]"]
+    assert whole.agrees
+
+
+def test_arrays_in_other_layouts_of_memory_have_the_same_numbers():
+    model = Small()
+    first, _ = model.by_numpy(X.numpy())
+    acts = captured(model, X, layers="conv1")
+    fixed = first.astype(">f4")
+    fixed.flags.writeable = False
+    for array in (np.asfortranarray(first), first[..., ::-1].copy()[..., ::-1], fixed, first.astype(np.longdouble)):
+        assert compare(acts, {"conv1": array}).agrees
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "match"),
+    [
+        ({}, InvalidValue, r"the mapping of arrays is empty. Pass \{'conv1': array\}"),
+        ({1: np.ones(1)}, InvalidType, r"the name 1 of an array is of type int. Pass \{'conv1': array\}."),
+        ({"conv1": "text"}, InvalidType, "'conv1' is a str. Pass an array or a tensor"),
+        ({"conv1": object()}, InvalidType, r"'conv1' holds a object, which is not an array. Pass \{'conv1': array\}"),
+        (
+            {"conv1": np.array(["a"])},
+            InvalidType,
+            r"'conv1' is an array of <U1. Pass numbers: array.astype\('float32'\)",
+        ),
+        ({"conv1": np.ma.masked_array([1.0], [True])}, InvalidValue, r"'conv1' is a masked array.*array.filled\(0.0\)"),
+    ],
+)
+def test_arrays_that_cannot_be_compared_are_refused(arrays, error, match):
+    with pytest.raises(error, match=match):
+        compare(captured(Small(), X), arrays)
+
+
+def test_arrays_alone_or_beside_a_model_are_refused():
+    for a, b in (({"a": np.ones(1)}, {"a": np.ones(1)}), (Small(), {"a": np.ones(1)})):
+        with pytest.raises(InvalidType, match=r"Arrays are compared with a capture by name: compare\(acts, "):
+            compare(a, b)
+
+
+# -- joined calls
+
+
+def test_chunks_of_a_stream_are_joined_on_time():
+    model = Small()
+    chunks = [X[..., start : start + 13] for start in (0, 9, 18, 27)]  # four frames more than a chunk returns
+    offline, streaming = captured(model, X), captured(model, *chunks)
+    assert not compare(offline, streaming).agrees
+    result = compare(offline, streaming, calls="cat")
+    assert [(row.name, row.shape) for row in result][1] == ("conv2", (2, 2, 36))
+    with torch.no_grad():
+        model.conv2.bias += 0.25
+    wrong = compare(offline, captured(model, *chunks), calls="cat")
+    assert "conv2" in {row.name for row in wrong if row.over}
+
+
+def test_joined_calls_agree_with_numpy():
+    model = Small()
+    chunks = [X[..., start : start + 13] for start in (0, 9, 18, 27)]
+    seconds = [model.by_numpy(chunk.numpy())[1] for chunk in chunks]
+    streaming = captured(model, *chunks, layers="conv2")
+    assert compare(captured(model, X, layers="conv2"), streaming, calls="cat").agrees
+    assert compare(streaming, {"conv2": np.concatenate(seconds, -1)}, calls="cat").agrees
+    by_key = {f"conv2#{i}": second for i, second in enumerate(seconds)}
+    assert compare(captured(model, X, layers="conv2"), by_key, calls="cat").agrees
+
+
+def test_calls_of_a_single_signal_and_of_channels_last_layers_are_joined_on_their_own_axis():
+    conv = nn.Conv1d(2, 3, 1)
+    signal = X[0]  # (C, T)
+    assert compare(captured(conv, signal), captured(conv, signal[:, :7], signal[:, 7:]), calls="cat").agrees
+    linear = nn.Linear(2, 3)
+    frames = X.transpose(1, 2)  # (B, T, C)
+    parts = captured(linear, frames[:, :7], frames[:, 7:], types=nn.Linear)
+    result = compare(captured(linear, frames, types=nn.Linear), parts, calls="cat")
+    assert result.agrees
+    assert result.rows[0].shape == (2, 40, 3)
+
+
+def test_of_what_has_no_time_axis_the_last_call_is_compared():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(2, 3, batch_first=True)
+
+        def forward(self, x, state=None):
+            return self.lstm(x, state)
+
+    model = Stateful()
+    frames = X.transpose(1, 2)
+    offline = captured(model, frames, layers="lstm", types=nn.LSTM)
+    with torch.no_grad(), capture(model, "lstm", types=nn.LSTM) as streaming:
+        _, state = model(frames[:, :7])
+        model(frames[:, 7:], state)
+    result = compare(offline, streaming, calls="cat")
+    assert [row.name for row in result] == ["lstm[0]", "lstm[1][0]", "lstm[1][1]"]
+    assert result.agrees
+    assert result.notes == ["without a time axis, so of the last call: lstm[1][0], lstm[1][1]"]
+
+
+def test_a_layer_that_runs_twice_in_each_chunk_has_two_outputs():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    class InChunks(Twice):
+        def forward(self, x):
+            return torch.cat([self.conv(chunk) for chunk in x.split(9, -1)], -1)
+
+    model = Twice()
+    result = compare(captured(model, X), captured(model, X[..., :9], X[..., 9:]), calls="cat")
+    assert [row.name for row in result] == ["conv#0", "conv#1"]
+    assert result.agrees
+    chunked, once = InChunks(), nn.Sequential()
+    once.add_module("conv", chunked.conv)
+    assert compare(captured(once, X), captured(chunked, X), calls="cat").agrees
+
+
+def test_calls_that_are_no_chunks_of_one_output_are_refused():
+    model = Small()
+    acts = captured(model, X, X[:1])
+    with pytest.raises(InvalidValue, match=r"the calls of 'conv1' have shapes .*one by one: calls='keys'"):
+        compare(acts, acts, calls="cat")
+    with pytest.raises(InvalidValue, match="calls='join' is not 'keys' or 'cat'"):
+        compare(acts, acts, calls="join")
+    with pytest.raises(InvalidValue, match="calls='cat' joins the calls of captures"):
+        compare(model, model, example=X, calls="cat")

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from convtap._dataset.views import LayerView, StoreDataset
     from convtap._debug.compare import compare
     from convtap._debug.comparison import Comparison
-    from convtap._debug.finding import Finding, Range
+    from convtap._debug.finding import Finding
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
+    from convtap._debug.probe import Range
     from convtap._time.hit import Hit, Window
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
@@ -103,7 +104,7 @@ _WHEN_ASKED = {
     "Hit": "_time.hit",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",
-    "Range": "_debug.finding",
+    "Range": "_debug.probe",
     "Store": "_dataset.store",
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",

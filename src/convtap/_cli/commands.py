@@ -1,4 +1,4 @@
-"""The commands that look at a model or at files: ``layers``, ``run``, ``compare``, ``info`` and ``verify``."""
+"""The commands on a model or on files: ``layers``, ``run``, ``compare``, ``info`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from convtap._capture.capture import capture
 from convtap._capture.list_layers import list_layers
-from convtap._cli.load_model import load_model
-from convtap._cli.read_input import random_input, read_input
+from convtap._cli.model_and_input import load_model, random_input, read_input
 from convtap._debug.compare import compare
 from convtap._debug.finite import finite
 from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, StoreError, one_line
@@ -20,7 +19,7 @@ from convtap._result.load import load
 from convtap._select.example import fitted, run_once
 from convtap._table import MOST
 
-#: What every command ends with.
+#: The exit statuses of the commands.
 GOOD, DIVERGED = 0, 1
 
 _MODEL = "pkg.module:factory: a function that returns the model (called with random seed 0), or the model itself"
@@ -69,7 +68,7 @@ def _add_run(commands: Any) -> None:
         commands,
         "run",
         _run,
-        "run a model once, and save what its layers gave",
+        "run a model once, and save the outputs of its layers",
         "convtap run mynet:build --input speech.wav --layers 'encoder.*' --out outputs --report",
     )
     run.add_argument("model", help=_MODEL)
@@ -155,7 +154,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from convtap._dataset.store import Store  # type: ignore[import-not-found,unused-ignore]
+    from convtap._dataset.store import Store
 
     store = Store(args.store)
     print(store.summary(rows=None) if args.all else store)
@@ -163,7 +162,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from convtap._dataset.store import Store  # type: ignore[import-not-found,unused-ignore]
+    from convtap._dataset.store import Store
 
     bad = Store(args.store).verify()
     if args.all and len(bad):
@@ -185,7 +184,7 @@ def _read(text: str) -> Any:
 
 
 def _called(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs what runs the user's model: an error in it is one line, and not this program's."""
+    """Calls a function that runs the user's model, whose errors become one line."""
     try:
         return function(*args, **kwargs)
     except ConvtapError:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
+from convtap._debug.compare_captures import compare_captures
 from convtap._debug.compare_models import compare_models
-from convtap._debug.comparison import Comparison, Ledger
+from convtap._debug.comparison import Comparison
 from convtap._debug.metrics import Tolerance
-from convtap._debug.pairs import match
 from convtap._errors import InvalidType, InvalidValue
 from convtap._public import public
 from convtap._result.activations import Activations
 from convtap._select.example import Example
 from convtap._select.selection import CONV1D, Layers, Types
-from convtap._tensors.nested import MISSING, part_of
-from convtap._tensors.statistics import shapes
 
 
 @public
 def compare(
-    a: nn.Module | Activations,
-    b: nn.Module | Activations,
+    a: nn.Module | Activations | Mapping[str, Any],
+    b: nn.Module | Activations | Mapping[str, Any],
     *,
     example: Example | None = None,
     map: Mapping[str, str] | None = None,
@@ -33,12 +31,14 @@ def compare(
     rtol: float | None = None,
     sqnr_db: float | None = None,
     mode: Literal["eval", "train"] | None = "eval",
+    calls: Literal["keys", "cat"] = "keys",
 ) -> Comparison:
     """Compares two captures, or two models on an example, and marks the first layer over the tolerance.
 
     Two models run side by side, without gradients, and stop at each layer, so that no more than the outputs
     being compared is held. A compiled model runs compiled, through ``torch.compile(tapped(model))``, which holds all of its
     outputs. The row ``<output>`` compares what the models return when they are run without taps. ``a`` is the reference.
+    A mapping from names to arrays takes the place of one capture, for the outputs of other runtimes.
 
     Example:
         >>> import torch
@@ -55,8 +55,9 @@ def compare(
         '2'
 
     Args:
-        a: the reference: a model, or what a block captured (``load(path)`` too).
-        b: what to compare with it, of the same kind.
+        a: the reference: a model, or a capture (``load(path)`` too).
+        b: what to compare with it, of the same kind. With a capture on the other side, either may be a mapping from names
+            (``conv1``, ``conv1#0``, ``lstm[0]``) to NumPy arrays or tensors, such as the outputs of ONNX Runtime.
         example: with models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Floating
             tensors in it are given to each model in its own type and on its own device.
         map: names in ``a`` to names in ``b``, for layers whose names differ. Layers that it leaves out are paired by name,
@@ -70,62 +71,37 @@ def compare(
             eight bits.
         mode: with models: ``"eval"``, ``"train"``, or None for the mode in which each module is. Each gets its own back, and
             buffers are as they were. The result says so if it is not the mode that a model was in.
+        calls: with captures: ``"keys"`` compares each call with the call of the same number; ``"cat"`` joins the calls of a
+            layer on their time axis first, to compare one long input with its chunks. Tensors without a time axis are then
+            those of the last call.
 
     Raises:
         InvalidType: the sides are not of one kind.
-        InvalidValue: models without an example, or no layer has a partner.
+        InvalidValue: models without an example, no layer has a partner, or calls cannot be joined.
         LayerNotFound: ``map`` or ``layers`` names a layer that is not there, or a model has no layer of ``types``.
         Unsupported: a compiled side cannot run compiled here.
     """
     tolerance = Tolerance(*(_tolerance(name, v) for name, v in (("atol", atol), ("rtol", rtol), ("sqnr_db", sqnr_db))))
     if mode not in ("eval", "train", None):
         raise InvalidValue(f"mode={mode!r} is none of 'eval', 'train', None.")
-    if isinstance(a, Activations) and isinstance(b, Activations):
-        return _compare_captures(a, b, map, tolerance)
+    if calls not in ("keys", "cat"):
+        raise InvalidValue(f"calls={calls!r} is not 'keys' or 'cat'. Pass calls='cat' to join the calls of each layer.")
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         if example is None:
             raise InvalidValue("two models are compared on an example. Write: compare(a, b, example=x)")
+        if calls == "cat":
+            raise InvalidValue(
+                "calls='cat' joins the calls of captures, and these are models. Capture both, then compare the captures."
+            )
         return compare_models(a, b, example, map, layers, types, tolerance, mode)
+    is_one_captured = isinstance(a, Activations) or isinstance(b, Activations)
+    if is_one_captured and isinstance(a, Mapping) and isinstance(b, Mapping):  # a capture is a mapping as well
+        return compare_captures(a, b, map, tolerance, calls)
     raise InvalidType(
         f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
-        "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example."
+        "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example. "
+        "Arrays are compared with a capture by name: compare(acts, {'conv1': array})."
     )
-
-
-def _compare_captures(a: Activations, b: Activations, map: Any, tolerance: Tolerance) -> Comparison:
-    pairs, note = match(_structure(a, b), _structure(b, a), map)
-    ledger = Ledger(pairs, tolerance)
-    ledger.parts.update({call.name: call.part for acts in (a, b) for call in acts.calls()})
-    theirs = {(name, index): output for name, index, output in _outputs(b, a)}
-    for name, index, output in _outputs(a, b):
-        partner = (pairs.get(name, ""), index)
-        if partner in theirs:
-            ledger.compare(name, partner[0], index, output, theirs.pop(partner))
-        else:
-            ledger.lone(0, name, index)
-    for name, index in theirs:
-        ledger.lone(1, name, index)
-    return ledger.close([note])
-
-
-def _outputs(acts: Activations, other: Activations) -> Iterator[tuple[str, int, Any]]:
-    """Yields name, number and output of each call; of what the other side has in part only, the same parts."""
-    parts: dict[str, dict[str, None]] = {}
-    for call in other.calls():
-        if call.part:
-            parts.setdefault(call.layer, {})[call.part] = None
-    for call in acts.calls():
-        for part in parts.get(call.layer, ("",)) if not call.part else ("",):
-            found = part_of(call.output, part)
-            if found is not MISSING:
-                yield call.name + part, call.index, found
-
-
-def _structure(acts: Activations, other: Activations) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
-    for name, _, output in _outputs(acts, other):
-        found.setdefault(name, []).append(shapes(output))
-    return found
 
 
 def _tolerance(name: str, value: Any) -> float | None:

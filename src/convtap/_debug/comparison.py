@@ -1,11 +1,11 @@
-"""What a comparison says: the rows, the first one over the tolerance, and what has no partner."""
+"""The result of a comparison: its rows, the first one over the tolerance, and calls without a partner."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
@@ -15,6 +15,19 @@ from convtap._table import MOST, Rows, Table
 from convtap._tensors.nested import walk_tensors
 
 OUTPUT = "<output>"
+
+
+class Run(NamedTuple):
+    """One call of a layer, or a part of its output, such as ``[0]``."""
+
+    layer: str
+    number: int = 0
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """The layer's name, with the part."""
+        return self.layer + self.part
 
 
 @public
@@ -55,18 +68,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain Python values; infinite ones stay ``float("inf")``."""
-        first = self.first
         return {
             "rows": [row.to_dict() for row in self.rows],
-            "first": None if first is None else first.name,
+            "first": None if self.first is None else self.first.name,
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
             "agrees": self.agrees,
-            "tolerance": {
-                "atol": self._tolerance.atol,
-                "rtol": self._tolerance.rtol,
-                "sqnr_db": self._tolerance.sqnr_db,
-            },
+            "tolerance": asdict(self._tolerance),
             "notes": list(self.notes),
         }
 
@@ -107,106 +115,70 @@ class Comparison:
         return self.summary()._repr_html_()
 
 
-@dataclass
-class _Row:
-    """A difference before it is known how often each layer runs, on which its key depends."""
-
-    name: str
-    partner: str
-    indices: tuple[int, int]
-    path: str
-    found: Difference
-
-
 class Ledger:
-    """Collects the rows of a comparison while it goes on.
+    """Collects the rows of a comparison. The keys of calls are known at its end only, when all calls are counted."""
 
-    Attributes:
-        parts: by the names of parts of outputs (``lstm[0]``), their paths.
-    """
-
-    def __init__(self, pairs: Mapping[str, str], tolerance: Tolerance) -> None:
-        self._pairs = pairs
+    def __init__(self, tolerance: Tolerance) -> None:
         self._tolerance = tolerance
-        self._rows: list[_Row] = []
-        self._lone: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
+        self._rows: list[tuple[Run, Run, str, Difference]] = []
+        self._lone: tuple[list[tuple[Run, str]], list[tuple[Run, str]]] = ([], [])
         self._counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._coarsest = 0.0
-        self.parts: dict[str, str] = {}
 
     def saw(self, side: int) -> bool:
         """Whether there was any call on a side."""
         return bool(self._counts[side])
 
     def skip(self, side: int, name: str) -> None:
-        """Notes a call that is not compared, so that the others of its layer have its number."""
+        """Counts a call that is not compared, so that the others of its layer keep their numbers."""
         self._counts[side][name] += 1
 
-    def lone(self, side: int, name: str, index: int) -> None:
+    def lone(self, side: int, run: Run) -> None:
         """Notes a call without a partner, on side 0 (``a``) or 1 (``b``)."""
-        self._counts[side][name] += 1
-        self._lone[side].append((name, index))
+        self._counts[side][run.name] += 1
+        self._lone[side].append((run, ""))
 
-    def compare(
-        self,
-        name: str,
-        partner: str,
-        index: int,
-        a: Any,
-        b: Any,
-        note: str = "",
-        floor: float = 0.0,
-        partner_index: int | None = None,
-    ) -> None:
+    def compare(self, mine: Run, theirs: Run, a: Any, b: Any, *, note: str = "", floor: float = 0.0) -> None:
         """Compares two outputs, tensor by tensor.
 
         Args:
-            name: the layer of ``a``.
-            partner: that of ``b``.
-            index: the number of the call.
+            mine: the call of ``a``.
+            theirs: the call of ``b``.
             a: the output of ``a``.
             b: that of ``b``.
-            note: what else is to say.
-            partner_index: the number of the call of ``b``, if it is another one.
-            floor: the step of a layer that computes more coarsely than the type of its output says.
+            note: a text for each row.
+            floor: the step of a layer that computes more coarsely than the type of its output.
         """
-        self._counts[0][name] += 1
-        self._counts[1][partner] += 1
-        indices = (index, index if partner_index is None else partner_index)
+        self._counts[0][mine.name] += 1
+        self._counts[1][theirs.name] += 1
         left, right = dict(walk_tensors(a)), dict(walk_tensors(b))
         for path in [path for path in left if path in right]:
             x, y = left[path], right[path]
             self._coarsest = max(self._coarsest, step(x), step(y), floor)
-            found = difference(name, partner, x, y, self._tolerance, self._coarsest)
+            found = difference(mine.name, theirs.name, x, y, self._tolerance, self._coarsest)
             found = replace(found, note="; ".join(filter(None, (found.note, note))))
-            self._rows.append(_Row(name, partner, indices, path, found))
-        for side, mine, other in ((0, left, right), (1, right, left)):
-            for path in [path for path in mine if path not in other]:
-                self._lone[side].append((f"{(name, partner)[side]}{path}", indices[side]))
+            self._rows.append((mine, theirs, path, found))
+        self._lone[0].extend((mine, path) for path in left if path not in right)
+        self._lone[1].extend((theirs, path) for path in right if path not in left)
 
-    def close(self, notes: list[str]) -> Comparison:
+    def close(self, notes: Iterable[str]) -> Comparison:
         """Ends the comparison.
 
         Raises:
             InvalidValue: there is nothing in it.
         """
-        lone = [[self._key(side, name, index) for name, index in self._lone[side]] for side in (0, 1)]
-        if not any(row.name != OUTPUT for row in self._rows):
+        lone = [[self._key(side, run) + path for run, path in self._lone[side]] for side in (0, 1)]
+        if not any(mine.layer != OUTPUT for mine, *_ in self._rows):
             raise InvalidValue(
                 f"no layer of a has a partner in b. a ran {listed(lone[0])}; b ran {listed(lone[1])}. Say which belong "
                 "together with map={name in a: name in b}."
             )
         rows = [
-            replace(
-                row.found,
-                name=self._key(0, row.name, row.indices[0], row.path),
-                partner=self._key(1, row.partner, row.indices[1], row.path),
-            )
-            for row in self._rows
+            replace(found, name=self._key(0, mine) + path, partner=self._key(1, theirs) + path)
+            for mine, theirs, path, found in self._rows
         ]
         return Comparison(rows, lone[0], lone[1], self._tolerance, notes)
 
-    def _key(self, side: int, name: str, index: int, path: str = "") -> str:
-        part = self.parts.get(name, "")
-        layer, counts = name.removesuffix(part), self._counts[side]
-        return numbered(layer, index, counts[name], separator(layer, counts), part) + path
+    def _key(self, side: int, run: Run) -> str:
+        counts = self._counts[side]
+        return numbered(run.layer, run.number, counts[run.name], separator(run.layer, counts), run.part)

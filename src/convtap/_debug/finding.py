@@ -1,4 +1,4 @@
-"""What ``finite`` found: the layer that made a NaN or an Inf, where it lies, and the ranges of what went in."""
+"""The result of ``finite``: the layer that produced a NaN or an Inf, its position, and the ranges of the inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convtap._debug.probe import FiniteRange, Probe, finite_range, probe, read_all
+from convtap._debug.probe import Probe, Range, finite_range, probe, read_all
 from convtap._errors import listed, plural
 from convtap._public import public
 from convtap._select.layer_layout import layout_of
@@ -17,53 +17,50 @@ from convtap._tensors.layout import axes_of
 from convtap._tensors.statistics import dtype_text
 
 
-class Frame:
+@dataclass(eq=False, slots=True)
+class ModuleRun:
     """One run of a watched module.
 
     Attributes:
         parent: the watched run around it, or None.
+        index: how many times the module had run before; -1 if that is not counted.
         last: the name of the part that ended last in it.
         inputs: its inputs that could be looked at.
         method: the method that runs, if it was entered by another one than ``forward``; its arguments were not looked at.
         before: the name of the layer that ran before it, if code outside of the model calls the layers.
     """
 
-    __slots__ = ("before", "forward", "index", "inputs", "last", "method", "module", "name", "parent")
+    name: str
+    module: nn.Module
+    parent: ModuleRun | None = None
+    index: int = -1
+    forward: int = -1
+    last: str | None = None
+    inputs: list[Probe] = field(default_factory=list)
+    method: str = ""
+    before: str | None = None
 
-    def __init__(self, name: str, module: nn.Module, parent: Frame | None, index: int, forward: int) -> None:
-        self.name = name
-        self.module = module
-        self.parent = parent
-        self.index = index
-        self.forward = forward
-        self.last: str | None = None
-        self.inputs: list[Probe] = []
-        self.method = ""
-        self.before: str | None = None
-
-    def is_inside(self, other: Frame) -> bool:
+    def is_inside(self, other: ModuleRun) -> bool:
         """Whether this run is part of another one."""
-        frame = self.parent
-        while frame is not None and frame is not other:
-            frame = frame.parent
-        return frame is other
+        run = self.parent
+        while run is not None and run is not other:
+            run = run.parent
+        return run is other
 
 
-class Link:
-    """A tensor on its way between modules: which runs returned it, and which took it."""
+@dataclass(eq=False, slots=True)
+class SeenTensor:
+    """A tensor on its way between modules: the runs that returned it, and those that took it as input."""
 
-    __slots__ = ("found", "listened", "reference", "sources", "targets", "version")
+    reference: weakref.ref[Tensor]
+    version: int
+    found: Probe | None
+    sources: list[ModuleRun] = field(default_factory=list)
+    targets: list[ModuleRun] = field(default_factory=list)
+    listened: bool = False
 
-    def __init__(self, tensor: Tensor, version: int, found: Probe | None) -> None:
-        self.reference = weakref.ref(tensor)
-        self.version = version
-        self.found = found
-        self.sources: list[Frame] = []
-        self.targets: list[Frame] = []
-        self.listened = False
-
-    def innermost_targets(self) -> list[Frame]:
-        """The runs that took the tensor, without those that only handed it to a part of theirs."""
+    def innermost_targets(self) -> list[ModuleRun]:
+        """Returns the runs that took the tensor, without those that only handed it to a part of theirs."""
         return [run for run in self.targets if not any(other.is_inside(run) for other in self.targets)]
 
 
@@ -73,40 +70,9 @@ class Event:
 
     where: str
     found: Probe
-    frame: Frame | None = None
-    link: Link | None = None
+    run: ModuleRun | None = None
+    seen: SeenTensor | None = None
     parameter: str = ""
-
-
-@public
-@dataclass(frozen=True)
-class Range:
-    """The least and the greatest finite value of a tensor, and how many of its elements are not finite.
-
-    Attributes:
-        name: what the tensor is; ``""`` for a module's only input.
-        low: the least finite value; NaN if there is none, or on an accelerator if the tensor holds NaN or Inf.
-        high: the greatest one.
-        nan: how many elements are NaN; None where low and high are not known.
-        inf: how many are Inf or -Inf.
-    """
-
-    name: str
-    low: float
-    high: float
-    nan: int | None = 0
-    inf: int | None = 0
-
-    def __str__(self) -> str:
-        return f"{self.name} {self._text()}".lstrip()
-
-    def _text(self) -> str:
-        if self.nan is None or self.inf is None:
-            return "with NaN or Inf"
-        counts = " and ".join(f"{count} {what}" for count, what in ((self.nan, "NaN"), (self.inf, "Inf")) if count)
-        if self.low != self.low:
-            return f"without a finite value ({counts})"
-        return f"[{self.low:.4g}, {self.high:.4g}]" + (f" and {counts}" if counts else "")
 
 
 @public
@@ -158,26 +124,26 @@ def judge(event: Event, hint: str) -> Finding:
     """
     found = event.found
     if event.where == "gradient":
-        where, frame, cause = _gradient_cause(event)
+        where, run, cause = _gradient_cause(event)
     else:
-        where, frame, cause = _forward_cause(event)
-    weights, spoilt = _weights(frame.module)
-    inputs = [_range(seen.path, seen.range()) for seen in frame.inputs]
-    run = "" if frame.index < 0 else f" (call {frame.index}, forward pass {frame.forward})"
-    method = f".{frame.method}" if frame.method else ""
-    layer = f"{frame.name!r} ({type(frame.module).__name__}{method}){run}"
-    sentences = [f"{cause.format(layer=layer, what=found.kind)}: {_place(found, frame, where)}."]
+        where, run, cause = _forward_cause(event)
+    weights, spoilt = _weights(run.module)
+    inputs = [taken.range() for taken in run.inputs]
+    call = "" if run.index < 0 else f" (call {run.index}, forward pass {run.forward})"
+    method = f".{run.method}" if run.method else ""
+    layer = f"{run.name!r} ({type(run.module).__name__}{method}){call}"
+    sentences = [f"{cause.format(layer=layer, what=found.kind)}: {_place(found, run, where)}."]
     if where != "input":
         sentences += _ranges(inputs, weights, spoilt)
     if found.kind == "-Inf":
         sentences.append("If it is a mask, it is meant: pass inf=False.")
     return Finding(
-        layer=frame.name,
-        type=type(frame.module).__name__,
+        layer=run.name,
+        type=type(run.module).__name__,
         where=where,
         what=found.kind,
-        index=frame.index,
-        forward=frame.forward,
+        index=run.index,
+        forward=run.forward,
         position=found.position(),
         count=found.count,
         shape=found.shape,
@@ -197,30 +163,28 @@ def _ranges(inputs: list[Range], weights: list[Range], spoilt: list[str]) -> lis
     return found + ([f"The cause is its {listed(spoilt)}: that holds NaN or Inf itself."] if spoilt else [])
 
 
-def _forward_cause(event: Event) -> tuple[str, Frame, str]:
-    frame = event.frame
-    assert frame is not None
+def _forward_cause(event: Event) -> tuple[str, ModuleRun, str]:
+    run = event.run
+    assert run is not None
     if event.where == "output":
-        after = "" if frame.last is None else f", in its own code after {frame.last!r}"
-        return "output", frame, f"{{layer}} produces {{what}} from finite inputs{after}"
-    if frame.parent is None or (frame.parent.method and frame.parent.last is None):
+        after = "" if run.last is None else f", in its own code after {run.last!r}"
+        return "output", run, f"{{layer}} produces {{what}} from finite inputs{after}"
+    if run.parent is None or (run.parent.method and run.parent.last is None):
         when = (
-            "before any layer ran"
-            if frame.before is None
-            else f"though {frame.before!r}, the layer before it, is finite"
+            "before any layer ran" if run.before is None else f"though {run.before!r}, the layer before it, is finite"
         )
-        return "input", frame, f"the input given to {{layer}} holds {{what}} already, {when}"
-    after = "" if frame.parent.last is None else f"after {frame.parent.last!r} and "
-    return "code", frame.parent, f"{{layer}} produces {{what}} in its own code, {after}before {frame.name!r}"
+        return "input", run, f"the input given to {{layer}} holds {{what}} already, {when}"
+    after = "" if run.parent.last is None else f"after {run.parent.last!r} and "
+    return "code", run.parent, f"{{layer}} produces {{what}} in its own code, {after}before {run.name!r}"
 
 
-def _gradient_cause(event: Event) -> tuple[str, Frame, str]:
+def _gradient_cause(event: Event) -> tuple[str, ModuleRun, str]:
     if event.parameter:
-        assert event.frame is not None
+        assert event.run is not None
         cause = f"the backward pass of {{layer}} makes {{what}} in the gradient of its {event.parameter}"
-        return "gradient", event.frame, cause
-    assert event.link is not None
-    takers = event.link.innermost_targets()
+        return "gradient", event.run, cause
+    assert event.seen is not None
+    takers = event.seen.innermost_targets()
     if takers:
         others = [repr(run.name) for run in takers[:-1]]
         either = f" (or of {listed(others)}, which took the same tensor)" if others else ""
@@ -229,8 +193,8 @@ def _gradient_cause(event: Event) -> tuple[str, Frame, str]:
             takers[-1],
             f"the backward pass of {{layer}}{either} makes {{what}} in the gradient of its input",
         )
-    source = event.link.sources[0]
-    outermost = event.link.sources[-1]
+    source = event.seen.sources[0]
+    outermost = event.seen.sources[-1]
     if outermost.parent is None:
         return "loss", outermost, "the loss gives {what} as the gradient of the output of {layer}; no layer made it"
     inside = outermost.parent
@@ -241,21 +205,18 @@ def _weights(module: nn.Module) -> tuple[list[Range], list[str]]:
     """The ranges of a module's own parameters and buffers, and the names of those that are bad themselves."""
     ranges, spoilt = [], []
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        found = None if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter) else probe(tensor)
-        if found is not None and tensor is not None:
+        if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter):
+            continue
+        found = probe(tensor, name)
+        if found is not None:
             read_all([found])
-            known = found.range() or finite_range(tensor)
-            ranges.append(_range(name, known))
-            if known.nan or known.inf:
+            ranges.append(found.range() if found.is_finite else finite_range(tensor, name))
+            if not found.is_finite:
                 spoilt.append(name)
     return ranges, spoilt
 
 
-def _range(name: str, found: FiniteRange | None) -> Range:
-    return Range(name, math.nan, math.nan, None, None) if found is None else Range(name, *found)
-
-
-def _place(found: Probe, frame: Frame, where: str) -> str:
+def _place(found: Probe, run: ModuleRun, where: str) -> str:
     """Says how much of a tensor is bad, and where."""
     size = math.prod(found.shape)
     of = f"shape {found.shape}, {dtype_text(found.dtype)}"
@@ -266,7 +227,7 @@ def _place(found: Probe, frame: Frame, where: str) -> str:
     position = found.position()
     if position is None:
         return of
-    layout = layout_of(frame.module) if where in ("output", "loss") and found.path in ("", "[0]") else None
+    layout = layout_of(run.module) if where in ("output", "loss") and found.path in ("", "[0]") else None
     if layout is not None and len(position) == 3:
         axes = axes_of(found.shape, layout)
         assert axes.channel is not None

@@ -1,4 +1,4 @@
-"""Finds the first module that produces NaN or Inf: the context manager, and what it says at its end."""
+"""Finds the first module that produces NaN or Inf: the context manager, with its error and its warnings."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Finite:
         self._chosen()  # a wrong name is an error here, where it was written
 
     def _chosen(self) -> tuple[ModuleTree, dict[str, nn.Module], str]:
-        """What is to be watched, and in words what is not."""
+        """Returns the model's tree, the modules to watch, and a text about what is not watched."""
         selection = select(self._model, self._layers, self._types)
         tree, modules = selection.tree, dict(selection.modules)
         if ROOT in tree.names:
@@ -123,7 +123,7 @@ class Finite:
             hints.append(
                 f"TorchScript calls no hooks, so the parts of these count as their own code: {listed(scripted)}."
             )
-        if _is_compiled(self._model):
+        if tree.compiled:
             hints.append(
                 "The compiled model ran eagerly in this block; a NaN that only compiled code makes does not show in it: run "
                 "torch.compile(tapped(model, reduce=lambda t: t.isfinite().all())) for that."
@@ -183,7 +183,7 @@ class Finite:
         return None if self._watch is None else self._watch.first()
 
     def _warn(self, watch: Watch) -> None:
-        """Says what could not be seen; silent where nothing ran at all."""
+        """Warns of what could not be seen; not if nothing ran at all."""
         if not watch.calls and watch.elsewhere:
             text = (
                 f"nothing was watched: the model ran in another thread, where this block is not open: "
@@ -207,10 +207,3 @@ class Finite:
 
 
 finite = Finite
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-        for module in model.modules()
-    )

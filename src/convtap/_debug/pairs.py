@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
+from convtap._debug.comparison import Run
 from convtap._errors import InvalidType, LayerNotFound, did_you_mean, listed
 from convtap._select.example import run_once
 from convtap._select.module_tree import ModuleTree
@@ -25,10 +26,6 @@ from convtap._torch.hooks import Hooks
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _RELUS = (nn.ReLU, nn.ReLU6)
-
-
-#: A layer's name, and the number of one of its calls.
-Run: TypeAlias = "tuple[str, int]"
 
 
 @dataclass
@@ -66,8 +63,8 @@ def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: 
 def _follow(
     flow: Flow, heads: dict[int, Any], wanted: set[str], name: str, module: Any, args: Any, output: Any
 ) -> None:
-    run = (name, flow.counts.get(name, 0))
-    flow.counts[name] = run[1] + 1
+    run = Run(name, flow.counts.get(name, 0))
+    flow.counts[name] = run.number + 1
     if not isinstance(output, Tensor):
         return
     if name in wanted:
@@ -89,7 +86,7 @@ def folded(layer: Run, flow: Flow, partner: Run, other: Flow) -> Run:
     if gone <= 0 or [kind for _, kind in mine[gone:]] != [kind for _, kind in theirs]:
         return layer
     members = mine[:gone]
-    if "ReLU" not in other.kinds.get(partner[0], ""):
+    if "ReLU" not in other.kinds.get(partner.layer, ""):
         members = [member for member in members if member[1] == "norm"]
     return members[-1][0] if members else layer
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
-from convtap._debug.pairs import Flow, Run, folded
-from convtap._select.selection import FUNCTION, Selection
-
-
-class Side(Protocol):
-    """What is to be known of one of the two models: its selection, the layers of it that ran, and how it runs."""
-
-    selection: Selection
-    flow: Flow
-    layers: dict[str, Any]
+from convtap._debug.comparison import Run
+from convtap._debug.pairs import folded
+from convtap._debug.side import Side
+from convtap._select.selection import FUNCTION
 
 
 class Plan:
@@ -37,16 +31,14 @@ class Plan:
         for name, partner in pairs.items():
             times = one.flow.counts.get(name, 0)
             for number in range(min(times, two.flow.counts.get(partner, times))):
-                self._pair((name, number), (partner, number))
-        partners = ({name for name, _ in self.runs}, {name for name, _ in self.runs.values()})
-        self.only_partners = tuple(
-            {name for name in names if name not in side.layers and name not in asked}
-            for names, side, asked in zip(partners, self.sides, (pairs, pairs.values()), strict=True)
-        )
-        self._within = tuple(
-            {name for name in side.layers if any(name.startswith(f"{outer}.") for outer in names)}
-            for names, side in zip(partners, self.sides, strict=True)
-        )
+                self._pair(Run(name, number), Run(partner, number))
+        self.only_partners: list[set[str]] = []
+        self._within: list[set[str]] = []
+        for side, runs, asked in ((one, self.runs, pairs.keys()), (two, self.runs.values(), pairs.values())):
+            names = {run.layer for run in runs}
+            self.only_partners.append(names - side.layers.keys() - set(asked))
+            inner = {name for name in side.layers if any(name.startswith(f"{outer}.") for outer in names)}
+            self._within.append(inner)
 
     def _pair(self, mine: Run, theirs: Run) -> None:
         one, two = self.sides
@@ -55,29 +47,29 @@ class Plan:
         self.runs[left] = right
         if left != mine:
             self.inside[0].add(mine)
-            self.notes[left] = f"b fuses {mine[0]} … {left[0]}"
+            self.notes[left] = f"b fuses {mine.layer} … {left.layer}"
         if right != theirs:
             self.inside[1].add(theirs)
-            self.notes[left] = f"a fuses {theirs[0]} … {right[0]}"
+            self.notes[left] = f"a fuses {theirs.layer} … {right.layer}"
 
     def passes_by(self, side: int, run: Run) -> bool:
         """Whether a run is not to be compared by itself."""
-        return run in self.inside[side] or run[0] in self._within[side]
+        return run in self.inside[side] or run.layer in self._within[side]
 
     def partner(self, run: Run) -> Run | None:
         """The run of ``b`` to compare a run of ``a`` with."""
         if run in self.runs:
             return self.runs[run]
-        name, number = run
-        if name in self.only_partners[0]:
+        if run.layer in self.only_partners[0]:
             return None
-        partner = self.pairs.get(name) or _same_name(name, self.sides[1], self.partners(1))
-        return None if partner is None else (partner, number)
+        partner = self.pairs.get(run.layer) or _same_name(run.layer, self.sides[1], self.partners(1))
+        return None if partner is None else Run(partner, run.number)
 
     def partners(self, side: int) -> set[str]:
         """The names of the modules on one side that are compared."""
-        names = (self.pairs, self.pairs.values())[side]
-        return {*names, *(name for name, _ in (self.runs, self.runs.values())[side])}
+        if side == 0:
+            return {*self.pairs, *(run.layer for run in self.runs)}
+        return {*self.pairs.values(), *(run.layer for run in self.runs.values())}
 
     def _extra(self, side: int) -> list[str]:
         wanted = self.partners(side).difference(self.sides[side].layers)
@@ -96,7 +88,7 @@ class Plan:
 
     def modules(self, side: int) -> list[str]:
         """The modules that a compiled side is tapped at."""
-        fused = {name for name, _ in self.inside[side]} | self._within[side]
+        fused = {run.layer for run in self.inside[side]} | self._within[side]
         return [*(name for name in self.sides[side].layers if name not in fused), *self._extra(side)]
 
 

@@ -1,14 +1,16 @@
-"""Looks at one tensor for NaN and Inf: its extremes and where they lie, as tensors on its own device."""
+"""Finds NaN and Inf in one tensor: its extremes and their positions, as tensors on its own device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convtap._public import public
 from convtap._torch.transforms import unwrapped
 
 # Note: [One pass over a tensor]
@@ -25,13 +27,35 @@ READ_AT_ONCE = {"cpu"}
 _outside_modes = torch._C.DisableTorchFunction
 
 
-class FiniteRange(NamedTuple):
-    """The least and the greatest finite value of a tensor (NaN if it has none), and how many elements are NaN and Inf."""
+@public
+@dataclass(frozen=True)
+class Range:
+    """The least and the greatest finite value of a tensor, and how many of its elements are not finite.
 
+    Attributes:
+        name: what the tensor is; ``""`` for a module's only input.
+        low: the least finite value; NaN if there is none, or on an accelerator if the tensor holds NaN or Inf.
+        high: the greatest one.
+        nan: how many elements are NaN; None where low and high are not known.
+        inf: how many are Inf or -Inf.
+    """
+
+    name: str
     low: float
     high: float
-    nan: int = 0
-    inf: int = 0
+    nan: int | None = 0
+    inf: int | None = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} {self._text()}".lstrip()
+
+    def _text(self) -> str:
+        if self.nan is None or self.inf is None:
+            return "with NaN or Inf"
+        counts = " and ".join(f"{count} {what}" for count, what in ((self.nan, "NaN"), (self.inf, "Inf")) if count)
+        if self.low != self.low:
+            return f"without a finite value ({counts})"
+        return f"[{self.low:.4g}, {self.high:.4g}]" + (f" and {counts}" if counts else "")
 
 
 class Probe:
@@ -45,8 +69,7 @@ class Probe:
         extremes: its least and its greatest value, as tensors (``here``: as numbers).
         places: on another device than the CPU, the flat positions of the greatest and of the least value.
         here: whether the extremes are numbers already.
-        finite: the extremes of the finite values and the counts of NaN and Inf; None if they are not known: of a tensor on
-            another device than the CPU that holds any.
+        finite: the range of the finite values, if there are others; None on another device than the CPU.
         count: how many elements are NaN or Inf, where that was counted.
     """
 
@@ -62,23 +85,26 @@ class Probe:
         self.places: Any = None
         low, high = torch.aminmax(values)
         self.extremes: Any = (low.item(), high.item()) if self.here else (low, high)
-        self.finite: FiniteRange | None = None
+        self.finite: Range | None = None
         if not self.here:
             self.places = (values.argmax(), values.argmin())
-        elif not all(map(math.isfinite, self.extremes)):
-            self.finite = finite_range(tensor)
+        elif not self.is_finite:
+            self.finite = finite_range(tensor, path)
 
-    def range(self) -> FiniteRange | None:
-        """The extremes of the finite values and the counts of the others, once ``extremes`` are numbers."""
-        low, high = self.extremes
-        return FiniteRange(low, high) if math.isfinite(low) and math.isfinite(high) else self.finite
+    @property
+    def is_finite(self) -> bool:
+        """Whether the tensor holds neither NaN nor Inf, once ``extremes`` are numbers."""
+        return all(map(math.isfinite, self.extremes))
+
+    def range(self) -> Range:
+        """Returns the range of the finite values and the counts of the others, once ``extremes`` are numbers."""
+        if self.is_finite:
+            return Range(self.path, *self.extremes)
+        return self.finite or Range(self.path, math.nan, math.nan, None, None)
 
     def is_bad(self, inf: bool) -> bool:
         """Whether the tensor holds a NaN, or (``inf``) an infinity."""
-        low, high = self.extremes
-        if math.isfinite(low) and math.isfinite(high):
-            return False
-        return inf or math.isnan(low)
+        return not self.is_finite and (inf or math.isnan(self.extremes[0]))
 
     @property
     def kind(self) -> str:
@@ -136,8 +162,8 @@ def probe(tensor: Tensor, path: str = "") -> Probe | None:
         return None if values is None else Probe(tensor, values, path)
 
 
-def finite_range(tensor: Tensor) -> FiniteRange:
-    """Looks at the finite values of a tensor that can hold others, and counts those. On an accelerator this waits."""
+def finite_range(tensor: Tensor, name: str) -> Range:
+    """Returns the range of the finite values of a tensor, and counts the others. On an accelerator this waits."""
     with torch.no_grad(), _outside_modes():
         values = values_of(tensor)
         assert values is not None
@@ -146,7 +172,7 @@ def finite_range(tensor: Tensor) -> FiniteRange:
         if tensor.is_complex():  # its numbers are in pairs
             nan, inf = nan.any(-1), inf.any(-1)
         low, high = map(float, torch.aminmax(finite)) if finite.numel() else (math.nan, math.nan)
-        return FiniteRange(low, high, int(nan.sum()), int((inf & ~nan).sum()))
+        return Range(name, low, high, int(nan.sum()), int((inf & ~nan).sum()))
 
 
 def locate(found: Probe, tensor: Tensor, inf: bool) -> None:

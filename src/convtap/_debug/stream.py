@@ -1,10 +1,10 @@
-"""One model's run, layer by layer: it stops at each captured call until the next one is asked for."""
+"""Runs a model in a thread that stops at each captured call until its caller asks for the next one."""
 
 from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,34 +17,35 @@ from convtap._result.call import Call
 from convtap._select.example import called, looking, own_tensors
 
 # Note: [Two runs side by side]
-# Assumption: a forward pass is one call that cannot be left half way and taken up again.
-# Failure: to compare two models layer by layer, one of them would have to run to its end first and all of its outputs be
-#   held; or both be run again for each group of layers (measured on 24 layers in groups of 4: six times the time).
-# Choice: a run has a thread of its own that waits inside the hook until its caller wants the next call; the outputs held
-#   are the two that are compared. Only one thread runs at any time, so nothing is concurrent. What torch keeps per thread
-#   (autocast, the CUDA stream) is taken along, and each run has random numbers of its own, as if it ran alone.
+# Assumption: a forward pass is one call, which cannot be left half way and resumed.
+# Failure: to compare two models without threads, one of them runs first and its outputs are held. With 24 layers of 39 MiB
+#   that takes 1.3 GiB, and more with every layer; a file for each output takes twice the time. Runs of both models for each
+#   group of 4 layers take six times the time.
+# Choice: each run has a thread that waits in the capture until its caller asks for the next call, so that two outputs are
+#   held at any depth (0.5 GiB in this example, most of it to compute the differences in float64). Only one thread runs at
+#   any time. What torch keeps per thread (autocast, the CUDA stream) is copied, and each run has random numbers of its own.
 
 
 class _Abandoned(BaseException):
-    """Ends a run whose caller wants no more of it; no Exception, so that the model lets it through."""
+    """Ends a run early. It is not an Exception, so that the model does not catch it."""
 
 
 class _Handover(dict[Any, Call]):
-    """Stands where a block keeps its calls, and hands each on instead of keeping it."""
+    """Takes the place of a log's calls, and hands each call on instead of keeping it."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, hand_over: Callable[[Call], None]) -> None:
         super().__init__()
-        self._stream = stream
+        self._hand_over = hand_over
 
     def __setitem__(self, key: Any, call: Call) -> None:
-        self._stream._give(call)
+        self._hand_over(call)
 
 
 class Stream:
     """Iterates over the calls of one forward pass, without keeping them.
 
     Attributes:
-        output: what the model returned, once the calls are through.
+        output: the model's output, after the last call.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Stream:
         self._mode = mode
         self._model = model
         self._example = example
-        self._capture = capture_options(model, layers, types=types).without_checks()
+        self._options = capture_options(model, layers, types=types).without_checks()
         self._call: Call | None = None
         self._error: BaseException | None = None
         self._ended = False
@@ -67,33 +68,27 @@ class Stream:
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="convtap-compare", daemon=True)
 
     def __iter__(self) -> Iterator[Call]:
-        while True:
-            call = self._next()
-            if call is None:
-                return
-            yield call
+        while not self._ended:
+            self._call = None
+            self._resume()
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            if self._call is not None:
+                yield self._call
 
     def close(self) -> None:
-        """Ends the run, wherever it is."""
+        """Ends the run at the call where it waits."""
         self._abandoned = True
         if self._thread.ident is None:
             return  # it never began
-        while not self._ended:  # and not while the thread is alive: one that has ended stops nowhere any more
+        while not self._ended:  # is_alive() would still be true for a moment after the last stop
             self._resume()
         self._thread.join()
 
-    def _next(self) -> Call | None:
-        if self._ended:
-            return None
-        self._call = None
-        self._resume()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return self._call
-
     def _resume(self) -> None:
-        if not self._thread.is_alive() and not self._ended:
+        """Lets the thread run to its next call, with its own random numbers."""
+        if self._thread.ident is None:
             self._thread.start()
         mine = _random_state()
         _set_random_state(self._random)
@@ -102,7 +97,7 @@ class Stream:
         self._random = _random_state()
         _set_random_state(mine)
 
-    def _give(self, call: Call) -> None:
+    def _hand_over(self, call: Call) -> None:
         self._call = call
         self._stopped.release()
         self._go.acquire()
@@ -112,14 +107,12 @@ class Stream:
     def _run(self) -> None:
         self._go.acquire()
         try:
-            if not self._abandoned:
-                with ExitStack() as stack:
-                    for setting in self._settings:
-                        stack.enter_context(setting)
-                    stack.enter_context(looking(self._model, self._mode))
-                    session = stack.enter_context(Session(self._capture))
-                    session.log.calls = _Handover(self)
-                    self.output = called(self._model, own_tensors(self._example))
+            with ExitStack() as stack:
+                for setting in self._settings:
+                    stack.enter_context(setting)
+                stack.enter_context(looking(self._model, self._mode))
+                stack.enter_context(Session(self._options)).log.calls = _Handover(self._hand_over)
+                self.output = called(self._model, own_tensors(self._example))
         except _Abandoned:
             pass
         except BaseException as error:
@@ -131,7 +124,7 @@ class Stream:
 
 
 def _thread_settings() -> list[Any]:
-    """What torch keeps per thread and a model's run depends on, as contexts to enter in another thread."""
+    """Returns the settings that torch keeps per thread, as contexts to enter in another thread."""
     settings: list[Any] = [
         torch.autocast(device, dtype=torch.get_autocast_dtype(device))
         for device in ("cpu", "cuda")

@@ -1,10 +1,11 @@
-"""Watches modules run: looks at every tensor that goes into one or comes out, until the first NaN or Inf."""
+"""Watches modules run: probes every tensor that a module takes or returns, until the first NaN or Inf."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convtap._debug.finding import Event, Finding, Frame, Link, judge
+from convtap._debug.finding import Event, Finding, ModuleRun, SeenTensor, judge
 from convtap._debug.probe import locate, probe, read_all
 from convtap._errors import NonFiniteOutput
 from convtap._select.module_tree import ROOT
@@ -36,12 +37,12 @@ from convtap._torch.modes import Token, open_tokens
 
 _backward_task = torch._C._current_graph_task_id
 _READ_AFTER = 2048  # tensors waiting on an accelerator to be read: few enough to hold, many enough to wait rarely
-_LINKS = 512  # tensors remembered, so that what one module returns and the next takes is looked at once
+_KNOWN = 512  # tensors remembered, so that what one module returns and the next takes is looked at once
 
 
 class _Here(threading.local):
     def __init__(self) -> None:
-        self.stack: list[Frame] = []
+        self.stack: list[ModuleRun] = []
         self.last: str | None = None
 
 
@@ -80,7 +81,7 @@ class Watch:
         self._hooks = Hooks()
         self._handles: list[Callable[[], None]] = []
         self._here = _Here()
-        self._links: dict[int, Link] = {}
+        self._known: dict[int, SeenTensor] = {}
         self._pending: list[Event] = []
         self._counts: dict[str, int] = {}
         self._forwards = itertools.count()
@@ -107,7 +108,7 @@ class Watch:
         for handle in self._handles:
             handle()
         self._handles.clear()
-        self._links.clear()
+        self._known.clear()
 
     def first(self) -> Finding | None:
         """Returns the first finding, after reading what waits on an accelerator."""
@@ -115,7 +116,7 @@ class Watch:
         read_all([event.found for event in pending])
         for event in pending:
             if self._first is None and event.found.is_bad(self._inf):
-                read_all(event.frame.inputs if event.frame is not None else [])
+                read_all(event.run.inputs if event.run is not None else [])
                 self._first = judge(event, self._hint)
         return self._first
 
@@ -134,28 +135,28 @@ class Watch:
         if not stack and not repeated:
             parent = self._method(module)
             self._forward = next(self._forwards) if parent is None else parent.forward
-        frame = Frame(name, module, parent, -1 if repeated else self._count(name), self._forward)
-        frame.before = None if module is self._model else self._here.last
-        stack.append(frame)
+        run = ModuleRun(name, module, parent, -1 if repeated else self._count(name), self._forward)
+        run.before = None if module is self._model else self._here.last
+        stack.append(run)
         given = args[0] if len(args) == 1 and not kwargs else {**dict(enumerate(args)), **kwargs}
-        self._look("input", frame, given, repeated)
+        self._look("input", run, given, repeated)
 
     def _left(self, watched: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._here.stack
         if module is not watched or not stack or self._token not in open_tokens():
             return
         while stack and stack[-1].module is not module:
-            if not any(frame.module is module for frame in stack):
+            if not any(run.module is module for run in stack):
                 return
             stack.pop()
-        frame = stack.pop()
+        run = stack.pop()
         if self._first is None:
-            self._look("output", frame, output, frame.index < 0)
-            if frame.parent is not None:
-                frame.parent.last = frame.name
-            self._here.last = frame.name
+            self._look("output", run, output, run.index < 0)
+            if run.parent is not None:
+                run.parent.last = run.name
+            self._here.last = run.name
 
-    def _method(self, module: nn.Module) -> Frame | None:
+    def _method(self, module: nn.Module) -> ModuleRun | None:
         """Returns the run of the method that calls a layer outside of any call of a module, if there is one."""
         if module is self._model:
             return None
@@ -166,10 +167,10 @@ class Watch:
             return None
         owner, python_frame = found
         known = marked(python_frame, self._owner)
-        if isinstance(known, Frame):
+        if isinstance(known, ModuleRun):
             return known
         name = next((name for name, other in self._modules.items() if other is owner), ROOT)
-        method = Frame(name, owner, None, -1, next(self._forwards))
+        method = ModuleRun(name, owner, None, -1, next(self._forwards))
         method.method = python_frame.f_code.co_name
         mark(python_frame, self._owner, method)
         return method
@@ -186,34 +187,34 @@ class Watch:
         self._counts[name] = index + 1
         return index
 
-    def _look(self, where: str, frame: Frame, value: Any, repeated: bool) -> None:
+    def _look(self, where: str, run: ModuleRun, value: Any, repeated: bool) -> None:
         for path, tensor in walk_tensors(value):
-            link = self._link(where, frame, path, tensor, repeated)
+            seen = self._seen(where, run, path, tensor, repeated)
             if where == "output":
-                link.sources.append(frame)
+                seen.sources.append(run)
             else:
-                link.targets.append(frame)
-                if link.found is not None:
-                    frame.inputs.append(link.found)
-            if self._backward and tensor.requires_grad and not link.listened:
-                link.listened = True
-                tensor.register_hook(partial(self._gradient, link))  # type: ignore[no-untyped-call]
+                seen.targets.append(run)
+                if seen.found is not None:
+                    run.inputs.append(seen.found)
+            if self._backward and tensor.requires_grad and not seen.listened:
+                seen.listened = True
+                tensor.register_hook(partial(self._gradient, seen))  # type: ignore[no-untyped-call]
 
-    def _link(self, where: str, frame: Frame, path: str, tensor: Tensor, repeated: bool) -> Link:
+    def _seen(self, where: str, run: ModuleRun, path: str, tensor: Tensor, repeated: bool) -> SeenTensor:
         """Returns what is known about a tensor, after looking at it if it, or this version of it, is new."""
         version = -1 if tensor.is_inference() else tensor._version
-        link = self._links.get(id(tensor))
-        if link is not None and link.version == version >= 0 and link.reference() is tensor:
-            return link
-        link = Link(tensor, version, None if repeated else probe(tensor, path))
-        if len(self._links) >= _LINKS:
-            self._links.clear()
-        self._links[id(tensor)] = link
-        if link.found is not None:
-            self._weigh(Event(where, link.found, frame, link), tensor)
-        return link
+        seen = self._known.get(id(tensor))
+        if seen is not None and seen.version == version >= 0 and seen.reference() is tensor:
+            return seen
+        seen = SeenTensor(weakref.ref(tensor), version, None if repeated else probe(tensor, path))
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[id(tensor)] = seen
+        if seen.found is not None:
+            self._judge_or_defer(Event(where, seen.found, run, seen), tensor)
+        return seen
 
-    def _weigh(self, event: Event, tensor: Tensor) -> None:
+    def _judge_or_defer(self, event: Event, tensor: Tensor) -> None:
         """Judges a tensor that can be read at once, and puts another one off."""
         if not event.found.here:
             self._pending.append(event)
@@ -227,13 +228,13 @@ class Watch:
 
     # -- backward
 
-    def _gradient(self, link: Link, gradient: Tensor) -> None:
+    def _gradient(self, seen: SeenTensor, gradient: Tensor) -> None:
         self._tasks.add(_backward_task())
-        self._look_at_gradient(gradient, link=link)
+        self._look_at_gradient(gradient, seen=seen)
 
-    def _parameter_gradient(self, frame: Frame, key: str, gradient: Tensor) -> None:
+    def _parameter_gradient(self, run: ModuleRun, key: str, gradient: Tensor) -> None:
         if _backward_task() in self._tasks:
-            self._look_at_gradient(gradient, frame=frame, parameter=key)
+            self._look_at_gradient(gradient, run=run, parameter=key)
 
     def _look_at_gradient(self, gradient: Tensor, **whose: Any) -> None:
         if self._closed or self._first is not None:
@@ -241,12 +242,12 @@ class Watch:
         self.gradients += 1
         found = probe(gradient)
         if found is not None:
-            self._weigh(Event("gradient", found, **whose), gradient)
+            self._judge_or_defer(Event("gradient", found, **whose), gradient)
 
     def _listen_to_parameter(self, name: str, module: nn.Module, key: str, parameter: Tensor) -> None:
         untouched = parameter._backward_hooks is None
-        frame = Frame(name, module, None, -1, -1)
-        handle = parameter.register_hook(partial(self._parameter_gradient, frame, key))  # type: ignore[no-untyped-call]
+        run = ModuleRun(name, module, None, -1, -1)
+        handle = parameter.register_hook(partial(self._parameter_gradient, run, key))  # type: ignore[no-untyped-call]
 
         def undo() -> None:
             handle.remove()
