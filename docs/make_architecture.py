@@ -38,7 +38,7 @@ PLACES = {
     "the root of all errors stands": "_errors.ConvtapError",
     "a file becomes visible, whole or not at all": "_atomic_write.write_whole",
     "the bytes of a shard are laid out": "_dataset.write_shard",
-    "a shard becomes visible": "_dataset.Writer",
+    "a shard becomes visible": "_dataset.ShardPublisher",
     "a sample is found in a store": "_dataset.Index",
 }
 
