@@ -101,3 +101,13 @@ def test_a_store_is_read_and_gone_on_with(written_store):
     again = extract(model(), DATA.split(2), written_store, progress=False)
     assert sorted(path.name for path in written_store.rglob("*.safetensors")) == before
     assert len(again) == 6
+
+
+def test_pickled_stores_and_views_read_the_store(written_store, monkeypatch):
+    monkeypatch.chdir(written_store.parent)
+    store, view, data = (pickle.loads(PICKLES[name]) for name in ("store", "view", "dataset"))
+    expected = Store("store")
+    assert same(store.sample(3), expected.sample(3))
+    assert same(view[3], expected["0"][3])
+    assert len(data) == 6
+    assert same(data[3][1], expected.sample(3))

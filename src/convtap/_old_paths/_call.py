@@ -1,9 +1,31 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._result.call``."""
+"""Where pickles of version 0.1.0 look for ``Call`` and for the record of a layer."""
 
 from __future__ import annotations
 
-from convtap._result.call import Call, LayerRecord
+from typing import Any
 
-Tally = LayerRecord
+from torch import nn
 
-__all__ = ["Call", "Tally"]
+from convtap._result import call as _now
+
+
+class Call(_now.Call):
+    """A call, whose record had another name."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        self.__class__ = _now.Call  # type: ignore[assignment]
+        _, values = state
+        for name, value in values.items():
+            setattr(self, name.replace("_tally", "_record"), value)
+
+
+class Tally(_now.LayerRecord):
+    """The record of a layer, which held the class of the module."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = _now.LayerRecord  # type: ignore[assignment]
+        kind = state.pop("kind", None)
+        self.__init__(state.pop("name"), isinstance(kind, type) and issubclass(kind, nn.Conv1d))  # type: ignore[misc]
+        self.__dict__.update(state)

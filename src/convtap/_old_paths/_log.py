@@ -1,7 +1,16 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._result.log``."""
+"""Where pickles of version 0.1.0 look for ``Log``."""
 
 from __future__ import annotations
 
-from convtap._result.log import Log
+from typing import Any
 
-__all__ = ["Log"]
+from convtap._result import log as _now
+
+
+class Log(_now.Log):
+    """A log, whose records had another name, and which lacked some fields."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = _now.Log  # type: ignore[assignment]
+        self.__init__(records=state.pop("tallies"))  # type: ignore[misc]
+        self.__dict__.update(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from convtap._errors import NotCaptured
 from convtap._public import public
@@ -38,8 +38,6 @@ class LayerRecord:
     separator = "#"
     layout: Layout | None = None
 
-    part = ""
-
     def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
         self.name = name
         self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
@@ -59,11 +57,6 @@ class LayerRecord:
         if self.pending is not None:  # what read the weight is a place in code, which has no pickle
             state["pending"] = (self.pending[0], str(self.pending[1]))
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        kind = state.pop("kind", None)  # in pickles of version 0.1.0: the class of the module
-        self.is_conv1d = isinstance(kind, type) and issubclass(kind, nn.Conv1d)
-        self.__dict__.update(state)
 
     def read_by(self, reader: object, forward: int) -> None:
         """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
@@ -106,10 +99,6 @@ class Call:
         state = {name: getattr(self, name) for name in self.__slots__}
         state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
         return None, state
-
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        for name, value in state[1].items():
-            setattr(self, "_record" if name == "_tally" else name, value)  # its name in pickles of version 0.1.0
 
     @property
     def name(self) -> str:

@@ -46,10 +46,6 @@ class Log:
         # while the block is open, the names are keys of its modules
         return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact), "_indexed": (-1, {})}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        records = state.pop("tallies", {})  # their name in pickles of version 0.1.0, which lack some of the others
-        self.__dict__.update({**Log(records=records).__dict__, **state})
-
     def clear(self) -> None:
         """Forgets the calls, as if the block began here; what was ever captured stays counted."""
         self.calls.clear()

@@ -1,7 +1,15 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._dataset.store``."""
+"""Where pickles of version 0.1.0 look for ``Store``."""
 
 from __future__ import annotations
 
-from convtap._dataset.store import Store
+from typing import Any
 
-__all__ = ["Store"]
+from convtap._dataset import store as _now
+
+
+class Store(_now.Store):
+    """A store, which is opened anew by its path."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = _now.Store  # type: ignore[assignment]
+        self.__init__(state["path"])  # type: ignore[misc]

@@ -1,7 +1,24 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._dataset.views``."""
+"""Where pickles of version 0.1.0 look for the views of a store."""
 
 from __future__ import annotations
 
-from convtap._dataset.views import LayerView, StoreDataset
+from typing import Any
 
-__all__ = ["LayerView", "StoreDataset"]
+from convtap._dataset import views as _now
+from convtap._dataset.store_reader import StoreReader
+
+
+class LayerView(_now.LayerView):
+    """A view of a layer, whose store is opened anew by its path."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = _now.LayerView  # type: ignore[assignment]
+        self.__init__(StoreReader(state["_store"].path), state["name"], state["_key"])  # type: ignore[misc]
+
+
+class StoreDataset(_now.StoreDataset):
+    """A data set of a store, which is opened anew by its path."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = _now.StoreDataset  # type: ignore[assignment]
+        self.__init__(StoreReader(state["_store"].path), state["_views"], state["_labels"])  # type: ignore[misc]
