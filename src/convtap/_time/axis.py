@@ -15,6 +15,9 @@ from functools import cached_property
 # Choice: each end is a whole-number function that repeats itself after ``period`` frames, ``rise`` samples later. Such
 #   functions are closed under everything that is done here: shift, floor division, minimum and maximum.
 
+#: The function t ↦ ⌊(times·t + plus) / over⌋, as its three numbers.
+Floor = tuple[int, int, int]
+
 #: The longest period that is followed.
 LONGEST = 1 << 16
 
@@ -102,8 +105,3 @@ def line(values: list[int], rise: int) -> Line:
 
 
 IDENTITY = Line((0,), 1)
-
-
-def exact(value: Fraction) -> int | Fraction:
-    """Returns a whole number as an int."""
-    return value.numerator if value.denominator == 1 else value

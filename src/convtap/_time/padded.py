@@ -12,7 +12,7 @@ from convtap._errors import CoverageWarning, InvalidValue, Unsupported, listed, 
 from convtap._result.call import Call, layout_of
 from convtap._result.samples import Cut
 from convtap._tensors.layout import axes_of
-from convtap._time.axis_edge import Difference
+from convtap._time.edge import Difference
 from convtap._time.layer_time import LayerTime, difference_of
 
 #: What to write instead, at the end of every message.

@@ -22,9 +22,8 @@ from convtap._select.example import Example, forward_of, prepared
 from convtap._select.module_tree import ModuleTree, resolve_name
 from convtap._table import MOST, Rows, Table
 from convtap._tensors.nested import walk_tensors
-from convtap._time.axis_edge import Edges, Tail
-from convtap._time.layer_time import LayerTime, cells_of
-from convtap._time.lengths import Doubt, follow, settle
+from convtap._time.layer_time import LayerTime, cells_of, layer_times
+from convtap._time.lengths import follow
 from convtap._time.padded import Cutter, Differences
 from convtap._time.record import Pass, Record
 from convtap._time.signal import argument_of, signal_of, time_axis
@@ -79,22 +78,9 @@ def timeline(
     example, forward = prepared(example, model), forward_of(model, method)
     path, found = signal_of(example, signal, forward)
     axis = time_axis(found, time_dim)
-    how = Pass(model, path, axis, method)
-    records, tree = follow(how, example)
-    doubts = settle(records, how, example)
+    records, tree = follow(Pass(model, path, axis, method), example)
     first = next((name for name, tensor in walk_tensors(example) if tensor.dim() > 1), path)
-    return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, doubts, path, is_first=first == path)
-
-
-def layer_times(
-    records: Sequence[Record], keys: Sequence[str], input_length: int, doubts: Mapping[int, Doubt]
-) -> list[LayerTime]:
-    """Returns what the records of one pass say, each under its key."""
-    edges = Edges([record.mark.edge for record in records])
-    return [
-        LayerTime(record, key, input_length, doubts.get(i), Tail(edges, edges.places[i], record.numbers))
-        for i, (record, key) in enumerate(zip(records, keys, strict=True))
-    ]
+    return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, path, is_first=first == path)
 
 
 @public
@@ -115,7 +101,6 @@ class Timeline(Mapping[str, LayerTime]):
         input_length: int,
         time_dim: int,
         tree: ModuleTree,
-        doubts: Mapping[int, Doubt],
         signal: str = "",
         *,
         is_first: bool = True,
@@ -130,7 +115,7 @@ class Timeline(Mapping[str, LayerTime]):
         self._calls: dict[str, list[LayerTime]] = {}
         self._layers: dict[str, LayerTime] = {}
         keys = keys_of([record.name for record in records])
-        for record, found in zip(records, layer_times(records, keys, input_length, doubts), strict=True):
+        for record, found in zip(records, layer_times(records, keys, input_length), strict=True):
             self._all[found.key] = found
             self._calls.setdefault(record.name, []).append(found)
             if record.is_layer:

@@ -1,4 +1,4 @@
-"""What rolls, overlapping windows and sub-pixel shuffles do to the time axis."""
+"""What overlapping windows and sub-pixel shuffles do to the time axis."""
 
 from __future__ import annotations
 
@@ -6,35 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convtap._time.axis_count import Affine, Fixed, Guess
-from convtap._time.axis_op import Op
-from convtap._time.axis_shape import permuted, reshaped
 from convtap._time.mark import Digit, Mark, as_axis, normal, resampled, unknown
-
-
-def roll(op: Op) -> Mark | None:
-    """``roll(input, shifts, dims)``: the frames that come round from the other end count as padding."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown or not mark.digits:
-        return mark
-    given = op.arg(2, "dims")
-    dims = op.dims(given)
-    if not mark.dims.intersection(dims):
-        return mark
-    if not given:
-        return unknown(f"{op.what}: the frames were rolled along with other axes")
-    for shift, dim in zip(op.args[1], dims, strict=True):
-        if dim not in mark.dims or not shift:
-            continue
-        axis = as_axis(mark, dim, op.shape[dim])
-        if axis is None or len(axis.digits) > 1:
-            return unknown(f"{op.what}: segments were rolled")
-        axis = normal(axis)
-        # frames that come from the end to the front come from the padding, if there is any
-        axis = axis.mixes(op.what, [dim]) if shift > 0 else axis.looks(dim, "roll")
-        digit, size = axis.digits[0], op.shape[dim]
-        count = digit.count.then(Guess(op.what, size, size, Affine(1, 0, 1), Fixed(size)))
-        mark = replace(axis.spread(shift, -shift), digits=(replace(digit, count=count),)).within(size)
-    return mark
+from convtap._time.operation import Op
+from convtap._time.reshape import permuted, reshaped
 
 
 @dataclass(frozen=True)
@@ -61,22 +35,18 @@ class _Windows:
 
 
 def _windows(sizes: Any, settings: Any) -> _Windows | None:
-    kernels, dilations, paddings, strides = settings
     found = []
     for i in (0, 1):
-        reach = int(sizes[i]) + 2 * paddings[i] - dilations[i] * (kernels[i] - 1) - 1
-        inner = int(kernels[1]) if i == 0 else 1
-        count = reach // strides[i] + 1
-        found.append(_Windows(i, kernels[i], dilations[i], paddings[i], strides[i], inner, count))
+        kernel, dilation, padding, stride = (int(setting[i]) for setting in settings)
+        inner = int(settings[0][1]) if i == 0 else 1
+        count = (int(sizes[i]) + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        found.append(_Windows(i, kernel, dilation, padding, stride, inner, count))
     several = [one for one in found if one.count > 1]
     return several[0] if len(several) == 1 else None
 
 
-def fold(op: Op) -> Mark | None:
+def fold(op: Op, mark: Mark) -> Mark:
     """``col2im(input, sizes, kernel, dilation, padding, stride)``: windows (B, C·kernel, windows) are added up."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown or not mark.digits:
-        return mark
     last, channel, batch = op.rank - 1, op.rank - 2, op.rank - 3
     one = _windows(op.args[1], op.args[2:6])
     windows, places = mark.on(last), mark.on(channel)
@@ -96,21 +66,17 @@ def fold(op: Op) -> Mark | None:
     even = (places.weight, windows.weight) == (unit * one.dilation, unit * one.stride)
     if not even or (places.inner, places.size) != (one.inner, one.kernel):
         return unknown(f"{op.what}: frames are added to others than those they came from")
-    moved = mark.spread(-one.padding * unit, one.padding * unit)
     whole = Digit(dim, size, 1, unit, windows.count.then(step))
-    return normal(replace(moved, digits=(whole,))).within(size)
+    return normal(replace(mark.spread(-one.padding * unit, one.padding * unit), digits=(whole,))).within(size)
 
 
-def unfold(op: Op) -> Mark | None:
+def unfold(op: Op, mark: Mark) -> Mark:
     """``im2col(input, kernel, dilation, padding, stride)``: windows of (B, C, H, W) as (B, C·kernel, windows)."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown or not mark.digits:
-        return mark
     batch = op.rank - 4
     one = _windows(op.shape[-2:], op.args[1:5])
-    dim = None if one is None else batch + 2 + one.axis
-    axis = None if dim is None or dim not in mark.dims else as_axis(mark, dim, op.shape[dim])
-    if one is None or dim is None or axis is None or len(axis.digits) > 1:
+    dim = -1 if one is None else batch + 2 + one.axis
+    axis = as_axis(mark, dim, op.shape[dim], op.what)
+    if one is None or axis.unknown or len(axis.digits) > 1:
         return unknown(f"{op.what}: windows along two axes, or along another one than time")
     axis = normal(axis.looks(dim, "padding"))
     step = Affine(1, 2 * one.padding - one.extent + one.stride, one.stride)
@@ -119,20 +85,16 @@ def unfold(op: Op) -> Mark | None:
     return replace(axis.spread(one.padding, -one.padding), digits=(windows, places))
 
 
-def shuffle(op: Op) -> Mark | None:
+def shuffle(op: Op, mark: Mark) -> Mark:
     """``pixel_shuffle(input, factor)`` and its inverse, as the views that they are made of."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown or not mark.digits:
-        return mark
     factor = int(op.args[1])
     *batch, channels, height, width = op.shape
-    ahead = len(batch)
     if op.name == "pixel_shuffle":
         split = (*batch, channels // factor**2, factor, factor, height, width)
         order = (0, 3, 1, 4, 2)
     else:
         split = (*batch, channels, height // factor, factor, width // factor, factor)
         order = (0, 2, 4, 1, 3)
-    order = (*range(ahead), *(ahead + place for place in order))
+    order = (*range(len(batch)), *(len(batch) + place for place in order))
     found = permuted(reshaped(mark, op.shape, split, op.what), order)
     return reshaped(found, [split[place] for place in order], tuple(op.out.shape), op.what)

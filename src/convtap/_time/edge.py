@@ -37,6 +37,27 @@ State = tuple[int, Cause]
 
 
 @dataclass(frozen=True)
+class End:
+    """The end of a tensor's time axis: a number of frames that grows with the input.
+
+    Attributes:
+        count: positions on the axis for a number of samples.
+        weight: frames from one position to the next.
+    """
+
+    count: Count
+    weight: int
+
+    def __call__(self, n: int) -> int:
+        return self.count(n) * self.weight
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the frames at other lengths than the example's are not known, so that nothing can be excluded."""
+        return any(guess.is_open for guess in self.count.guesses())
+
+
+@dataclass(frozen=True)
 class Start:
     """The signal itself: frame n is the first one of the padding."""
 
@@ -58,71 +79,47 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Beyond:
-    """An operation may look past the last frame: alone there is padding, and in a batch there are frames of padding."""
+class PastEnd:
+    """An operation may look past the last frame: alone there is padding, and in a batch there are frames of padding.
 
-    count: Count
-    weight: int
+    Attributes:
+        zeros: whether alone there are zeros, and in the batch a mask has set the frames of padding to zero.
+    """
+
+    end: End
     what: str
+    zeros: bool = False
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
         at, cause = states[0]
-        if _is_open(self.count) and at != NEVER:
-            return 0, Cause(self.what, True)
-        alone, there = self.count(n) * self.weight, self.count(padded) * self.weight
-        if at >= there:
-            at = NEVER
-        if alone < there and alone < at:
-            return alone, Cause(self.what, False)
+        if self.zeros and not self.end.is_open and at >= self.end(n):
+            return NEVER, cause
+        if not self.zeros:
+            if self.end.is_open and at != NEVER:
+                return 0, Cause(self.what, True)
+            alone, there = self.end(n), self.end(padded)
+            at = at if at < there else NEVER
+            if alone < min(there, at):
+                return alone, Cause(self.what, False)
         return at, cause if cause.mixes or at == NEVER else Cause(self.what, False)
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Every frame gets something of every other one."""
+    """Every frame gets something of every other one.
+
+    Attributes:
+        masked: where the frames of padding begin, if these are masked.
+    """
 
     what: str
+    masked: End | None = None
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
         at, cause = states[0]
-        if at == NEVER:
+        if at == NEVER or (self.masked is not None and not self.masked.is_open and at >= self.masked(n)):
             return NEVER, cause
         return 0, cause if cause.mixes and at == 0 else Cause(self.what, True)
-
-
-@dataclass(frozen=True)
-class Masked:
-    """Every frame gets something of every other one, but for the padding, which is masked."""
-
-    count: Count
-    weight: int
-    what: str
-
-    def __call__(self, states: list[State], n: int, padded: int) -> State:
-        at, cause = states[0]
-        if not _is_open(self.count) and at >= self.count(n) * self.weight:
-            return NEVER, cause
-        return 0, cause if cause.mixes and at == 0 else Cause(self.what, True)
-
-
-@dataclass(frozen=True)
-class Zeroed:
-    """An operation looks past the last frame: alone it finds zeros, and in a batch the zeros of a mask."""
-
-    count: Count
-    weight: int
-    what: str
-
-    def __call__(self, states: list[State], n: int, padded: int) -> State:
-        at, cause = states[0]
-        if _is_open(self.count) or at < self.count(n) * self.weight:
-            return at, cause if cause.mixes else Cause(self.what, False)
-        return NEVER, cause
-
-
-def _is_open(count: Count) -> bool:
-    """Whether the frames at other lengths than the example's are not known, so that nothing can be excluded."""
-    return any(guess.is_open for guess in count.guesses())
 
 
 @dataclass(frozen=True)
@@ -141,18 +138,6 @@ class Edge:
     def __init__(self, step: Any, *before: Edge) -> None:
         self.step = step
         self.before = before
-
-    def of(self, times: int, plus: int, over: int = 1) -> Edge:
-        """Returns the edge of frames t that see frames up to ⌊(times·t + plus) / over⌋."""
-        return self if (times, plus, over) == (1, 0, 1) else Edge(Moved(times, plus, over), self)
-
-    def beyond(self, count: Count, weight: int, what: str) -> Edge:
-        """Returns the edge for an operation that may look past the last frame."""
-        return Edge(Beyond(count, weight, what), self)
-
-    def mixed(self, what: str) -> Edge:
-        """Returns the edge after all frames were mixed."""
-        return Edge(Mixed(what), self)
 
 
 def earliest(edges: Iterable[Edge | None]) -> Edge | None:
@@ -190,7 +175,8 @@ class Edges:
 
     def guesses(self) -> list[Guess]:
         """Returns the guessed steps of the counts that the edges rest on, in the order of the operations."""
-        return [guess for step, _ in self._steps if hasattr(step, "count") for guess in step.count.guesses()]
+        ends = (getattr(step, "end", None) or getattr(step, "masked", None) for step, _ in self._steps)
+        return [guess for end in ends if end is not None for guess in end.count.guesses()]
 
     def at(self, place: int, n: int, padded: int) -> State:
         """Returns the first frame that differs for an input of n samples, padded to ``padded``, and why."""
@@ -218,39 +204,3 @@ class Difference:
 
     last: int | None
     what: str
-
-
-@dataclass(frozen=True)
-class Tail:
-    """The edge of one layer's output, for any length.
-
-    Attributes:
-        edges: the edges of the pass.
-        place: which of them.
-        numbers: the operations that had read a value of the signal as a Python number by then.
-    """
-
-    edges: Edges
-    place: int | None
-    numbers: tuple[str, ...] = ()
-
-    def differs(self, count: Count | None, notes: Sequence[str], n: int, padded: int) -> Difference | None:
-        """Compares the output of n samples padded to ``padded`` with that of the n samples alone.
-
-        Args:
-            count: the frames for a number of samples; None if the output has no time axis.
-            notes: what holds for one length only.
-        """
-        if n >= padded or self.place is None or (count is not None and not count(n)):
-            return None
-        if self.numbers:
-            return Difference(None, f"{self.numbers[0]}, read as a Python number")
-        at, cause = self.edges.at(self.place, n, padded)
-        if count is None:
-            return None if at == NEVER else Difference(None, cause.what)
-        if notes:
-            return Difference(None, notes[0])
-        frames = count(n)
-        if at >= frames:
-            return None
-        return Difference(None if cause.mixes else frames - at, cause.what)

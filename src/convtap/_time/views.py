@@ -1,0 +1,207 @@
+"""The operations that return a view, as rules of the time axis; and what a write into such a view does to its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from convtap._time.axis_count import Affine
+from convtap._time.mark import Digit, Mark, as_axis, normal, reduced, unknown
+from convtap._time.operation import Op, Rule, not_along, of_input
+from convtap._time.reshape import dropped, inserted, permuted, reshaped, sliced, written_into
+
+
+def _out_shape(op: Op) -> tuple[int, ...]:
+    return tuple(op.out.shape)
+
+
+def _view(op: Op, mark: Mark) -> Mark:
+    return reshaped(mark, op.shape, _out_shape(op), op.what)
+
+
+def _order(op: Op) -> list[int]:
+    rank = op.rank
+    if op.name == "permute":
+        return [int(dim) % rank for dim in op.args[1]]
+    order = list(range(rank))
+    a, b = (0, rank - 1) if op.name == "t" else (int(op.args[1]) % rank, int(op.args[2]) % rank)
+    if rank > 1:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _permute(op: Op, mark: Mark) -> Mark:
+    return permuted(mark, _order(op))
+
+
+def _squeeze(op: Op, mark: Mark) -> Mark:
+    dims = op.dims(op.args[1]) if len(op.args) > 1 else range(op.rank)
+    gone = [dim for dim in dims if op.shape[dim] == 1]
+    if mark.dims.intersection(gone):
+        return unknown(f"{op.what}: the axis of the only frame was removed")
+    return dropped(mark, gone)
+
+
+def _unsqueeze(op: Op, mark: Mark) -> Mark:
+    return inserted(mark, int(op.args[1]) % (op.rank + 1))
+
+
+def _slice(op: Op, mark: Mark) -> Mark:
+    dim = op.dim(1)
+    return sliced(mark, dim, op.shape[dim], op.arg(2), op.arg(3), int(op.arg(4, default=1)), op.what)
+
+
+def _select(op: Op, mark: Mark) -> Mark:
+    dim = op.dim(1)
+    digit = mark.on(dim)
+    if dim not in mark.dims:
+        return dropped(mark, [dim])
+    if len(mark.digits) == 1 or digit is None:
+        return unknown(f"{op.what}: a single frame was taken")
+    at = int(op.args[2]) % op.shape[dim] * digit.weight
+    return dropped(normal(mark.swapped(digit).spread(-at, at)), [dim])
+
+
+def _expand(op: Op, mark: Mark) -> Mark:
+    """Axes of size one are repeated, and axes added in front."""
+    new = _out_shape(op)
+    ahead = len(new) - op.rank
+    if any(op.shape[dim] == 1 and new[dim + ahead] not in (1, -1) for dim in mark.dims):
+        return unknown(f"{op.what}: one frame is repeated along time")
+    return mark.moved(lambda dim: dim + ahead)
+
+
+def _repeat(op: Op, mark: Mark) -> Mark:
+    ahead = len(op.args[1]) - op.rank
+    moved = mark.moved(lambda dim: dim + ahead)
+    repeats = any(op.args[1][dim] != 1 for dim in moved.dims)
+    return unknown(f"{op.what}: the frames are repeated") if repeats else moved
+
+
+def _unfold(op: Op, mark: Mark) -> Mark:
+    """``unfold(dim, size, step)``: windows, with the place in the window on a new last axis."""
+    dim, size, step = int(op.args[1]) % op.rank, int(op.args[2]), int(op.args[3])
+    if dim not in mark.dims:
+        return mark
+    axis = as_axis(mark, dim, op.shape[dim], op.what)
+    digit = axis.on(dim)
+    if digit is None:
+        return axis
+    count = digit.count.then(Affine(1, step - size, step))
+    windows = Digit(dim, _out_shape(op)[dim], 1, digit.weight * step, count)
+    places = Digit(op.rank, size, 1, digit.weight)
+    return replace(axis, digits=(*axis.swapped(digit).digits, windows, places))
+
+
+def _as_strided(op: Op, mark: Mark) -> Mark:
+    """Overlapping windows over the last axis (as ``stft`` makes them); any other use is not followed."""
+    sizes, strides, tensor = list(op.args[1]), list(op.args[2]), op.args[0]
+    old, steps = list(op.shape), list(tensor.stride())
+    if (sizes, strides) == (old, steps):
+        return mark
+    same = len(sizes) == op.rank + 1 and sizes[:-2] == old[:-1] and strides[:-2] == steps[:-1]
+    if not same or steps[-1] != 1 or strides[-1] != 1 or op.arg(3) not in (None, tensor.storage_offset()):
+        return unknown(f"{op.what} is not followed")
+    return _unfold(replace(op, name="unfold", args=(tensor, -1, sizes[-1], strides[-2])), mark)
+
+
+def _same(op: Op, mark: Mark) -> Mark:
+    return mark
+
+
+def _index(op: Op, mark: Mark) -> Mark:
+    """``x[:, index]``: one index of one axis that is not time; anything else is not followed."""
+    given = [dim for dim, index in enumerate(op.args[1]) if index is not None]
+    if len(given) == 1 and given[0] not in mark.dims and op.args[1][given[0]].dim() == 1:
+        return mark
+    return unknown(f"{op.what}: frames were picked by number")
+
+
+def _complex(op: Op, mark: Mark) -> Mark:
+    """``view_as_complex``: the last axis, of two, is put together."""
+    return reduced(mark, [op.rank - 1], op.what, mixes=False)
+
+
+def pieces(op: Op, mark: Mark | None) -> list[Mark | None]:
+    """What is known of each of the views that ``split``, ``chunk`` and ``unbind`` return."""
+    if mark is None or mark.unknown or not mark.digits:
+        return [mark] * len(op.out)
+    if op.name == "unbind":
+        each = (replace(op, name="select", args=(op.args[0], op.dim(1), i)) for i in range(len(op.out)))
+        return [_select(one, mark) for one in each]
+    dim, starts = op.dim(2), _starts(op)
+    ends = zip(starts, [*starts[1:], op.shape[dim]], strict=True)
+    return [sliced(mark, dim, op.shape[dim], start, stop, 1, op.what) for start, stop in ends]
+
+
+def _starts(op: Op) -> list[int]:
+    """Where each of the views that a split returns begins on its axis."""
+    sizes = [int(part.shape[op.dim(2)]) for part in op.out]
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+_RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze")
+_PERMUTES = ("permute", "transpose", "t")
+
+#: The views, each with what it does to a mark.
+_RULES: dict[str, Callable[[Op, Mark], Mark]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), _view),
+    **dict.fromkeys(_PERMUTES, _permute),
+    "squeeze": _squeeze,
+    "unsqueeze": _unsqueeze,
+    "slice": _slice,
+    "select": _select,
+    "expand": _expand,
+    "repeat": _repeat,
+    "unfold": _unfold,
+    "as_strided": _as_strided,
+    **dict.fromkeys(("detach", "alias", "view_as_real"), _same),
+    "view_as_complex": _complex,
+    "index": _index,
+    **dict.fromkeys(("index_select", "gather"), not_along(1, 0, "frames were picked by number")),
+    "flip": not_along(1, None, "the frames were reordered"),
+}
+VIEWS: dict[str, Rule] = {name: of_input(rule) for name, rule in _RULES.items()}
+
+MANY = {"split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"}
+
+#: Views that show every element of their base.
+COVERING = {*_RESHAPES, *_PERMUTES, "detach", "alias"}
+
+
+def base_after(op: Op, base: Mark | None, part: Mark, index: int | None = None) -> Mark:
+    """Returns the mark of a base after a view of it, which ``op`` made, was written to.
+
+    Args:
+        base: the mark of the base before.
+        part: the mark of the view after the write.
+        index: which of several views it was.
+    """
+    what = f"a write through {op.what}"
+    if part.unknown:
+        return part
+    if part.across is not None or (base is not None and base.across is not None):
+        return unknown(f"{what}: frames against frames")
+    if op.name in _RESHAPES:
+        return reshaped(part, _out_shape(op), op.shape, op.what)
+    if op.name in _PERMUTES:
+        order = _order(op)
+        return permuted(part, [order.index(dim) for dim in range(len(order))])
+    if op.name in ("detach", "alias"):
+        return part
+    where = _written_at(op, index)
+    if where is None:
+        return unknown(what)
+    dim, start, step = where
+    selects = op.name in ("select", "unbind")
+    return written_into(base, part, dim, op.shape[dim], start, step, selects=selects, what=what)
+
+
+def _written_at(op: Op, index: int | None) -> tuple[int, int, int] | None:
+    """The axis, the first position and the step of a view that is a part of its base."""
+    if op.name in ("slice", "select"):
+        start = slice(op.arg(2, default=0), None).indices(op.shape[op.dim(1)])[0]
+        return op.dim(1), start, int(op.arg(4, default=1)) if op.name == "slice" else 1
+    if index is not None:
+        return (op.dim(1), index, 1) if op.name == "unbind" else (op.dim(2), _starts(op)[index], 1)
+    return None
