@@ -40,10 +40,9 @@ if TYPE_CHECKING:
     from convtap._debug.finding import Finding, Range
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
-    from convtap._time.hit import Hit, Window
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
-    from convtap._time.top import top
+    from convtap._time.top import Hit, Window, top
 
 __version__ = "0.1.0"
 
@@ -100,7 +99,7 @@ _WHEN_ASKED = {
     "Difference": "_debug.metrics",
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
-    "Hit": "_time.hit",
+    "Hit": "_time.top",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",
     "Range": "_debug.finding",
@@ -108,7 +107,7 @@ _WHEN_ASKED = {
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",
     "Timeline": "_time.timeline",
-    "Window": "_time.hit",
+    "Window": "_time.top",
     "compare": "_debug.compare",
     "extract": "_dataset.extract",
     "finite": "_debug.finite",

@@ -117,10 +117,6 @@ class Count:
                 return Count((*self.steps[:-1], Affine(1, last.plus + step.plus, 1)))
         return Count((*self.steps, step))
 
-    def plus(self, frames: int) -> Count:
-        """Returns the count with a number of frames more, or fewer."""
-        return self.then(Affine(1, frames, 1))
-
     def guesses(self) -> list[Guess]:
         """Returns the steps that were read off one length only, and so may be wrong at another."""
         found: list[Guess] = []

@@ -138,9 +138,7 @@ class LayerTime:
         """
         digit = self._known()
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
-            raise InvalidType(
-                f"sample_rate is a {type(sample_rate).__name__}, and it must be a number: seconds(16000)."
-            )
+            raise InvalidType(f"sample_rate is a {type(sample_rate).__name__}. Pass a number: seconds(16000).")
         if not (sample_rate > 0 and math.isfinite(sample_rate)):
             raise InvalidValue(f"sample_rate={sample_rate!r} is no number of samples a second: seconds(16000).")
         step = self._mark.first.slope * digit.weight
