@@ -116,4 +116,4 @@ def _tiled(counts: list[Count]) -> Count | None:
         at, frames = last.given[1], last.n
     if at not in (None, frames):
         return None
-    return Count(before).then(Guess("pieces joined again", frames, frames, Affine(1, 0, 1), Fixed(frames)))
+    return Count(before).then(Guess("pieces joined again", frames, Affine(1, 0, 1)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from convtap._time.axis_count import Count, Guess
+from convtap._time.axis_count import Digit, Guess
 
 # Note: [Padded inputs]
 # Assumption: an input of n samples is padded on the right to N samples, and runs in a batch with others.
@@ -19,42 +19,18 @@ from convtap._time.axis_count import Count, Guess
 NEVER = 1 << 62
 
 
-@dataclass(frozen=True)
-class Cause:
-    """What makes frames of a padded input differ from those of the input alone.
+class State(NamedTuple):
+    """The first frame of a padded input that differs from those of the input alone, and why.
 
     Attributes:
+        at: the frame.
         what: the operation, such as ``"native_group_norm in 'norm'"``, or the kind of padding.
-        mixes: whether it changes every frame, and not only those near the end.
+        mixes: whether that changes every frame, and not only those near the end.
     """
 
+    at: int
     what: str
     mixes: bool
-
-
-#: The first frame that differs, and why.
-State = tuple[int, Cause]
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a tensor's time axis: a number of frames that grows with the input.
-
-    Attributes:
-        count: positions on the axis for a number of samples.
-        weight: frames from one position to the next.
-    """
-
-    count: Count
-    weight: int
-
-    def __call__(self, n: int) -> int:
-        return self.count(n) * self.weight
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the frames at other lengths than the example's are not known, so that nothing can be excluded."""
-        return any(guess.is_open for guess in self.count.guesses())
 
 
 @dataclass(frozen=True)
@@ -62,7 +38,7 @@ class Start:
     """The signal itself: frame n is the first one of the padding."""
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
-        return (n if n < padded else NEVER), Cause("padding", False)
+        return State(n if n < padded else NEVER, "padding", False)
 
 
 @dataclass(frozen=True)
@@ -74,8 +50,9 @@ class Moved:
     over: int
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
-        at, cause = states[0]
-        return (at if at == NEVER else max(0, -((self.plus - at * self.over) // self.times))), cause
+        at = states[0].at
+        at = at if at == NEVER else max(0, -((self.plus - at * self.over) // self.times))
+        return states[0]._replace(at=at)
 
 
 @dataclass(frozen=True)
@@ -83,25 +60,26 @@ class PastEnd:
     """An operation may look past the last frame: alone there is padding, and in a batch there are frames of padding.
 
     Attributes:
+        axis: the axis that it looks along.
         zeros: whether alone there are zeros, and in the batch a mask has set the frames of padding to zero.
     """
 
-    end: End
+    axis: Digit
     what: str
     zeros: bool = False
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
-        at, cause = states[0]
-        if self.zeros and not self.end.is_open and at >= self.end(n):
-            return NEVER, cause
+        (state,) = states
+        if self.zeros and not self.axis.is_open and state.at >= self.axis.frames(n):
+            return state._replace(at=NEVER)
         if not self.zeros:
-            if self.end.is_open and at != NEVER:
-                return 0, Cause(self.what, True)
-            alone, there = self.end(n), self.end(padded)
-            at = at if at < there else NEVER
-            if alone < min(there, at):
-                return alone, Cause(self.what, False)
-        return at, cause if cause.mixes or at == NEVER else Cause(self.what, False)
+            if self.axis.is_open and state.at != NEVER:
+                return State(0, self.what, True)
+            alone, there = self.axis.frames(n), self.axis.frames(padded)
+            state = state if state.at < there else state._replace(at=NEVER)
+            if alone < min(there, state.at):
+                return State(alone, self.what, False)
+        return state if state.mixes or state.at == NEVER else state._replace(what=self.what)
 
 
 @dataclass(frozen=True)
@@ -109,17 +87,18 @@ class Mixed:
     """Every frame gets something of every other one.
 
     Attributes:
-        masked: where the frames of padding begin, if these are masked.
+        masked: the axis that is mixed, if its frames of padding are masked.
     """
 
     what: str
-    masked: End | None = None
+    masked: Digit | None = None
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
-        at, cause = states[0]
-        if at == NEVER or (self.masked is not None and not self.masked.is_open and at >= self.masked(n)):
-            return NEVER, cause
-        return 0, cause if cause.mixes and at == 0 else Cause(self.what, True)
+        (state,) = states
+        is_kept_out = self.masked is not None and not self.masked.is_open and state.at >= self.masked.frames(n)
+        if state.at == NEVER or is_kept_out:
+            return state._replace(at=NEVER)
+        return state if state.mixes and state.at == 0 else State(0, self.what, True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +106,7 @@ class First:
     """The earliest of several edges."""
 
     def __call__(self, states: list[State], n: int, padded: int) -> State:
-        return min(states, key=lambda state: (state[0], not state[1].mixes))
+        return min(states, key=lambda state: (state.at, not state.mixes))
 
 
 class Edge:
@@ -175,8 +154,8 @@ class Edges:
 
     def guesses(self) -> list[Guess]:
         """Returns the guessed steps of the counts that the edges rest on, in the order of the operations."""
-        ends = (getattr(step, "end", None) or getattr(step, "masked", None) for step, _ in self._steps)
-        return [guess for end in ends if end is not None for guess in end.count.guesses()]
+        axes = (getattr(step, "axis", None) or getattr(step, "masked", None) for step, _ in self._steps)
+        return [guess for axis in axes if axis is not None for guess in axis.count.guesses()]
 
     def at(self, place: int, n: int, padded: int) -> State:
         """Returns the first frame that differs for an input of n samples, padded to ``padded``, and why."""

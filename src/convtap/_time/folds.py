@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convtap._time.axis_count import Affine, Fixed, Guess
-from convtap._time.mark import Digit, Mark, as_axis, normal, resampled, unknown
+from convtap._time.axis_count import Affine, Digit, Guess
+from convtap._time.mark import Mark, as_axis, normal, resampled, unknown
 from convtap._time.operation import Op
 from convtap._time.reshape import permuted, reshaped
 
@@ -53,8 +53,7 @@ def fold(op: Op, mark: Mark) -> Mark:
     if one is None or windows is None or windows.inner > 1 or len(mark.digits) > 1 + (places is not None):
         return unknown(f"{op.what}: windows along two axes, or along another one than time")
     size = int(op.args[1][one.axis])
-    plain = Affine(one.stride, size - one.stride * one.count, 1)
-    step = Guess(op.what, one.count, size, plain, Fixed(size))
+    step = Guess(op.what, one.count, Affine(one.stride, size - one.stride * one.count, 1))
     dim = batch + 2 + one.axis
     if places is None:
         if one.dilation > 1 or one.kernel < one.stride:

@@ -16,8 +16,9 @@ from convtap._select.selection import CONV1D, FUNCTION
 from convtap._select.weight_owners import Owners
 from convtap._taps.modules import as_input
 from convtap._tensors.nested import walk_tensors
+from convtap._time.axis_count import Digit
 from convtap._time.edge import Edge, Start
-from convtap._time.mark import Digit, Mark, collapsed, in_pieces, unknown
+from convtap._time.mark import Mark, collapsed, in_pieces, unknown
 from convtap._time.modes import Functions, Operations, is_composite, is_view, quantized_arguments, whole_slices, written
 from convtap._time.nodes import Nodes
 from convtap._time.operation import Op, Shape

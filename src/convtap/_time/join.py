@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from convtap._time.axis import LONGEST, Line, TooFine, line
-from convtap._time.axis_count import Count, Fixed
-from convtap._time.mark import Digit, Mark, as_axis, collapsed, normal, unknown
+from convtap._time.axis_count import Count, Digit, Fixed
+from convtap._time.mark import Mark, as_axis, collapsed, normal, unknown
 
 
 def joined(marks: Sequence[Mark], what: str) -> Mark | None:

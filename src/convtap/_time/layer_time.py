@@ -15,8 +15,8 @@ from torch import Tensor
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._public import public
 from convtap._result.samples import whole_numbers
+from convtap._time.axis_count import Digit
 from convtap._time.edge import NEVER, Difference, Edges
-from convtap._time.mark import Digit
 from convtap._time.record import Record
 
 
@@ -282,14 +282,14 @@ def difference_of(layer: LayerTime, length: int, padded: int) -> Difference | No
         return None
     if layer._numbers:
         return Difference(None, f"{layer._numbers[0]}, read as a Python number")
-    at, cause = layer._edges.at(layer._place, length, padded)
+    at, what, mixes = layer._edges.at(layer._place, length, padded)
     if frames is None:
-        return None if at == NEVER else Difference(None, cause.what)
+        return None if at == NEVER else Difference(None, what)
     if layer.notes:
         return Difference(None, layer.notes[0])
     if at >= frames:
         return None
-    return Difference(None if cause.mixes else frames - at, cause.what)
+    return Difference(None if mixes else frames - at, what)
 
 
 def layer_times(records: Sequence[Record], keys: Sequence[str], input_length: int) -> list[LayerTime]:

@@ -7,37 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convtap._time.axis import IDENTITY, Floor, Line
-from convtap._time.axis_count import NO_STEPS, Affine, Count
-from convtap._time.edge import Edge, End, Mixed, Moved, PastEnd, earliest
-
-
-@dataclass(frozen=True)
-class Digit:
-    """One axis of a tensor, or a part of one, that counts frames.
-
-    Cutting time into segments gives two of them: the segment and the frame in it. Frame numbers are sums: position on
-    the axis times ``weight``, over all digits.
-
-    Attributes:
-        dim: the tensor's axis.
-        size: how many positions.
-        inner: the size of what varies faster within the same axis (1 unless axes were merged).
-        weight: frames from one position to the next.
-        count: positions for a given number of input samples.
-        stacked: whether the positions are tensors that were stacked, each with frames that see other samples.
-    """
-
-    dim: int
-    size: int
-    inner: int = 1
-    weight: int = 1
-    count: Count = NO_STEPS
-    stacked: bool = False
-
-    @property
-    def end(self) -> End:
-        """The end of the axis."""
-        return End(self.count, self.weight)
+from convtap._time.axis_count import Affine, Digit
+from convtap._time.edge import Edge, Mixed, Moved, PastEnd, earliest
 
 
 @dataclass(frozen=True)
@@ -137,10 +108,10 @@ class Mark:
         if edge is None or self.hides == "later":
             return self
         gone = [digit for digit in self.digits if dims is None or digit.dim in dims]
-        end = max(gone, key=lambda digit: digit.weight).end if gone else None
-        if end is not None and (self.hides == "padding" or (sums and self.zeroed is edge)):
-            return replace(self, edge=Edge(Mixed(what, masked=end), edge))
-        edge = edge if end is None else Edge(PastEnd(end, what), edge)
+        slowest = max(gone, key=lambda digit: digit.weight, default=None)
+        if slowest is not None and (self.hides == "padding" or (sums and self.zeroed is edge)):
+            return replace(self, edge=Edge(Mixed(what, masked=slowest), edge))
+        edge = edge if slowest is None else Edge(PastEnd(slowest, what), edge)
         return replace(self, edge=Edge(Mixed(what), edge))
 
     def looks(self, dim: int, what: str, *, zeros: bool = False) -> Mark:
@@ -149,7 +120,7 @@ class Mark:
         if self.edge is None or digit is None:
             return self
         zeros = zeros and self.zeroed is self.edge
-        return replace(self, edge=Edge(PastEnd(digit.end, what, zeros), self.edge))
+        return replace(self, edge=Edge(PastEnd(digit, what, zeros), self.edge))
 
 
 def unknown(why: str) -> Mark:

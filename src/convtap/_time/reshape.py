@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from convtap._time.axis_count import Affine, Fixed, Guess, Window
+from convtap._time.axis_count import Affine, Digit, Fixed, Guess, Window
 from convtap._time.join import joined, longer
-from convtap._time.mark import Digit, Mark, as_axis, normal, unknown, windowed
+from convtap._time.mark import Mark, as_axis, normal, unknown, windowed
 
 #: How a slice without an end is written.
 _END = (1 << 63) - 1
@@ -61,8 +61,8 @@ def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
 def _share(digit: Digit, faster: int, size: int, *, slowest: bool) -> object:
     """The count of a part: the slowest one grows with the length, if the sizes of the others do not."""
     if not slowest:
-        return Guess("a view into segments", digit.size, size, Fixed(size), Affine(size, 0, digit.size))
-    return Guess("a view into segments", digit.size, size, Affine(1, 0, faster), Fixed(size))
+        return Guess("a view into segments", digit.size, Fixed(size), Affine(size, 0, digit.size))
+    return Guess("a view into segments", digit.size, Affine(1, 0, faster))
 
 
 def _merged(digits: list[Digit]) -> tuple[Digit, ...]:
@@ -108,11 +108,11 @@ def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None,
     settled: object = cut
     last = stop if stop is not None and 0 <= stop < _END else None
     if start is not None and -size < start < 0:
-        settled = Window(0, end - begin, step) if end == size else Guess(what, size, frames, Fixed(frames), cut)
+        settled = Window(0, end - begin, step) if end == size else Guess(what, size, Fixed(frames), cut)
         mark = replace(mark, fixed=(*mark.fixed, f"{what} keeps the last {size - begin} frames"))
     elif begin or last is not None:
         still = cut if last is None else Window(begin, last, step)
-        settled = Guess(what, size, frames, cut, still, (begin, last))
+        settled = Guess(what, size, cut, still, (begin, last))
     return windowed(mark, dim, settled, stride=step, before=-begin, what="padding")
 
 
@@ -129,7 +129,7 @@ def written_into(
     digit = piece.on(dim)
     if step != 1 or digit is None or digit.inner != 1 or len(piece.digits) != 1:
         return unknown(f"{what}: frames were written with gaps")
-    count = Guess(what, digit.size, size, Affine(1, size - digit.size, 1), Fixed(size))
+    count = Guess(what, digit.size, Affine(1, size - digit.size, 1))
     whole = replace(digit, size=size, count=digit.count.then(count))
     placed = piece.spread(start, -start).swapped(digit, whole)
     if base is None:

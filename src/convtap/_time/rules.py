@@ -73,11 +73,6 @@ def stack(op: Op) -> Mark | None:
     return stacked(plain, dim, op.what)
 
 
-def embedding(op: Op) -> Mark | None:
-    """``embedding(weight, indices)``: features are added after the last axis."""
-    return op.mark(op.args[1])
-
-
 def scatter(op: Op) -> Mark | None:
     """``scatter(input, dim, index, source)``: values are put somewhere along an axis that is not time."""
     marks = [mark for mark in map(op.mark, op.args) if mark is not None]
@@ -94,11 +89,6 @@ def index_put(op: Op) -> Mark | None:
         return unknown(f"{op.what}: frames were put by number")
     is_mask = not others and mask is not None and mask.dtype == torch.bool and value.numel() == 1
     return mark if mark is None or mark.unknown or not is_mask or bool(value != 0) else zeroed(mark, mask)
-
-
-def nothing(op: Op) -> Mark | None:
-    """The result has a shape like an argument, and no value of it."""
-    return None
 
 
 # -- statistics

@@ -41,7 +41,7 @@ _OF_INPUT = {
 }
 
 #: The others: each rule is a function of the operation alone.
-_OF_ALL = {
+_OF_ALL: dict[Rule, str] = {
     cat: "cat concat",
     rules.stack: "stack",
     products.product: "mm bmm addmm baddbmm addbmm addmv mv dot _addmm_activation _int_mm",
@@ -50,13 +50,13 @@ _OF_ALL = {
     "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_fused_attention_overrideable",
-    rules.embedding: "embedding",
+    lambda op: op.mark(op.args[1]): "embedding",  # features are added after the last axis of the indices
     rules.batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
     "cudnn_batch_norm _batch_norm_no_update miopen_batch_norm",
     rules.scatter: "scatter scatter_add scatter_reduce",
     rules.index_put: "index_put _index_put_impl _unsafe_index_put",
     rules.fourier: "_fft_r2c _fft_c2c _fft_c2r",
-    rules.nothing: "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones "
+    lambda op: None: "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones "
     "new_empty new_full new_empty_strided empty_strided",
     rules.elementwise: "clone contiguous _to_copy to lift_fresh lift_fresh_copy copy masked_fill where triu tril "
     "native_dropout dropout bernoulli rrelu_with_noise _prelu_kernel prelu hardswish log_sigmoid_forward floor_divide "

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from convtap._time.axis_count import Affine
-from convtap._time.mark import Digit, Mark, as_axis, normal, reduced, unknown
+from convtap._time.axis_count import Affine, Digit
+from convtap._time.mark import Mark, as_axis, normal, reduced, unknown
 from convtap._time.operation import Op, Rule, not_along, of_input
 from convtap._time.reshape import dropped, inserted, permuted, reshaped, sliced, written_into
 
 
 def _out_shape(op: Op) -> tuple[int, ...]:
     return tuple(op.out.shape)
-
-
-def _view(op: Op, mark: Mark) -> Mark:
-    return reshaped(mark, op.shape, _out_shape(op), op.what)
 
 
 def _order(op: Op) -> list[int]:
@@ -30,20 +26,12 @@ def _order(op: Op) -> list[int]:
     return order
 
 
-def _permute(op: Op, mark: Mark) -> Mark:
-    return permuted(mark, _order(op))
-
-
 def _squeeze(op: Op, mark: Mark) -> Mark:
     dims = op.dims(op.args[1]) if len(op.args) > 1 else range(op.rank)
     gone = [dim for dim in dims if op.shape[dim] == 1]
     if mark.dims.intersection(gone):
         return unknown(f"{op.what}: the axis of the only frame was removed")
     return dropped(mark, gone)
-
-
-def _unsqueeze(op: Op, mark: Mark) -> Mark:
-    return inserted(mark, int(op.args[1]) % (op.rank + 1))
 
 
 def _slice(op: Op, mark: Mark) -> Mark:
@@ -105,21 +93,12 @@ def _as_strided(op: Op, mark: Mark) -> Mark:
     return _unfold(replace(op, name="unfold", args=(tensor, -1, sizes[-1], strides[-2])), mark)
 
 
-def _same(op: Op, mark: Mark) -> Mark:
-    return mark
-
-
 def _index(op: Op, mark: Mark) -> Mark:
     """``x[:, index]``: one index of one axis that is not time; anything else is not followed."""
     given = [dim for dim, index in enumerate(op.args[1]) if index is not None]
     if len(given) == 1 and given[0] not in mark.dims and op.args[1][given[0]].dim() == 1:
         return mark
     return unknown(f"{op.what}: frames were picked by number")
-
-
-def _complex(op: Op, mark: Mark) -> Mark:
-    """``view_as_complex``: the last axis, of two, is put together."""
-    return reduced(mark, [op.rank - 1], op.what, mixes=False)
 
 
 def pieces(op: Op, mark: Mark | None) -> list[Mark | None]:
@@ -145,18 +124,21 @@ _PERMUTES = ("permute", "transpose", "t")
 
 #: The views, each with what it does to a mark.
 _RULES: dict[str, Callable[[Op, Mark], Mark]] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), _view),
-    **dict.fromkeys(_PERMUTES, _permute),
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"),
+        lambda op, mark: reshaped(mark, op.shape, _out_shape(op), op.what),
+    ),
+    **dict.fromkeys(_PERMUTES, lambda op, mark: permuted(mark, _order(op))),
     "squeeze": _squeeze,
-    "unsqueeze": _unsqueeze,
+    "unsqueeze": lambda op, mark: inserted(mark, int(op.args[1]) % (op.rank + 1)),
     "slice": _slice,
     "select": _select,
     "expand": _expand,
     "repeat": _repeat,
     "unfold": _unfold,
     "as_strided": _as_strided,
-    **dict.fromkeys(("detach", "alias", "view_as_real"), _same),
-    "view_as_complex": _complex,
+    **dict.fromkeys(("detach", "alias", "view_as_real"), lambda op, mark: mark),
+    "view_as_complex": lambda op, mark: reduced(mark, [op.rank - 1], op.what, mixes=False),  # the last axis, of two
     "index": _index,
     **dict.fromkeys(("index_select", "gather"), not_along(1, 0, "frames were picked by number")),
     "flip": not_along(1, None, "the frames were reordered"),

@@ -172,7 +172,7 @@ def pad(op: Op, mark: Mark) -> Mark:
         left, right = int(amounts[place]), int(amounts[place + 1])
         step: Any = Affine(1, left + right, 1)
         if not op.settled:
-            step = Guess(op.what, size, step(size), step, Fixed(step(size)), (left, right), pads=True)
+            step = Guess(op.what, size, step, given=(left, right), pads=True)
         if op.name == "pad":  # the circular one: what is put in front comes from the end
             mark = mark.mixes(f"circular padding in {op.module!r}" if op.module else "circular padding", [dim])
         return windowed(mark, dim, step, before=left, what="padding")
@@ -199,7 +199,7 @@ def roll(op: Op, mark: Mark) -> Mark:
         # frames that come from the end to the front come from the padding, if there is any
         axis = axis.mixes(op.what, [dim]) if shift > 0 else axis.looks(dim, "roll")
         (digit,) = axis.digits
-        count = digit.count.then(Guess(op.what, size, size, Affine(1, 0, 1), Fixed(size)))
+        count = digit.count.then(Guess(op.what, size, Affine(1, 0, 1)))
         mark = axis.spread(shift, -shift).swapped(digit, replace(digit, count=count)).within(size)
     return mark
 
@@ -217,7 +217,7 @@ def upsample(op: Op, mark: Mark) -> Mark:
         frames = _one(op.arg(1), index)
         scale = scales[index] if index < len(scales) else None
         ratio = Fraction(size, frames)
-        step: Any = Guess(op.what, size, frames, Affine(frames, 0, size), Fixed(frames))
+        step: Any = Guess(op.what, size, Affine(frames, 0, size))
         if scale is not None:
             exact = Fraction(scale).limit_denominator(1 << 12)
             ratio, step = 1 / exact, Affine(exact.numerator, 0, exact.denominator)
