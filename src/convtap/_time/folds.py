@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from convtap._time.axis_count import Affine, Digit, Guess
 from convtap._time.mark import Mark, as_axis, normal, resampled, unknown
@@ -11,23 +11,16 @@ from convtap._time.operation import Op
 from convtap._time.reshape import permuted, reshaped
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """The settings of ``fold`` and ``unfold`` along the one of the two axes that has several windows.
+class _Windows(NamedTuple):
+    """The settings of ``fold`` and ``unfold`` along the one of the two axes that has several windows."""
 
-    Attributes:
-        axis: 0 or 1.
-        inner: how many channels lie between neighbouring places of a window.
-        count: the windows.
-    """
-
-    axis: int
+    axis: int  # 0 or 1
     kernel: int
     dilation: int
     padding: int
     stride: int
-    inner: int
-    count: int
+    inner: int  # how many channels lie between neighbouring places of a window
+    total: int
 
     @property
     def extent(self) -> int:
@@ -39,9 +32,9 @@ def _windows(sizes: Any, settings: Any) -> _Windows | None:
     for i in (0, 1):
         kernel, dilation, padding, stride = (int(setting[i]) for setting in settings)
         inner = int(settings[0][1]) if i == 0 else 1
-        count = (int(sizes[i]) + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        found.append(_Windows(i, kernel, dilation, padding, stride, inner, count))
-    several = [one for one in found if one.count > 1]
+        total = (int(sizes[i]) + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        found.append(_Windows(i, kernel, dilation, padding, stride, inner, total))
+    several = [one for one in found if one.total > 1]
     return several[0] if len(several) == 1 else None
 
 
@@ -53,7 +46,7 @@ def fold(op: Op, mark: Mark) -> Mark:
     if one is None or windows is None or windows.inner > 1 or len(mark.digits) > 1 + (places is not None):
         return unknown(f"{op.what}: windows along two axes, or along another one than time")
     size = int(op.args[1][one.axis])
-    step = Guess(op.what, one.count, Affine(one.stride, size - one.stride * one.count, 1))
+    step = Guess(op.what, one.total, Affine(one.stride, size - one.stride * one.total, 1))
     dim = batch + 2 + one.axis
     if places is None:
         if one.dilation > 1 or one.kernel < one.stride:
@@ -79,7 +72,7 @@ def unfold(op: Op, mark: Mark) -> Mark:
         return unknown(f"{op.what}: windows along two axes, or along another one than time")
     axis = normal(axis.looks(dim, "padding"))
     step = Affine(1, 2 * one.padding - one.extent + one.stride, one.stride)
-    windows = Digit(batch + 2, one.count, 1, one.stride, axis.digits[0].count.then(step))
+    windows = Digit(batch + 2, one.total, 1, one.stride, axis.digits[0].count.then(step))
     places = Digit(batch + 1, one.kernel, one.inner, one.dilation)
     return replace(axis.spread(one.padding, -one.padding), digits=(windows, places))
 

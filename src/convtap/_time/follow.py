@@ -24,8 +24,8 @@ from convtap._time.nodes import Nodes
 from convtap._time.operation import Op, Shape
 from convtap._time.origins import LEAVES, Origins
 from convtap._time.record import Pass, Record
-from convtap._time.table import CONSTANT, apply, apply_pieces, rule_for
-from convtap._time.views import MANY, VIEWS
+from convtap._time.table import CONSTANT, apply, rule_for
+from convtap._time.views import MANY, VIEWS, pieces
 from convtap._torch.hooks import Hooks
 
 # Note: [Two modes]
@@ -128,7 +128,8 @@ class Follower:
         self, name: str, kind: str, is_layer: bool, mark: Mark, tensor: Tensor, path: str = "", *, depends: bool = True
     ) -> None:
         mark, shape = collapsed(mark, name), tuple(tensor.shape)
-        mark = replace(mark, unknown=mark.unknown or in_pieces(mark, shape))
+        if not mark.unknown and (why := in_pieces(mark, shape)) is not None:
+            mark = replace(mark, unknown=why)
         self.records.append(Record(name, kind, is_layer, mark, shape, path, self._origins.numbers, depends))
 
     # -- calls of torch functions
@@ -137,7 +138,7 @@ class Follower:
         """Runs one call of a torch function, and takes some as one operation. See Note: [Two modes]."""
         name = getattr(func, "__name__", "")
         if name in LEAVES and args and self._nodes.mark(args[0]) is not None and self._origins.left is None:
-            self._origins.left = self._op(name, args, kwargs, None).what
+            self._origins.left = self._op(func, name, args, kwargs, None).what
         if self._is_muted:
             return func(*args, **kwargs)
         if func == _DATA:
@@ -160,8 +161,8 @@ class Follower:
         finally:
             self._is_muted = False
         self._adopt(args, kwargs)
-        op = self._op(name, (*args, kwargs["pad"]) if len(args) < 2 else args, kwargs, out)
-        self._assign(out, apply(func, op), op)
+        op = self._op(func, name, (*args, kwargs["pad"]) if len(args) < 2 else args, kwargs, out)
+        self._assign(out, apply(op), op)
         self._origins.note(out, args, kwargs)
         return out
 
@@ -205,23 +206,23 @@ class Follower:
         self._origins.note(out, args, kwargs)
         return out
 
-    def _op(self, name: str, args: Any, kwargs: Any, out: Any) -> Op:
+    def _op(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Op:
         module, inside = self._stack[-1]
         settled, trains = isinstance(inside, nn.modules.conv._ConvNd), inside in self._trains
-        return Op(name, args, kwargs, out, module, self._nodes.mark, self._time_dim, settled, trains)
+        return Op(func, name, args, kwargs, out, module, self._nodes.mark, self._time_dim, settled, trains)
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         inside = self._stack[-1][1]
         if name == "_local_scalar_dense" and args[0].dtype != torch.bool:
-            self._origins.read(self._op("item", args, kwargs, out).what)
+            self._origins.read(self._op(func, "item", args, kwargs, out).what)
         if isinstance(inside, nnq.Conv1d) and name.startswith("conv"):
             name, args, kwargs = "convolution", quantized_arguments(inside, args[0]), {}
-        op = self._op(name, args, kwargs, out)
+        op = self._op(func, name, args, kwargs, out)
         if name in MANY:
-            for tensor, mark in zip(out, apply_pieces(op), strict=True):
-                self._nodes.set(tensor, mark)
+            for one in pieces(op):
+                self._nodes.set(one.out, apply(one))
             return
-        mark = apply(func, op)
+        mark = apply(op)
         self._assign(out, mark, op)
         if name in _CONVOLUTIONS and isinstance(args[0], Tensor):
             self._convolved(args, out, mark)
@@ -241,8 +242,8 @@ class Follower:
     def _view(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, before: Shape | None = None) -> None:
         """Notes that a tensor, or several, are views of the first argument (in place, of what it was before)."""
         base, *others = args
-        op = Op(name, (before or Shape(base), *others), kwargs, out, self._stack[-1][0])
-        self._nodes.view(func, op, base)
+        op = Op(func, name, (before or Shape(base), *others), kwargs, out, self._stack[-1][0])
+        self._nodes.view(op, base)
 
     def _write(self, func: Any, name: str, args: Any, kwargs: Any, target: Tensor) -> None:
         """Notes that a tensor was written to."""
@@ -250,10 +251,10 @@ class Follower:
             after = None
         elif name == "copy":
             ahead = target.dim() - args[1].dim()
-            source = apply(func, self._op(name, (args[1],), {}, target))
+            source = apply(self._op(func, name, (args[1],), {}, target))
             after = source and source.moved(lambda dim: dim + ahead)
         elif self._nodes.touches((*args, *kwargs.values())):
-            after = apply(func, self._op(name, args, kwargs, target))
+            after = apply(self._op(func, name, args, kwargs, target))
         else:
             return
         self._nodes.write(target, after)

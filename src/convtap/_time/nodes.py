@@ -8,47 +8,36 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from convtap._time.axis import TooFine
-from convtap._time.mark import Mark, unknown
+from convtap._time.mark import Mark
 from convtap._time.operation import Op, Shape
-from convtap._time.table import apply, apply_pieces
-from convtap._time.views import COVERING, base_after
+from convtap._time.table import apply
+from convtap._time.views import COVERING, MANY, base_after, pieces
 
 
 class Node:
     """What is known of one tensor. A view asks its base, so that a write through either is seen by both."""
 
-    __slots__ = ("_index", "_mark", "_op", "_parent")
+    __slots__ = ("_mark", "_op", "_parent")
 
-    def __init__(self, mark: Mark | None = None, parent: Node | None = None, op: Any = None, index: int | None = None):
+    def __init__(self, mark: Mark | None = None, parent: Node | None = None, op: Op | None = None) -> None:
         self._mark = mark
         self._parent = parent
         self._op = op
-        self._index = index
 
     def get(self) -> Mark | None:
         """Returns the mark, or None if the tensor does not depend on the input."""
-        if self._parent is None:
+        if self._parent is None or self._op is None:
             return self._mark
         base = self._parent.get()
-        if base is None:
-            return None
-        func, op = self._op
-        op = replace(op, mark=lambda value: base)
-        try:
-            return apply(func, op) if self._index is None else apply_pieces(op)[self._index]
-        except TooFine:
-            return unknown(f"{op.what}: the rate of frames is too fine")
+        return None if base is None else apply(replace(self._op, mark=lambda value: base))
 
     def put(self, mark: Mark | None) -> None:
         """Notes that the tensor was written to."""
-        if self._parent is None:
+        if self._parent is None or self._op is None:
             self._mark = mark
-            return
-        _, op = self._op
-        if mark is not None:
-            self._parent.put(base_after(op, self._parent.get(), mark, self._index))
-        elif op.name in COVERING:
+        elif mark is not None:
+            self._parent.put(base_after(self._op, self._parent.get(), mark))
+        elif self._op.name in COVERING:
             self._parent.put(None)
 
 
@@ -80,15 +69,11 @@ class Nodes:
         if node.get() != mark:
             node.put(mark)
 
-    def view(self, func: Any, op: Op, base: Tensor) -> None:
+    def view(self, op: Op, base: Tensor) -> None:
         """Notes that the result of an operation, a tensor or several, is a view of another tensor."""
-        several = isinstance(op.out, (tuple, list))
-        tensors = op.out if several else [op.out]
-        shapes = [Shape(tensor) for tensor in tensors]
-        kept = func, replace(op, out=shapes if several else shapes[0])
         parent = self._node(base)
-        for i, tensor in enumerate(tensors):
-            self._nodes[tensor] = Node(parent=parent, op=kept, index=i if several else None)
+        for one in pieces(op) if op.name in MANY else [op]:
+            self._nodes[one.out] = Node(parent=parent, op=replace(one, out=Shape(one.out)))
 
     def _node(self, tensor: Tensor) -> Node:
         node = self._nodes.get(tensor)

@@ -41,6 +41,7 @@ class Op:
     """One operation that ran.
 
     Attributes:
+        func: what ran.
         name: its name without overload and without the mark of an in-place form: ``add``.
         args: its positional arguments.
         kwargs: its keyword arguments.
@@ -51,8 +52,10 @@ class Op:
         settled: whether its numbers are those of a layer, and so do not depend on the input's length.
         trains: whether the module was in train mode before the pass.
         partner: the other time axis, if the rule looks at one axis of frames against frames.
+        label: what to call it in a remark, if not by its name.
     """
 
+    func: Any
     name: str
     args: Sequence[Any]
     kwargs: dict[str, Any]
@@ -63,11 +66,13 @@ class Op:
     settled: bool = False
     trains: bool = False
     partner: Mark | None = None
+    label: str = ""
 
     @property
     def what(self) -> str:
         """Names the operation in a remark: ``roll in 'encoder.shift'``."""
-        return f"{self.name} in {self.module!r}" if self.module else self.name
+        name = self.label or self.name
+        return f"{name} in {self.module!r}" if self.module else name
 
     def arg(self, position: int, name: str = "", default: Any = None) -> Any:
         """Returns an argument by position or by name."""

@@ -9,11 +9,10 @@ import torch
 
 from convtap._time import folds, products, rules, windows
 from convtap._time.axis import LONGEST, TooFine
-from convtap._time.concat import cat
-from convtap._time.join import each_axis, halves
+from convtap._time.join import cat, each_axis, halves
 from convtap._time.mark import Mark, unknown
 from convtap._time.operation import Op, Rule, not_along, of_input
-from convtap._time.views import VIEWS, pieces
+from convtap._time.views import VIEWS
 
 #: The operations with one input that counts: each rule is a function of the operation and the mark of its input.
 _OF_INPUT = {
@@ -82,9 +81,9 @@ def rule_for(func: Any, name: str) -> Rule | None:
     return rule
 
 
-def apply(func: Any, op: Op) -> Mark | None:
+def apply(op: Op) -> Mark | None:
     """Returns what is known of the result of an operation, from what is known of its arguments."""
-    rule = rule_for(func, op.name)
+    rule = rule_for(op.func, op.name)
     if rule is None:
         return unknown(f"{op.what} is not followed")
     try:
@@ -94,15 +93,6 @@ def apply(func: Any, op: Op) -> Mark | None:
     if found is None or found.zeroed is None or op.name in VIEWS or op.name in rules.KEEP_ZEROS:
         return found
     return replace(found, zeroed=None)
-
-
-def apply_pieces(op: Op) -> list[Mark | None]:
-    """Returns what is known of each result of ``split``, ``chunk`` and ``unbind``."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.across is None:
-        return pieces(op, mark)
-    first, second = (pieces(op, one) for one in halves(mark))
-    return [each_axis([a, b].__getitem__, op.what) for a, b in zip(first, second, strict=True)]
 
 
 def _by_axis(rule: Rule, op: Op) -> Mark | None:

@@ -50,20 +50,13 @@ def _select(op: Op, mark: Mark) -> Mark:
     return dropped(normal(mark.swapped(digit).spread(-at, at)), [dim])
 
 
-def _expand(op: Op, mark: Mark) -> Mark:
-    """Axes of size one are repeated, and axes added in front."""
+def _repeated(op: Op, mark: Mark) -> Mark:
+    """``expand`` and ``repeat``: axes are repeated, and axes added in front."""
     new = _out_shape(op)
     ahead = len(new) - op.rank
-    if any(op.shape[dim] == 1 and new[dim + ahead] not in (1, -1) for dim in mark.dims):
-        return unknown(f"{op.what}: one frame is repeated along time")
+    if any(new[dim + ahead] != op.shape[dim] for dim in mark.dims):
+        return unknown(f"{op.what}: {'one frame is' if op.name == 'expand' else 'the frames are'} repeated along time")
     return mark.moved(lambda dim: dim + ahead)
-
-
-def _repeat(op: Op, mark: Mark) -> Mark:
-    ahead = len(op.args[1]) - op.rank
-    moved = mark.moved(lambda dim: dim + ahead)
-    repeats = any(op.args[1][dim] != 1 for dim in moved.dims)
-    return unknown(f"{op.what}: the frames are repeated") if repeats else moved
 
 
 def _unfold(op: Op, mark: Mark) -> Mark:
@@ -101,22 +94,18 @@ def _index(op: Op, mark: Mark) -> Mark:
     return unknown(f"{op.what}: frames were picked by number")
 
 
-def pieces(op: Op, mark: Mark | None) -> list[Mark | None]:
-    """What is known of each of the views that ``split``, ``chunk`` and ``unbind`` return."""
-    if mark is None or mark.unknown or not mark.digits:
-        return [mark] * len(op.out)
-    if op.name == "unbind":
-        each = (replace(op, name="select", args=(op.args[0], op.dim(1), i)) for i in range(len(op.out)))
-        return [_select(one, mark) for one in each]
-    dim, starts = op.dim(2), _starts(op)
-    ends = zip(starts, [*starts[1:], op.shape[dim]], strict=True)
-    return [sliced(mark, dim, op.shape[dim], start, stop, 1, op.what) for start, stop in ends]
-
-
-def _starts(op: Op) -> list[int]:
-    """Where each of the views that a split returns begins on its axis."""
-    sizes = [int(part.shape[op.dim(2)]) for part in op.out]
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+def pieces(op: Op) -> list[Op]:
+    """Returns each result of ``split``, ``chunk`` or ``unbind`` as a slice or a selection of its own."""
+    found: list[Op] = []
+    start = 0
+    for i, out in enumerate(op.out):
+        one = replace(op, name="select", args=(op.args[0], op.dim(1), i), kwargs={}, out=out, label=op.name)
+        if op.name != "unbind":
+            dim = op.dim(2)
+            stop = start + int(out.shape[dim])
+            one, start = replace(one, name="slice", args=(op.args[0], dim, start, stop)), stop
+        found.append(one)
+    return found
 
 
 _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze")
@@ -133,8 +122,7 @@ _RULES: dict[str, Callable[[Op, Mark], Mark]] = {
     "unsqueeze": lambda op, mark: inserted(mark, int(op.args[1]) % (op.rank + 1)),
     "slice": _slice,
     "select": _select,
-    "expand": _expand,
-    "repeat": _repeat,
+    **dict.fromkeys(("expand", "repeat"), _repeated),
     "unfold": _unfold,
     "as_strided": _as_strided,
     **dict.fromkeys(("detach", "alias", "view_as_real"), lambda op, mark: mark),
@@ -151,13 +139,12 @@ MANY = {"split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_
 COVERING = {*_RESHAPES, *_PERMUTES, "detach", "alias"}
 
 
-def base_after(op: Op, base: Mark | None, part: Mark, index: int | None = None) -> Mark:
+def base_after(op: Op, base: Mark | None, part: Mark) -> Mark:
     """Returns the mark of a base after a view of it, which ``op`` made, was written to.
 
     Args:
         base: the mark of the base before.
         part: the mark of the view after the write.
-        index: which of several views it was.
     """
     what = f"a write through {op.what}"
     if part.unknown:
@@ -171,19 +158,9 @@ def base_after(op: Op, base: Mark | None, part: Mark, index: int | None = None) 
         return permuted(part, [order.index(dim) for dim in range(len(order))])
     if op.name in ("detach", "alias"):
         return part
-    where = _written_at(op, index)
-    if where is None:
+    if op.name not in ("slice", "select"):
         return unknown(what)
-    dim, start, step = where
-    selects = op.name in ("select", "unbind")
+    dim, selects = op.dim(1), op.name == "select"
+    start, _, _ = slice(op.arg(2, default=0), None).indices(op.shape[dim])
+    step = 1 if selects else int(op.arg(4, default=1))
     return written_into(base, part, dim, op.shape[dim], start, step, selects=selects, what=what)
-
-
-def _written_at(op: Op, index: int | None) -> tuple[int, int, int] | None:
-    """The axis, the first position and the step of a view that is a part of its base."""
-    if op.name in ("slice", "select"):
-        start = slice(op.arg(2, default=0), None).indices(op.shape[op.dim(1)])[0]
-        return op.dim(1), start, int(op.arg(4, default=1)) if op.name == "slice" else 1
-    if index is not None:
-        return (op.dim(1), index, 1) if op.name == "unbind" else (op.dim(2), _starts(op)[index], 1)
-    return None
