@@ -72,8 +72,7 @@ class LayerTime:
     @property
     def stride(self) -> int | Fraction:
         """Input samples from one frame to the next; a Fraction where a transposed convolution makes it one."""
-        digit = self._known()
-        return _exact(self._mark.first.slope * digit.weight)
+        return _exact(self._step)
 
     @property
     def receptive_field(self) -> int | float:
@@ -124,8 +123,7 @@ class LayerTime:
         Raises:
             OutOfRange: t is negative.
         """
-        digit = self._known()
-        return _exact(self._middle() + self._mark.first.slope * digit.weight * self._frame(t))
+        return _exact(self._step * self._frame(t) + self._middle())
 
     def seconds(self, sample_rate: float) -> Tensor:
         """Returns the place of every frame of the example in seconds, as a (T,) tensor of float64.
@@ -136,14 +134,17 @@ class LayerTime:
         Raises:
             InvalidValue: the rate is not positive.
         """
-        digit = self._known()
+        step = float(self._step)
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
             raise InvalidType(f"sample_rate is a {type(sample_rate).__name__}. Pass a number: seconds(16000).")
         if not (sample_rate > 0 and math.isfinite(sample_rate)):
             raise InvalidValue(f"sample_rate={sample_rate!r} is no number of samples a second: seconds(16000).")
-        step = self._mark.first.slope * digit.weight
-        places = torch.arange(digit.size, dtype=torch.float64) * float(step) + float(self._middle())
+        places = torch.arange(self._known().size, dtype=torch.float64) * step + float(self._middle())
         return places / sample_rate
+
+    @property
+    def _step(self) -> Fraction:
+        return self._mark.first.slope * self._known().weight
 
     def _middle(self) -> Fraction:
         """The middle of frame 0, averaged over the frames until the spans repeat themselves."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from convtap._time import folds, products, rules, windows
+from convtap._time import products, rules, views, windows
 from convtap._time.axis import LONGEST, TooFine
 from convtap._time.join import cat, each_axis, halves
 from convtap._time.mark import Mark, unknown
@@ -24,9 +24,9 @@ _OF_INPUT = {
     windows.roll: "roll",
     windows.upsample: "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d upsample_nearest2d "
     "_upsample_nearest_exact2d upsample_bilinear2d",
-    folds.fold: "col2im",
-    folds.unfold: "im2col",
-    folds.shuffle: "pixel_shuffle pixel_unshuffle",
+    views.fold: "col2im",
+    views.unfold: "im2col",
+    views.shuffle: "pixel_shuffle pixel_unshuffle",
     products.recurrence: "lstm gru rnn_tanh rnn_relu",
     products.softmax: "_softmax _log_softmax softmax log_softmax _safe_softmax",
     rules.scan: "cumsum cumprod cummax cummin logcumsumexp",

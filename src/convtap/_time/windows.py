@@ -54,7 +54,7 @@ def convolution(op: Op, mark: Mark) -> Mark:
         kernel = int(weight.shape[2 + index])
         stride, padding, dilation, extra = (_one(value, index) for value in settings)
         if op.arg(6):
-            return _transposed(op, mark, dim, kernel, stride, padding, dilation, extra)
+            return _transposed(op, mark, dim, size, kernel, stride, padding, dilation, extra)
         return _slide(mark, dim, kernel, stride, padding, dilation, zeros=True)
 
     return mark if mark.unknown else _spatial(op, mark, axes, each)
@@ -112,21 +112,18 @@ def _slide(
 
 
 def _transposed(
-    op: Op, mark: Mark, dim: int, kernel: int, stride: int, padding: int, dilation: int, extra: int
+    op: Op, mark: Mark, dim: int, size: int, kernel: int, stride: int, padding: int, dilation: int, extra: int
 ) -> Mark:
     """Output frame y comes from input frame i where y + padding - i·stride is one of 0, dilation, … (kernel - 1)·dilation."""
     if dilation > 1 and stride > 1:
         return unknown(f"{op.what}: a transposed convolution with stride {stride} and dilation {dilation}")
     if kernel < stride:
-        return unknown(
-            f"{op.what}: a transposed convolution with kernel {kernel} under its stride {stride} leaves gaps"
-        )
+        what = f"a transposed convolution with kernel {kernel} under its stride {stride}"
+        return unknown(f"{op.what}: {what} leaves gaps")
     reach = dilation * (kernel - 1)
     step = Affine(stride, reach + extra + 1 - stride - 2 * padding, 1)
     first = (1, padding - reach + stride - 1, stride)
-    digit = mark.on(dim)
-    assert digit is not None
-    return resampled(mark, dim, first, (1, padding, stride), step(digit.size), step)
+    return resampled(mark, dim, first, (1, padding, stride), step(size), step)
 
 
 def pool(op: Op, mark: Mark) -> Mark:
