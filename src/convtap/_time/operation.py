@@ -16,20 +16,12 @@ class Shape:
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
-        self._stride = tuple(tensor.stride())
-        self._offset = int(tensor.storage_offset())
+        self.strides = tuple(tensor.stride())
+        self.offset = int(tensor.storage_offset())
 
     def dim(self) -> int:
         """The number of axes."""
         return len(self.shape)
-
-    def stride(self) -> tuple[int, ...]:
-        """Elements from one position to the next, by axis."""
-        return self._stride
-
-    def storage_offset(self) -> int:
-        """Elements before the first one."""
-        return self._offset
 
 
 def _constant(value: Any) -> Mark | None:

@@ -78,11 +78,11 @@ def _unfold(op: Op, mark: Mark) -> Mark:
 def _as_strided(op: Op, mark: Mark) -> Mark:
     """Overlapping windows over the last axis (as ``stft`` makes them); any other use is not followed."""
     sizes, strides, tensor = list(op.args[1]), list(op.args[2]), op.args[0]
-    old, steps = list(op.shape), list(tensor.stride())
+    old, steps = list(op.shape), list(tensor.strides)
     if (sizes, strides) == (old, steps):
         return mark
     same = len(sizes) == op.rank + 1 and sizes[:-2] == old[:-1] and strides[:-2] == steps[:-1]
-    if not same or steps[-1] != 1 or strides[-1] != 1 or op.arg(3) not in (None, tensor.storage_offset()):
+    if not same or steps[-1] != 1 or strides[-1] != 1 or op.arg(3) not in (None, tensor.offset):
         return unknown(f"{op.what} is not followed")
     return _unfold(replace(op, name="unfold", args=(tensor, -1, sizes[-1], strides[-2])), mark)
 
