@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from convtap._time.axis_count import Affine, Digit, Guess
@@ -97,16 +98,16 @@ def _index(op: Op, mark: Mark) -> Mark:
 
 def pieces(op: Op) -> list[Op]:
     """Returns each result of ``split``, ``chunk`` or ``unbind`` as a slice or a selection of its own."""
-    found: list[Op] = []
-    start = 0
-    for i, out in enumerate(op.out):
-        one = replace(op, name="select", args=(op.args[0], op.dim(1), i), kwargs={}, out=out, label=op.name)
-        if op.name != "unbind":
-            dim = op.dim(2)
-            stop = start + int(out.shape[dim])
-            one, start = replace(one, name="slice", args=(op.args[0], dim, start, stop)), stop
-        found.append(one)
-    return found
+    if op.name == "unbind":
+        named: list[tuple[str, tuple[Any, ...]]] = [("select", (op.args[0], op.dim(1), i)) for i in range(len(op.out))]
+    else:
+        dim = op.dim(2)
+        ends = [0, *accumulate(int(out.shape[dim]) for out in op.out)]
+        named = [("slice", (op.args[0], dim, start, stop)) for start, stop in pairwise(ends)]
+    return [
+        replace(op, name=name, args=args, kwargs={}, out=out, label=op.name)
+        for (name, args), out in zip(named, op.out, strict=True)
+    ]
 
 
 # -- overlapping windows and sub-pixel shuffles
