@@ -41,10 +41,9 @@ if TYPE_CHECKING:
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
     from convtap._debug.probe import Range
-    from convtap._time.hit import Hit, Window
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
-    from convtap._time.top import top
+    from convtap._time.top import Hit, Window, top
 
 __version__ = "0.1.0"
 
@@ -101,7 +100,7 @@ _WHEN_ASKED = {
     "Difference": "_debug.metrics",
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
-    "Hit": "_time.hit",
+    "Hit": "_time.top",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",
     "Range": "_debug.probe",
@@ -109,7 +108,7 @@ _WHEN_ASKED = {
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",
     "Timeline": "_time.timeline",
-    "Window": "_time.hit",
+    "Window": "_time.top",
     "compare": "_debug.compare",
     "extract": "_dataset.extract",
     "finite": "_debug.finite",

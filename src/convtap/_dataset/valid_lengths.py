@@ -14,12 +14,11 @@ from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
 from convtap._select.batch import as_example
 from convtap._select.example import forward_of
 from convtap._tensors.nested import walk_tensors
-from convtap._time.layer_time import LayerTime, difference_of
-from convtap._time.lengths import follow, settle
+from convtap._time.layer_time import LayerTime, difference_of, layer_times
+from convtap._time.lengths import follow
 from convtap._time.padded import Differences
 from convtap._time.record import Pass
 from convtap._time.signal import argument_of, likely_signals, signal_of, time_axis
-from convtap._time.timeline import layer_times
 
 #: Over how many lengths the most frames that differ are looked for, at most.
 _LENGTHS = 512
@@ -126,9 +125,8 @@ class ValidLengths:
         every = "input" if self._at == "input" else "output"
         how = Pass(self._model, path, axis, self._method, zeros, every)
         records, _ = follow(how, example)
-        doubts = settle(records, how, example)
         found: dict[tuple[str, str], list[LayerTime]] = {}
-        times = layer_times(records, [record.name + record.path for record in records], samples, doubts)
+        times = layer_times(records, [record.name + record.path for record in records], samples)
         for record, time in zip(records, times, strict=True):
             found.setdefault((record.name, record.path), []).append(time)
         return found, {record.name for record in records if record.depends}

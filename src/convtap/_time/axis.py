@@ -15,6 +15,9 @@ from functools import cached_property
 # Choice: each end is a whole-number function that repeats itself after ``period`` frames, ``rise`` samples later. Such
 #   functions are closed under everything that is done here: shift, floor division, minimum and maximum.
 
+#: The function t ↦ ⌊(times·t + plus) / over⌋, as its three numbers.
+Floor = tuple[int, int, int]
+
 #: The longest period that is followed.
 LONGEST = 1 << 16
 
@@ -86,24 +89,12 @@ class Line:
 
 def line(values: list[int], rise: int) -> Line:
     """Makes a Line with the shortest period."""
-    prime = 2
-    rest = len(values)
-    while rest > 1:
-        while rest % prime:
-            prime += 1
-        rest //= prime
-        while len(values) % prime == 0 and rise % prime == 0:
-            part = len(values) // prime
-            step = rise // prime
-            if any(values[i + part] != values[i] + step for i in range(len(values) - part)):
-                break
-            values, rise = values[:part], step
+    size = len(values)
+    for period in range(1, size):
+        step, rest = divmod(rise * period, size)
+        if not rest and not size % period and all(values[i] + step == values[i + period] for i in range(size - period)):
+            return Line(tuple(values[:period]), step)
     return Line(tuple(values), rise)
 
 
 IDENTITY = Line((0,), 1)
-
-
-def exact(value: Fraction) -> int | Fraction:
-    """Returns a whole number as an int."""
-    return value.numerator if value.denominator == 1 else value

@@ -117,10 +117,6 @@ class Count:
                 return Count((*self.steps[:-1], Affine(1, last.plus + step.plus, 1)))
         return Count((*self.steps, step))
 
-    def plus(self, frames: int) -> Count:
-        """Returns the count with a number of frames more, or fewer."""
-        return self.then(Affine(1, frames, 1))
-
     def guesses(self) -> list[Guess]:
         """Returns the steps that were read off one length only, and so may be wrong at another."""
         found: list[Guess] = []
@@ -132,7 +128,37 @@ class Count:
         return found
 
 
-NO_STEPS = Count()
+@dataclass(frozen=True)
+class Digit:
+    """One axis of a tensor, or a part of one, that counts frames.
+
+    Cutting time into segments gives two of them: the segment and the frame in it. Frame numbers are sums: position on
+    the axis times ``weight``, over all digits.
+
+    Attributes:
+        dim: the tensor's axis.
+        size: how many positions.
+        inner: the size of what varies faster within the same axis (1 unless axes were merged).
+        weight: frames from one position to the next.
+        count: positions for a given number of input samples.
+        stacked: whether the positions are tensors that were stacked, each with frames that see other samples.
+    """
+
+    dim: int
+    size: int
+    inner: int = 1
+    weight: int = 1
+    count: Count = Count()
+    stacked: bool = False
+
+    def frames(self, n: int) -> int:
+        """How many frames the axis ends after, for an input of n samples."""
+        return self.count(n) * self.weight
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the frames at other lengths than the example's are not known, so that nothing can be excluded."""
+        return any(guess.is_open for guess in self.count.guesses())
 
 
 #: In how many passes the plain step must explain what was seen, if others explain it too.
@@ -146,27 +172,27 @@ class Guess:
 
     Attributes:
         what: the operation, for a message.
-        n: the frames it was given.
+        n: the frames it had.
         frames: the frames it made.
         moving: the step if its numbers move with the length.
-        still: the step if they do not.
-        given: the numbers as they were given to the operation, if there are any.
+        still: the step if they do not; by default, to the number of frames it made.
+        given: the numbers as they were written, if there are any.
         chosen: the step that was found to be right, or None.
         is_input: whether it was found to make as many frames as the input has samples.
     """
 
     def __init__(
-        self, what: str, n: int, frames: int, moving: Any, still: Any, given: Any = None, *, pads: bool = False
+        self, what: str, n: int, moving: Any, still: Any = None, given: Any = None, *, pads: bool = False
     ) -> None:
         self.what = what
         self.n = n
-        self.frames = frames
+        self.frames = int(moving(n))
         self.moving = moving
-        self.still = still
+        self.still = still or Fixed(self.frames)
         self.given = given
         self.chosen: Any = None
         self.is_input = False
-        self._seen = {(n, frames)}
+        self._seen = {(n, self.frames)}
         self._inputs: dict[int, int] = {}
         self._pads = pads
         self._window: tuple[int, int] | None = None
@@ -195,18 +221,20 @@ class Guess:
         """
         self._seen.add((other.n, other.frames))
         self._inputs.update({samples: self.frames, others: other.frames})
-        if len(self._seen) > 1:
-            plain = [step for step in (self.still, self.moving) if self._explains(step)]
-            found = [*plain, *(step for step in self._fits() if self._explains(step))]
-            sure = len(found) == 1 or (plain and len(self._seen) >= _CONVINCING)
-            self.chosen = found[0] if sure else None
-            self.is_input = not found and all(length == frames for length, frames in self._inputs.items())
+        self._choose(is_sure=len(self._seen) >= _CONVINCING)
 
     def conclude(self) -> None:
         """Takes the plain step if it explains all passes, though others do too: no length at hand tells them apart."""
-        if self.is_open and len(self._seen) > 1:
-            plain = [step for step in (self.still, self.moving) if self._explains(step)]
-            self.chosen = plain[0] if plain else None
+        if self.is_open:
+            self._choose(is_sure=True)
+
+    def _choose(self, *, is_sure: bool) -> None:
+        if len(self._seen) < 2:
+            return
+        plain = [step for step in (self.still, self.moving) if self._explains(step)]
+        found = [*plain, *(step for step in self._fits() if self._explains(step))]
+        self.chosen = found[0] if len(found) == 1 or (plain and is_sure) else None
+        self.is_input = not found and all(length == frames for length, frames in self._inputs.items())
 
     def _explains(self, step: Any) -> bool:
         return all(step(n) == frames for n, frames in self._seen)

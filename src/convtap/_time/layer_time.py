@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -14,11 +15,8 @@ from torch import Tensor
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._public import public
 from convtap._result.samples import whole_numbers
-from convtap._time.axis import exact
-from convtap._time.axis_count import Count
-from convtap._time.axis_edge import Difference, Tail
-from convtap._time.lengths import Doubt
-from convtap._time.mark import Digit, in_pieces
+from convtap._time.axis_count import Digit
+from convtap._time.edge import NEVER, Difference, Edges
 from convtap._time.record import Record
 
 
@@ -29,7 +27,8 @@ class LayerTime:
     Frame t sees the input samples ``first`` to ``stop - 1`` of ``span(t)``; the count goes on below 0 and past the end
     where a frame sees padding (and the samples that fill it, if it reflects or goes round). Where a recurrence or
     an attention has mixed the frames, ``receptive_field`` is infinite and ``span`` is the whole input, while
-    ``stride`` and ``centre`` still say where a frame has its place.
+    ``stride`` and ``centre`` still say where a frame has its place. If the time axis is unknown or gone, asking for any of
+    these raises ``Unsupported``.
 
     Attributes:
         name: the layer.
@@ -45,14 +44,9 @@ class LayerTime:
         notes: what holds for the example's length only.
     """
 
-    def __init__(
-        self,
-        record: Record,
-        key: str,
-        input_length: int,
-        doubt: Doubt | None = None,
-        tail: Tail | None = None,
-    ) -> None:
+    _place: int | None = None  # what pickles of version 0.1.0 lack
+
+    def __init__(self, record: Record, key: str, input_length: int, edges: Edges, place: int | None) -> None:
         mark = record.mark
         self.name = record.name
         self.key = key
@@ -60,38 +54,29 @@ class LayerTime:
         self.input_length = input_length
         self.whole = mark.whole
         self.statistics = mark.statistics
-        self.unknown = mark.unknown or in_pieces(mark, record.shape) or (None if doubt is None else doubt.axis)
-        self.notes = mark.fixed if doubt is None or doubt.place is None else (*mark.fixed, doubt.place)
-        self._mark = replace(mark, edge=None, across=None)
-        self._tail = tail
-        self._digit: Digit | None = None
-        if not self.unknown and mark.digits:
-            self._digit = mark.digits[-1]
+        self.unknown = mark.unknown
+        self.notes = mark.fixed
+        self._mark = replace(mark, edge=None, across=None, zeroed=None)
+        self._digit = mark.digits[-1] if mark.digits and not mark.unknown else None
         self.dim = None if self._digit is None else self._digit.dim - len(record.shape)
         self.path = record.path
         self.frames = None if self._digit is None else self._digit.size
-        self._doubt = None if doubt is None else doubt.count
+        self._doubt = record.doubt
         self._shape = record.shape
+        self._numbers = record.numbers
+        self._edges = edges
+        self._place = place
 
     # -- what holds for every frame
 
     @property
     def stride(self) -> int | Fraction:
-        """Input samples from one frame to the next; a Fraction where a transposed convolution makes it one.
-
-        Raises:
-            Unsupported: the layer's time axis is unknown, or gone.
-        """
-        digit = self._known()
-        return exact(self._mark.first.slope * digit.weight)
+        """Input samples from one frame to the next; a Fraction where a transposed convolution makes it one."""
+        return _exact(self._step)
 
     @property
     def receptive_field(self) -> int | float:
-        """The most input samples that one frame sees, holes of a dilation included; ``math.inf`` for the whole input.
-
-        Raises:
-            Unsupported: the layer's time axis is unknown, or gone.
-        """
+        """The most input samples that one frame sees, holes of a dilation included; ``math.inf`` for the whole input."""
         self._known()
         if self.whole:
             return math.inf
@@ -100,20 +85,12 @@ class LayerTime:
 
     @property
     def start(self) -> int:
-        """The first input sample that frame 0 sees; negative in padding.
-
-        Raises:
-            Unsupported: the layer's time axis is unknown, or gone.
-        """
+        """The first input sample that frame 0 sees; negative in padding."""
         return self.span(0)[0]
 
     @property
     def unpadded(self) -> range:
-        """The frames of the example that see no padding (of a segment's frames, if time is cut into segments).
-
-        Raises:
-            Unsupported: the layer's time axis is unknown, or gone.
-        """
+        """The frames of the example that see no padding (of a segment's frames, if time is cut into segments)."""
         digit = self._known()
         first, stop = (-(-end // digit.weight) for end in self._mark.clear)
         return range(max(0, first), max(0, first, min(stop, digit.size)))
@@ -130,7 +107,6 @@ class LayerTime:
 
         Raises:
             OutOfRange: t is negative.
-            Unsupported: the layer's time axis is unknown, or gone.
         """
         digit = self._known()
         frame = self._frame(t) * digit.weight
@@ -146,10 +122,8 @@ class LayerTime:
 
         Raises:
             OutOfRange: t is negative.
-            Unsupported: the layer's time axis is unknown, or gone.
         """
-        digit = self._known()
-        return exact(self._middle() + self._mark.first.slope * digit.weight * self._frame(t))
+        return _exact(self._step * self._frame(t) + self._middle())
 
     def seconds(self, sample_rate: float) -> Tensor:
         """Returns the place of every frame of the example in seconds, as a (T,) tensor of float64.
@@ -159,18 +133,18 @@ class LayerTime:
 
         Raises:
             InvalidValue: the rate is not positive.
-            Unsupported: the layer's time axis is unknown, or gone.
         """
-        digit = self._known()
+        step = float(self._step)
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
-            raise InvalidType(
-                f"sample_rate is a {type(sample_rate).__name__}, and it must be a number: seconds(16000)."
-            )
+            raise InvalidType(f"sample_rate is a {type(sample_rate).__name__}. Pass a number: seconds(16000).")
         if not (sample_rate > 0 and math.isfinite(sample_rate)):
             raise InvalidValue(f"sample_rate={sample_rate!r} is no number of samples a second: seconds(16000).")
-        step = self._mark.first.slope * digit.weight
-        places = torch.arange(digit.size, dtype=torch.float64) * float(step) + float(self._middle())
+        places = torch.arange(self._known().size, dtype=torch.float64) * step + float(self._middle())
         return places / sample_rate
+
+    @property
+    def _step(self) -> Fraction:
+        return self._mark.first.slope * self._known().weight
 
     def _middle(self) -> Fraction:
         """The middle of frame 0, averaged over the frames until the spans repeat themselves."""
@@ -216,7 +190,7 @@ class LayerTime:
                 f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so there is no one number of valid "
                 "frames for an input. Ask a layer before the time axis is cut."
             )
-        self._trusted(digit.count, samples)
+        self._trusted(digit, samples)
         counts = {one: digit.count(one) for one in set(samples)}
         return torch.tensor([counts[one] for one in samples], dtype=torch.int64)
 
@@ -265,10 +239,10 @@ class LayerTime:
         """Which axis of one input's output is time, counted from the end; None if there is none."""
         return None if self.dim is None else self.dim + self.is_time_first
 
-    def _trusted(self, count: Count, samples: list[int]) -> None:
+    def _trusted(self, digit: Digit, samples: list[int]) -> None:
         """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
         others = [one for one in samples if one != self.input_length]
-        doubts = [guess.what for guess in count.guesses() if guess.is_open]
+        doubts = [guess.what for guess in digit.count.guesses() if guess.is_open]
         if self._doubt is not None:
             doubts.append(self._doubt)
         if others and doubts:
@@ -295,10 +269,8 @@ class LayerTime:
 
 def cells_of(layer: LayerTime) -> tuple[Any, ...]:
     """Returns a layer's stride, receptive field, start and frames, as a table shows them."""
-    if layer.unknown is not None:
-        return ("unknown", None, None, None)
-    if layer._digit is None:
-        return ("no time axis", None, None, None)
+    if layer.unknown is not None or layer._digit is None:
+        return ("no time axis" if layer.unknown is None else "unknown", None, None, None)
     field = "whole input" if layer.whole else layer.receptive_field
     frames: Any = layer.frames if layer.segments == 1 else f"{layer.segments} × {layer.frames}"
     return (layer.stride, field, layer.start, frames)
@@ -306,5 +278,28 @@ def cells_of(layer: LayerTime) -> tuple[Any, ...]:
 
 def difference_of(layer: LayerTime, length: int, padded: int) -> Difference | None:
     """Returns how the frames of ``length`` samples, padded to ``padded``, differ from those of the samples alone."""
-    count = None if layer._digit is None else layer._digit.count
-    return None if layer._tail is None else layer._tail.differs(count, layer.notes, length, padded)
+    frames = None if layer._digit is None else layer._digit.count(length)
+    if length >= padded or layer._place is None or frames == 0:
+        return None
+    if layer._numbers:
+        return Difference(None, f"{layer._numbers[0]}, read as a Python number")
+    at, what, mixes = layer._edges.at(layer._place, length, padded)
+    if frames is None:
+        return None if at == NEVER else Difference(None, what)
+    if layer.notes:
+        return Difference(None, layer.notes[0])
+    if at >= frames:
+        return None
+    return Difference(None if mixes else frames - at, what)
+
+
+def layer_times(records: Sequence[Record], keys: Sequence[str], input_length: int) -> list[LayerTime]:
+    """Returns the time axes of the records of one pass, each under its key."""
+    edges = Edges([record.mark.edge for record in records])
+    triples = zip(records, keys, edges.places, strict=True)
+    return [LayerTime(record, key, input_length, edges, place) for record, key, place in triples]
+
+
+def _exact(value: Fraction) -> int | Fraction:
+    """Returns a whole number as an int."""
+    return value.numerator if value.denominator == 1 else value

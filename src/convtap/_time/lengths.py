@@ -1,10 +1,10 @@
-"""Runs the passes that follow the time axis: the example's own, and others over other lengths where one does not tell."""
+"""Runs the passes that follow the time axis: the example's own, and others over other lengths if one is not enough."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from convtap._select.example import called, looking, own_tensors
 from convtap._select.module_tree import ModuleTree
 from convtap._tensors.nested import MISSING, walk_tensors, with_part
 from convtap._time.axis_count import Guess
-from convtap._time.axis_edge import Edges
+from convtap._time.edge import Edges
 from convtap._time.follow import Follower
 from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
@@ -33,7 +33,34 @@ _ENOUGH = 8
 
 
 def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
-    """Runs a model once on an example; works on a copy of its tensors, and leaves the model as it was."""
+    """Follows the time axis of an example through a model, in as many passes as that takes; leaves the model as it was."""
+    records, tree = _run(how, example)
+    guesses = _guesses(records)
+    # where all frames were mixed, an axis may have come back that is not known to be time: another length tells
+    mixed = any(record.mark.whole or not (record.mark.digits or record.mark.unknown) for record in records)
+    if not mixed and not guesses:
+        return records, tree
+    length = int(dict(walk_tensors(example))[how.path].shape[how.axis])
+    passes: list[tuple[int, list[Record]]] = []
+    for change in _changes(records, length) if guesses else (length // 3 | 1, 1):
+        settled = len(passes) > bool(guesses) and not any(guess.is_open for guess in guesses)
+        if settled or len(passes) == _ENOUGH or length + change < 1:
+            break
+        try:
+            others, _ = _run(how, _resized(example, how.path, how.axis, change))
+        except Exception:  # the model refuses this length, which is its right; what is open then stays open
+            continue
+        passes.append((length + change, others))
+        _compare(records, others, length, length + change)
+    for guess in guesses:
+        guess.conclude()
+    same = [(samples, others) for samples, others in passes if _names(others) == _names(records)]
+    found = [_doubted(one, [(samples, others[i]) for samples, others in same]) for i, one in enumerate(records)]
+    return found, tree
+
+
+def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
+    """Runs a model once on a copy of an example."""
     with torch.inference_mode(False):
         example = own_tensors(example)  # the model may write into them
         inputs = dict(walk_tensors(example))
@@ -55,70 +82,7 @@ def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     return follower.records, tree
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What further passes say against a layer's record.
-
-    Attributes:
-        count: why its frame counts at other lengths are not known, or None.
-        place: why its frames' places hold for one length only, or None.
-        axis: why there is a time axis that is not followed, or None.
-    """
-
-    count: str | None = None
-    place: str | None = None
-    axis: str | None = None
-
-
-def settle(records: Sequence[Record], how: Pass, example: Any) -> dict[int, Doubt]:
-    """Decides the guesses of a pass by further passes. See Note: [Numbers that the model computes].
-
-    Returns:
-        By position among the records, what is still in doubt.
-    """
-    # where all frames were mixed, an axis may have come back that is not known to be time: another length tells
-    mixed = any(record.mark.whole or not (record.mark.digits or record.mark.unknown) for record in records)
-    if not mixed and not _guesses(records):
-        return {}
-    path, axis = how.path, how.axis
-    passes: list[tuple[int, list[Record]]] = []
-    length = int(dict(walk_tensors(example))[path].shape[axis])
-    guesses = _guesses(records)
-    for change in _changes(records, length) if guesses else (length // 3 | 1, 1):
-        settled = len(passes) > bool(guesses) and not any(guess.is_open for guess in guesses)
-        if settled or len(passes) == _ENOUGH or length + change < 1:
-            break
-        try:
-            others, _ = follow(how, _resized(example, path, axis, change))
-        except Exception:  # the model refuses this length, which is its right; what is open then stays open
-            continue
-        passes.append((length + change, others))
-        _compare(records, others, length, length + change)
-    for guess in _guesses(records):
-        guess.conclude()
-    doubts: dict[int, Doubt] = {}
-    for samples, others in passes:
-        for i, doubt in (*_contradictions(records, others, samples).items(), *_grown(records, others).items()):
-            before = doubts.get(i, Doubt())
-            doubts[i] = Doubt(before.count or doubt.count, before.place or doubt.place, before.axis or doubt.axis)
-    return doubts
-
-
-def _grown(records: Sequence[Record], others: Sequence[Record]) -> dict[int, Doubt]:
-    """Which layers' outputs have an axis that changes with the length, and is not known to be time."""
-    found: dict[int, Doubt] = {}
-    for i, one, other in _pairs(records, others):
-        rest = [
-            [size for dim, size in enumerate(record.shape) if dim and dim not in record.mark.dims]
-            for record in (one, other)
-        ]
-        if not one.mark.unknown and not other.mark.unknown and rest[0] != rest[1]:
-            shapes = f"{one.shape} and {other.shape}"
-            by = f" after {listed([*one.mark.whole, *one.mark.statistics], 2)}" if one.mark.whole else ""
-            found[i] = Doubt(
-                axis=f"its output has shape {shapes} for two lengths{by}, and its frames were not followed"
-            )
-    return found
+# -- other lengths
 
 
 def _changes(records: Sequence[Record], length: int) -> list[int]:
@@ -128,8 +92,33 @@ def _changes(records: Sequence[Record], length: int) -> list[int]:
     return list(dict.fromkeys((1, length // 3 | 1, *hops, 2, 3, 5, 7, *(3 * hop for hop in hops[:1]), -1)))
 
 
-def _guesses(records: Sequence[Record]) -> list[Guess]:
-    return list({id(guess): guess for guess in (*_counted(records), *_edge_guesses(records))}.values())
+def _resized(example: Any, path: str, axis: int, change: int) -> Any:
+    """Returns an example with some samples more, or fewer; other tensors with an axis of that length go along."""
+    tensors = dict(walk_tensors(example))
+    length = tensors[path].shape[axis]
+    for other, tensor in tensors.items():
+        same = [axis] if other == path else [dim for dim in range(tensor.dim()) if tensor.shape[dim] == length]
+        if same:
+            example = _with(example, other, _stretched(tensor, same[-1], change))
+    return example
+
+
+def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
+    """Repeats the last sample, or leaves samples out."""
+    size = tensor.shape[axis]
+    index = torch.arange(size + change, device=tensor.device).clamp(max=size - 1)
+    return tensor.index_select(axis, index)
+
+
+def _with(value: Any, path: str, tensor: Tensor) -> Any:
+    """Returns an example with the tensor at a path replaced."""
+    found = with_part(value, path, tensor)
+    if found is MISSING:
+        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+    return found
+
+
+# -- what several passes show
 
 
 def _counted(records: Sequence[Record]) -> list[Guess]:
@@ -141,19 +130,23 @@ def _edge_guesses(records: Sequence[Record]) -> list[Guess]:
     return Edges([record.mark.edge for record in records]).guesses()
 
 
-def _pairs(records: Sequence[Record], others: Sequence[Record]) -> Iterator[tuple[int, Record, Record]]:
-    """The same run of the same layer in two passes."""
-    if [one.name for one in records] == [one.name for one in others]:
-        yield from ((i, one, other) for i, (one, other) in enumerate(zip(records, others, strict=True)))
+def _guesses(records: Sequence[Record]) -> list[Guess]:
+    return list({id(guess): guess for guess in (*_counted(records), *_edge_guesses(records))}.values())
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    return [record.name for record in records]
 
 
 def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
     """Shows each guess, once, the same operation in another pass."""
-    done: set[int] = set()
-    pairs = [(_counted([one]), _counted([other])) for _, one, other in _pairs(records, others)]
+    pairs: list[tuple[list[Guess], list[Guess]]] = []
+    if _names(records) == _names(others):
+        pairs = [(_counted([one]), _counted([other])) for one, other in zip(records, others, strict=True)]
     edges = (_edge_guesses(records), _edge_guesses(others))
     if len(edges[0]) == len(edges[1]):
         pairs.append(edges)
+    done: set[int] = set()
     for mine, theirs in pairs:
         for guess, same in zip(mine, theirs, strict=False):
             if id(guess) not in done and guess.what == same.what:
@@ -161,49 +154,25 @@ def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, 
                 guess.settle(same, samples, length)
 
 
-def _contradictions(records: Sequence[Record], others: Sequence[Record], length: int) -> dict[int, Doubt]:
-    """Which layers made other frames at another length than their records say."""
-    found: dict[int, Doubt] = {}
-    for i, one, other in _pairs(records, others):
-        if not one.mark.digits or not other.mark.digits:
+def _doubted(one: Record, others: Sequence[tuple[int, Record]]) -> Record:
+    """Returns a run's record with what the same run over other lengths has against it."""
+    mark, axis, place, doubt = one.mark, one.mark.unknown, None, None
+    for samples, other in others:
+        if not mark.unknown and not other.mark.unknown and _other_axes(one) != _other_axes(other):
+            by = f" after {listed([*mark.whole, *mark.statistics], 2)}" if mark.whole else ""
+            shapes = f"{one.shape} and {other.shape}"
+            axis = axis or f"its output has shape {shapes} for two lengths{by}, and its frames were not followed"
+        if not mark.digits or not other.mark.digits:
             continue
-        count = place = None
-        expected, seen = one.mark.digits[-1].count(length), other.mark.digits[-1].size
-        if expected != seen:
-            count = f"what comes before {one.name!r} ({length} samples made {seen} frames)"
-        if (one.mark.first, one.mark.last) != (other.mark.first, other.mark.last):
-            place = f"the frames of {one.name!r} lie elsewhere for {length} samples"
-        if count or place:
-            found[i] = Doubt(count, place)
-    return found
+        seen = other.mark.digits[-1].size
+        if mark.digits[-1].count(samples) != seen:
+            doubt = doubt or f"what comes before {one.name!r} ({samples} samples made {seen} frames)"
+        if (mark.first, mark.last) != (other.mark.first, other.mark.last):
+            place = place or f"the frames of {one.name!r} lie elsewhere for {samples} samples"
+    fixed = mark.fixed if place is None else (*mark.fixed, place)
+    return replace(one, mark=replace(mark, unknown=axis, fixed=fixed), doubt=doubt)
 
 
-def _resized(example: Any, path: str, axis: int, change: int) -> Any:
-    """Returns an example with some samples more, or fewer; other tensors with an axis of that length go along."""
-    tensors = dict(walk_tensors(example))
-    length = tensors[path].shape[axis]
-    for other, tensor in tensors.items():
-        if other == path:
-            example = _with(example, other, _stretched(tensor, axis, change))
-            continue
-        same = [dim for dim in range(tensor.dim()) if tensor.shape[dim] == length]
-        if same:
-            example = _with(example, other, _stretched(tensor, same[-1], change))
-    return example
-
-
-def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
-    """Repeats the last sample, or leaves samples out."""
-    size = tensor.shape[axis]
-    if change < 0:
-        return tensor.narrow(axis, 0, size + change)
-    index = torch.arange(size + change, device=tensor.device).clamp(max=size - 1)
-    return tensor.index_select(axis, index)
-
-
-def _with(value: Any, path: str, tensor: Tensor) -> Any:
-    """Returns an example with the tensor at a path replaced."""
-    found = with_part(value, path, tensor)
-    if found is MISSING:
-        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
-    return found
+def _other_axes(record: Record) -> list[int]:
+    """The sizes of the axes of an output that are neither the batch nor time."""
+    return [size for dim, size in enumerate(record.shape) if dim and dim not in record.mark.dims]

@@ -6,33 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convtap._time.axis import IDENTITY, Line
-from convtap._time.axis_count import NO_STEPS, Affine, Count
-from convtap._time.axis_edge import Edge, Masked, Zeroed, earliest
-
-
-@dataclass(frozen=True)
-class Digit:
-    """One axis of a tensor, or a part of one, that counts frames.
-
-    Cutting time into segments gives two of them: the segment and the frame in it. Frame numbers are sums: position on
-    the axis times ``weight``, over all digits.
-
-    Attributes:
-        dim: the tensor's axis.
-        size: how many positions.
-        inner: the size of what varies faster within the same axis (1 unless axes were merged).
-        weight: frames from one position to the next.
-        count: positions for a given number of input samples.
-        stacked: whether the positions are tensors that were stacked, each with frames that see other samples.
-    """
-
-    dim: int
-    size: int
-    inner: int = 1
-    weight: int = 1
-    count: Count = NO_STEPS
-    stacked: bool = False
+from convtap._time.axis import IDENTITY, Floor, Line
+from convtap._time.axis_count import Affine, Digit
+from convtap._time.edge import Edge, Mixed, Moved, PastEnd, earliest
 
 
 @dataclass(frozen=True)
@@ -74,6 +50,11 @@ class Mark:
         """The axes that time lies on."""
         return {digit.dim for digit in self.digits}
 
+    @property
+    def grows(self) -> bool:
+        """Whether a later frame never sees earlier samples."""
+        return self.first.grows and self.last.grows
+
     def on(self, dim: int) -> Digit | None:
         """Returns the digit on an axis, if there is exactly one."""
         found = [digit for digit in self.digits if digit.dim == dim]
@@ -83,6 +64,11 @@ class Mark:
         """Returns the mark with the axes renumbered."""
         across = None if self.across is None else self.across.moved(where)
         return replace(self, digits=tuple(replace(digit, dim=where(digit.dim)) for digit in self.digits), across=across)
+
+    def swapped(self, digit: Digit, *new: Digit) -> Mark:
+        """Returns the mark with one digit replaced by others, or left out."""
+        at = next(i for i, one in enumerate(self.digits) if one is digit)
+        return replace(self, digits=(*self.digits[:at], *new, *self.digits[at + 1 :]))
 
     def with_reasons(self, other: Mark) -> Mark:
         """Returns the mark with another's remarks added."""
@@ -94,41 +80,47 @@ class Mark:
             edge=earliest((self.edge, other.edge)),
         )
 
+    # -- what the frames see
+
+    def seeing(self, first: Floor, last: Floor) -> Mark:
+        """Returns the mark of frames t that see frames ⌊first(t)⌋ to ⌊last(t)⌋, each (times·t + plus) / over."""
+        # the first t whose window begins at a clear frame, and the first whose window ends past them
+        low = -((first[1] - self.clear[0] * first[2]) // first[0])
+        high = -((last[1] - self.clear[1] * last[2]) // last[0])
+        edge = self.edge if self.edge is None or last == (1, 0, 1) else Edge(Moved(*last), self.edge)
+        return replace(self, first=self.first.of(*first), last=self.last.of(*last), clear=(low, high), edge=edge)
+
+    def spread(self, before: int, after: int) -> Mark:
+        """Returns the mark of frames that each reach from ``before`` frames earlier to ``after`` later."""
+        return self.seeing((1, -before, 1), (1, after, 1))
+
+    def within(self, frames: int) -> Mark:
+        """Returns the mark of a tensor that has frames 0 to ``frames`` - 1, and so no others to see."""
+        low, high = max(0, self.clear[0]), min(frames, self.clear[1])
+        return replace(self, clear=(low, max(low, high)))
+
     def mixes(self, what: str, dims: Sequence[int] | None = None, *, sums: bool = False) -> Mark:
         """Returns the mark with an edge at the first frame: the operation ``what`` mixes the frames on some axes.
 
         A sum (``sums=True``) gets nothing of padding that was set to zero.
         """
-        gone = [digit for digit in self.digits if dims is None or digit.dim in dims]
         edge = self.edge
         if edge is None or self.hides == "later":
             return self
+        gone = [digit for digit in self.digits if dims is None or digit.dim in dims]
         slowest = max(gone, key=lambda digit: digit.weight, default=None)
-        if slowest is None:
-            return replace(self, edge=edge.mixed(what))
-        if self.hides == "padding" or (sums and self.zeroed is edge):
-            return replace(self, edge=Edge(Masked(slowest.count, slowest.weight, what), edge))
-        return replace(self, edge=edge.beyond(slowest.count, slowest.weight, what).mixed(what))
+        if slowest is not None and (self.hides == "padding" or (sums and self.zeroed is edge)):
+            return replace(self, edge=Edge(Mixed(what, masked=slowest), edge))
+        edge = edge if slowest is None else Edge(PastEnd(slowest, what), edge)
+        return replace(self, edge=Edge(Mixed(what), edge))
 
     def looks(self, dim: int, what: str, *, zeros: bool = False) -> Mark:
         """Returns the mark for an operation that may look past the last frame of an axis, where alone there are zeros."""
         digit = self.on(dim)
         if self.edge is None or digit is None:
             return self
-        if zeros and self.zeroed is self.edge:
-            return replace(self, edge=Edge(Zeroed(digit.count, digit.weight, what), self.edge))
-        return replace(self, edge=self.edge.beyond(digit.count, digit.weight, what))
-
-    def spread(self, before: int, after: int) -> Mark:
-        """Returns the mark of frames that each reach from ``before`` frames earlier to ``after`` later."""
-        clear = (self.clear[0] + before, self.clear[1] - after)
-        edge = None if self.edge is None else self.edge.of(1, after)
-        return replace(self, first=self.first.of(1, -before), last=self.last.of(1, after), clear=clear, edge=edge)
-
-    def within(self, frames: int) -> Mark:
-        """Returns the mark of a tensor that has frames 0 to ``frames`` - 1, and so no others to see."""
-        low, high = max(0, self.clear[0]), min(frames, self.clear[1])
-        return replace(self, clear=(low, max(low, high)))
+        zeros = zeros and self.zeroed is self.edge
+        return replace(self, edge=Edge(PastEnd(digit, what, zeros), self.edge))
 
 
 def unknown(why: str) -> Mark:
@@ -144,32 +136,23 @@ def normal(mark: Mark) -> Mark:
     """Writes a mark on one axis so that positions are frames, which makes equal marks compare equal."""
     if len(mark.digits) != 1 or mark.digits[0].weight == 1:
         return mark
-    digit = mark.digits[0]
-    times = digit.weight
-    return replace(
-        mark,
-        digits=(replace(digit, weight=1),),
-        first=mark.first.of(times, 0),
-        last=mark.last.of(times, 0),
-        edge=None if mark.edge is None else mark.edge.of(times, 0),
-        clear=(-(-mark.clear[0] // times), -(-mark.clear[1] // times)),
-    )
+    (digit,) = mark.digits
+    every = (digit.weight, 0, 1)
+    return replace(mark.seeing(every, every), digits=(replace(digit, weight=1),))
 
 
-def as_axis(mark: Mark, dim: int, size: int) -> Mark | None:
-    """Returns the mark with an axis of that size counting frames and nothing else, or None where it does not.
+def as_axis(mark: Mark, dim: int, size: int, what: str) -> Mark:
+    """Returns the mark with an axis of that size counting frames and nothing else, or an unknown one if it does not.
 
     An axis that holds each frame several times over (a repetition, or a sub-pixel shuffle) has finer frames.
     """
     digit = mark.on(dim)
-    if digit is None:
-        return None
-    if digit.inner == 1 and digit.size == size:
+    if digit is not None and digit.inner == 1 and digit.size == size:
         return mark
-    if digit.inner * digit.size != size or len(mark.digits) > 1:
-        return None
+    if digit is None or digit.inner * digit.size != size or len(mark.digits) > 1:
+        return unknown(f"{what}: time shares the axis with something else")
     times = digit.inner
-    whole = replace(mark, digits=(replace(digit, inner=1),))
+    whole = mark.swapped(digit, replace(digit, inner=1))
     return resampled(whole, dim, (1, 0, times), (1, 0, times), size, Affine(times, 0, 1))
 
 
@@ -179,11 +162,11 @@ _MOST = 256
 
 def hull(mark: Mark, places: Sequence[int]) -> Mark:
     """Returns the mark of frames t that each see the frames t + ``places``, given in order."""
-    if not places or len(places) == 1 or (mark.first.grows and mark.last.grows):
-        return mark.spread(-places[0], places[-1]) if places else mark
+    wide = mark.spread(-places[0], places[-1])
+    if len(places) == 1 or mark.grows:
+        return wide
     if len(places) > _MOST:
         return unknown("a window over frames that lie in no order")
-    wide = mark.spread(-places[0], places[-1])
     first, last = mark.first.of(1, places[0]), mark.last.of(1, places[0])
     for place in places[1:]:
         first = first.with_(mark.first.of(1, place), min)
@@ -194,13 +177,12 @@ def hull(mark: Mark, places: Sequence[int]) -> Mark:
 def windowed(
     mark: Mark,
     dim: int,
-    *,
-    stride: int,
-    before: int,
-    taps: int,
-    dilation: int,
-    size: int,
     step: Any,
+    *,
+    stride: int = 1,
+    before: int,
+    taps: int = 1,
+    dilation: int = 1,
     what: str = "same padding",
     zeros: bool = False,
 ) -> Mark:
@@ -211,8 +193,9 @@ def windowed(
     moved = hull(mark, [(dilation * tap - before) * digit.weight for tap in range(taps)])
     if moved.unknown:
         return moved
+    size = step(digit.size)
     new = replace(digit, size=size, weight=digit.weight * stride, count=digit.count.then(step))
-    found = normal(replace(moved, digits=tuple(new if one is digit else one for one in mark.digits)))
+    found = normal(moved.swapped(digit, new))
     if len(mark.digits) == 1:
         return found.within(size)
     # of segments that are padded each, no frame is known to see no padding
@@ -220,24 +203,16 @@ def windowed(
     return found if inside else replace(found, clear=(0, 0))
 
 
-def resampled(
-    mark: Mark, dim: int, first: tuple[int, int, int], last: tuple[int, int, int], size: int, step: Any
-) -> Mark:
-    """Returns the mark after an axis is resampled: frame x sees ⌊(a·x + b) / c⌋ for (a, b, c) = first, to that of last."""
+def resampled(mark: Mark, dim: int, first: Floor, last: Floor, size: int, step: Any) -> Mark:
+    """Returns the mark after an axis is resampled: frame x sees frames ⌊first(x)⌋ to ⌊last(x)⌋."""
     mark = normal(mark)
     digit = mark.on(dim)
     if digit is None or len(mark.digits) > 1:
         return unknown("segments were resampled")
-    if not (mark.first.grows and mark.last.grows) and first != last:
+    if not mark.grows and first != last:
         return unknown("frames that lie in no order were resampled")
-    mark = mark.looks(dim, "resampling")
     new = replace(digit, size=size, count=digit.count.then(step))
-    # The first frame with ⌊(a·x + b) / c⌋ >= low, and the first with ⌊(a·x + b) / c⌋ >= high.
-    low = -((first[1] - mark.clear[0] * first[2]) // first[0])
-    high = -((last[1] - mark.clear[1] * last[2]) // last[0])
-    edge = None if mark.edge is None else mark.edge.of(*last)
-    moved = replace(mark, digits=(new,), first=mark.first.of(*first), last=mark.last.of(*last), clear=(low, high))
-    return replace(moved, edge=edge).within(size)
+    return replace(mark.looks(dim, "resampling").seeing(first, last), digits=(new,)).within(size)
 
 
 def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: bool = False) -> Mark:
@@ -247,23 +222,20 @@ def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: boo
     the whole input: as a statistic (``mixes=False``), or as something that mixes frames; ``sums`` says that it is a sum.
     """
     gone = [digit for digit in mark.digits if digit.dim in dims]
+    left = tuple(digit for digit in mark.digits if digit.dim not in dims)
     if not gone:
         return mark
-    left = tuple(digit for digit in mark.digits if digit.dim not in dims)
     if not left:
         reason = Mark(whole=(why,) if mixes else (), statistics=() if mixes else (why,))
         found = mark.mixes(why, dims, sums=sums).with_reasons(reason)
         return replace(found, digits=(), paired=False, hides=None)
     places = [0]
     for digit in gone:
-        places = sorted({at + i * digit.weight for at in places for i in (0, *_inner(mark, digit))})
+        # the last position is enough where spans grow with the frames
+        ends = (0, digit.size - 1) if mark.grows else range(digit.size)
+        places = sorted({at + i * digit.weight for at in places for i in ends})
     found = hull(mark, places)
     return found if found.unknown else normal(replace(found, digits=left))
-
-
-def _inner(mark: Mark, digit: Digit) -> Sequence[int]:
-    """The positions of a digit that a hull has to look at: the last one is enough where spans grow with the frames."""
-    return (digit.size - 1,) if mark.first.grows and mark.last.grows else range(1, digit.size)
 
 
 def collapsed(mark: Mark, what: str) -> Mark:
@@ -276,9 +248,7 @@ def in_pieces(mark: Mark, shape: tuple[int, ...]) -> str | None:
     """Returns why an output's frames cannot be numbered, or None."""
     if mark.across is not None:
         return f"its output {shape} has frames on two axes, those of the queries and those of the keys"
-    if not mark.digits:
+    digit = mark.digits[0] if len(mark.digits) == 1 else None
+    if digit is None or shape[digit.dim] in (digit.size, digit.inner * digit.size):
         return None
-    digit = mark.digits[-1]
-    if digit.inner * digit.size != shape[digit.dim] and len(mark.digits) == 1 and shape[digit.dim] != digit.size:
-        return f"time shares axis {digit.dim} of its output {shape} with something else"
-    return None
+    return f"time shares axis {digit.dim} of its output {shape} with something else"

@@ -19,7 +19,7 @@ class Pass:
         axis: the axis of the signal that is time.
         method: the method that is called instead of the model itself, or None.
         zeros: whether the signal is known to be padded with zeros.
-        every: ``"output"`` or ``"input"`` to record every tensor that modules return, or are given; None for the first one
+        every: ``"output"`` or ``"input"`` to record every tensor that modules return, or accept; None for the first one
             that they return.
     """
 
@@ -44,6 +44,7 @@ class Record:
         path: which tensor of the output it is about; empty if the output is one.
         numbers: what had read a value of the signal as a Python number by then.
         depends: whether it depends on the signal at all.
+        doubt: why its frame counts at other lengths are not known, or None.
     """
 
     name: str
@@ -54,3 +55,4 @@ class Record:
     path: str = ""
     numbers: tuple[str, ...] = ()
     depends: bool = True
+    doubt: str | None = None

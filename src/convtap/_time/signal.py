@@ -99,18 +99,14 @@ def _arguments(example: Any, forward: Any) -> list[tuple[list[str], str]]:
     """Returns the arguments in an example: how each may be called, and its path."""
     if isinstance(example, Mapping):
         return [([str(key)], f"[{key}]") for key in example]
-    names = _parameters(forward)
+    try:
+        names = list(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        names = []
     if isinstance(example, Tensor):
         return [(["0", *names[:1]], "")]
     places = getattr(example, "_fields", range(len(example)))
     return [([str(i), *names[i : i + 1]], f"[{place}]") for i, place in enumerate(places)]
-
-
-def _parameters(forward: Any) -> list[str]:
-    try:
-        return list(inspect.signature(forward).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def checked_time_dim(time_dim: Any) -> int:

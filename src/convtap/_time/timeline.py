@@ -6,26 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from convtap._errors import (
-    AmbiguousCall,
-    InvalidValue,
-    LayerNotFound,
-    brief,
-    did_you_mean,
-    listed,
-)
+from convtap._errors import AmbiguousCall, LayerNotFound, brief, did_you_mean, listed
 from convtap._public import public
-from convtap._result.call import Call
 from convtap._result.keys import keys_of
 from convtap._select.arguments import check_arguments
 from convtap._select.example import Example, forward_of, prepared
 from convtap._select.module_tree import ModuleTree, resolve_name
 from convtap._table import MOST, Rows, Table
 from convtap._tensors.nested import walk_tensors
-from convtap._time.axis_edge import Edges, Tail
-from convtap._time.layer_time import LayerTime, cells_of
-from convtap._time.lengths import Doubt, follow, settle
-from convtap._time.padded import Cutter, Differences
+from convtap._time.layer_time import LayerTime, cells_of, layer_times
+from convtap._time.lengths import follow
+from convtap._time.padded import Cutter
 from convtap._time.record import Pass, Record
 from convtap._time.signal import argument_of, signal_of, time_axis
 
@@ -79,22 +70,9 @@ def timeline(
     example, forward = prepared(example, model), forward_of(model, method)
     path, found = signal_of(example, signal, forward)
     axis = time_axis(found, time_dim)
-    how = Pass(model, path, axis, method)
-    records, tree = follow(how, example)
-    doubts = settle(records, how, example)
+    records, tree = follow(Pass(model, path, axis, method), example)
     first = next((name for name, tensor in walk_tensors(example) if tensor.dim() > 1), path)
-    return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, doubts, path, is_first=first == path)
-
-
-def layer_times(
-    records: Sequence[Record], keys: Sequence[str], input_length: int, doubts: Mapping[int, Doubt]
-) -> list[LayerTime]:
-    """Returns what the records of one pass say, each under its key."""
-    edges = Edges([record.mark.edge for record in records])
-    return [
-        LayerTime(record, key, input_length, doubts.get(i), Tail(edges, edges.places[i], record.numbers))
-        for i, (record, key) in enumerate(zip(records, keys, strict=True))
-    ]
+    return Timeline(records, int(found.shape[axis]), axis - found.dim(), tree, path, first == path)
 
 
 @public
@@ -109,16 +87,11 @@ class Timeline(Mapping[str, LayerTime]):
         signal: where the signal is in the example, such as ``"0"`` or ``"audio"``; empty if the example is a tensor.
     """
 
+    signal = ""  # as in pickles of version 0.1.0, which have neither of these
+    _is_first = True
+
     def __init__(
-        self,
-        records: Sequence[Record],
-        input_length: int,
-        time_dim: int,
-        tree: ModuleTree,
-        doubts: Mapping[int, Doubt],
-        signal: str = "",
-        *,
-        is_first: bool = True,
+        self, records: Sequence[Record], input_length: int, time_dim: int, tree: ModuleTree, signal: str, is_first: bool
     ) -> None:
         self.input_length = input_length
         self.signal = argument_of(signal)
@@ -126,15 +99,12 @@ class Timeline(Mapping[str, LayerTime]):
         self.time_dim = time_dim
         self._aliases = tree.aliases
         self._names = tuple(tree.names)
-        self._all: dict[str, LayerTime] = {}
+        found = layer_times(records, keys_of([record.name for record in records]), input_length)
+        self._all = {one.key: one for one in found}
+        self._layers = {one.key: one for one, record in zip(found, records, strict=True) if record.is_layer}
         self._calls: dict[str, list[LayerTime]] = {}
-        self._layers: dict[str, LayerTime] = {}
-        keys = keys_of([record.name for record in records])
-        for record, found in zip(records, layer_times(records, keys, input_length, doubts), strict=True):
-            self._all[found.key] = found
-            self._calls.setdefault(record.name, []).append(found)
-            if record.is_layer:
-                self._layers[found.key] = found
+        for one in found:
+            self._calls.setdefault(one.name, []).append(one)
 
     def __getitem__(self, key: str) -> LayerTime:
         """Returns the time axis of a layer's output.
@@ -174,44 +144,16 @@ class Timeline(Mapping[str, LayerTime]):
             raise self._missing(name)
         return list(self._calls[found])
 
-    # -- samples
-
     def __cutter__(self) -> Cutter:
-        """Returns what cuts the outputs of a block to their valid frames."""
-        return Cutter(self._layer_of, self._samples_of, Differences())
-
-    def _samples_of(self, shape: tuple[int, ...] | None) -> int | None:
-        """How many samples the inputs of a pass were padded to; None if the signal is not what the shape is of."""
-        if not self._is_first:
-            return None
-        if shape is None or len(shape) < -self.time_dim:
-            raise InvalidValue(
-                f"the timeline's input has its time on axis {self.time_dim}, and the model was given shape {shape}. Make the "
-                "timeline with an example like the inputs."
-            )
-        return int(shape[self.time_dim])
-
-    def _layer_of(self, call: Call) -> LayerTime:
-        """The run of a layer that a call is, in every pass anew."""
-        runs = self._calls.get(call.layer)
-        if runs is None:
-            raise InvalidValue(
-                f"the timeline has no layer {call.layer!r}; it has {listed(self._layers)}. It is of another model: take "
-                "timeline(model, example) of the model that ran."
-            )
-        return runs[call.index % len(runs)]
-
-    # -- messages
+        """Returns what cuts the outputs of a capture to their valid frames."""
+        return Cutter(self._calls, self._layers, self.time_dim if self._is_first else None)
 
     def _missing(self, key: str) -> LayerNotFound:
         if resolve_name(key, self._names, self._aliases) is not None:
-            return LayerNotFound(
-                f"{key!r} gave out nothing that depends on the input in this pass, or did not run. With a time axis: "
-                f"{listed(self._layers)}."
-            )
-        return LayerNotFound(
-            f"no layer is named {key!r}. Here: {listed(self._layers)}.{did_you_mean(key, list(self._calls))}"
-        )
+            why = f"{key!r} gave out nothing that depends on the input in this pass, or did not run. With a time axis"
+            return LayerNotFound(f"{why}: {listed(self._layers)}.")
+        like = did_you_mean(key, list(self._calls))
+        return LayerNotFound(f"no layer is named {key!r}. Here: {listed(self._layers)}.{like}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -240,19 +182,13 @@ class Timeline(Mapping[str, LayerTime]):
 
     def _notes(self) -> list[str]:
         layers = self._layers.values()
-        found: list[str] = []
-        for text, reasons in (
-            ("unknown", [found.unknown for found in layers if found.unknown]),
-            ("the receptive field is the whole input after", [one for found in layers for one in found.whole]),
-            (
-                "not in the receptive field: statistics over time by",
-                [one for found in layers for one in found.statistics],
-            ),
-            ("for this length only", [one for found in layers for one in found.notes]),
-        ):
-            if reasons:
-                found.append(f"{text}: {listed(dict.fromkeys(reasons), 4)}")
-        return found
+        reasons = {
+            "unknown": [one.unknown for one in layers if one.unknown],
+            "the receptive field is the whole input after": [why for one in layers for why in one.whole],
+            "not in the receptive field: statistics over time by": [why for one in layers for why in one.statistics],
+            "for this length only": [why for one in layers for why in one.notes],
+        }
+        return [f"{text}: {listed(dict.fromkeys(found), 4)}" for text, found in reasons.items() if found]
 
     def __repr__(self) -> str:
         return str(self.summary())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,83 @@ from convtap._select.example import Example, called, is_array, looking, moved, o
 from convtap._table import Table
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
-from convtap._time.hit import Hit
 from convtap._time.layer_time import LayerTime
 from convtap._time.signal import signal_of
 from convtap._time.timeline import timeline
+
+
+@public
+class Window(NamedTuple):
+    """A piece of an input that a frame saw.
+
+    Attributes:
+        values: the piece, such as (C, W); zeros where it leaves the signal.
+        inside: (W,) of bool: which of its samples are in the signal.
+    """
+
+    values: Tensor
+    inside: Tensor
+
+
+@public
+@dataclass(frozen=True)
+class Hit:
+    """One frame that drove a channel high.
+
+    Attributes:
+        sample: which input of the data set, from 0.
+        channel: which channel of the layer.
+        start: the first input sample that the frame saw; below 0 if it saw padding.
+        stop: the one after the last.
+        value: the layer's output there.
+        frame: which frame.
+    """
+
+    sample: int
+    channel: int
+    start: int
+    stop: int
+    value: float
+    frame: int
+    _rank: int = field(default=2, repr=False, compare=False)
+    _time_dim: int = field(default=-1, repr=False, compare=False)
+
+    def window(self, x: Any) -> Window:
+        """Cuts out what the frame saw, with zeros where it saw padding.
+
+        Args:
+            x: the input of this sample, such as (C, T); or all inputs, such as (N, C, T) or a data set.
+
+        Raises:
+            OutOfRange: ``x`` holds all inputs, and not this one.
+            InvalidType: it is no tensor, and ``x[sample]`` is none either.
+        """
+        signal = self._signal(x).movedim(self._time_dim, -1)
+        size = int(signal.shape[-1])
+        places = torch.arange(self.start, self.stop, device=signal.device)
+        inside = (places >= 0) & (places < size)
+        values = signal[..., places.clamp(0, size - 1)].masked_fill(~inside, 0)
+        return Window(values.movedim(-1, self._time_dim), inside)
+
+    def _signal(self, x: Any) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == self._rank:
+            return x
+        try:
+            found = x[self.sample]
+        except (IndexError, KeyError):
+            raise OutOfRange(
+                f"this hit is in sample {self.sample}, and x holds {plural(len(x), 'input')}. Pass the input of that sample, "
+                "or all inputs of the data set."
+            ) from None
+        except TypeError:
+            found = x
+        found = found[0] if isinstance(found, (tuple, list)) else found
+        if not isinstance(found, Tensor) or found.dim() != self._rank:
+            shape = f"has shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"is a {type(found).__name__}"
+            raise InvalidType(
+                f"x {shape}, and one input has {self._rank} axes. Pass the input of sample {self.sample}, or all inputs."
+            )
+        return found
 
 
 @public
@@ -82,9 +156,7 @@ def top(
     """
     k, per_sample = _positive(k, "k"), _positive(per_sample, "per_sample")
     if not isinstance(layer, str):
-        raise InvalidType(
-            f"layer is a {type(layer).__name__}, and it must be one layer's name, such as 'encoder.conv1'."
-        )
+        raise InvalidType(f"layer is a {type(layer).__name__}. Pass one layer's name, such as 'encoder.conv1'.")
     search = _Search(model, layer, k, channels, per_sample, threshold, example, time_dim, inputs)
     batches: Iterable[Any] = [data] if isinstance(data, Tensor) or is_array(data) else _iterable(data)
     with looking(model):
@@ -93,74 +165,65 @@ def top(
     return search.table()
 
 
+@dataclass
 class _Search:
     """The best frames so far, and what they are searched with."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        k: int,
-        channels: int | Sequence[int] | None,
-        per_sample: int,
-        threshold: float | None,
-        example: Any,
-        time_dim: int,
-        inputs: Inputs | None = None,
-    ) -> None:
-        self._model = model
-        self._device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        self._name = layer
-        self._k = k
-        self._channels = channels
-        self._per_sample = per_sample
-        self._threshold = threshold
-        self._example = example
-        self._time_dim = time_dim
-        self._inputs = inputs
-        self._layer: LayerTime | None = None
-        self._best: tuple[Tensor, Tensor, Tensor] | None = None
-        self._numbers: list[int] = []
-        self._seen = 0
-        self._rank = 2
+    model: nn.Module
+    name: str
+    k: int
+    channels: int | Sequence[int] | None
+    per_sample: int
+    threshold: float | None
+    example: Any
+    time_dim: int
+    inputs: Inputs | None = None
+    _layer: LayerTime | None = None
+    _best: tuple[Tensor, ...] | None = None
+    _numbers: Sequence[int] = ()
+    _seen: int = 0
+    _rank: int = 2
 
     def add(self, batch: Any) -> None:
         """Runs one batch and keeps the best of it and of what there was."""
-        args, kwargs = called_with(self._inputs, batch, self._model)
-        with naming_inputs(self._inputs, batch, self._model):
-            self._add(args, kwargs)
-
-    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = own_tensors(moved(as_example(self._model, args, kwargs), self._device))
-        signal = signal_of(call)[1]
-        if self._layer is None:
-            example = _first(call) if self._example is None else self._example
-            times = timeline(self._model, example, time_dim=self._time_dim)
-            self._layer, self._time_dim = (
-                times[self._name],
-                times.time_dim,
-            )  # counted from the end: inputs have no batch
-            self._rank = signal.dim() - 1
-        values = self._values(self._layer, call, signal)
+        args, kwargs = called_with(self.inputs, batch, self.model)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        with naming_inputs(self.inputs, batch, self.model):
+            call = own_tensors(moved(as_example(self.model, args, kwargs), device))
+            values = self._values(self._layer or self._found(call), call)
+        channels = values.shape[1]
         if self._best is None:
-            self._numbers = _chosen(self._channels, values.shape[1], self._name)
-        if values.shape[1] <= max(self._numbers):
-            raise Unsupported(
-                f"{self._name!r} had {max(self._numbers) + 1} channels or more, and now {values.shape[1]}."
-            )
+            self._numbers = _chosen(self.channels, channels, self.name)
+        if channels <= max(self._numbers):
+            raise Unsupported(f"{self.name!r} had {max(self._numbers) + 1} channels or more, and now {channels}.")
         self._keep(values[:, self._numbers])
         self._seen += len(values)
 
-    def _values(self, layer: LayerTime, call: Any, signal: Tensor) -> Tensor:
+    def _found(self, call: Any) -> LayerTime:
+        """Makes the timeline, with the first input of a batch if there is no example."""
+        signal = signal_of(call)[1]
+
+        def cut(value: Any) -> Any:
+            return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == len(signal) else value
+
+        first = {key: cut(value) for key, value in call.items()} if isinstance(call, dict) else tuple(map(cut, call))
+        times = timeline(self.model, first if self.example is None else self.example, time_dim=self.time_dim)
+        # counted from the end, since one input has no batch axis
+        self._layer, self.time_dim, self._rank = times[self.name], times.time_dim, signal.dim() - 1
+        return self._layer
+
+    def _values(self, layer: LayerTime, call: Any) -> Tensor:
         """The layer's output as (B, C, T)."""
-        samples = int(signal.shape[self._time_dim])
+        signal = signal_of(call)[1]
+        samples = int(signal.shape[self.time_dim])
         if samples != layer.input_length and (layer.whole or layer.notes):
             raise Unsupported(
                 f"{layer.key!r} sees windows that hold for {layer.input_length} samples only "
                 f"({listed([*layer.whole, *layer.notes], 2)}), and an input has {samples}. Pass inputs of one length."
             )
-        with Capture(self._model, layer.name, functional=True) as acts:  # whole passes: a model may keep state
-            called(self._model, call)
+        with Capture(self.model, layer.name, functional=True) as acts:  # whole passes: a model may keep state
+            called(self.model, call)
         output = dict(walk_tensors(acts[layer.key]))[layer.path]
         rows, frames = len(signal), layer.frames_of(samples)
         assert layer.dim is not None
@@ -171,8 +234,8 @@ class _Search:
                 f"the timeline axis {inputs} is the inputs and axis {layer.dim} has {frames} frames. "
                 "Pass an example of the data's length."
             )
-        output = output.movedim(layer.dim, -1).reshape(rows, -1, frames)
-        output = real_values(output)  # of complex numbers the magnitudes, as in pictures and statistics
+        # of complex numbers the magnitudes, as in pictures and statistics
+        output = real_values(output.movedim(layer.dim, -1).reshape(rows, -1, frames))
         if bool(output.isnan().any()):
             row = int(output.isnan().flatten(1).any(1).nonzero()[0])
             raise NonFiniteOutput(f"{layer.key!r} gives NaN for input {self._seen + row}, so nothing is highest there.")
@@ -180,39 +243,34 @@ class _Search:
 
     def _keep(self, values: Tensor) -> None:
         """Merges a batch (B, C, T) into the k best of each channel."""
-        rows, channels, frames = values.shape
-        count = min(self._per_sample, frames)
-        if count == 1:
+        rows, channels, _ = values.shape
+        if self.per_sample == 1:
             best, where = values.max(-1, keepdim=True)
         else:
-            ordered, order = values.sort(dim=-1, descending=True, stable=True)
-            best, where = ordered[..., :count], order[..., :count]
+            best, where = (part[..., : self.per_sample] for part in values.sort(dim=-1, descending=True, stable=True))
         sample = torch.arange(self._seen, self._seen + rows, device=values.device)[:, None, None].expand_as(best)
+        if self.threshold is not None:
+            best = best.masked_fill(best < self.threshold, -torch.inf)
         new = tuple(part.transpose(0, 1).reshape(channels, -1) for part in (best, sample, where))
-        if self._threshold is not None:
-            new = (new[0].masked_fill(new[0] < self._threshold, -torch.inf), *new[1:])
         if self._best is not None:
             new = tuple(torch.cat([old, part], 1) for old, part in zip(self._best, new, strict=True))
-        order = new[0].sort(dim=1, descending=True, stable=True).indices[:, : self._k]
-        self._best = (new[0].gather(1, order), new[1].gather(1, order), new[2].gather(1, order))
+        order = new[0].sort(dim=1, descending=True, stable=True).indices[:, : self.k]
+        self._best = tuple(part.gather(1, order) for part in new)
 
     def table(self) -> Table:
         """Returns the hits."""
         if self._best is None or self._layer is None:
-            raise InvalidValue(
-                "data holds no batches, so there is nothing to search. (A generator is empty once it was read.)"
-            )
-        hits: list[Hit] = []
-        lists = [part.tolist() for part in self._best]
-        for channel, *rows in zip(self._numbers, *lists, strict=True):
-            for value, sample, frame in zip(*rows, strict=True):
-                if value != -torch.inf:
-                    start, stop = self._layer.span(frame)
-                    hits.append(Hit(sample, channel, start, stop, value, frame, self._rank, self._time_dim))
+            raise InvalidValue("data holds no batches. Pass data again: a generator is empty once it was read.")
+        hits = [
+            Hit(sample, channel, *self._layer.span(frame), value, frame, self._rank, self.time_dim)
+            for channel, *best in zip(self._numbers, *(part.tolist() for part in self._best), strict=True)
+            for value, sample, frame in zip(*best, strict=True)
+            if value != -torch.inf
+        ]
         columns = ("sample", "channel", "start", "stop", "value")
-        rows_ = [tuple(getattr(hit, name) for name in columns) for hit in hits]
-        notes = [f"{self._seen} inputs searched"] if not hits else []
-        return Table(columns, rows_, title="" if hits else "no hits", notes=notes, items=hits)
+        rows = [tuple(getattr(hit, name) for name in columns) for hit in hits]
+        title, notes = ("", []) if hits else ("no hits", [f"{self._seen} inputs searched"])
+        return Table(columns, rows, title, notes, hits)
 
 
 def _positive(value: Any, name: str) -> int:
@@ -228,22 +286,11 @@ def _positive(value: Any, name: str) -> int:
 def _iterable(data: Any) -> Iterable[Any]:
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise InvalidType(
-            f"data is a {type(data).__name__}, which gives single inputs. Pass batches: "
-            "DataLoader(data, batch_size=32)."
+            f"data is a {type(data).__name__}, which gives single inputs. Pass batches: DataLoader(data, batch_size=32)."
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
         raise InvalidType(f"data is a {type(data).__name__}. Pass a DataLoader, an iterable of batches, or one tensor.")
     return data
-
-
-def _first(args: Any) -> Any:
-    """The first input of a batch, as an example."""
-    rows = len(signal_of(args)[1])
-
-    def cut(value: Any) -> Any:
-        return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
-
-    return {key: cut(value) for key, value in args.items()} if isinstance(args, dict) else tuple(map(cut, args))
 
 
 def _chosen(channels: Any, count: int, name: str) -> list[int]:
@@ -253,9 +300,7 @@ def _chosen(channels: Any, count: int, name: str) -> list[int]:
     try:
         numbers = [operator.index(one) for one in (channels if isinstance(channels, Iterable) else [channels])]
     except TypeError:
-        raise InvalidType(
-            f"channels is {brief(channels)}, and it must be an int or several: channels=[0, 3]."
-        ) from None
+        raise InvalidType(f"channels is {brief(channels)}. Pass an int or several: channels=[0, 3].") from None
     for number in numbers:
         if not -count <= number < count:
             raise OutOfRange(f"there is no channel {number}: {name!r} has {count}, numbered 0 to {count - 1}.")

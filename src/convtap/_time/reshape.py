@@ -1,4 +1,4 @@
-"""How views move the time axis: reshape, permute, slice, select, expand; and what writing into a view does to its base."""
+"""How reshaping and slicing move the time axis, and what a write into a slice does to the whole."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from convtap._time.axis_count import Affine, Fixed, Guess, Window
-from convtap._time.axis_join import joined, longer
-from convtap._time.mark import Digit, Mark, as_axis, normal, unknown, windowed
+from convtap._time.axis_count import Affine, Digit, Fixed, Guess, Window
+from convtap._time.join import joined, longer
+from convtap._time.mark import Mark, as_axis, normal, unknown, windowed
 
 #: How a slice without an end is written.
 _END = (1 << 63) - 1
@@ -61,23 +61,18 @@ def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
 def _share(digit: Digit, faster: int, size: int, *, slowest: bool) -> object:
     """The count of a part: the slowest one grows with the length, if the sizes of the others do not."""
     if not slowest:
-        return Guess("a view into segments", digit.size, size, Fixed(size), Affine(size, 0, digit.size))
-    return Guess("a view into segments", digit.size, size, Affine(1, 0, faster), Fixed(size))
+        return Guess("a view into segments", digit.size, Fixed(size), Affine(size, 0, digit.size))
+    return Guess("a view into segments", digit.size, Affine(1, 0, faster))
 
 
 def _merged(digits: list[Digit]) -> tuple[Digit, ...]:
     """Joins neighbouring parts that lie on one axis in order."""
     found: list[Digit] = []
     for digit in sorted(digits, key=lambda one: (one.dim, -one.inner)):
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and last.dim == digit.dim
-            and last.inner == digit.inner * digit.size
-            and last.weight == digit.weight * digit.size
-        ):
-            count = last.count.then(Affine(digit.size, 0, 1))
-            found[-1] = Digit(digit.dim, last.size * digit.size, digit.inner, digit.weight, count)
+        last, size = found[-1] if found else None, digit.size
+        if last and (last.dim, last.inner, last.weight) == (digit.dim, digit.inner * size, digit.weight * size):
+            count = last.count.then(Affine(size, 0, 1))
+            found[-1] = Digit(digit.dim, last.size * size, digit.inner, digit.weight, count)
         else:
             found.append(digit)
     return tuple(found)
@@ -85,9 +80,7 @@ def _merged(digits: list[Digit]) -> tuple[Digit, ...]:
 
 def permuted(mark: Mark, order: Sequence[int]) -> Mark:
     """Returns the mark after axes were permuted: axis i of the result was axis ``order[i]``."""
-    rank = len(order)
-    place = {old % rank: new for new, old in enumerate(order)}
-    return mark.moved(lambda dim: place[dim])
+    return mark.moved([dim % len(order) for dim in order].index)
 
 
 def dropped(mark: Mark, dims: Sequence[int]) -> Mark:
@@ -102,41 +95,32 @@ def inserted(mark: Mark, dim: int) -> Mark:
 
 def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None, step: int, what: str) -> Mark:
     """Returns the mark after a slice of an axis of that size, the ends as they were written."""
-    if mark.unknown or dim not in mark.dims:
+    if dim not in mark.dims:
         return mark
-    axis = as_axis(mark, dim, size)
-    if axis is None:
-        return unknown(f"{what}: time shares the axis with something else")
-    mark = axis
-    begin = 0 if start is None else min(start, size) if start >= 0 else max(0, size + start)
-    end = size if stop is None else min(stop, size) if stop >= 0 else max(0, size + stop)
-    frames = max(0, -((begin - end) // step))
+    mark = as_axis(mark, dim, size, what)
+    if mark.unknown:
+        return mark
+    begin, end, _ = slice(start, stop).indices(size)
+    frames = len(range(begin, end, step))
     if not frames:
         return unknown(f"{what}: no frame is left")
     cut = Affine(1, end - size - begin + step - 1, step)
     settled: object = cut
+    last = stop if stop is not None and 0 <= stop < _END else None
     if start is not None and -size < start < 0:
-        settled = Window(0, end - begin, step) if end == size else Guess(what, size, frames, Fixed(frames), cut)
+        settled = Window(0, end - begin, step) if end == size else Guess(what, size, Fixed(frames), cut)
         mark = replace(mark, fixed=(*mark.fixed, f"{what} keeps the last {size - begin} frames"))
-    elif begin or (stop is not None and 0 <= stop < _END):
-        last = stop if stop is not None and 0 <= stop < _END else None
+    elif begin or last is not None:
         still = cut if last is None else Window(begin, last, step)
-        settled = Guess(what, size, frames, cut, still, (begin, last))
-    return windowed(
-        mark, dim, stride=step, before=-begin, taps=1, dilation=1, size=frames, step=settled, what="padding"
-    )
+        settled = Guess(what, size, cut, still, (begin, last))
+    return windowed(mark, dim, settled, stride=step, before=-begin, what="padding")
 
 
-def written(
+def written_into(
     base: Mark | None, part: Mark, dim: int, size: int, start: int, step: int, *, selects: bool, what: str
 ) -> Mark:
     """Returns the mark of a tensor after ``part`` was written into a slice (or one position) of its axis ``dim``."""
-    if part.across is not None or (base is not None and base.across is not None):
-        return unknown(f"{what}: frames against frames were written")
-    if selects:
-        part = inserted(part, dim)
-    if part.unknown:
-        return part
+    part = inserted(part, dim) if selects else part
     if dim not in part.dims:
         if base is not None and dim in base.dims:
             return unknown(f"{what}: frames were written one by one")
@@ -145,20 +129,12 @@ def written(
     digit = piece.on(dim)
     if step != 1 or digit is None or digit.inner != 1 or len(piece.digits) != 1:
         return unknown(f"{what}: frames were written with gaps")
-    count = Guess(what, digit.size, size, Affine(1, size - digit.size, 1), Fixed(size))
-    placed = replace(piece.spread(start, -start), digits=(replace(digit, size=size, count=digit.count.then(count)),))
+    count = Guess(what, digit.size, Affine(1, size - digit.size, 1))
+    whole = replace(digit, size=size, count=digit.count.then(count))
+    placed = piece.spread(start, -start).swapped(digit, whole)
     if base is None:
         return placed
     base = normal(base)
     if (base.first, base.last, base.dims) != (placed.first, placed.last, placed.dims):
         return unknown(f"{what}: the pieces that were written do not continue each other")
     return longer(base.with_reasons(placed), placed)
-
-
-def expanded(mark: Mark, old: Sequence[int], new: Sequence[int], what: str) -> Mark:
-    """Returns the mark after axes of size one were repeated, and axes added in front."""
-    ahead = len(new) - len(old)
-    for digit in mark.digits:
-        if old[digit.dim] == 1 and new[digit.dim + ahead] not in (1, -1):
-            return unknown(f"{what}: one frame is repeated along time")
-    return mark.moved(lambda dim: dim + ahead)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convtap._time.axis_join import joined, paired
-from convtap._time.axis_op import Op
+from convtap._time.join import joined, paired
 from convtap._time.mark import Mark, reduced, unknown
+from convtap._time.operation import Op
 
 #: How many arguments stand before the factors of a product.
 AHEAD = {"addmm": 1, "baddbmm": 1, "addmv": 1, "addbmm": 1, "_addmm_activation": 1}
@@ -19,34 +19,21 @@ def product(op: Op) -> Mark | None:
     """``mm``, ``bmm``, ``addmm``, ``mv``, …: the last axis of the first factor is summed with one of the second."""
     ahead = AHEAD.get(op.name, 0)
     a, b = op.args[ahead], op.args[ahead + 1]
-    row = _matrix_product(op, a.dim(), b.dim(), op.mark(a), op.mark(b))
+    factors = [(op.mark(a), a.dim() - 1), (op.mark(b), max(0, b.dim() - 2))]
+    hides = next((mark.hides for mark, dim in factors if mark and dim in mark.dims and mark.hides), None)
+    marks = [_summed(mark, dim, hides, op.what) for mark, dim in factors if mark is not None]
+    axes = [mark.dims for mark in marks if mark.digits]
+    is_matrix = len(axes) == 2 and axes[0] != axes[1]
+    found = paired(marks[0], marks[1], op.what) if is_matrix else joined(marks, op.what)
     bias = op.mark(op.args[0]) if ahead else None
-    if bias is None or row is None:
-        return row if bias is None else unknown(op.what)
-    return joined([row, bias], op.what)
-
-
-def _matrix_product(op: Op, a: int, b: int, left: Mark | None, right: Mark | None) -> Mark | None:
-    """The mark of a product of two matrices, two batches of them, or a matrix and a vector, of ranks ``a`` and ``b``."""
-    summed = b - 2 if b > 1 else 0
-    hides = next(
-        (one.hides for one, dim in ((left, a - 1), (right, summed)) if one and dim in one.dims and one.hides), None
-    )
-    if left is not None and not left.unknown:
-        left = _summed(left, a - 1, hides, op.what)
-    if right is not None and not right.unknown:
-        right = _summed(right, summed, hides, op.what)
-    if left is None or right is None:
-        return left if right is None else right
-    if left.unknown or right.unknown:
-        return left if left.unknown else right
-    if left.digits and right.digits and left.dims != right.dims:
-        return paired(left, right, op.what)
-    return joined([left, right], op.what)
+    if bias is None:
+        return found
+    return unknown(op.what) if found is None else joined([found, bias], op.what)
 
 
 def _summed(mark: Mark, dim: int, hides: str | None, what: str) -> Mark:
-    return reduced(replace(mark, hides=hides) if dim in mark.dims else mark, [dim], what, mixes=True, sums=True)
+    mark = replace(mark, hides=hides) if dim in mark.dims else mark
+    return reduced(mark, [dim], what, mixes=True, sums=True)
 
 
 def linear(op: Op) -> Mark | None:
@@ -54,7 +41,7 @@ def linear(op: Op) -> Mark | None:
     mark = op.mark(op.args[0])
     if op.mark(op.args[1]) is not None:
         return unknown(f"{op.what}: its weight depends on the input")
-    return mark if mark is None or mark.unknown else reduced(mark, [op.rank - 1], op.what, mixes=True)
+    return mark and reduced(mark, [op.rank - 1], op.what, mixes=True)
 
 
 def attention(op: Op) -> Mark | None:
@@ -84,7 +71,7 @@ _BLOCKED = -9e3
 
 def _hidden_by_mask(op: Op) -> str | None:
     """What the arguments of an attention hide from each frame: ``"later"`` frames, the ``"padding"``, or nothing."""
-    flags = [value for value in op.args[3:] if isinstance(value, bool)]
+    flags = op.flags(3)
     place = 1 if "efficient" in op.name or "cudnn" in op.name else 0  # these say first whether to compute a logarithm
     causal = bool(op.kwargs.get("is_causal", flags[place] if len(flags) > place else False))
     if causal:
@@ -107,12 +94,9 @@ def hidden(blocked: Tensor, *, square: bool) -> str | None:
     return "padding" if bool(ends.any()) and not bool(blocked.all(-1).all()) else None
 
 
-def recurrence(op: Op) -> Mark | None:
+def recurrence(op: Op, mark: Mark) -> Mark:
     """``lstm``, ``gru``, ``rnn_tanh``: every frame after every other; features change, time stays where it is."""
-    mark = op.mark(op.args[0])
-    if mark is None or mark.unknown:
-        return mark
-    flags = [value for value in op.args[2:] if isinstance(value, bool)]
+    flags = op.flags(2)
     if len(flags) != 4:
         return unknown(f"{op.what}: a packed sequence")
     _, _, both_ways, batch_first = flags
@@ -124,18 +108,17 @@ def recurrence(op: Op) -> Mark | None:
     return found.mixes(op.what, [sequence]) if both_ways else found
 
 
-def over(op: Op) -> Mark | None:
-    """Softmax and the like: each value is scaled by what stands on an axis with it."""
-    mark = op.mark(op.args[0])
+def softmax(op: Op, mark: Mark) -> Mark:
+    """Softmax and the like: each value is scaled by the values that share the axis with it."""
     dims = op.dims(op.arg(1, "dim"))
-    if mark is None or mark.unknown or not mark.dims.intersection(dims):
+    if not mark.dims.intersection(dims):
         return mark
     if not mark.paired or op.partner is None:
         return mark.with_reasons(Mark(statistics=(op.what,))).mixes(op.what, dims)
     # the weights of an attention: the product that follows mixes the frames, and what they hide stays hidden
-    blocked = op.args[0] <= _BLOCKED
     other = next(iter(op.partner.dims), None)
     if other is None or len(mark.dims) != 1:
         return mark.mixes(op.what, dims)
-    hides = hidden(blocked.movedim((other, dims[0]), (-2, -1)), square=mark.first == op.partner.first)
+    blocked = (op.args[0] <= _BLOCKED).movedim((other, dims[0]), (-2, -1))
+    hides = hidden(blocked, square=mark.first == op.partner.first)
     return replace(mark, hides=hides).mixes(op.what, dims)

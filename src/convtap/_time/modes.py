@@ -1,8 +1,9 @@
-"""The two modes through which a pass is followed, and what some calls in it stand for."""
+"""The two modes through which a pass is followed, and how the calls that they see are read."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.ao.nn.quantized as nnq
@@ -10,41 +11,54 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-class Follows(Protocol):
-    """What is told of each call."""
-
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Takes a call of a torch function, and runs it."""
-
-    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Takes a low-level operation, and runs it."""
+#: Runs a function or operation with its arguments and keyword arguments, and returns its result.
+Run = Callable[[Any, Any, dict[str, Any]], Any]
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of every low-level operation."""
+    """Hands every low-level operation to a function that runs it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # with True, the first operation imports torch's compiler, which takes over a second
 
-    def __init__(self, follower: Follows) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._follower = follower
+        self._run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._follower.operation(func, args, kwargs or {})
+        return self._run(func, args, kwargs or {})
 
 
 class Functions(TorchFunctionMode):
-    """Tells of every call of a torch function."""
+    """Hands every call of a torch function to a function that runs it."""
 
-    def __init__(self, follower: Follows) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self._follower = follower
+        self._run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._follower.call(func, args, kwargs or {})
+        return self._run(func, args, kwargs or {})
+
+
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, which is how it is followed if it has no rule of its own."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Returns the tensor that an operation writes to, or None."""
+    for i, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if isinstance(value, Tensor):
+                return value
+    return None
+
+
+def is_view(schema: Any) -> bool:
+    """Whether an operation returns a view of an argument."""
+    return any(result.alias_info is not None for result in schema.returns)
 
 
 def quantized_arguments(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,1 @@
+"""Where some modules of ``_time`` were in version 0.1.0."""
