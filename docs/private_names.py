@@ -204,7 +204,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
 NOT_TORCH = {
     *("_getframe", "_fields", "_replace"),
     *("_inbound_nodes", "_keras_history", "_layers", "_torch_params"),
-    *("_args", "_kwargs"),
+    *("_args", "_kwargs", "_inner"),
+    *("_repr_png_", "_tally"),
 }
 
 #: The folder whose tables name operators of torch as text: an operator that goes away is never met.
