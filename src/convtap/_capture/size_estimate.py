@@ -13,6 +13,7 @@ from convtap._record.policy import Policy
 from convtap._result.call import Call, held_value
 from convtap._tensors.memory import has_no_values, memory_of, parts
 from convtap._tensors.nested import Held, map_leaves
+from convtap._torch.storage import storage_number
 
 # Note: [Shared memory in a forecast]
 # Assumption: outputs that would share memory count once (an nn.Identity, a Flatten, a Dropout in eval mode).
@@ -81,8 +82,7 @@ def _memory(part: Tensor) -> dict[tuple[str, int], int]:
     """Returns what ``memory_of`` does; for a tensor without values, what the real one that it stands for would have."""
     if not has_no_values(part):
         return memory_of(part)
-    storage = part.untyped_storage()
-    return {("meta", storage._cdata): storage.nbytes()}
+    return {("meta", storage_number(part)): part.untyped_storage().nbytes()}
 
 
 def _without_values(tensor: Tensor) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convtap._public import public
+from convtap._torch.modes import outside_function_modes
 from convtap._torch.transforms import unwrapped
 
 # Note: [One pass over a tensor]
@@ -23,8 +24,6 @@ from convtap._torch.transforms import unwrapped
 
 #: The kinds of devices whose numbers can be read at once; on any other, reading waits for all work in flight.
 READ_AT_ONCE = {"cpu"}
-
-_outside_modes = torch._C.DisableTorchFunction
 
 
 @public
@@ -157,14 +156,14 @@ def values_of(tensor: Tensor) -> Tensor | None:
 
 def probe(tensor: Tensor, path: str = "") -> Probe | None:
     """Looks at a tensor; None if it cannot hold NaN or Inf."""
-    with torch.no_grad(), _outside_modes():
+    with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         return None if values is None else Probe(tensor, values, path)
 
 
 def finite_range(tensor: Tensor, name: str) -> Range:
     """Returns the range of the finite values of a tensor, and counts the others. On an accelerator this waits."""
-    with torch.no_grad(), _outside_modes():
+    with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         assert values is not None
         nan, inf = values.isnan(), values.isinf()
@@ -177,7 +176,7 @@ def finite_range(tensor: Tensor, name: str) -> Range:
 
 def locate(found: Probe, tensor: Tensor, inf: bool) -> None:
     """Counts the bad elements of a tensor that was probed on the CPU, and finds the first of them."""
-    with torch.no_grad(), _outside_modes():
+    with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         assert values is not None
         bad = (~values.isfinite() if inf else values.isnan()).reshape(-1)
@@ -192,7 +191,7 @@ def read_all(probes: Sequence[Probe]) -> None:
     for found in probes:
         if not found.here:
             groups.setdefault((found.extremes[0].device, found.extremes[0].dtype), []).append(found)
-    with torch.no_grad(), _outside_modes():
+    with torch.no_grad(), outside_function_modes():
         for group in groups.values():
             numbers = torch.stack([number for found in group for number in found.extremes]).tolist()
             for i, found in enumerate(group):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convtap._debug.finding import Event, Finding, ModuleRun, SeenTensor, judge
@@ -21,7 +20,7 @@ from convtap._tensors.nested import walk_tensors
 from convtap._torch.call_stack import CALL, Members
 from convtap._torch.frame_marks import mark, marked, unmark
 from convtap._torch.hooks import Hooks
-from convtap._torch.modes import Token, open_tokens
+from convtap._torch.modes import Token, backward_task, open_tokens
 
 # Note: [The first bad tensor]
 # Assumption: whatever goes into a watched module and whatever comes out of it is looked at, in the order in which it runs.
@@ -35,7 +34,6 @@ from convtap._torch.modes import Token, open_tokens
 #   module's backward; that of one that no module took, by the code around it, or by the loss. Parameters get hooks for the
 #   time of the block, and count only in backward passes that came through this block's tensors.
 
-_backward_task = torch._C._current_graph_task_id
 _READ_AFTER = 2048  # tensors waiting on an accelerator to be read: few enough to hold, many enough to wait rarely
 _KNOWN = 512  # tensors remembered, so that what one module returns and the next takes is looked at once
 
@@ -125,7 +123,7 @@ class Watch:
     def _entered(self, name: str, watched: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not watched or self._first is not None or not self._is_here():
             return
-        repeated = _backward_task() != -1  # activation checkpointing: what runs was looked at before
+        repeated = backward_task() != -1  # activation checkpointing: what runs was looked at before
         if repeated and not self._backward:
             return
         stack = self._here.stack
@@ -229,11 +227,11 @@ class Watch:
     # -- backward
 
     def _gradient(self, seen: SeenTensor, gradient: Tensor) -> None:
-        self._tasks.add(_backward_task())
+        self._tasks.add(backward_task())
         self._look_at_gradient(gradient, seen=seen)
 
     def _parameter_gradient(self, run: ModuleRun, key: str, gradient: Tensor) -> None:
-        if _backward_task() in self._tasks:
+        if backward_task() in self._tasks:
             self._look_at_gradient(gradient, run=run, parameter=key)
 
     def _look_at_gradient(self, gradient: Tensor, **whose: Any) -> None:

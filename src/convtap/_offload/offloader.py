@@ -18,6 +18,7 @@ from convtap._result.call import Call, held_value
 from convtap._table import human_bytes
 from convtap._tensors.memory import tensor_bytes
 from convtap._tensors.nested import Held, map_leaves
+from convtap._torch.modes import outside_function_modes
 
 #: The most bytes of sources that wait for their copies, a device: what offloading adds to the device's memory.
 WINDOW = 256 * 2**20
@@ -169,7 +170,7 @@ class Offloader:
                 "offload does not work while a CUDA graph is captured: every replay would write to the same memory. "
                 "Capture without offload, or run the model eagerly in the block."
             )
-        with self._lock, torch._C.DisableTorchFunction():
+        with self._lock, outside_function_modes():
             return self._start(_dense(tensor))
 
     def drain(self) -> bool:

@@ -17,6 +17,7 @@ from convtap._result.gradient import Gradient
 from convtap._tensors.memory import are_separate, tensor_bytes
 from convtap._tensors.nested import Leaves, walk_tensors
 from convtap._tensors.snapshot import snapshot
+from convtap._torch.modes import backward_task, outside_function_modes
 from convtap._torch.transforms import is_wrapped
 
 # Note: [Where a gradient is read]
@@ -34,8 +35,6 @@ from convtap._torch.transforms import is_wrapped
 # Choice: what runs in the first is listed under that object (weakly), layer by layer, and the n-th run of a layer in the
 #   second is the n-th of that list. The other kind of checkpoint keeps the graph of the first run and needs none of this.
 
-_backward_task = torch._C._current_graph_task_id
-_outside_modes = torch._C.DisableTorchFunction
 
 _NO_GRAPH = (
     "its output does not require a gradient: the forward pass ran without one (torch.no_grad), or neither the input nor "
@@ -63,7 +62,7 @@ class _Region:
         self._gradients.setdefault(name, []).append(weakref.ref(gradient))
 
     def next(self, name: str) -> Gradient | None:
-        task = _backward_task()
+        task = backward_task()
         if task != self._task:  # the same region is run again by each backward pass through a retained graph
             self._task, self._positions = task, {}
         position = self._positions.get(name, 0)
@@ -119,7 +118,7 @@ class Gradients:
 
     def recomputed(self, name: str, output: Leaves, inputs: Any) -> Any:
         """Follows the output of a run during a backward pass instead of the one that it repeats."""
-        if _backward_task() == -1:
+        if backward_task() == -1:
             return None
         outer, regions = _checkpoints()
         region = None if outer is None else self._regions.get(outer)
@@ -163,7 +162,7 @@ class Gradients:
         gradient = reference()
         if gradient is None:
             return
-        with torch.no_grad(), _outside_modes():
+        with torch.no_grad(), outside_function_modes():
             kept = cast(value.detach(), self._dtype)
             gradient.put(path, self._move(snapshot(kept)))
 

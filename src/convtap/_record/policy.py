@@ -13,6 +13,7 @@ from convtap._errors import InvalidType, InvalidValue, ModifiedInPlace
 from convtap._tensors.memory import are_separate
 from convtap._tensors.nested import Held, Leaves, walk_tensors
 from convtap._tensors.snapshot import own, snapshot
+from convtap._torch.modes import tracing_state
 
 
 class Alias(Held):
@@ -198,7 +199,7 @@ _refuse_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _is_traced() -> bool:
     """Whether TorchScript or an exporter is tracing: what is returned to the model would become part of the graph."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    return tracing_state() is not None or torch.compiler.is_compiling()
 
 
 def is_plain_structure(value: Any) -> bool:

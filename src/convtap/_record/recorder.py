@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convtap._errors import ConvtapError, StopForward
@@ -20,24 +19,22 @@ from convtap._result.call import Call, LayerRecord
 from convtap._result.gradient import Gradient
 from convtap._result.log import Log
 from convtap._select.selection import Selection
-from convtap._tensors.memory import is_copy_on_write, shares_memory
+from convtap._tensors.memory import shares_memory
 from convtap._tensors.nested import Leaves, walk_tensors
 from convtap._tensors.snapshot import snapshot, snapshot_of_result
 from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import tokens_here
 from convtap._torch.modes import (
     Token,
+    backward_task,
     has_dispatch_modes,
     has_function_modes,
     outside_function_modes,
     outside_modes,
     tracing_state,
 )
+from convtap._torch.storage import is_copy_on_write
 from convtap._torch.transforms import is_wrapped
-
-# Not -1 while autograd runs a backward pass in this thread: a forward that runs then is activation checkpointing's
-# recomputation of one that was recorded already.
-_backward_task = torch._C._current_graph_task_id
 
 
 class Recorder:
@@ -103,7 +100,7 @@ class Recorder:
 
     def is_open_here(self) -> bool:
         """Whether this capture is open in this context, and what runs is the model: no recording, no recomputation."""
-        return self._token in tokens_here() and not self._keeper.busy and _backward_task() == -1
+        return self._token in tokens_here() and not self._keeper.busy and backward_task() == -1
 
     @skip_in_dynamo
     def is_here(self, name: str) -> bool:
@@ -113,7 +110,7 @@ class Recorder:
             if not tokens:  # with a block of its own, another thread or task has what it wants
                 self.elsewhere.setdefault(self._passes.where(), name)
             return False
-        if _backward_task() != -1:
+        if backward_task() != -1:
             self.recomputed += 1
             return False
         return True
@@ -132,7 +129,7 @@ class Recorder:
         It repeats ``record`` and ``_store``, because calling them costs 0.6 µs a layer of the 64 tiny layers that
         ``benchmarks/overhead.py`` measures.
         """
-        usual = self._usual and type(output) is Tensor and _backward_task() == -1
+        usual = self._usual and type(output) is Tensor and backward_task() == -1
         if not usual or has_dispatch_modes() or has_function_modes() or tracing_state() or is_wrapped(output):
             with outside_function_modes() if type(output) is Tensor else nullcontext():
                 self.record(name, output, "module")
@@ -201,7 +198,7 @@ class Recorder:
             alone: whether nobody but the caller holds the output object.
         """
         leaves = output if type(output) is Leaves else Leaves(output)
-        if (self._token not in tokens_here() or _backward_task() != -1) and not self.is_here(name):
+        if (self._token not in tokens_here() or backward_task() != -1) and not self.is_here(name):
             return None if self._grads is None else self._grads.recomputed(name, leaves, inputs)
         if self._keeper.busy:
             return None

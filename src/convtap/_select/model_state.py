@@ -37,6 +37,7 @@ from convtap._select.restore import (
 )
 from convtap._tensors.memory import has_no_values, parts
 from convtap._torch.script_state import script_state, set_script_state
+from convtap._torch.storage import storage_number
 
 # Note: [Looking at a model]
 # Assumption: what a forward pass changes can be reached from the model's modules: their attributes, and the containers and
@@ -234,7 +235,7 @@ class _State:
         if self._sharded and is_parameter:
             return
         if storage.device.type != "meta" and storage.nbytes():
-            known = self._memory.setdefault(storage._cdata, Memory(name, storage))
+            known = self._memory.setdefault(storage_number(tensor), Memory(name, storage))
             known.is_parameter |= is_parameter
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._table import human_bytes
+from convtap._torch.storage import storage_number
 
 
 def is_of_the_model(key: Any) -> bool:
@@ -148,4 +149,4 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
     if one.layout is not torch.strided or one.is_nested:
         return False  # it may have other values and indices, which hardly any state has
     same_place = one.stride() == other.stride() and one.storage_offset() == other.storage_offset()
-    return same_place and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same_place and storage_number(one) == storage_number(other)

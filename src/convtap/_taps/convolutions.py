@@ -27,7 +27,7 @@ from convtap._torch.weight_reads import WeightReads
 # Assumption: a convolution inside a module whose own tap emits it is not a second call.
 # Failure: the kernel sees both, and a weight's owner does not say which of the two it is.
 # Choice: a weight whose owner is being called belongs to that call, and so does whatever a convolution that is being called
-#   computes its weight for. Plain layers run with the key excluded (see ``taps.module``), so that costs them nothing.
+#   computes its weight for. Plain layers run with the key excluded (see ``_taps.modules``), so that costs them nothing.
 
 
 class ConvolutionTap:

@@ -15,9 +15,10 @@ from convtap._result.log import Log
 from convtap._select.parts import no_part
 from convtap._select.selection import Selection
 from convtap._taps.modules import as_input
-from convtap._tensors.memory import is_copy_on_write, shares_memory
+from convtap._tensors.memory import shares_memory
 from convtap._tensors.nested import MISSING, part_of, walk_tensors, with_part
 from convtap._torch.hooks import Hooks
+from convtap._torch.storage import is_copy_on_write
 
 
 class Parted:

@@ -10,20 +10,13 @@ from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue
 from convtap._tensors.nested import walk_tensors
+from convtap._torch.storage import start_address, storage_number
 
 
 def data_address(tensor: Tensor) -> int:
     """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
-    base = _base_address(tensor)
+    base = start_address(tensor)
     return base + int(tensor.storage_offset()) * tensor.element_size() if base else 0
-
-
-def _base_address(tensor: Tensor) -> int:
-    """Returns where the storage under a tensor begins; ``data_ptr`` would end copy-on-write."""
-    try:
-        return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def storage_key(tensor: Tensor) -> tuple[int, int] | None:
@@ -32,7 +25,7 @@ def storage_key(tensor: Tensor) -> tuple[int, int] | None:
     Copy-on-write siblings have the same key for as long as they share memory.
     """
     try:
-        address = _base_address(tensor)
+        address = start_address(tensor)
         size = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):
         return None
@@ -73,7 +66,7 @@ def _held(tensor: Tensor) -> list[Tensor]:
         return [inner for name in names if isinstance(inner := getattr(tensor, name), Tensor)]
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
         pass
-    if _base_address(tensor) or has_no_values(tensor):
+    if start_address(tensor) or has_no_values(tensor):
         return []
     return [inner for _, inner in walk_tensors(vars(tensor)) if inner is not tensor]  # it cannot be flattened
 
@@ -103,19 +96,11 @@ def memory_of(tensor: Tensor) -> dict[tuple[str, int], int]:
     return found
 
 
-def is_copy_on_write(value: Any) -> bool:
-    """Whether a value is a tensor whose memory is copied when it is next written."""
-    try:
-        return isinstance(value, Tensor) and bool(torch._C._is_cow_tensor(value))  # type: ignore[attr-defined]
-    except (RuntimeError, NotImplementedError):
-        return False
-
-
 def shares_memory(these: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
     """Whether one of ``these`` lies in the memory of one of ``tensors`` (a view of it, or itself)."""
     try:
-        storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return any(tensor.untyped_storage()._cdata in storages for tensor in these)
+        storages = {storage_number(tensor) for tensor in tensors}
+        return any(storage_number(tensor) in storages for tensor in these)
     except (RuntimeError, NotImplementedError):
         return True
 
@@ -123,8 +108,8 @@ def shares_memory(these: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
 def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:
     """Whether none of ``these`` lies in the same memory as another one of ``tensors``."""
     try:
-        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
-        return all(storages.count(tensor.untyped_storage()._cdata) == 1 for tensor in these)
+        storages = [storage_number(tensor) for tensor in tensors]
+        return all(storages.count(storage_number(tensor)) == 1 for tensor in these)
     except (RuntimeError, NotImplementedError):
         return False
 

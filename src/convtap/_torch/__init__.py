@@ -1,1 +1,1 @@
-"""The only folder that touches private parts of torch."""
+"""What convtap uses of torch beyond its documentation, one mechanism a module."""

@@ -132,6 +132,9 @@ has_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 #: The graph that ``torch.jit.trace`` is making in this thread, or None.
 tracing_state = torch._C._get_tracing_state
+#: The number of the backward pass that runs in this thread, or -1. A forward pass that runs in one is activation
+#: checkpointing's recomputation of an earlier one.
+backward_task = torch._C._current_graph_task_id
 
 
 @contextmanager

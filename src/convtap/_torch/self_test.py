@@ -22,7 +22,7 @@ from convtap._torch.weight_reads import WeightReads
 # Failure: another version, or a library that replaces parts of torch, changes one of them, and values are missing or wrong
 #   without a word.
 # Choice: the first capture tries each on a model of its own: a call of a module, a convolution called as a function, a
-#   call within a call, a fetch of a weight. (``_policy`` tries a write in place when it is imported.) What fails is said
+#   call within a call, a fetch of a weight. (``storage`` tries a write in place when it is imported.) What fails is said
 #   once, by name, and its substitute is used: hooks for shims, the function mode for the convolution key. Without the call
 #   stack, functions are not watched.
 
