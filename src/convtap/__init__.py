@@ -31,6 +31,7 @@ from convtap._result.load import load
 from convtap._table import Table
 
 if TYPE_CHECKING:
+    from convtap._capture.statistics import StatisticsCapture, statistics
     from convtap._capture.tapped import Tapped, tapped
     from convtap._dataset.extract import extract
     from convtap._dataset.store import Store
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from convtap._debug.finding import Finding, Range
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
+    from convtap._result.layer_statistics import LayerStatistics
+    from convtap._result.statistics import Statistics
     from convtap._time.hit import Hit, Window
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
@@ -65,6 +68,7 @@ __all__ = [
     "LayerCoverage",
     "LayerNotFound",
     "LayerRow",
+    "LayerStatistics",
     "LayerTime",
     "LayerView",
     "MemoryLimitExceeded",
@@ -75,6 +79,8 @@ __all__ = [
     "OffloadWarning",
     "OutOfRange",
     "Range",
+    "Statistics",
+    "StatisticsCapture",
     "Store",
     "StoreDataset",
     "StoreError",
@@ -89,6 +95,7 @@ __all__ = [
     "finite",
     "list_layers",
     "load",
+    "statistics",
     "tapped",
     "timeline",
     "top",
@@ -101,9 +108,12 @@ _WHEN_ASKED = {
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
     "Hit": "_time.hit",
+    "LayerStatistics": "_result.layer_statistics",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",
     "Range": "_debug.finding",
+    "Statistics": "_result.statistics",
+    "StatisticsCapture": "_capture.statistics",
     "Store": "_dataset.store",
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",
@@ -112,6 +122,7 @@ _WHEN_ASKED = {
     "compare": "_debug.compare",
     "extract": "_dataset.extract",
     "finite": "_debug.finite",
+    "statistics": "_capture.statistics",
     "tapped": "_capture.tapped",
     "timeline": "_time.timeline",
     "top": "_time.top",

@@ -6,16 +6,17 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, brief, did_you_mean, listed
+from convtap._errors import AmbiguousCall, LayerNotFound, Unsupported, did_you_mean, listed
 from convtap._public import public
 from convtap._result.call import Call, held_bytes
 from convtap._result.coverage import Coverage
 from convtap._result.file import write
+from convtap._result.keys import no_name
 from convtap._result.log import Log
 from convtap._result.samples import Samples
 from convtap._result.summary import call_table
@@ -23,6 +24,9 @@ from convtap._select.parts import find
 from convtap._table import MOST, Table
 from convtap._tensors.nested import MISSING, map_leaves
 from convtap._tensors.statistics import shapes, shapes_text, to_numpy
+
+if TYPE_CHECKING:
+    from convtap._result.statistics import Statistics
 
 
 @public
@@ -74,7 +78,7 @@ class Activations(Mapping[str, Any]):
             AmbiguousCall: the layer ran several times.
         """
         if not isinstance(key, str):
-            raise self._no_position(key)
+            raise no_name(key, [call.name for call in self._log.calls.values()], self._index())
         found = find(key, self._find)
         if found is MISSING:
             raise self._missing(key)
@@ -114,16 +118,6 @@ class Activations(Mapping[str, Any]):
             f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
             f"acts.calls({name!r}), one with acts[{record.key(1, held)!r}], or join them with acts.cat({name!r})."
         )
-
-    def _no_position(self, key: Any) -> LayerNotFound:
-        calls = list(self._log.calls.values())
-        if isinstance(key, int) and not isinstance(key, bool) and -len(calls) <= key < len(calls):
-            position = key % len(calls)
-            return LayerNotFound(
-                f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
-                f"layer {calls[position].name!r}."
-            )
-        return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(self._index())}.")
 
     def _missing(self, key: str) -> LayerNotFound:
         name = self._log.resolve(key)
@@ -246,6 +240,17 @@ class Activations(Mapping[str, Any]):
         """
         write(self._log, path)
 
+    def statistics(self, *, per: str = "channel", calls: str = "join", quantiles: float | None = 0.01) -> Statistics:
+        """Returns the statistics of the outputs that are held; ``convtap.statistics`` describes the options.
+
+        Raises:
+            InvalidValue: an option has a value that cannot be used.
+            Unsupported: an output has no values, or a layer has other channels in another call.
+        """
+        from convtap._result.statistics import statistics_of  # which a capture does not need
+
+        return statistics_of(self._log.calls.values(), per, calls, quantiles)
+
     def plot(
         self,
         sample: int = 0,
@@ -303,8 +308,3 @@ def _public(module: str) -> Any:
 def log_of(acts: Activations) -> Log:
     """Returns the log that a mapping of outputs reads."""
     return acts._log
-
-
-def _ordinal(number: int) -> str:
-    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from convtap._errors import LayerNotFound, brief, listed
 
 
 def numbered(name: str, index: int, count: int, separator: str = "#", part: str = "") -> str:
@@ -36,3 +39,25 @@ def keys_of(names: Sequence[str]) -> list[str]:
         found.append(numbered(name, numbers[name], counts[name], separator(name, clashing)))
         numbers[name] += 1
     return found
+
+
+def no_name(key: Any, names: Sequence[str], keys: Iterable[str]) -> LayerNotFound:
+    """Returns the error for something that is not a name, such as the position of a call.
+
+    Args:
+        key: what was asked for.
+        names: the layers' names in the order of the calls.
+        keys: the keys of the calls.
+    """
+    if isinstance(key, int) and not isinstance(key, bool) and -len(names) <= key < len(names):
+        position = key % len(names)
+        return LayerNotFound(
+            f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
+            f"layer {names[position]!r}."
+        )
+    return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(keys)}.")
+
+
+def _ordinal(number: int) -> str:
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"
