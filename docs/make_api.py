@@ -58,7 +58,7 @@ RETURNED = [
     "Table",
 ]
 
-SUBMODULES = {"plot": ["plot", "distributions", "channels"], "report": ["report"]}
+SUBMODULES = {"plot": ["plot", "distributions", "channels", "statistics"], "report": ["report"]}
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")
 _ITEM = re.compile(r"^([\w*, ]+): (.*)$", re.DOTALL)

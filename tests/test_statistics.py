@@ -74,12 +74,12 @@ def assert_same(layer, rows, rtol=1e-12, var_rtol=1e-9):
     np.testing.assert_allclose(layer.std.numpy(), np.sqrt(layer.var.numpy()), rtol=1e-15)
 
 
-def added(tensors, axis=1, quantiles=None):
+def added(tensors, axis=1, quantiles=None, name="x"):
     """The statistics of tensors, without a model."""
     source = ChannelStatistics(tensors[0].shape[axis], None if quantiles is None else digits_for(quantiles))
     for tensor in tensors:
         source.add(tensor, axis)
-    return convtap.LayerStatistics("x", source, by_channel=True, calls=len(tensors))
+    return convtap.LayerStatistics(name, source, by_channel=True, calls=len(tensors))
 
 
 def as_rows(tensors, axis=1):
@@ -796,6 +796,46 @@ def test_files_that_hold_no_statistics_are_named(tmp_path):
         Statistics.load(tmp_path / "half")
     with pytest.raises(StoreError, match="cannot write to"):
         acts.statistics().save(tmp_path / "no" / "folder")
+
+
+# -- pictures
+
+
+def test_the_picture_has_a_row_a_layer_and_a_map_of_dead_and_saturated_channels(tmp_path):
+    x = torch.randn(8, 5, 100)
+    x[:, 1], x[:, 3], x[0, 4, 0] = 3.0, (10 * x[:, 3]).clamp(-1, 1), math.nan
+    y = added([torch.randn(2, 3, 50)], quantiles=0.01, name="y")
+    stats = Statistics({"x": added([x], quantiles=0.01), "y": y})
+    figure = stats.plot()
+    quantiles, _zeros, dead, channels = figure.axes
+    assert [label.get_text() for label in quantiles.get_yticklabels()] == ["x", "y"]
+    assert dead.texts[0].get_text() == "1 of 5"
+    cells = channels.images[0].get_array()
+    assert cells.tolist() == [[0, 2, 0, 1, 3], [0, 0, 0, -1, -1]]
+    figure.savefig(tmp_path / "stats.png")
+    assert len(stats.plot("y").axes) == 4
+    assert [label.get_text() for label in stats.plot(["y*"]).axes[0].get_yticklabels()] == ["y"]
+
+
+def test_a_picture_of_many_channels_shows_the_worst_in_each_column():
+    x = torch.randn(2, 5000, 10)
+    x[:, 4321] = 0
+    cells = Statistics({"x": added([x])}).plot().axes[3].images[0].get_array()
+    assert cells.shape[1] < 1000
+    assert (cells == 2).sum() == 1
+
+
+def test_pictures_without_channels_or_quantiles_and_mistakes():
+    model = network()
+    with statistics(model, per="layer", quantiles=None) as stats:
+        model(batches()[0])
+    assert len(stats.plot().axes) == 3
+    with pytest.raises(LayerNotFound, match="no statistics are of 'z'"):
+        stats.plot("z")
+    with pytest.raises(InvalidType, match="layers is a int. Pass a name, a glob"):
+        stats.plot(3)
+    with pytest.raises(NotCaptured, match="there are no statistics to draw"):
+        Statistics().plot()
 
 
 # -- ranks

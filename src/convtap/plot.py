@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from convtap._result.activations import Activations
+    from convtap._result.statistics import Statistics
 
 _TITLE, _TICKS, _GAP, _FOOT = 17, 15, 7, 62
 _TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that one sign of a title or a note needs at most, nearly always
@@ -277,3 +279,24 @@ def channels(
 
     key, values = one_map(acts, layer, sample, timeline, channels_last)
     return small_multiples(key, values, channels)
+
+
+def statistics(stats: Statistics, layers: str | Sequence[str] | None = None) -> Figure:
+    """Draws the distribution of each layer's values, and a map of its dead and saturated channels.
+
+    Args:
+        stats: what ``convtap.statistics`` collected.
+        layers: names or globs of layers; None for all.
+
+    Returns:
+        A matplotlib Figure: one row a layer as in ``distributions``, and one as channels from left to right. A column of
+        several channels shows the worst of them.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        NotCaptured: there are no statistics.
+        LayerNotFound: ``layers`` names nothing that is here.
+    """
+    from convtap._view.statistics_figure import statistics_figure
+
+    return statistics_figure(stats, layers)
