@@ -38,6 +38,7 @@ CALLED = {
     "LayerView": "view",
     "LayerCoverage": "state",
     "Difference": "row",
+    "LayerDrift": "row",
 }
 
 #: What the functions above return.
@@ -55,6 +56,8 @@ RETURNED = [
     "Range",
     "Comparison",
     "Difference",
+    "Drift",
+    "LayerDrift",
     "Table",
 ]
 

@@ -29,6 +29,7 @@ from convtap import (
     StoreError,
     Unsupported,
     capture,
+    compare,
     statistics,
     timeline,
 )
@@ -796,6 +797,62 @@ def test_files_that_hold_no_statistics_are_named(tmp_path):
         Statistics.load(tmp_path / "half")
     with pytest.raises(StoreError, match="cannot write to"):
         acts.statistics().save(tmp_path / "no" / "folder")
+
+
+# -- drift
+
+
+def kolmogorov_smirnov(a, b):
+    """The distance of two samples, from all of their values."""
+    every = np.concatenate([a, b])
+    shares = [np.searchsorted(np.sort(side), every, side="right") / len(side) for side in (a, b)]
+    return np.abs(shares[0] - shares[1]).max()
+
+
+def test_drift_between_two_data_sets_names_the_channel_that_moved_furthest():
+    a, b = torch.randn(4, 5, 500), torch.randn(3, 5, 500)
+    b[:, 1] += 2
+    b[:, 2] *= 5
+    b[:, 3] = 0.25
+    a[:, 4] = 0
+    drift = compare(*(Statistics({"x": added([side], quantiles=0.01)}) for side in (a, b)))
+    row, rows = drift[0], (as_rows([a]), as_rows([b]))
+    assert (row.died, row.revived) == ([3], [4])
+    assert (row.shift, row.shift_channel) == (math.inf, 4)
+    assert row.distance_channel in (1, 3)
+    expected = max(kolmogorov_smirnov(rows[0][c], rows[1][c]) for c in range(5))
+    assert row.distance == pytest.approx(expected, abs=0.01)
+    assert drift.worst is row
+    assert "revived" in str(drift)
+    assert row.to_dict()["died"] == [3]
+    live = [[0, 1, 2]] * 2
+    drift = compare(
+        *(Statistics({"x": added([side[:, c]], quantiles=None)}) for side, c in zip((a, b), live, strict=True))
+    )
+    assert drift[0].distance is None
+    shifts = np.abs(rows[1].mean(1) - rows[0].mean(1))[:3] / rows[0].std(1)[:3]
+    assert (drift[0].shift, drift[0].shift_channel) == (pytest.approx(shifts[1], rel=1e-9), 1)
+    assert (drift[0].scale, drift[0].scale_channel) == (pytest.approx(rows[1][2].std() / rows[0][2].std(), rel=1e-9), 2)
+
+
+def test_no_drift_is_zero_and_other_layers_are_named():
+    one = added([torch.randn(2, 3, 50)], quantiles=0.01)
+    drift = compare(Statistics({"x": one, "a": one}), Statistics({"x": one, "b": one}))
+    assert [(row.name, row.shift, row.scale, row.distance) for row in drift] == [("x", 0.0, 1.0, 0.0)]
+    assert (drift.only_a, drift.only_b) == (["a"], ["b"])
+    assert "only in a: a" in str(drift)
+
+
+def test_statistics_that_cannot_be_compared_are_refused():
+    one, other = (Statistics({name: added([torch.randn(1, c, 5)])}) for name, c in (("x", 2), ("y", 3)))
+    with pytest.raises(InvalidValue, match="no layer in common: x and y. Collect both from the same model"):
+        compare(one, other)
+    with pytest.raises(InvalidValue, match="'x' has 2 channels in a and 3 in b"):
+        compare(one, Statistics({"x": other["y"]}))
+    with pytest.raises(InvalidValue, match="atol does not apply to statistics"):
+        compare(one, one, atol=1.0)
+    with pytest.raises(InvalidType, match="compare takes two models or two captures"):
+        compare(one, network())
 
 
 # -- pictures

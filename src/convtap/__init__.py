@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from convtap._dataset.views import LayerView, StoreDataset
     from convtap._debug.compare import compare
     from convtap._debug.comparison import Comparison
+    from convtap._debug.drift import Drift, LayerDrift
     from convtap._debug.finding import Finding, Range
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
@@ -60,12 +61,14 @@ __all__ = [
     "Coverage",
     "CoverageWarning",
     "Difference",
+    "Drift",
     "Finding",
     "Finite",
     "Hit",
     "InvalidType",
     "InvalidValue",
     "LayerCoverage",
+    "LayerDrift",
     "LayerNotFound",
     "LayerRow",
     "LayerStatistics",
@@ -105,9 +108,11 @@ __all__ = [
 _WHEN_ASKED = {
     "Comparison": "_debug.comparison",
     "Difference": "_debug.metrics",
+    "Drift": "_debug.drift",
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
     "Hit": "_time.hit",
+    "LayerDrift": "_debug.drift",
     "LayerStatistics": "_result.layer_statistics",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -19,8 +19,16 @@ from convtap._select.selection import CONV1D, Layers, Types
 from convtap._tensors.nested import MISSING, part_of
 from convtap._tensors.statistics import shapes
 
+if TYPE_CHECKING:
+    from convtap._debug.drift import Drift
+    from convtap._result.statistics import Statistics
 
-@public
+
+@overload
+def compare(a: Statistics, b: Statistics) -> Drift: ...
+
+
+@overload
 def compare(
     a: nn.Module | Activations,
     b: nn.Module | Activations,
@@ -33,12 +41,31 @@ def compare(
     rtol: float | None = None,
     sqnr_db: float | None = None,
     mode: Literal["eval", "train"] | None = "eval",
-) -> Comparison:
+) -> Comparison: ...
+
+
+@public
+def compare(
+    a: nn.Module | Activations | Statistics,
+    b: nn.Module | Activations | Statistics,
+    *,
+    example: Example | None = None,
+    map: Mapping[str, str] | None = None,
+    layers: Layers = None,
+    types: Types = CONV1D,
+    atol: float | None = None,
+    rtol: float | None = None,
+    sqnr_db: float | None = None,
+    mode: Literal["eval", "train"] | None = "eval",
+) -> Comparison | Drift:
     """Compares two captures, or two models on an example, and marks the first layer over the tolerance.
 
     Two models run side by side, without gradients, and stop at each layer, so that no more than the outputs
     being compared is held. A compiled model runs compiled, through ``torch.compile(tapped(model))``, which holds all of its
     outputs. The row ``<output>`` compares what the models return when they are run without taps. ``a`` is the reference.
+
+    Two ``Statistics`` of one model over two data sets are compared by channel, without other arguments. The result is a
+    ``Drift``.
 
     Example:
         >>> import torch
@@ -55,7 +82,7 @@ def compare(
         '2'
 
     Args:
-        a: the reference: a model, or what a block captured (``load(path)`` too).
+        a: the reference: a model, or what a block captured (``load(path)`` too); or statistics.
         b: what to compare with it, of the same kind.
         example: with models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Floating
             tensors in it are given to each model in its own type and on its own device.
@@ -86,8 +113,15 @@ def compare(
         if example is None:
             raise InvalidValue("two models are compared on an example. Write: compare(a, b, example=x)")
         return compare_models(a, b, example, map, layers, types, tolerance, mode)
+    if not isinstance(a, (nn.Module, Activations)):
+        from convtap._debug.drift import drift_of, is_statistics  # which no other comparison needs
+
+        if is_statistics(a) and is_statistics(b):
+            asked = {"example": example, "map": map, "layers": layers, "atol": atol, "rtol": rtol, "sqnr_db": sqnr_db}
+            return drift_of(a, b, [name for name, value in asked.items() if value is not None])
     raise InvalidType(
-        f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
+        f"compare takes two models or two captures (or two statistics), and got {type(a).__name__} and "
+        f"{type(b).__name__}. Capture both first "
         "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example."
     )
 

@@ -112,6 +112,13 @@ class ChannelStatistics:
         moments = self.moments
         return self.sketch.quantile(q, moments.low, moments.high, moments.nan + moments.inf)
 
+    def distance(self, other: ChannelStatistics) -> Tensor:
+        """Returns how far the distribution of each channel is from another one's, as in ``Sketch.distance``."""
+        assert self.sketch is not None
+        assert other.sketch is not None
+        bad = [one.moments.nan + one.moments.inf for one in (self, other)]
+        return self.sketch.distance(other.sketch, *bad)
+
     # -- as tensors
 
     def tensors(self) -> dict[str, Tensor]:

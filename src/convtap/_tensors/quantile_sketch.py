@@ -157,9 +157,7 @@ class Sketch:
             high: (C,) the greatest.
             bad: (C,) how many values were counted as zero since they are not finite.
         """
-        counts = self.counts.long()
-        middle = counts[:, :, 0].sum(1) - bad
-        ordered = torch.cat([counts[:, 1, 1:].flip(1), middle[:, None], counts[:, 0, 1:]], 1).cumsum(1)
+        ordered = self._cumulative(bad)
         total = ordered[:, -1]
         rank = (q * (total - 1).double()).floor().long().clamp_(min=0)
         place = torch.searchsorted(ordered, rank[:, None], right=True)[:, 0].clamp_(max=2 * self.bins - 2)
@@ -168,6 +166,32 @@ class Sketch:
         found = torch.where(place == 0, 0.0, found).clamp(low, high)
         found = torch.where(rank == 0, low, torch.where(rank == total - 1, high, found))
         return torch.where(total > 0, found, float("nan"))
+
+    def distance(self, other: Sketch, bad: Tensor, other_bad: Tensor) -> Tensor:
+        """Returns the Kolmogorov-Smirnov distance of each channel from that of another sketch with the same bins.
+
+        That is the greatest difference of the two shares of values up to any value, up to the width of a bin; NaN where one
+        side has no values.
+
+        Args:
+            other: as many channels, on the same device.
+            bad: as in ``quantile``.
+            other_bad: the same for ``other``.
+        """
+        base = torch.maximum(self.base, other.base)
+        shares = []
+        for sketch, wrong in ((self, bad), (other, other_bad)):
+            raised = sketch.to(base.device)
+            raised._raise(raised._all(), base)
+            ordered = raised._cumulative(wrong).double()
+            shares.append(ordered / ordered[:, -1:])
+        return (shares[0] - shares[1]).abs().amax(1)
+
+    def _cumulative(self, bad: Tensor) -> Tensor:
+        """How many values there are up to each bin, from the most negative one to the most positive one."""
+        counts = self.counts.long()
+        middle = counts[:, :, 0].sum(1) - bad.long()
+        return torch.cat([counts[:, 1, 1:].flip(1), middle[:, None], counts[:, 0, 1:]], 1).cumsum(1)
 
     def _value(self, number: Tensor) -> Tensor:
         """The value in a bin of float32 numbers whose relative distance to both ends is the same."""
