@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convtap._errors import InvalidType, InvalidValue, Unsupported
+from convtap._errors import InvalidType, InvalidValue, Unsupported, plural
 from convtap._public import public
 from convtap._tensors.channel_statistics import ChannelStatistics
 from convtap._tensors.quantile_sketch import relative_error
@@ -165,7 +165,9 @@ class LayerStatistics:
 
     def __repr__(self) -> str:
         channels = "" if self.channels is None else f"{self.channels} channels, "
-        return f"<LayerStatistics {self.name}: {channels}{int(self.count.sum()):,} values in {self.calls:,} calls>"
+        return (
+            f"<LayerStatistics {self.name}: {channels}{int(self.count.sum()):,} values in {plural(self.calls, 'call')}>"
+        )
 
     def _of_values(self, found: Tensor) -> Tensor:
         return self._shown(torch.where(self._source.moments.finite > 0, found, torch.nan))

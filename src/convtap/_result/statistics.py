@@ -16,8 +16,8 @@ from convtap._result.statistics_file import read, write
 from convtap._table import MOST, Rows, Table, human_bytes
 from convtap._tensors.channel_statistics import ChannelStatistics
 
-_COLUMNS = ("layer", "channels", "values", "mean", "std", "min", "1%", "50%", "99%", "max")
-_MORE = ("zeros", "nan", "inf", "dead", "saturated")
+_COLUMNS = ("layer", "values", "mean", "std", "min", "1%", "50%", "99%", "max", "zeros", "nan", "inf")
+_OF_CHANNELS = ("channels", "dead", "saturated")
 
 
 @public
@@ -106,7 +106,10 @@ class Statistics(Mapping[str, LayerStatistics]):
         layers = list(self._layers.values())
         title = "" if layers else "no statistics collected"
         whole = "print(stats.summary(rows=None))"
-        return Table((*_COLUMNS, *_MORE), Rows(layers, _row), title, self._notes(), layers, most=rows, whole=whole)
+        has_channels = any(is_by_channel(layer) for layer in layers)
+        columns = (*_COLUMNS, *_OF_CHANNELS) if has_channels else _COLUMNS
+        found = Rows(layers, lambda layer: _row(layer)[: len(columns)])
+        return Table(columns, found, title, self._notes(), layers, most=rows, whole=whole)
 
     def _notes(self) -> list[str]:
         errors = {layer.relative_error for layer in self._layers.values()}
@@ -132,7 +135,6 @@ def _row(layer: LayerStatistics) -> list[Any]:
     quantiles = [None] * 3 if layer.relative_error is None else [number(q) for q in whole.quantile((0.01, 0.5, 0.99))]
     return [
         layer.name,
-        layer.channels,
         count,
         number(whole.mean),
         number(whole.std),
@@ -142,6 +144,7 @@ def _row(layer: LayerStatistics) -> list[Any]:
         f"{100 * int(whole.zeros) / count:.1f}%" if count else None,
         int(whole.nan),
         int(whole.inf),
+        layer.channels,
         None if layer.channels is None else len(layer.dead),
         None if layer.channels is None else len(layer.saturated),
     ]
