@@ -20,21 +20,25 @@ PAGE = Path(__file__).parent / "api.md"
 #: What the page shows, in this order: headings and the names of ``convtap`` under each.
 GROUPS = {
     "Capturing": ["capture", "Activations", "Call", "load", "list_layers", "tapped"],
+    "Statistics": ["statistics", "Statistics", "LayerStatistics"],
     "The time axis": ["timeline", "top"],
     "A data set to disk": ["extract", "Store"],
     "Debugging": ["finite", "compare"],
 }
 
 #: The same thing under its class's name.
-SAME = {"capture": "Capture", "tapped": "Tapped", "finite": "Finite"}
+SAME = {"capture": "Capture", "tapped": "Tapped", "finite": "Finite", "statistics": "StatisticsCapture"}
 
 #: What a thing of a class is called in the headings of its methods, where that is not the class's name in small letters.
 CALLED = {
     "Activations": "acts",
+    "Statistics": "stats",
+    "LayerStatistics": "layer",
     "LayerTime": "layer",
     "LayerView": "view",
     "LayerCoverage": "state",
     "Difference": "row",
+    "LayerDrift": "row",
 }
 
 #: What the functions above return.
@@ -52,10 +56,12 @@ RETURNED = [
     "Range",
     "Comparison",
     "Difference",
+    "Drift",
+    "LayerDrift",
     "Table",
 ]
 
-SUBMODULES = {"plot": ["plot", "distributions", "channels"], "report": ["report"]}
+SUBMODULES = {"plot": ["plot", "distributions", "channels", "statistics"], "report": ["report"]}
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")
 _ITEM = re.compile(r"^([\w*, ]+): (.*)$", re.DOTALL)
@@ -95,7 +101,7 @@ def _entry(name: str, thing: Any, signature: bool = True) -> str:
         bases = ", ".join(f"`{base.__name__}`" for base in _public_bases(thing))
         return f"### `{name}` ({bases})\n\n{_docstring(thing)}"
     # what is made by the package itself has no constructor to call
-    is_made = inspect.isclass(thing) and name in ("Activations", "Call")
+    is_made = inspect.isclass(thing) and name in ("Activations", "Call", "Statistics", "LayerStatistics")
     called = _signature(name, thing) if signature and not is_made else ""
     parts = [f"### `{name}`", called, _docstring(thing), *(_members(name, thing) if inspect.isclass(thing) else ())]
     same = SAME.get(name)

@@ -31,16 +31,20 @@ from convtap._result.load import load
 from convtap._table import Table
 
 if TYPE_CHECKING:
+    from convtap._capture.statistics import StatisticsCapture, statistics
     from convtap._capture.tapped import Tapped, tapped
     from convtap._dataset.extract import extract
     from convtap._dataset.store import Store
     from convtap._dataset.views import LayerView, StoreDataset
     from convtap._debug.compare import compare
     from convtap._debug.comparison import Comparison
+    from convtap._debug.drift import Drift, LayerDrift
     from convtap._debug.finding import Finding
     from convtap._debug.finite import Finite, finite
     from convtap._debug.metrics import Difference
     from convtap._debug.probe import Range
+    from convtap._result.layer_statistics import LayerStatistics
+    from convtap._result.statistics import Statistics
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
     from convtap._time.top import Hit, Window, top
@@ -57,14 +61,17 @@ __all__ = [
     "Coverage",
     "CoverageWarning",
     "Difference",
+    "Drift",
     "Finding",
     "Finite",
     "Hit",
     "InvalidType",
     "InvalidValue",
     "LayerCoverage",
+    "LayerDrift",
     "LayerNotFound",
     "LayerRow",
+    "LayerStatistics",
     "LayerTime",
     "LayerView",
     "MemoryLimitExceeded",
@@ -75,6 +82,8 @@ __all__ = [
     "OffloadWarning",
     "OutOfRange",
     "Range",
+    "Statistics",
+    "StatisticsCapture",
     "Store",
     "StoreDataset",
     "StoreError",
@@ -89,6 +98,7 @@ __all__ = [
     "finite",
     "list_layers",
     "load",
+    "statistics",
     "tapped",
     "timeline",
     "top",
@@ -98,12 +108,17 @@ __all__ = [
 _WHEN_ASKED = {
     "Comparison": "_debug.comparison",
     "Difference": "_debug.metrics",
+    "Drift": "_debug.drift",
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
     "Hit": "_time.top",
+    "LayerDrift": "_debug.drift",
+    "LayerStatistics": "_result.layer_statistics",
     "LayerTime": "_time.layer_time",
     "LayerView": "_dataset.views",
     "Range": "_debug.probe",
+    "Statistics": "_result.statistics",
+    "StatisticsCapture": "_capture.statistics",
     "Store": "_dataset.store",
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",
@@ -112,6 +127,7 @@ _WHEN_ASKED = {
     "compare": "_debug.compare",
     "extract": "_dataset.extract",
     "finite": "_debug.finite",
+    "statistics": "_capture.statistics",
     "tapped": "_capture.tapped",
     "timeline": "_time.timeline",
     "top": "_time.top",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from convtap._errors import InvalidType
@@ -16,6 +17,8 @@ from convtap._view.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from convtap._result.statistics import Statistics
 
 
 def plot(
@@ -161,3 +164,24 @@ def _outputs_of(acts: Activations, axis: TimeAxis, channels_last: bool | Chosen)
             f"acts is a {type(acts).__name__}, not a capture's outputs. Pass acts of: with capture(model) as acts: model(x)"
         )
     return CapturedOutputs(log_of(acts), axis, channels_last)
+
+
+def statistics(stats: Statistics, layers: str | Sequence[str] | None = None) -> Figure:
+    """Draws the distribution of each layer's values, and a map of its dead and saturated channels.
+
+    Args:
+        stats: what ``convtap.statistics`` collected.
+        layers: names or globs of layers; None for all.
+
+    Returns:
+        A matplotlib Figure: one row a layer as in ``distributions``, and one as channels from left to right. A column of
+        several channels shows the worst of them.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        NotCaptured: there are no statistics.
+        LayerNotFound: ``layers`` names nothing that is here.
+    """
+    from convtap._view.statistics_figure import statistics_figure
+
+    return statistics_figure(stats, layers)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtap._errors import InvalidValue
+from convtap._errors import InvalidType, InvalidValue
 from convtap._offload.offloader import Offloader
 from convtap._record.policy import Policy
 from convtap._record.reductions import Reduce, Reductions
@@ -87,10 +87,10 @@ def capture_options(
     layers = as_selection(layers)
     types_asked = check_arguments(model, layers, types)
     for option, value in (("detach", detach), ("copy", copy), ("stop", stop), ("strict", strict), ("grads", grads)):
-        _check_choice(option, value, (True, False))
-    _check_choice("functional", functional, (None, True, False))
-    _check_choice("at", at, ("output", "input", "activation"))
-    _check_choice("keep", keep, ("all", "last"))
+        check_choice(option, value, (True, False))
+    check_choice("functional", functional, (None, True, False))
+    check_choice("at", at, ("output", "input", "activation"))
+    check_choice("keep", keep, ("all", "last"))
     if stop and layers is None:
         raise InvalidValue(
             "stop=True needs layers: without them nobody can say which layer is the last. "
@@ -124,6 +124,26 @@ def capture_options(
     return options
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Checks that an argument is one of the values that it may have.
+
+    Raises:
+        InvalidValue: it is another one.
+    """
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
         raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
+
+
+def check_every(every: Any) -> int:
+    """Checks the option ``every`` and returns it.
+
+    Raises:
+        InvalidType, InvalidValue: it is not a positive int.
+    """
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise InvalidType(f"every is a {type(every).__name__}. Pass an int: every=100 for passes 0, 100, 200, ….")
+    if every < 1:
+        raise InvalidValue(
+            f"every={every} selects no forward pass. Pass 1 for all, or every=100 for passes 0, 100, 200, …."
+        )
+    return every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -17,8 +17,16 @@ from convtap._result.activations import Activations
 from convtap._select.example import Example
 from convtap._select.selection import CONV1D, Layers, Types
 
+if TYPE_CHECKING:
+    from convtap._debug.drift import Drift
+    from convtap._result.statistics import Statistics
 
-@public
+
+@overload
+def compare(a: Statistics, b: Statistics) -> Drift: ...
+
+
+@overload
 def compare(
     a: nn.Module | Activations | Mapping[str, Any],
     b: nn.Module | Activations | Mapping[str, Any],
@@ -32,13 +40,33 @@ def compare(
     sqnr_db: float | None = None,
     mode: Literal["eval", "train"] | None = "eval",
     calls: Literal["keys", "cat"] = "keys",
-) -> Comparison:
+) -> Comparison: ...
+
+
+@public
+def compare(
+    a: nn.Module | Activations | Mapping[str, Any] | Statistics,
+    b: nn.Module | Activations | Mapping[str, Any] | Statistics,
+    *,
+    example: Example | None = None,
+    map: Mapping[str, str] | None = None,
+    layers: Layers = None,
+    types: Types = CONV1D,
+    atol: float | None = None,
+    rtol: float | None = None,
+    sqnr_db: float | None = None,
+    mode: Literal["eval", "train"] | None = "eval",
+    calls: Literal["keys", "cat"] = "keys",
+) -> Comparison | Drift:
     """Compares two captures, or two models on an example, and marks the first layer over the tolerance.
 
     Two models run side by side, without gradients, and stop at each layer, so that no more than the outputs
     being compared is held. A compiled model runs compiled, through ``torch.compile(tapped(model))``, which holds all of its
     outputs. The row ``<output>`` compares what the models return when they are run without taps. ``a`` is the reference.
     A mapping from names to arrays takes the place of one capture, for the outputs of other runtimes.
+
+    Two ``Statistics`` of one model over two data sets are compared by channel, without other arguments. The result is a
+    ``Drift``.
 
     Example:
         >>> import torch
@@ -55,7 +83,7 @@ def compare(
         '2'
 
     Args:
-        a: the reference: a model, or a capture (``load(path)`` too).
+        a: the reference: a model, or a capture (``load(path)`` too), or statistics.
         b: what to compare with it, of the same kind. With a capture on the other side, either may be a mapping from names
             (``conv1``, ``conv1#0``, ``lstm[0]``) to NumPy arrays or tensors, such as the outputs of ONNX Runtime.
         example: with models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Floating
@@ -97,10 +125,16 @@ def compare(
     is_one_captured = isinstance(a, Activations) or isinstance(b, Activations)
     if is_one_captured and isinstance(a, Mapping) and isinstance(b, Mapping):  # a capture is a mapping as well
         return compare_captures(a, b, map, tolerance, calls)
+    if not isinstance(a, (nn.Module, Activations)):
+        from convtap._debug.drift import drift_of, is_statistics  # which no other comparison needs
+
+        if is_statistics(a) and is_statistics(b):
+            given = {"example": example, "map": map, "layers": layers, "atol": atol, "rtol": rtol, "sqnr_db": sqnr_db}
+            return drift_of(a, b, [name for name, value in given.items() if value is not None])
     raise InvalidType(
-        f"compare takes two models or two captures, and got {type(a).__name__} and {type(b).__name__}. Capture both first "
-        "(with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an example. "
-        "Arrays are compared with a capture by name: compare(acts, {'conv1': array})."
+        f"compare takes two models, two captures or two statistics, and got {type(a).__name__} and {type(b).__name__}. Capture "
+        "both first (with capture(model) as acts: model(x)), load both from files (load(path)), or pass both models with an "
+        "example. Arrays are compared with a capture by name: compare(acts, {'conv1': array})."
     )
 
 

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from convtap._result.summary import call_table
 from convtap._table import MOST, Table
 from convtap._tensors.nested import MISSING, map_leaves
 from convtap._tensors.statistics import to_numpy
+
+if TYPE_CHECKING:
+    from convtap._result.statistics import Statistics
 
 
 @public
@@ -206,6 +209,17 @@ class Activations(Mapping[str, Any]):
             StoreError: the file cannot be written, or an output has no form on disk.
         """
         write(self._log, path)
+
+    def statistics(self, *, per: str = "channel", calls: str = "join", quantiles: float | None = 0.01) -> Statistics:
+        """Returns the statistics of the outputs that are held; ``convtap.statistics`` describes the options.
+
+        Raises:
+            InvalidValue: an option has a value that cannot be used.
+            Unsupported: an output has no values, or a layer has other channels in another call.
+        """
+        from convtap._result.statistics import statistics_of  # which a capture does not need
+
+        return statistics_of(self._log.calls.values(), per, calls, quantiles)
 
     def plot(
         self,

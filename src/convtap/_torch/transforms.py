@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,12 @@ def unwrapped(tensor: Tensor) -> Tensor:
         if axis:
             tensor = tensor.movedim(axis, 0)
     return tensor
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Runs convtap's own torch calls outside of all ``torch.func`` transforms, which refuse to write into other tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()

@@ -142,5 +142,9 @@ def shortened(text: str, most: int) -> str:
 
 def count_bad(values: Array) -> str:
     """Writes how many values are NaN and how many Inf, or nothing if none are."""
-    counts = (int(np.isnan(values).sum()), int(np.isinf(values).sum()))
-    return ", ".join(f"{count:,} {name}" for count, name in zip(counts, ("NaN", "Inf"), strict=True) if count)
+    return written_bad(int(np.isnan(values).sum()), int(np.isinf(values).sum()))
+
+
+def written_bad(nan: int, inf: int) -> str:
+    """Writes how many values are NaN and how many Inf, or nothing if none are."""
+    return ", ".join(f"{count:,} {name}" for count, name in ((nan, "NaN"), (inf, "Inf")) if count)

@@ -117,13 +117,13 @@ _SIGN = 7.0  # pixels that one sign of a label needs at most, nearly always
 _CROWDED = 20
 
 
-def spread_figure(found: list[Spread]) -> Figure:
-    """Draws one row a layer."""
+def spread_figure(found: list[Spread], below: int = 0) -> Figure:
+    """Draws one row a layer, and leaves so many pixels free below."""
     step = 26 if len(found) <= _CROWDED else 17
     labels = [shortened(spread.name, 40) for spread in found]
     left = 24 + max(40, int(_SIGN * max(map(len, labels))))
     height = step * len(found)
-    figure = draw.new_figure(draw.WIDTH, _TOP + height + _BOTTOM)
+    figure = draw.new_figure(draw.WIDTH, _TOP + height + _BOTTOM + below)
     warned = _WARNED if any(spread.warning for spread in found) else 0
     width = draw.WIDTH - left - 2 * (_SIDE + _BETWEEN) - warned - 24
     columns = {"values: 1 – 25 – 50 – 75 – 99 %": width, "exactly zero": _SIDE, "dead channels": _SIDE}

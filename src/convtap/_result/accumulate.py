@@ -1,0 +1,155 @@
+"""Adds the outputs of calls to the statistics of their layers, and keeps none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidValue, Unsupported
+from convtap._result.call import Call, is_convolution, layout_of, record_of
+from convtap._result.layer_statistics import LayerStatistics, source_of
+from convtap._tensors.channel_statistics import ChannelStatistics
+from convtap._tensors.layout import axes_of
+from convtap._tensors.nested import walk_tensors
+from convtap._tensors.quantile_sketch import digits_for
+from convtap._tensors.statistics import real_values
+from convtap._torch.modes import outside_modes
+from convtap._torch.transforms import outside_transforms
+
+#: The least relative error of quantiles: 1 MiB a channel.
+_LEAST = 0.0002
+
+#: Returns the values of a call's tensor that are to be added, and which axis of them is the channels.
+Choose: TypeAlias = "Callable[[Call, str, Tensor], tuple[Tensor, int | None]]"
+
+
+class Accumulator:
+    """Adds outputs to statistics, one layer a row, or one run of a layer within its pass a row.
+
+    Args:
+        layers: the statistics by name; it grows.
+        by_channel: whether channels are told apart.
+        by_run: whether each run of a layer within a forward pass is a row: ``conv#0``, ``conv#1``.
+        digits: the precision of the quantiles, as in ``Sketch``; None for none.
+        choose: which values of a tensor to add, instead of all.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, LayerStatistics],
+        *,
+        by_channel: bool,
+        by_run: bool,
+        digits: int | None,
+        choose: Choose | None = None,
+    ) -> None:
+        self._layers = layers
+        self._by_channel = by_channel
+        self._by_run = by_run
+        self._digits = digits
+        self._choose = choose or _all
+        #: By layer, the newest pass that it ran in, and how often it did.
+        self._runs: dict[str, tuple[int, int]] = {}
+        self._most: dict[str, int] = {}
+
+    def add(self, call: Call) -> None:
+        """Adds the output of a call.
+
+        Raises:
+            Unsupported: it has no values that can be counted, or another number of channels than before.
+        """
+        stem = self._stem(call)
+        with outside_transforms(), outside_modes(), torch.no_grad(), torch.inference_mode(False):
+            for path, tensor in walk_tensors(call.output):
+                values, axis = self._choose(call, path, _readable(call, tensor))
+                self._add(stem + path, values, axis if self._by_channel else None)
+
+    def _add(self, key: str, values: Tensor, axis: int | None) -> None:
+        channels = 1 if axis is None else values.shape[axis]
+        layer = self._layers.get(key)
+        if layer is None:
+            source = ChannelStatistics(channels, self._digits, values.device)
+            layer = self._layers[key] = LayerStatistics(key, source, by_channel=self._by_channel)
+        source = source_of(layer)
+        if source.channels != channels:
+            raise Unsupported(
+                f"{key!r} returned {source.channels} channels before and {channels} now, so they are not the same "
+                "channels. Use per='layer', or calls='keys' if it runs several times in one forward pass."
+            )
+        source.add(values, axis)
+        layer.calls += 1
+
+    def _stem(self, call: Call) -> str:
+        """The name of a call's row, without the path of a tensor."""
+        if not self._by_run:
+            return call.name
+        newest, number = self._runs.get(call.name, (-1, -1))
+        number = number + 1 if newest == call.forward else 0
+        self._runs[call.name] = (call.forward, number)
+        record = record_of(call)
+        if number == 1 and self._most.get(call.name, 0) == 0:
+            self._rename(call.name, record.key(0, 2))
+        self._most[call.name] = max(number, self._most.get(call.name, 0))
+        return record.key(number, self._most[call.name] + 1)
+
+    def _rename(self, name: str, key: str) -> None:
+        """Gives the rows of a layer a number, now that it has run twice in a pass."""
+        layers = list(self._layers.items())
+        self._layers.clear()
+        for old, layer in layers:
+            if old == name or old.startswith(f"{name}["):
+                layer.name = key + old.removeprefix(name)
+            self._layers[layer.name] = layer
+
+
+def channel_axis(call: Call, path: str, tensor: Tensor) -> int | None:
+    """Returns which axis of a tensor of a call's output is the channels, or None if it has no axis."""
+    layout = layout_of(call, path)
+    if is_convolution(call) and not (layout is not None and layout.last):
+        if tensor.dim() == 2:  # (C, T) of a single signal; an activation may come after a Flatten
+            count = None if layout is None else layout.channels
+            return 1 if count is not None and tensor.shape[0] != count and tensor.shape[1] == count else 0
+        if tensor.dim() > 3:  # vmap puts axes in front
+            return -2
+    return axes_of(tensor.shape, layout).channel
+
+
+def _all(call: Call, path: str, tensor: Tensor) -> tuple[Tensor, int | None]:
+    return tensor, channel_axis(call, path, tensor)
+
+
+def _readable(call: Call, tensor: Tensor) -> Tensor:
+    """Returns the values of a tensor as an ordinary one of a floating type."""
+    if tensor.is_nested:
+        what = "is nested, so it has no axis of channels"
+    else:
+        try:
+            return real_values(tensor.detach(), call.name)
+        except Unsupported:
+            placed: Any = getattr(tensor, "placements", None)
+            what = f"is a {type(tensor).__name__}" + (f" with placements {tuple(placed)}" if placed else " on meta")
+    raise Unsupported(
+        f"the output of {call.name!r} {what}, and statistics need ordinary values. Select the layers without it: layers=[...]."
+    )
+
+
+def row_options(per: Any, calls: Any, quantiles: Any) -> dict[str, Any]:
+    """Checks the options of ``statistics`` that say what a row is, and returns them as arguments of ``Accumulator``.
+
+    Raises:
+        InvalidValue: one of them has a value that cannot be used.
+    """
+    for name, value, choices in (("per", per, ("channel", "layer")), ("calls", calls, ("join", "keys"))):
+        if value not in choices:
+            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
+    is_number = isinstance(quantiles, (int, float)) and not isinstance(quantiles, bool)
+    if quantiles is not None and not (is_number and _LEAST <= quantiles < 1):
+        raise InvalidValue(
+            f"quantiles={quantiles!r} is not a relative error. Pass a number from {_LEAST} to 1, such as quantiles=0.01, or "
+            "None for no quantiles."
+        )
+    digits = None if quantiles is None else digits_for(quantiles)
+    return {"by_channel": per == "channel", "by_run": calls == "keys", "digits": digits}

@@ -1,0 +1,199 @@
+"""What is known of one layer's values: tensors with one number a channel, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue, Unsupported, plural
+from convtap._public import public
+from convtap._tensors.channel_statistics import ChannelStatistics
+from convtap._tensors.quantile_sketch import relative_error
+
+#: The share of a channel's values at its bounds from which it counts as saturated.
+_SATURATED = 0.5
+#: Of fewer values than this, the two that are the bounds are a large share by themselves.
+_FEW = 8
+
+
+@public
+class LayerStatistics:
+    """The statistics of one layer's values, by channel: tensors (C,), or scalars with ``per="layer"``.
+
+    NaN and Inf are counted, and no other number includes them. All numbers are float64 (counts are int64), on the CPU.
+
+    Attributes:
+        name: the layer, with the path of the tensor if the layer returns several: ``lstm[1][0]``.
+        calls: how many tensors were added.
+    """
+
+    def __init__(self, name: str, source: ChannelStatistics, *, by_channel: bool, calls: int = 0) -> None:
+        self.name = name
+        self.calls = calls
+        self._source = source
+        self._by_channel = by_channel
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels there are; None if they are not told apart."""
+        return self._source.channels if self._by_channel else None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of memory that these statistics take, however many values there were."""
+        return self._source.nbytes
+
+    @property
+    def count(self) -> Tensor:
+        """How many values there were, NaN and Inf included."""
+        return self._shown(torch.full((self._source.channels,), self._source.count, dtype=torch.int64))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean; NaN for a channel without finite values, as for the five below."""
+        return self._of_values(self._source.moments.mean)
+
+    @property
+    def var(self) -> Tensor:
+        """The variance of the population: the mean squared distance from the mean."""
+        moments = self._source.moments
+        return self._of_values(moments.squares / moments.finite)
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of the population."""
+        return self.var.sqrt()
+
+    @property
+    def min(self) -> Tensor:
+        """The least value."""
+        return self._of_values(self._source.moments.low)
+
+    @property
+    def max(self) -> Tensor:
+        """The greatest value."""
+        return self._of_values(self._source.moments.high)
+
+    @property
+    def zeros(self) -> Tensor:
+        """How many values are exactly zero."""
+        return self._shown(self._source.moments.zeros.long())
+
+    @property
+    def nan(self) -> Tensor:
+        """How many values are NaN."""
+        return self._shown(self._source.moments.nan.long())
+
+    @property
+    def inf(self) -> Tensor:
+        """How many values are Inf or -Inf."""
+        return self._shown(self._source.moments.inf.long())
+
+    @property
+    def relative_error(self) -> float | None:
+        """The greatest relative error of ``quantile``; None if no quantiles were collected."""
+        sketch = self._source.sketch
+        return None if sketch is None else relative_error(sketch.digits)
+
+    def quantile(self, q: float | Sequence[float]) -> Tensor:
+        """Returns quantiles, exact up to ``relative_error``.
+
+        A quantile is the value at rank floor(q · (n − 1)) of the n finite values in order, as ``numpy.quantile`` returns it
+        with ``method="lower"``. 0 and 1 return the exact minimum and maximum. Values of less than 2⁻³¹ of the greatest
+        magnitude in their channel count as zero, and so do those below 1.2e-38.
+
+        Args:
+            q: from 0 to 1; or several, which become the first axis of the result.
+
+        Raises:
+            InvalidType, InvalidValue: ``q`` is not a number from 0 to 1.
+            Unsupported: the statistics were collected with ``quantiles=None``.
+        """
+        if self._source.sketch is None:
+            raise Unsupported(
+                f"no quantiles of {self.name!r} were collected. Leave quantiles=None out: statistics(model, quantiles=0.01)."
+            )
+        if isinstance(q, (int, float)):
+            return self._of_values(self._source.quantile(_checked(q)))
+        if not isinstance(q, (Sequence, Tensor)) or isinstance(q, (str, bytes)):
+            raise InvalidType(f"q is a {type(q).__name__}. Pass a number from 0 to 1, or a list of them.")
+        values = q.tolist() if isinstance(q, Tensor) else list(q)
+        if not values:
+            raise InvalidValue("q is empty. Pass a number from 0 to 1, or a list of them.")
+        return torch.stack([self._of_values(self._source.quantile(_checked(one))) for one in values])
+
+    @property
+    def dead(self) -> list[int]:
+        """The channels whose value never changed (of one value only: if that is zero), by number.
+
+        A channel with NaN or Inf is not dead. With ``per="layer"`` the whole layer is channel 0.
+        """
+        moments = self._source.moments
+        same = (moments.low == moments.high) & (moments.nan + moments.inf == 0)
+        if self._source.count == 1:
+            same = same & (moments.low == 0)
+        return _numbers(same)
+
+    @property
+    def saturation(self) -> Tensor:
+        """The share of the finite values that lie at the channel's minimum or maximum, unless that is zero.
+
+        A channel that is clipped, or that an activation holds at its limit, has many; any other has a few.
+        """
+        moments = self._source.moments
+        at = torch.where(moments.low != 0, moments.at_low, 0)
+        at = at + torch.where((moments.high != 0) & (moments.high != moments.low), moments.at_high, 0)
+        return self._of_values(at / moments.finite)
+
+    @property
+    def saturated(self) -> list[int]:
+        """The channels of which at least half of the values are at a bound, by number, dead ones not among them.
+
+        ``saturation`` has the share. A channel with fewer than 8 finite values is not saturated.
+        """
+        dead = set(self.dead)
+        few = self._source.moments.finite < _FEW
+        found = (self.saturation.reshape(-1) >= _SATURATED) & ~few.cpu()
+        return [channel for channel in _numbers(found) if channel not in dead]
+
+    @property
+    def whole(self) -> LayerStatistics:
+        """The statistics of all channels as one: scalars."""
+        return LayerStatistics(self.name, self._source.whole(), by_channel=False, calls=self.calls)
+
+    def __repr__(self) -> str:
+        channels = "" if self.channels is None else f"{self.channels} channels, "
+        return (
+            f"<LayerStatistics {self.name}: {channels}{int(self.count.sum()):,} values in {plural(self.calls, 'call')}>"
+        )
+
+    def _of_values(self, found: Tensor) -> Tensor:
+        return self._shown(torch.where(self._source.moments.finite > 0, found, torch.nan))
+
+    def _shown(self, found: Tensor) -> Tensor:
+        found = found.detach().to("cpu", copy=True)
+        return found if self._by_channel else found[0]
+
+
+def source_of(layer: LayerStatistics) -> ChannelStatistics:
+    """Returns the state that a layer's statistics are read from."""
+    return layer._source
+
+
+def is_by_channel(layer: LayerStatistics) -> bool:
+    """Returns whether the channels of a layer are told apart."""
+    return layer._by_channel
+
+
+def _numbers(which: Tensor) -> list[int]:
+    return [int(number) for number in which.nonzero()[:, 0]]
+
+
+def _checked(q: float) -> float:
+    if isinstance(q, bool) or not isinstance(q, (int, float)):
+        raise InvalidType(f"q holds {q!r}. Pass a number from 0 to 1, or a list of them.")
+    if not 0 <= q <= 1:
+        raise InvalidValue(f"q={q} is not a share. Pass a number from 0 to 1: quantile(0.999).")
+    return float(q)

@@ -1,0 +1,76 @@
+"""Statistics on disk, in one safetensors file: the states of the layers, and their names in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from convtap._atomic_write import write_whole
+from convtap._errors import StoreError
+from convtap._result.file import unwritable
+from convtap._result.layer_statistics import LayerStatistics, is_by_channel, source_of
+from convtap._tensors.channel_statistics import ChannelStatistics
+
+_KEY, _FORMAT = "convtap_statistics", 1
+
+
+def write(layers: Mapping[str, LayerStatistics], path: str | os.PathLike[str]) -> None:
+    """Writes statistics: to a temporary name, then renamed, so that a file of this name is always whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    described: list[dict[str, Any]] = []
+    for number, (name, layer) in enumerate(layers.items()):
+        source = source_of(layer).to("cpu")
+        tensors.update({f"{number}.{key}": tensor.contiguous() for key, tensor in source.tensors().items()})
+        digits = None if source.sketch is None else source.sketch.digits
+        about = {"name": name, "calls": layer.calls, "by_channel": is_by_channel(layer)}
+        described.append({**about, "count": source.count, "digits": digits})
+    metadata = {_KEY: json.dumps({"format": _FORMAT, "layers": described})}
+    target = Path(path)
+    try:
+        write_whole(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(unwritable(target, error)) from error
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
+    """Reads what ``write`` wrote; see ``Statistics.load``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except FileNotFoundError:
+        raise StoreError(f"there is no file {str(path)!r}. stats.save(path) writes one.") from None
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"{str(path)!r} cannot be read: {error}. It is not whole, or not a safetensors file."
+        ) from error
+    if text is None:
+        raise StoreError(
+            f"{str(path)!r} does not hold statistics. stats.save(path) writes them, and acts.save outputs."
+        )
+    try:
+        content = json.loads(text)
+        if content["format"] > _FORMAT:
+            raise StoreError(
+                f"{str(path)!r} has format {content['format']}, and this convtap reads up to {_FORMAT}. Update convtap."
+            )
+        return {layer["name"]: _layer(layer, number, tensors) for number, layer in enumerate(content["layers"])}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise StoreError(f"{str(path)!r} does not describe its layers as stats.save() does: {error!r}.") from error
+
+
+def _layer(about: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> LayerStatistics:
+    prefix = f"{number}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    source = ChannelStatistics.of_tensors(int(about["count"]), about["digits"], own)
+    return LayerStatistics(about["name"], source, by_channel=bool(about["by_channel"]), calls=int(about["calls"]))

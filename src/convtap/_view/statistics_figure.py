@@ -1,0 +1,105 @@
+"""Draws statistics: how each layer's values are spread, and which of its channels are dead or saturated."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convtap._errors import InvalidType, NotCaptured
+from convtap._result.layer_statistics import LayerStatistics
+from convtap._result.statistics import Statistics
+from convtap._view import draw as _draw
+from convtap._view.cells import Array, edges, shortened, written_bad
+from convtap._view.spread import QUANTILES, Spread, spread_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: What a channel is, from the most to the least harmless; a cell of several channels shows the worst of them.
+_STATES = (("", "#f2f2f2"), ("saturated", "#e8a33d"), ("dead", "#2b3a4a"), ("NaN or Inf", _draw.ALARM))
+_NOTHING = "#ffffff"
+_ROW, _TITLE, _FOOT, _SIGN = 14, 26, 46, 7.0
+
+
+def statistics_figure(stats: Statistics, layers: Any) -> Figure:
+    """Draws one row a layer, and below it a map of channels.
+
+    Raises:
+        LayerNotFound: ``layers`` names nothing that is here.
+        NotCaptured: there are no statistics.
+    """
+    found = _chosen(stats, layers)
+    if not found:
+        raise NotCaptured(
+            "there are no statistics to draw. Run the model inside: with statistics(model) as stats: model(x)"
+        )
+    rows = [layer for layer in found if layer.channels]
+    height = _TITLE + _ROW * len(rows) + _FOOT if rows else 0
+    figure = spread_figure([_spread(layer) for layer in found], below=height)
+    if rows:
+        _channel_map(figure, rows, height)
+    return figure
+
+
+def _chosen(stats: Statistics, layers: Any) -> list[LayerStatistics]:
+    if layers is None:
+        return list(stats.values())
+    wanted = [layers] if isinstance(layers, str) else layers
+    if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
+        raise InvalidType(f"layers is a {type(layers).__name__}. Pass a name, a glob, or a list of them.")
+    names: dict[str, None] = {}
+    for one in wanted:
+        globbed = [name for name in stats if fnmatch.fnmatchcase(name, one)]
+        names.update(dict.fromkeys(globbed or [stats[one].name]))  # which names what is here
+    return [stats[name] for name in stats if name in names]
+
+
+def _spread(layer: LayerStatistics) -> Spread:
+    whole = layer.whole
+    count, nan, inf = int(whole.count), int(whole.nan), int(whole.inf)
+    has_quantiles = layer.relative_error is not None and count > nan + inf
+    quantiles = tuple(whole.quantile([share / 100 for share in QUANTILES]).tolist()) if has_quantiles else None
+    zeros = int(whole.zeros) / count if count else None
+    return Spread(layer.name, quantiles, zeros, len(layer.dead), layer.channels or 0, written_bad(nan, inf))
+
+
+def states_of(layer: LayerStatistics) -> Array:
+    """Returns the state of each channel: 0, or 1 if it is saturated, 2 if it is dead, 3 if it has NaN or Inf."""
+    found = np.zeros(layer.channels or 0, np.int64)
+    found[layer.saturated] = 1
+    found[layer.dead] = 2
+    found[(layer.nan + layer.inf).numpy() > 0] = 3
+    return found
+
+
+def _channel_map(figure: Figure, layers: list[LayerStatistics], height: int) -> None:
+    """Draws channels from left to right and layers from top to bottom."""
+    from matplotlib.colors import ListedColormap
+
+    labels = [shortened(layer.name, 40) for layer in layers]
+    left = 24 + max(40, int(_SIGN * max(map(len, labels))))
+    width = _draw.WIDTH - left - _draw.RIGHT
+    most = max(layer.channels or 0 for layer in layers)
+    bounds = edges(most, width)
+    cells = np.full((len(layers), len(bounds) - 1), -1)
+    for row, layer in enumerate(layers):
+        states = np.concatenate([states_of(layer), np.full(most - (layer.channels or 0), -1)])
+        cells[row] = np.maximum.reduceat(states, bounds[:-1])
+    top = int(figure.get_size_inches()[1] * _draw.DPI) - height + _TITLE
+    axes = _draw.place(figure, left, top, width, _ROW * len(layers))
+    colours = ListedColormap([_NOTHING, *(colour for _, colour in _STATES)])
+    extent = (-0.5, most - 0.5, len(layers) - 0.5, -0.5)
+    axes.imshow(
+        cells, cmap=colours, vmin=-1, vmax=len(_STATES) - 1, aspect="auto", interpolation="nearest", extent=extent
+    )
+    axes.set_yticks(range(len(layers)), labels, fontsize=7, parse_math=False)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("channel", fontsize=7)
+    _draw.write(figure, left, top - 4, "channels", weight="bold")
+    at = left + 90
+    for name, colour in _STATES[1:]:
+        _draw.write(figure, at, top - 4, f"■ {name}", color=colour)
+        at += 34 + int(_SIGN * len(name))
