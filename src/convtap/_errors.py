@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import heapq
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 from convtap._public import public
 
@@ -101,6 +106,24 @@ class StopForward(BaseException):
 
 #: Names that a message looks through for the nearest one, and characters of a value in it.
 _MANY, _LONG = 2000, 200
+
+
+_PACKAGE = os.path.dirname(__file__)
+#: Files whose frames lie between the user's code and convtap's: of context managers, and of the calls of modules.
+_BETWEEN = (contextlib.__file__, os.path.join("torch", "nn", "modules", "module.py"))
+
+
+def warn_user(message: str, category: type[Warning] = CoverageWarning) -> None:
+    """Warns at the line outside of convtap that led here: the user's ``with`` statement or call."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _is_inside(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level - (frame is None))
+
+
+def _is_inside(file: str) -> bool:
+    return file.startswith(_PACKAGE) or file.endswith(_BETWEEN)
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

@@ -127,7 +127,7 @@ class Extractor:
         with self._runner:
             columns = self._runner.rows(args, kwargs, size, lengths)
         if self._runner.rule is not None:
-            warn(self._runner.rule.unwarned(), stacklevel=2)
+            warn(self._runner.rule.unwarned())
         self._check_columns(list(columns), kept)
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from types import TracebackType
@@ -10,7 +9,7 @@ from typing import Any
 
 from convtap._capture.model_checks import check_replicas, check_script, why_eager
 from convtap._capture.options import CaptureOptions
-from convtap._errors import LayerNotFound, NotCaptured, OffloadWarning, StopForward, Unsupported, listed
+from convtap._errors import LayerNotFound, NotCaptured, OffloadWarning, StopForward, Unsupported, listed, warn_user
 from convtap._offload.offloader import Offloader, first_failure
 from convtap._record.budget import Budget
 from convtap._record.checks import report_missing
@@ -239,7 +238,7 @@ class Session:
     def _warn(self) -> None:
         message = None if self.offloader is None else self.offloader.warning()
         if message is not None:
-            warnings.warn(message, OffloadWarning, stacklevel=4)  # at the user's with statement
+            warn_user(message, OffloadWarning)
 
     def _is_complete(self) -> bool:
         """Whether all is well, found out without a look at each layer."""

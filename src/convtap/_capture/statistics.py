@@ -139,7 +139,7 @@ class StatisticsCapture:
         if error is None and not session.log.records and self._layers:
             return False  # the model ran on other ranks
         stopped = session.conclude(error)
-        self._frames.warn(stacklevel=2)
+        self._frames.warn()
         return stopped
 
     def _close(self, session: Session) -> None:

@@ -84,10 +84,10 @@ class ValidFrames:
             call_shim.leave([self._model], self._heard)
             self._is_open = False
 
-    def warn(self, stacklevel: int) -> None:
-        """Warns of the layers whose valid frames are not those of each input alone; the caller is level 1."""
+    def warn(self) -> None:
+        """Warns of the layers whose valid frames are not those of each input alone."""
         if self.are_known:
-            self._cutter.warn(stacklevel + 1)
+            self._cutter.warn()
 
     @pass_by_in_dynamo
     def _heard(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from convtap._dataset.shard_publisher import ShardPublisher
 from convtap._dataset.sigterm import Terminated, Termination
 from convtap._dataset.stateful_check import StateWatch
 from convtap._dataset.valid_lengths import checked_lengths
-from convtap._errors import CoverageWarning, InvalidType, InvalidValue, StoreError, listed, plural
+from convtap._errors import InvalidType, InvalidValue, StoreError, listed, plural, warn_user
 from convtap._select.batch import naming_inputs
 from convtap._table import human_bytes
 from convtap._time.padded import warn
@@ -181,7 +180,7 @@ class Job:
         columns = self._runner.rows(*inputs, len(names), lengths)
         self._state.after()
         if self._runner.rule is not None:
-            warn(self._runner.rule.unwarned(), stacklevel=6)
+            warn(self._runner.rule.unwarned())
         labels = None if self._options.labels is None else _checked_labels(prepared.labels, len(names))
         axes = {key: self._runner.axes.found[key] for key in columns}
         return Batch(number, names, columns, labels, contents, axes)
@@ -192,11 +191,9 @@ class Job:
         exact = self._options.selection.exact
         idle = self._runner.idle()
         if idle and (exact & set(idle)):
-            warnings.warn(
+            warn_user(
                 f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, and nothing is stored of them: "
                 f"{listed(idle)}. list_layers(model, example=x) shows how each layer is used.",
-                CoverageWarning,
-                stacklevel=4,
             )
 
 

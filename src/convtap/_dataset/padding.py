@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convtap._dataset.index import LayerSummary
-from convtap._errors import InvalidType, InvalidValue, Unsupported, listed
+from convtap._errors import InvalidType, InvalidValue, Unsupported, listed, warn_user
 
 
 def given_axis(layer: str, about: LayerSummary, given: Any) -> int | None:
@@ -41,15 +40,14 @@ def given_axis(layer: str, about: LayerSummary, given: Any) -> int | None:
     return dim if dim < 0 else dim - rank
 
 
-def time_axis(layer: str, about: LayerSummary, given: Any, stacklevel: int = 3) -> int | None:
+def time_axis(layer: str, about: LayerSummary, given: Any) -> int | None:
     """Returns which axis of a layer's rows is time: the user's, else the store's; warns if that is assumed."""
     dim = given_axis(layer, about, given)
     if dim is None and about.is_assumed:
-        warnings.warn(
+        warn_user(
             f"nothing said which axis of the rows of {layer!r} is time, and axis {about.time_dim} of "
             f"{tuple(about.shape or ())} is taken. Pass time_dim={about.time_dim} if that is right, or the axis that is.",
             UserWarning,
-            stacklevel=stacklevel,
         )
     return about.time_dim if dim is None else dim
 

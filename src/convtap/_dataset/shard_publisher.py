@@ -6,7 +6,6 @@ import contextlib
 import errno
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from convtap._atomic_write import write_whole
 from convtap._dataset.layout import RankFolder
 from convtap._dataset.shard_format import Batch, write_shard
-from convtap._errors import StoreError
+from convtap._errors import StoreError, warn_user
 from convtap._table import human_bytes
 
 
@@ -133,7 +132,7 @@ def _check_room(store: Path, batches: Sequence[Batch], missing: int) -> float | 
     if min(_least(batch) for batch in batches if batch.ids) * missing > free:
         raise StoreError(f"it will not fit: {numbers}. Nothing was written. Give another disk; {remedies}.")
     if forecast > free:
-        warnings.warn(f"it may not fit: {numbers}. {remedies}.", stacklevel=2)
+        warn_user(f"it may not fit: {numbers}. {remedies}.", UserWarning)
     return forecast
 
 

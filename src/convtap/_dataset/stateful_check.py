@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
-from convtap._errors import CoverageWarning, listed
+from convtap._errors import listed, warn_user
 from convtap._select.module_tree import ModuleTree
 from convtap._tensors.nested import walk_tensors
 
@@ -47,12 +46,10 @@ class StateWatch:
         changed = [name for name in before if name in now and _differs(*before[name], *now[name])]
         self._looks = -1 if changed or self._looks == 1 else self._looks - 1
         if changed:
-            warnings.warn(
+            warn_user(
                 f"the model keeps state from batch to batch ({listed(changed, 3)} changed in a batch), and this run does not "
                 "compute every batch, so its rows may differ from those of one uninterrupted run. Extract such a model in one "
                 "run and one process: give a new directory, without part=.",
-                CoverageWarning,
-                stacklevel=6,
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,7 @@ from convtap._dataset.store_reader import StoreReader
 from convtap._dataset.summary import missing, stem, summary, unreadable
 from convtap._dataset.verify import verify
 from convtap._dataset.views import LayerView, StoreDataset
-from convtap._errors import (
-    AmbiguousCall,
-    CoverageWarning,
-    InvalidType,
-    LayerNotFound,
-    did_you_mean,
-    listed,
-)
+from convtap._errors import AmbiguousCall, InvalidType, LayerNotFound, did_you_mean, listed, warn_user
 from convtap._public import public
 from convtap._select.parts import split_key
 from convtap._table import MOST, Table
@@ -57,7 +49,7 @@ class Store:
         self._reader = StoreReader(self.path)
         self._names = self._shown_names()
         if self._reader.index.bad:
-            warnings.warn(unreadable(self._reader.index), CoverageWarning, stacklevel=2)
+            warn_user(unreadable(self._reader.index))
 
     def _shown_names(self) -> dict[str, str]:
         """By the name to show, the key in the shards; they differ where ``calls="keys"`` saw a single call."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from convtap._dataset.index import read_index
 from convtap._dataset.layout import RankFolder, rank_folders, set_aside, shard_files
 from convtap._dataset.shard_reader import Shard
-from convtap._errors import CoverageWarning, StoreError, listed, plural
+from convtap._errors import StoreError, listed, plural, warn_user
 from convtap._table import Table
 
 
@@ -38,7 +37,7 @@ def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: 
             set_aside(path / name)
             found.append(f"{name} ({problem})")
     if found:
-        warnings.warn(f"set aside as .bad, to be computed again: {listed(found, 3)}.", CoverageWarning, stacklevel=3)
+        warn_user(f"set aside as .bad, to be computed again: {listed(found, 3)}.")
 
 
 def _problems(path: Path, files: Iterable[str], progress: bool, leave: bool = True) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import nn
 
 from convtap._debug.finding import Finding
 from convtap._debug.watch import Watch
-from convtap._errors import ConvtapError, CoverageWarning, InvalidValue, NonFiniteOutput, Unsupported, listed, plural
+from convtap._errors import ConvtapError, InvalidValue, NonFiniteOutput, Unsupported, listed, plural, warn_user
 from convtap._public import public
 from convtap._select.arguments import check_arguments
 from convtap._select.module_tree import ROOT, ModuleTree
@@ -196,7 +195,7 @@ class Finite:
             )
         else:
             return
-        warnings.warn(text, CoverageWarning, stacklevel=3)
+        warn_user(text)
 
     def __repr__(self) -> str:
         first = self.first

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator
 
-from convtap._errors import ConvtapError, CoverageWarning, NotCaptured, listed, plural
+from convtap._errors import ConvtapError, NotCaptured, listed, plural, warn_user
 from convtap._record.forward_passes import TASK, Passes
 from convtap._record.recorder import Recorder
 from convtap._result.coverage import LayerCoverage
@@ -52,7 +51,7 @@ def report_missing(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, CoverageWarning, stacklevel=5)  # at the user's with statement
+    warn_user(message)
 
 
 def _missing(

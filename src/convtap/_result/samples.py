@@ -118,7 +118,7 @@ class Samples:
         for found in self.passes:
             cut = cutter.of(numbers[len(rows) : len(rows) + found.size], found.shape)
             rows.extend([found.row(row, cut) for row in range(found.size)])
-        cutter.warn(stacklevel=3)
+        cutter.warn()
         return rows
 
     def one(self, i: int) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import math
 import random
 import sys
 import types
-import warnings
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from convtap._errors import listed
+from convtap._errors import listed, warn_user
 from convtap._select.restore import (
     Memory,
     is_of_the_model,
@@ -81,10 +80,10 @@ def untouched(model: nn.Module, *, everything: bool = False) -> Iterator[None]:
             numpy.random.set_state(legacy)
         lost = state.restore()
         if lost:
-            warnings.warn(
+            warn_user(
                 f"the forward pass changed {listed(lost)} of the {type(model).__name__}, and convtap could not put that "
                 "back. Look at a copy of the model, copy.deepcopy(model), and load this one anew.",
-                stacklevel=4,
+                UserWarning,
             )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from convtap._errors import CoverageWarning, InvalidValue, Unsupported, listed, plural
+from convtap._errors import InvalidValue, Unsupported, listed, plural, warn_user
 from convtap._result.call import Call, layout_of
 from convtap._result.samples import Cut
 from convtap._tensors.layout import axes_of
@@ -44,7 +43,7 @@ def _described(difference: Difference) -> str:
     return f"{what}: the last {'frame' if last == 1 else plural(last, 'frame')}"
 
 
-def warn(layers: Mapping[str, str], stacklevel: int) -> None:
+def warn(layers: Mapping[str, str]) -> None:
     """Warns once of all layers, if there are any, with the cause of each and what to write."""
     if not layers:
         return
@@ -56,7 +55,7 @@ def warn(layers: Mapping[str, str], stacklevel: int) -> None:
         f"the frames of {plural(len(layers), 'layer')} in padded batches are not those of each input alone, though cut to "
         f"its length. They differ by {causes}. {REMEDY}"
     )
-    warnings.warn(text, CoverageWarning, stacklevel=stacklevel + 1)
+    warn_user(text)
 
 
 class Cutter:
@@ -116,9 +115,9 @@ class Cutter:
             )
         return runs[call.index % len(runs)]
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warns of what was found, once."""
-        warn(self._differences.described(), stacklevel + 1)
+        warn(self._differences.described())
 
 
 def _checked(layer: LayerTime, call: Call, path: str, tensor: Tensor, padded: int) -> int:

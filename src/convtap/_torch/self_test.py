@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convtap._errors import CoverageWarning
+from convtap._errors import warn_user
 from convtap._torch import call_shim, convolution_key, modes
 from convtap._torch.call_stack import module_calls
 from convtap._torch.weight_reads import WeightReads
@@ -129,9 +128,7 @@ def _try(model: _Probe, tap: _Tap) -> None:
 def _warn(failed: frozenset[str]) -> None:
     if failed:
         what = "; ".join(f"{text} ({_INSTEAD[text]})" for text in sorted(failed))
-        warnings.warn(
+        warn_user(
             f"torch {torch.__version__} differs from the versions that convtap was tested with: {what}. "
             "Check the captured layers in acts.coverage, or use a version that docs/limits.md names.",
-            CoverageWarning,
-            stacklevel=5,  # at the user's with statement
         )
