@@ -44,6 +44,7 @@ class CaptureOptions:
     activations: tuple[type[nn.Module], ...]
     functional: bool | None
     strict: bool | None
+    every: int
 
     @property
     def has_rules_by_layer(self) -> bool:
@@ -77,6 +78,7 @@ def capture_options(
     activations: Sequence[type[nn.Module]] = (),
     functional: bool | None = None,
     strict: bool = True,
+    every: int = 1,
 ) -> CaptureOptions:
     """Checks the arguments of ``Capture``, which describes them, and returns them as one object.
 
@@ -118,6 +120,7 @@ def capture_options(
         activations=kinds,
         functional=functional,
         strict=strict,
+        every=check_every(every),
     )
     if layers is not None or options.has_rules_by_layer:  # a wrong name is an error here, where it was written
         options.reductions(select(model, layers, types_asked))

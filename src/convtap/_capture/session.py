@@ -58,7 +58,7 @@ class Session:
         self._note()
         token = self.token = modes.Token()
         self.passes = passes = Passes(
-            options.model, token, selection.tree.name_of, uses_shim=self_test.SHIM not in broken
+            options.model, token, selection.tree.name_of, every=options.every, uses_shim=self_test.SHIM not in broken
         )
         log.inputs, log.unclear = passes.inputs, passes.unclear
         self.recorder = Recorder(

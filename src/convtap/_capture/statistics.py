@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from convtap._capture.options import capture_options, check_choice, check_every
+from convtap._capture.options import capture_options, check_choice
 from convtap._capture.session import Session
 from convtap._capture.valid_frames import ValidFrames
 from convtap._errors import ConvtapError, InvalidType, brief
@@ -95,12 +95,13 @@ class StatisticsCapture:
     ) -> None:
         compile_stance.refuse_inside_compiled()
         check_choice("all_reduce", all_reduce, (True, False))
-        self._every = check_every(every)
         self._rows = row_options(per, calls, quantiles)
         asked: dict[str, Any] = {"types": types, "at": at, "activations": activations}
         # What follows an output to its activation may take one back, so the newest of each layer has to keep its value.
         copy = at == "activation"
-        self._options = capture_options(model, layers, **asked, functional=functional, strict=strict, copy=copy)
+        self._options = capture_options(
+            model, layers, **asked, functional=functional, strict=strict, copy=copy, every=every
+        )
         self._frames = ValidFrames(model, lengths, timeline)
         self._all_reduce = all_reduce
         self._session: Session | None = None
@@ -116,7 +117,7 @@ class StatisticsCapture:
             session.__enter__()
             choose = self._frames.choose if self._frames.are_known else None
             accumulator = Accumulator(self._layers, **self._rows, choose=choose)
-            kept = _Added(accumulator, session.recorder, session.log, self._every, self._options.at == "activation")
+            kept = _Added(accumulator, session.recorder, session.log, self._options.at == "activation")
             session.log.calls = self._kept = kept
             self._result = Statistics(self._layers)
             return self._result
@@ -175,20 +176,17 @@ class _Added(dict[Any, Call]):
     With ``delays``, the newest call of each layer is kept until the next one, since it may be taken back.
     """
 
-    def __init__(self, accumulator: Accumulator, recorder: Recorder, log: Log, every: int, delays: bool) -> None:
+    def __init__(self, accumulator: Accumulator, recorder: Recorder, log: Log, delays: bool) -> None:
         super().__init__()
         self._accumulator = accumulator
         self._recorder = recorder
         self._log = log
-        self._every = every
         self._delays = delays
         self._lock = threading.RLock()  # torch runs branches of a model in threads of its own
 
     def __setitem__(self, key: Any, call: Call) -> None:
         with self._lock:
             self._trim()
-            if call.forward % self._every:
-                return
             if not self._delays:
                 self._add(call)
                 return

@@ -5,12 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from convtap._tensors.nested import walk_tensors
 from convtap._torch.frame_marks import mark, marked
+from convtap._torch.transforms import unwrapped
+
+#: Finds the name of a module.
+NameOf: TypeAlias = "Callable[[nn.Module], str | None]"
 
 # Note: [Calls of parts]
 # Assumption: parts that are called one after another, each once, work on one input. A part that is called again begins a
@@ -46,7 +51,7 @@ class BodyCalls:
         owner: whose marks the frames have.
     """
 
-    def __init__(self, unclear: dict[int, tuple[str, int]], name_of: Callable[[nn.Module], str | None]) -> None:
+    def __init__(self, unclear: dict[int, tuple[str, int]], name_of: NameOf) -> None:
         self.owner = object()
         self._unclear = unclear
         self._name_of = name_of
@@ -117,3 +122,9 @@ class BodyCalls:
 
 def _nothing() -> None:
     return None
+
+
+def first_tensor(inputs: Any) -> Tensor | None:
+    """The first input tensor that has a batch axis and another (else the first one with an axis)."""
+    tensors = [tensor for _, tensor in walk_tensors(inputs) if tensor.dim()]
+    return next((tensor for tensor in tensors if unwrapped(tensor).dim() > 1), tensors[0] if tensors else None)

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from convtap._record.body_calls import BodyCalls, BodyPass
+from convtap._record.body_calls import BodyCalls, BodyPass, NameOf, first_tensor
 from convtap._select.module_tree import is_keras
-from convtap._tensors.nested import walk_tensors
 from convtap._torch import call_shim
 from convtap._torch.call_stack import (
     CALL,
@@ -85,12 +84,14 @@ class Passes:
         elsewhere: threads in which the root ran without this capture.
         here: the pass that this thread is in.
         inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
+        every: which passes are kept: 0, n, 2n, …
         unclear: by pass, why its rows may not be the inputs, and the pass that they may belong to.
     """
 
     def __init__(
-        self, model: nn.Module, token: Token, name_of: Callable[[nn.Module], str | None], *, uses_shim: bool = True
+        self, model: nn.Module, token: Token, name_of: NameOf, *, every: int = 1, uses_shim: bool = True
     ) -> None:
+        self.every = every
         self.inputs: dict[int, tuple[int, ...] | None] = {}
         self.elsewhere: list[str] = []
         self._model = model
@@ -190,16 +191,17 @@ class Passes:
     def current(self) -> int:
         """Returns the number of the pass that this thread is in."""
         number = self.here.number
-        if number >= 0:
-            return number
-        return self._latest if is_inherited() else self._outside()
+        return number if number >= 0 else self._latest if is_inherited() else self._outside()
 
     def current_of_model(self) -> int:
         """Returns the number of the pass, or -1 in code outside of the model."""
         number = self.here.number
-        if number >= 0:
-            return number
-        return self._latest if is_inherited() else self._outside(code=False)
+        return number if number >= 0 else self._latest if is_inherited() else self._outside(code=False)
+
+    def skips(self) -> bool:
+        """Returns whether this thread is in a pass that is not to be kept."""
+        number = self.here.number
+        return self.every > 1 and (number if number >= 0 else max(self.current_of_model(), 0)) % self.every != 0
 
     def _members(self) -> Members:
         if self._known is None:
@@ -241,7 +243,7 @@ class Passes:
     def _enter(self, part: nn.Module, inputs: Any, frame: FrameType) -> BodyPass:
         here = self.here
         with outside_function_modes():
-            tensor, begin = _first_tensor(inputs), functools.partial(self._begin, inputs)
+            tensor, begin = first_tensor(inputs), functools.partial(self._begin, inputs)
             here.body = self._body.enter(here.body, begin, part, tensor, frame.f_back)
         return here.body
 
@@ -298,12 +300,7 @@ class Passes:
     def _begin(self, inputs: Any) -> int:
         number = self._latest = next(self._numbers)
         with outside_function_modes():
-            tensor = _first_tensor(inputs)
-            self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
+            tensor = first_tensor(inputs)
+            if number % self.every == 0:
+                self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
         return number
-
-
-def _first_tensor(inputs: Any) -> Tensor | None:
-    """The first input tensor that has a batch axis and another (else the first one with an axis)."""
-    tensors = [tensor for _, tensor in walk_tensors(inputs) if tensor.dim()]
-    return next((tensor for tensor in tensors if unwrapped(tensor).dim() > 1), tensors[0] if tensors else None)

@@ -49,6 +49,7 @@ class Recorder:
         unseen: layers whose compiled convolution is not the layer's, and why.
         summed: layers whose output was added to another tensor before any activation followed it.
         reached: how many of the selected layers were captured at least once.
+        every, skips: which forward passes are kept, and whether this thread is in another one.
         reads: whether the weight of a selected layer was read by something that is no convolution.
         follow: begins to follow an output to its activation, if that is to be recorded instead.
     """
@@ -81,7 +82,7 @@ class Recorder:
         self._log = log
         self._new_record = new_record
         self.name_of = selection.name_of
-        self._passes = passes
+        self._passes, self.every, self.skips = passes, passes.every, passes.skips
         self._here = passes.here
         self._keeper = keeper
         self._plain = keeper.is_plain and grads is None
@@ -91,7 +92,14 @@ class Recorder:
         self._stop_after = stop_after
         self._has_numbers = "#" in "".join(log.selected)
         self._serials = itertools.count(1)
-        self._usual = self._plain and not keeper.moves and not last and budget is None and stop_after is None
+        self._usual = (
+            self._plain
+            and passes.every == 1
+            and not keeper.moves
+            and not last
+            and budget is None
+            and stop_after is None
+        )
 
     @property
     def muted(self) -> bool:
@@ -99,8 +107,9 @@ class Recorder:
         return self._keeper.busy
 
     def is_open_here(self) -> bool:
-        """Whether this capture is open in this context, and what runs is the model: no recording, no recomputation."""
-        return self._token in tokens_here() and not self._keeper.busy and backward_task() == -1
+        """Whether this capture is open in this context, in a pass that is kept: no recording, no recomputation."""
+        open_here = self._token in tokens_here() and not self._keeper.busy and backward_task() == -1
+        return open_here and not self.skips()
 
     @skip_in_dynamo
     def is_here(self, name: str) -> bool:
@@ -113,7 +122,7 @@ class Recorder:
         if backward_task() != -1:
             self.recomputed += 1
             return False
-        return True
+        return not self.skips()
 
     def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Records what a module returned: the hook itself."""
@@ -198,7 +207,7 @@ class Recorder:
             alone: whether nobody but the caller holds the output object.
         """
         leaves = output if type(output) is Leaves else Leaves(output)
-        if (self._token not in tokens_here() or backward_task() != -1) and not self.is_here(name):
+        if (self.every > 1 or self._token not in tokens_here() or backward_task() != -1) and not self.is_here(name):
             return None if self._grads is None else self._grads.recomputed(name, leaves, inputs)
         if self._keeper.busy:
             return None

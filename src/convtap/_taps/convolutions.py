@@ -150,7 +150,7 @@ class ConvolutionTap:
         """Returns the name to record a convolution under and how it was seen, or None if it is not this capture's."""
         recorder = self._recorder
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if recorder.muted or is_claimed() or compiled_regions.is_tracing():
+        if recorder.muted or is_claimed() or compiled_regions.is_tracing() or self._passes.skips():
             return None
         if not _is_one_dimensional(transposed, weight, args, kwargs):
             return None

@@ -42,7 +42,7 @@ class ModuleTap:
         for name, module in modules.items():
             (self.shimmed if shims and is_plain(module) else self._others)[name] = module
         self._name_of = recorder.name_of
-        self._emit = recorder.emit_plain
+        self._emit = recorder.emit_plain if recorder.every == 1 else self._emit_if_kept
         self._hooks = Hooks()
 
     def open(self) -> None:
@@ -68,6 +68,9 @@ class ModuleTap:
             return call(*args, **kwargs)
         output = run_without(call, args, kwargs) if runs_alone(module) else call(*args, **kwargs)
         return self._emit(name, output)
+
+    def _emit_if_kept(self, name: str, output: Any) -> Any:
+        return output if self._recorder.skips() else self._recorder.emit_plain(name, output)
 
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
