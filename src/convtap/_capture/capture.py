@@ -62,7 +62,7 @@ class Capture:
         activations: module types that count as activations, besides the ones that PyTorch brings.
         functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
             owner. None and True: yes; False: only calls of modules.
-        every: keep forward passes 0, n, 2n, … only, for training loops. The other passes cost next to nothing, and what runs
+        every: keep forward passes 0, n, 2n, … only, for training loops. The other passes keep nothing, and what runs
             only in them is not captured.
         strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
 
