@@ -1,4 +1,7 @@
-"""Writes ``docs/api.md`` from the docstrings and the command line's help: ``python docs/make_api.py``."""
+"""Writes ``docs/api.md`` from the docstrings and the command line's help: ``python docs/make_api.py``.
+
+A documentation generator writes a site. This is one page that is read beside the code, and a test compares it word for word.
+"""
 
 from __future__ import annotations
 
