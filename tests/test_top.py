@@ -359,6 +359,28 @@ def test_windows_of_channels_last_data_keep_their_axes():
     assert np.array_equal(windows(hits, x).numpy(), expected)
 
 
+def test_windows_of_data_that_inputs_turned_into_the_call(model, data):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, audio, mask):
+            return self.inner(audio) * mask
+
+    batches = [{"id": 0, "audio": part, "mask": torch.ones(len(part), 1, 1)} for part in data.split(5)]
+    found = top(
+        Masked(),
+        batches,
+        "inner.2",
+        9,
+        inputs=lambda batch: ((batch["audio"],), {"mask": batch["mask"]}),
+        min_distance=6,
+    )
+    assert channels_of(found, 5) == channels_of(top(model, data, "2", 9, min_distance=6), 5)
+    assert np.array_equal(windows(found, data).numpy(), cut_by_hand(found, data.numpy()))
+
+
 def test_hits_of_layers_with_other_windows_do_not_stack_and_the_message_says_what_to_write(model, data):
     both = [*top(model, data, "0", 1), *top(model, data, "2", 1)]
     with pytest.raises(InvalidValue, match="are 4, 8 samples long, and a stack needs one length") as caught:
@@ -377,7 +399,11 @@ def test_hits_of_layers_with_other_windows_do_not_stack_and_the_message_says_wha
         ({"x": torch.zeros(1, 2, 60)}, OutOfRange, "x holds 1 input. Pass the input"),
         ({"x": {}}, OutOfRange, "x holds 0 inputs"),
         ({"x": DataLoader(torch.zeros(12, 2, 60))}, InvalidType, "x is a DataLoader, and one input has 2 axes"),
-        ({"x": [{"audio": torch.zeros(2, 60)}] * 12}, InvalidType, "x is a dict, and one input has 2 axes"),
+        (
+            {"x": [{"id": 3, "audio": torch.zeros(2, 60)}] * 12},
+            InvalidType,
+            r"x is a dict, and one input has 2 axes. Pass the signals alone: \[item\['audio'\] for item in x\].",
+        ),
         (
             {"x": [torch.zeros(1 + i % 2, 60) for i in range(12)]},
             InvalidValue,

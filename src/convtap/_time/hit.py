@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from numbers import Real
@@ -92,9 +92,11 @@ class Hit:
         found = _tensor(found[0] if isinstance(found, (tuple, list)) and found else found)
         if not isinstance(found, Tensor) or found.dim() != self._rank:
             shape = f"has shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"is a {type(found).__name__}"
-            raise InvalidType(
-                f"x {shape}, and one input has {self._rank} axes. Pass the input of sample {self.sample}, or all inputs."
-            )
+            write = f"Pass the input of sample {self.sample}, or all inputs."
+            if isinstance(found, Mapping):
+                key = next((key for key, value in found.items() if self._is_one(value)), "x")
+                write = f"Pass the signals alone: [item[{key!r}] for item in x]."
+            raise InvalidType(f"x {shape}, and one input has {self._rank} axes. {write}")
         return found
 
 
