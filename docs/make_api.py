@@ -24,7 +24,7 @@ PAGE = Path(__file__).parent / "api.md"
 GROUPS = {
     "Capturing": ["capture", "Activations", "Call", "load", "list_layers", "tapped"],
     "Statistics": ["statistics", "Statistics", "LayerStatistics"],
-    "The time axis": ["timeline", "top"],
+    "The time axis": ["timeline", "top", "windows"],
     "A data set to disk": ["extract", "Store"],
     "Debugging": ["finite", "compare"],
 }

@@ -2,13 +2,15 @@
 
 A small network is trained, here and in seconds, to tell generated ECG-like signals with one wide beat from signals without.
 The gradient of its decision, at the output of its last convolution, then says where in time the decision was made
-(Selvaraju et al., 2017, arXiv:1610.02391, equations 1 and 2, with time in place of the image's two axes).
+(Selvaraju et al., 2017, arXiv:1610.02391, equations 1 and 2, with time in place of the image's two axes). The timeline then
+puts the map on the input's samples: it knows where each frame of that layer has its place, and which samples it sees.
 
     python examples/grad_cam_1d.py [picture.png]
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convtap import capture
+from convtap import LayerTime, capture, timeline
 
 SAMPLES, BEATS = 512, 5
 SPACING = SAMPLES // BEATS
-STRIDE = 8  # of the last convolution's output, in input samples
+SECOND = 28  # samples from a beat to its second wave
 
 
 def signals(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +39,8 @@ def signals(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
     found = 0.05 * torch.randn(count, SAMPLES, generator=generator)
     for beat in range(BEATS):
         since = time - centres[:, beat, None]
-        narrow = torch.exp(-(since**2) / (2 * 3.0**2)) + 0.2 * torch.exp(-((since - 28) ** 2) / (2 * 8.0**2))
-        wide = 0.9 * torch.exp(-(since**2) / (2 * 9.0**2)) - 0.4 * torch.exp(-((since - 28) ** 2) / (2 * 8.0**2))
+        narrow = torch.exp(-(since**2) / (2 * 3.0**2)) + 0.2 * torch.exp(-((since - SECOND) ** 2) / (2 * 8.0**2))
+        wide = 0.9 * torch.exp(-(since**2) / (2 * 9.0**2)) - 0.4 * torch.exp(-((since - SECOND) ** 2) / (2 * 8.0**2))
         abnormal = (labels == 1) & (which == beat)
         found += torch.where(abnormal[:, None], wide, narrow)
     return found.unsqueeze(1), labels, centres.gather(1, which[:, None]).squeeze(1)
@@ -90,22 +92,38 @@ def grad_cam(model: nn.Module, x: Tensor, layer: str, target: int) -> Tensor:
     return (weights * call.output.relu()).sum(1).relu()
 
 
+def on_samples(relevance: Tensor, layer: LayerTime, samples: int) -> Tensor:
+    """Returns a map over frames (B, frames) as one over input samples (B, samples).
+
+    Each frame's value lies at the frame's centre, with straight lines between centres. Before the first centre and after the
+    last one, the map falls to zero where the frame's span ends. Stretching the map to the input's length would be right only
+    if the frames were spread evenly over the whole input; padding on one side, or none, shifts them.
+    """
+    last, sample = relevance.shape[1] - 1, torch.arange(samples)
+    first_centre, last_centre = float(layer.centre(0)), float(layer.centre(last))
+    place = ((sample - first_centre) / float(layer.stride)).clamp(0, last)  # in frames
+    before = place.floor().long()
+    found = torch.lerp(relevance[:, before], relevance[:, (before + 1).clamp(max=last)], place - before)
+    start, stop = layer.span(0)[0] - 1, layer.span(last)[1]  # the nearest samples that no frame sees
+    fade = torch.minimum((sample - start) / (first_centre - start), (stop - sample) / (stop - last_centre))
+    return found * fade.clamp(0, 1)
+
+
 def draw(x: Tensor, relevance: Tensor, centre: int, path: Path) -> None:
-    """Draws a signal (T,), shaded by its relevance (frames,), with the wide beat marked."""
+    """Draws a signal (T,) and below it the relevance of its samples (T,), with the wide beat marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    frames = torch.arange(len(relevance)) * STRIDE  # frame i is centred on input sample 8 · i: odd kernels, half padded
     axes.axvspan(centre - SPACING / 2, centre + SPACING / 2, color="0.92", label="the planted wide beat")
     axes.plot(x, color="0.2", linewidth=1)
     axes.set_ylabel("signal")
     axes.set_title("1-D Grad-CAM for “abnormal”, at the last convolution")
     axes.set_ylim(-0.7, 1.6)  # room for the legend
     axes.legend(loc="upper right", frameon=False)
-    below.fill_between(frames, relevance / relevance.max(), color="tab:red", alpha=0.7, linewidth=0)
+    below.fill_between(range(len(x)), relevance / relevance.max(), color="tab:red", alpha=0.7, linewidth=0)
     below.set_ylabel("relevance")
     below.set_xlabel("sample")
     below.set_ylim(0, 1.05)
@@ -121,11 +139,16 @@ def main(path: Path) -> None:
     x, labels, centres = signals(200, torch.Generator().manual_seed(2))
     accuracy = (model(x).argmax(1) == labels).float().mean().item()
     x, centres = x[labels == 1], centres[labels == 1]
-    relevance = grad_cam(model, x, layer="4", target=1)
-    frames = torch.arange(relevance.shape[1]) * STRIDE
-    inside = (frames - centres[:, None]).abs() <= SPACING / 2
+    layer = timeline(model, x[:1])["4"]
+    relevance = on_samples(grad_cam(model, x, layer="4", target=1), layer, SAMPLES)
+    inside = (torch.arange(SAMPLES) - centres[:, None]).abs() <= SPACING / 2
     share = ((relevance * inside).sum(1) / relevance.sum(1)).mean().item()
+    after = (relevance.argmax(1) - centres).median().item()
     print(f"accuracy {accuracy:.1%}; {share:.0%} of the relevance is on the planted beat, one fifth of the signal")
+    print(f"the highest is {after} samples after the beat (median); the beat's inverted wave is {SECOND} after it")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return
     draw(x[0, 0], relevance[0], int(centres[0]), path)
     print(f"wrote {path}")
 

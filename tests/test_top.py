@@ -6,13 +6,14 @@ import importlib.util
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import convtap
-from convtap import AmbiguousCall, LayerNotFound, NonFiniteOutput, Unsupported
+from convtap import AmbiguousCall, LayerNotFound, NonFiniteOutput, Unsupported, windows
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
 from convtap._time.top import top
 from tests.models import ReusedConv
@@ -191,12 +192,259 @@ def test_a_layer_that_gives_nan_is_named_with_the_input(model):
         top(model, x.split(2), "2", 1)
 
 
+# -- hits apart from each other
+
+
+def apart_by_hand(outputs, centres, k, distance, per_sample=None):
+    """For each channel of (N, C, T) the best (value, sample, frame), without those too close to a higher one."""
+    found = []
+    for channel in range(outputs.shape[1]):
+        every = []
+        for sample, values in enumerate(outputs[:, channel]):
+            kept = []
+            for frame in np.argsort(-values, kind="stable"):
+                if all(abs(centres[frame] - centres[other]) >= distance for other in kept):
+                    kept.append(int(frame))
+            every += [(float(values[frame]), sample, frame) for frame in kept[:per_sample]]
+        found.append(sorted(every, key=lambda one: (-one[0], one[1], one[2]))[:k])
+    return found
+
+
+@pytest.mark.parametrize("per_sample", [None, 2])
+@pytest.mark.parametrize("distance", [1, 2, 3, 8, 15, 59, 1000])
+@pytest.mark.parametrize("batch_size", [1, 7, 20])
+def test_hits_apart_equal_suppression_by_hand_however_the_data_is_batched(model, per_sample, distance, batch_size):
+    x = torch.randn(20, 2, 60)
+    with torch.no_grad():
+        outputs = model(x).numpy()
+    centres = [0.5 + 2 * t for t in range(outputs.shape[2])]  # kernel 4, stride 2, padding 1; then same padding
+    options = {} if per_sample is None else {"per_sample": per_sample}
+    hits = top(model, x.split(batch_size), "2", 30, min_distance=distance, **options)
+    assert channels_of(hits, 5) == apart_by_hand(outputs, centres, 30, distance, per_sample)
+
+
+def test_the_distance_of_upsampled_frames_is_in_input_samples_too():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, stride=4), nn.ConvTranspose1d(2, 3, 8, stride=8)).eval()
+    x = torch.randn(3, 1, 100)
+    with torch.no_grad():
+        outputs = model(x).numpy()
+    centres = [t / 2 for t in range(outputs.shape[2])]
+    for distance in (1, 2, 5):
+        hits = top(model, x, "1", 20, min_distance=distance)
+        assert channels_of(hits, 3) == apart_by_hand(outputs, centres, 20, distance)
+
+
+def test_a_distance_is_between_centres_and_one_of_just_that_size_is_kept():
+    model = nn.Sequential(nn.Conv1d(1, 1, 1, stride=5, bias=False))
+    nn.init.ones_(model[0].weight)
+    x = torch.zeros(1, 1, 100)
+    x[0, 0, [20, 30, 45]] = torch.tensor([3.0, 2.0, 1.0])
+    frames = [[hit.frame for hit in top(model, x, "0", 9, min_distance=n, threshold=0.5)] for n in (10, 11, 15, 16, 26)]
+    assert frames == [[4, 6, 9], [4, 9], [4, 9], [4, 9], [4]]
+
+
+def test_of_equal_values_that_are_close_the_earlier_one_is_kept():
+    model = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False))
+    nn.init.ones_(model[0].weight)
+    x = torch.zeros(3, 1, 9)
+    x[:, 0, 2:7] = 1.0
+    hits = top(model, x.split(1), "0", 5, min_distance=3, threshold=0.5)
+    assert [(hit.sample, hit.frame) for hit in hits] == [(0, 2), (0, 5), (1, 2), (1, 5), (2, 2)]
+
+
+def test_hits_with_a_distance_leave_the_outputs_of_the_model_alone(model):
+    x = torch.randn(4, 2, 60)
+    kept = []
+    hook = model[2].register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    top(model, x, "2", 5, min_distance=9)
+    hook.remove()
+    assert all(torch.equal(output, before) for output, before in kept)
+
+
+# -- windows, stacked
+
+
+class Items(Dataset):
+    """A data set of single inputs with a label; counts how often each is read."""
+
+    def __init__(self, x):
+        self.x, self.read = x, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return self.x[i], i % 2
+
+
+def cut_by_hand(hits, x, value=0.0):
+    width = max((hit.stop - hit.start for hit in hits), default=0)
+    padded = np.pad(x, ((0, 0), (0, 0), (width, width)), constant_values=value)
+    return np.stack([padded[hit.sample, :, hit.start + width : hit.stop + width] for hit in hits])
+
+
+@pytest.fixture
+def data():
+    return torch.randn(12, 2, 60)
+
+
+@pytest.fixture
+def hits(model, data):
+    """Hits with windows that begin before the signal, and some that end after it."""
+    found = top(model, data, "2", 60, per_sample=9)
+    assert min(hit.start for hit in found) < 0 < 60 < max(hit.stop for hit in found)
+    return found
+
+
+def test_windows_equal_slices_of_the_padded_data(hits, data):
+    found = windows(hits, data)
+    assert found.shape == (len(hits), 2, 8)
+    assert np.array_equal(found.numpy(), cut_by_hand(hits, data.numpy()))
+    assert np.array_equal(
+        windows(hits[3:9], data, padding_value=-7.5).numpy(), cut_by_hand(hits[3:9], data.numpy(), -7.5)
+    )
+    assert torch.equal(found, torch.stack([hit.window(data).values for hit in hits]))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.numpy(),
+        lambda x: x.numpy().astype(">f4"),
+        lambda x: x.numpy()[:, :, ::-1][:, :, ::-1],
+        lambda x: list(x),
+        lambda x: tuple(x),
+        lambda x: [one.numpy() for one in x],
+        lambda x: dict(enumerate(x)),
+        TensorDataset,
+        Items,
+    ],
+    ids=["array", "big-endian", "reversed", "list", "tuple", "arrays", "dict", "TensorDataset", "Dataset"],
+)
+def test_windows_are_cut_out_of_data_of_every_form(hits, data, form):
+    expected = cut_by_hand(hits, data.numpy())
+    assert np.array_equal(windows(hits, form(data)).numpy(), expected)
+    assert np.array_equal(hits[5].window(form(data)).values.numpy(), expected[5])
+
+
+def test_each_input_is_read_once(hits, data):
+    items = Items(data)
+    windows(hits, items)
+    assert sorted(items.read) == sorted({hit.sample for hit in hits})
+
+
+def test_windows_of_inputs_of_several_lengths_and_of_whole_numbers():
+    model = nn.Sequential(nn.Conv1d(1, 1, 5, padding=2, dtype=torch.float64))
+    x = [torch.randint(0, 99, (1, length)) for length in (9, 30, 17)]
+    hits = top(model, [one[None].double() for one in x], "0", 40, per_sample=40)
+    longest = np.stack([np.pad(one.numpy(), ((0, 0), (0, 30 - one.shape[1])), constant_values=-1) for one in x])
+    found = windows(hits, x, padding_value=-1)
+    assert found.dtype == torch.int64
+    assert np.array_equal(found.numpy(), cut_by_hand(hits, longest, -1))
+
+
+def test_windows_of_channels_last_data_keep_their_axes():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x.transpose(1, 2))
+
+    x = torch.randn(3, 20, 2)
+    hits = top(Last(), x, "conv", 9, time_dim=1, min_distance=4)
+    expected = cut_by_hand(hits, x.numpy().transpose(0, 2, 1)).transpose(0, 2, 1)
+    assert np.array_equal(windows(hits, x).numpy(), expected)
+
+
+def test_windows_of_data_that_inputs_turned_into_the_call(model, data):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, audio, mask):
+            return self.inner(audio) * mask
+
+    batches = [{"id": 0, "audio": part, "mask": torch.ones(len(part), 1, 1)} for part in data.split(5)]
+    found = top(
+        Masked(),
+        batches,
+        "inner.2",
+        9,
+        inputs=lambda batch: ((batch["audio"],), {"mask": batch["mask"]}),
+        min_distance=6,
+    )
+    assert channels_of(found, 5) == channels_of(top(model, data, "2", 9, min_distance=6), 5)
+    assert np.array_equal(windows(found, data).numpy(), cut_by_hand(found, data.numpy()))
+
+
+def test_hits_of_layers_with_other_windows_do_not_stack_and_the_message_says_what_to_write(model, data):
+    both = [*top(model, data, "0", 1), *top(model, data, "2", 1)]
+    with pytest.raises(InvalidValue, match="are 4, 8 samples long, and a stack needs one length") as caught:
+        windows(both, data)
+    code = str(caught.value).split("of one length: ")[1].rstrip(".")
+    assert eval(code, {"windows": windows, "hits": both, "x": data}).shape == (5, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hits": []}, InvalidValue, "hits is empty, so there is no window to stack. Check it first"),
+        ({"hits": 3}, InvalidType, "hits is a int. Pass what top returned"),
+        ({"hits": [(1, 2)]}, InvalidType, r"hits holds \(1, 2\), a tuple. Pass what top returned"),
+        ({"x": torch.zeros(2, 60)}, InvalidType, r"x has shape \(2, 60\), which is one input.* x\[None\]"),
+        ({"x": torch.zeros(1, 2, 60)}, OutOfRange, "x holds 1 input. Pass the input"),
+        ({"x": {}}, OutOfRange, "x holds 0 inputs"),
+        ({"x": DataLoader(torch.zeros(12, 2, 60))}, InvalidType, "x is a DataLoader, and one input has 2 axes"),
+        (
+            {"x": [{"id": 3, "audio": torch.zeros(2, 60)}] * 12},
+            InvalidType,
+            r"x is a dict, and one input has 2 axes. Pass the signals alone: \[item\['audio'\] for item in x\].",
+        ),
+        (
+            {"x": [torch.zeros(1 + i % 2, 60) for i in range(12)]},
+            InvalidValue,
+            "so they do not stack. Pass inputs with",
+        ),
+        ({"padding_value": "0"}, InvalidType, "padding_value is a str. Pass a number"),
+        (
+            {"x": torch.zeros(12, 2, 60).int(), "padding_value": math.nan},
+            InvalidValue,
+            r"=nan is not a value.*x.float\(\)",
+        ),
+        (
+            {"x": torch.zeros(12, 2, 60).byte(), "padding_value": -1},
+            InvalidValue,
+            "=-1 is not a value of the inputs' type",
+        ),
+    ],
+)
+def test_windows_that_cannot_be_stacked_are_refused(hits, data, change, error, message):
+    with pytest.raises(error, match=message):
+        windows(**{"hits": hits, "x": data, **change})
+
+
+def test_a_hit_is_not_taken_for_several(hits, data):
+    with pytest.raises(InvalidType, match=r"hits is a Hit. .* windows\(\[hit\], x\)"):
+        windows(hits[0], data)
+    assert windows([hits[0]], data).shape == (1, 2, 8)
+
+
+# -- what is refused
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"k": 0}, InvalidValue, "k=0, and it must be at least 1"),
         ({"k": 1.5}, InvalidType, "k is a float"),
         ({"per_sample": 0}, InvalidValue, "per_sample=0"),
+        ({"min_distance": 0}, InvalidValue, "min_distance=0 keeps no hits apart. Pass at least 1 input sample"),
+        ({"min_distance": True}, InvalidValue, "min_distance=True keeps no hits apart"),
+        ({"min_distance": 12.5}, InvalidType, "min_distance is a float. Pass a whole number of input samples"),
         ({"layer": "3"}, LayerNotFound, "no layer is named '3'"),
         ({"layer": 2}, InvalidType, "layer is a int"),
         ({"channels": 5}, OutOfRange, "no channel 5: '2' has 5, numbered 0 to 4"),

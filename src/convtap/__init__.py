@@ -45,9 +45,10 @@ if TYPE_CHECKING:
     from convtap._debug.probe import Range
     from convtap._result.layer_statistics import LayerStatistics
     from convtap._result.statistics import Statistics
+    from convtap._time.hit import Hit, Window, windows
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
-    from convtap._time.top import Hit, Window, top
+    from convtap._time.top import top
 
 __version__ = "0.1.0"
 
@@ -102,6 +103,7 @@ __all__ = [
     "tapped",
     "timeline",
     "top",
+    "windows",
 ]
 
 # Imported when they are first asked for: a capture needs none of them, and together they take as long as all the rest.
@@ -111,7 +113,7 @@ _WHEN_ASKED = {
     "Drift": "_debug.drift",
     "Finding": "_debug.finding",
     "Finite": "_debug.finite",
-    "Hit": "_time.top",
+    "Hit": "_time.hit",
     "LayerDrift": "_debug.drift",
     "LayerStatistics": "_result.layer_statistics",
     "LayerTime": "_time.layer_time",
@@ -123,7 +125,7 @@ _WHEN_ASKED = {
     "StoreDataset": "_dataset.views",
     "Tapped": "_capture.tapped",
     "Timeline": "_time.timeline",
-    "Window": "_time.top",
+    "Window": "_time.hit",
     "compare": "_debug.compare",
     "extract": "_dataset.extract",
     "finite": "_debug.finite",
@@ -131,6 +133,7 @@ _WHEN_ASKED = {
     "tapped": "_capture.tapped",
     "timeline": "_time.timeline",
     "top": "_time.top",
+    "windows": "_time.hit",
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,83 +20,10 @@ from convtap._select.example import Example, called, is_array, looking, moved, o
 from convtap._table import Table
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
+from convtap._time.hit import Hit
 from convtap._time.layer_time import LayerTime
 from convtap._time.signal import signal_of
 from convtap._time.timeline import timeline
-
-
-@public
-class Window(NamedTuple):
-    """A piece of an input that a frame saw.
-
-    Attributes:
-        values: the piece, such as (C, W); zeros where it leaves the signal.
-        inside: (W,) of bool: which of its samples are in the signal.
-    """
-
-    values: Tensor
-    inside: Tensor
-
-
-@public
-@dataclass(frozen=True)
-class Hit:
-    """One frame that drove a channel high.
-
-    Attributes:
-        sample: which input of the data set, from 0.
-        channel: which channel of the layer.
-        start: the first input sample that the frame saw; below 0 if it saw padding.
-        stop: the one after the last.
-        value: the layer's output there.
-        frame: which frame.
-    """
-
-    sample: int
-    channel: int
-    start: int
-    stop: int
-    value: float
-    frame: int
-    _rank: int = field(default=2, repr=False, compare=False)
-    _time_dim: int = field(default=-1, repr=False, compare=False)
-
-    def window(self, x: Any) -> Window:
-        """Cuts out what the frame saw, with zeros where it saw padding.
-
-        Args:
-            x: the input of this sample, such as (C, T); or all inputs, such as (N, C, T) or a data set.
-
-        Raises:
-            OutOfRange: ``x`` holds all inputs, and not this one.
-            InvalidType: it is no tensor, and ``x[sample]`` is none either.
-        """
-        signal = self._signal(x).movedim(self._time_dim, -1)
-        size = int(signal.shape[-1])
-        places = torch.arange(self.start, self.stop, device=signal.device)
-        inside = (places >= 0) & (places < size)
-        values = signal[..., places.clamp(0, size - 1)].masked_fill(~inside, 0)
-        return Window(values.movedim(-1, self._time_dim), inside)
-
-    def _signal(self, x: Any) -> Tensor:
-        if isinstance(x, Tensor) and x.dim() == self._rank:
-            return x
-        try:
-            found = x[self.sample]
-        except (IndexError, KeyError):
-            raise OutOfRange(
-                f"this hit is in sample {self.sample}, and x holds {plural(len(x), 'input')}. Pass the input of that sample, "
-                "or all inputs of the data set."
-            ) from None
-        except TypeError:
-            found = x
-        found = found[0] if isinstance(found, (tuple, list)) else found
-        if not isinstance(found, Tensor) or found.dim() != self._rank:
-            shape = f"has shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"is a {type(found).__name__}"
-            raise InvalidType(
-                f"x {shape}, and one input has {self._rank} axes. Pass the input of sample {self.sample}, or all inputs."
-            )
-        return found
 
 
 @public
@@ -106,7 +35,8 @@ def top(
     *,
     inputs: Inputs | None = None,
     channels: int | Sequence[int] | None = None,
-    per_sample: int = 1,
+    per_sample: int | None = None,
+    min_distance: int | None = None,
     threshold: float | None = None,
     example: Example | None = None,
     time_dim: int = -1,
@@ -125,7 +55,10 @@ def top(
         inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
             passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
         channels: which channels; None for all.
-        per_sample: how many hits a channel may have in one input (frames side by side see nearly the same window).
+        per_sample: how many hits a channel may have in one input. None means 1 (frames side by side see nearly the same
+            window), or k with ``min_distance``.
+        min_distance: the least distance, in input samples, between the centres of two hits of a channel in one input. Of
+            hits that are closer, only the highest is kept (non-maximum suppression). None for no limit.
         threshold: the least value of a hit; None for no limit.
         example: what to make the timeline with; None for the first input of the data.
         time_dim: the axis of the input that is time, as in ``timeline``.
@@ -154,10 +87,11 @@ def top(
         ------  -------  -----  ----  -----
              1        0     20    23      3
     """
-    k, per_sample = _positive(k, "k"), _positive(per_sample, "per_sample")
+    k, apart = _positive(k, "k"), _distance(min_distance)
+    each = (1 if apart is None else k) if per_sample is None else _positive(per_sample, "per_sample")
     if not isinstance(layer, str):
         raise InvalidType(f"layer is a {type(layer).__name__}. Pass one layer's name, such as 'encoder.conv1'.")
-    search = _Search(model, layer, k, channels, per_sample, threshold, example, time_dim, inputs)
+    search = _Search(model, layer, k, channels, each, threshold, example, time_dim, inputs, apart)
     batches: Iterable[Any] = [data] if isinstance(data, Tensor) or is_array(data) else _iterable(data)
     with looking(model):
         for batch in batches:
@@ -178,6 +112,7 @@ class _Search:
     example: Any
     time_dim: int
     inputs: Inputs | None = None
+    min_distance: int | None = None
     _layer: LayerTime | None = None
     _best: tuple[Tensor, ...] | None = None
     _numbers: Sequence[int] = ()
@@ -241,13 +176,27 @@ class _Search:
             raise NonFiniteOutput(f"{layer.key!r} gives NaN for input {self._seen + row}, so nothing is highest there.")
         return output
 
+    def _highest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the hits that each channel may have in each input, (B, C, hits), and their frames."""
+        if self.per_sample == 1:
+            best, where = values.max(-1, keepdim=True)
+            return best, where
+        close = self._close()
+        if close:
+            return _peaks(values, min(self.per_sample, self.k), close)
+        best, where = values.sort(dim=-1, descending=True, stable=True)
+        return best[..., : self.per_sample], where[..., : self.per_sample]
+
+    def _close(self) -> int:
+        """Returns how many frames on each side of a hit are too close to it: centres are a stride apart."""
+        if self.min_distance is None or self._layer is None:
+            return 0
+        return math.ceil(Fraction(self.min_distance) / self._layer.stride) - 1
+
     def _keep(self, values: Tensor) -> None:
         """Merges a batch (B, C, T) into the k best of each channel."""
         rows, channels, _ = values.shape
-        if self.per_sample == 1:
-            best, where = values.max(-1, keepdim=True)
-        else:
-            best, where = (part[..., : self.per_sample] for part in values.sort(dim=-1, descending=True, stable=True))
+        best, where = self._highest(values)
         sample = torch.arange(self._seen, self._seen + rows, device=values.device)[:, None, None].expand_as(best)
         if self.threshold is not None:
             best = best.masked_fill(best < self.threshold, -torch.inf)
@@ -273,6 +222,20 @@ class _Search:
         return Table(columns, rows, title, notes, hits)
 
 
+def _peaks(values: Tensor, count: int, close: int) -> tuple[Tensor, Tensor]:
+    """Returns the highest frames of (B, C, T) that are more than ``close`` frames apart, and their values, first."""
+    frames = values.shape[-1]
+    close = min(close, frames - 1)
+    left, around = values.clone(), torch.arange(-close, close + 1, device=values.device)
+    found = []
+    for _ in range(min(count, -(-frames // (close + 1)))):
+        best, where = left.max(-1, keepdim=True)
+        found.append((best, where))
+        left.scatter_(-1, (where + around).clamp(0, frames - 1), -torch.inf)
+    best, where = (torch.cat(part, -1) for part in zip(*found, strict=True))
+    return best, where
+
+
 def _positive(value: Any, name: str) -> int:
     try:
         number = operator.index(value)
@@ -280,6 +243,22 @@ def _positive(value: Any, name: str) -> int:
         raise InvalidType(f"{name} is a {type(value).__name__}, and it must be an int such as 10.") from None
     if isinstance(value, bool) or number < 1:
         raise InvalidValue(f"{name}={value!r}, and it must be at least 1.")
+    return number
+
+
+def _distance(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidType(
+            f"min_distance is a {type(value).__name__}. Pass a whole number of input samples, such as min_distance=100."
+        ) from None
+    if isinstance(value, bool) or number < 1:
+        raise InvalidValue(
+            f"min_distance={value!r} keeps no hits apart. Pass at least 1 input sample, or leave it out."
+        )
     return number
 
 

@@ -1,0 +1,203 @@
+"""One frame that drove a channel high, and the input windows of many of them, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from convtap._errors import InvalidType, InvalidValue, OutOfRange, brief, listed, plural
+from convtap._public import public
+from convtap._select.example import is_array
+
+
+@public
+class Window(NamedTuple):
+    """A piece of an input that a frame saw.
+
+    Attributes:
+        values: the piece, such as (C, W); zeros where it leaves the signal.
+        inside: (W,) of bool: which of its samples are in the signal.
+    """
+
+    values: Tensor
+    inside: Tensor
+
+
+@public
+@dataclass(frozen=True)
+class Hit:
+    """One frame that drove a channel high.
+
+    Attributes:
+        sample: which input of the data set, from 0.
+        channel: which channel of the layer.
+        start: the first input sample that the frame saw; below 0 if it saw padding.
+        stop: the one after the last.
+        value: the layer's output there.
+        frame: which frame.
+    """
+
+    sample: int
+    channel: int
+    start: int
+    stop: int
+    value: float
+    frame: int
+    _rank: int = field(default=2, repr=False, compare=False)
+    _time_dim: int = field(default=-1, repr=False, compare=False)
+
+    def window(self, x: Any) -> Window:
+        """Cuts out what the frame saw, with zeros where it saw padding.
+
+        Args:
+            x: the input of this sample, such as (C, T); or all inputs, such as (N, C, T) or a data set.
+
+        Raises:
+            OutOfRange: ``x`` holds all inputs, and not this one.
+            InvalidType: it is neither a tensor nor an array, and ``x[sample]`` is none either.
+        """
+        return self._cut(_tensor(x) if self._is_one(x) else self._input(x), 0)
+
+    def _cut(self, signal: Tensor, padding: float) -> Window:
+        """Cuts the window out of the input of this sample."""
+        signal = signal.movedim(self._time_dim, -1)
+        size = int(signal.shape[-1])
+        places = torch.arange(self.start, self.stop, device=signal.device)
+        inside = (places >= 0) & (places < size)
+        values = signal[..., places.clamp(0, size - 1)].masked_fill(~inside, padding)
+        return Window(values.movedim(-1, self._time_dim), inside)
+
+    def _is_one(self, x: Any) -> bool:
+        """Whether ``x`` is a single input, not all of them."""
+        return (isinstance(x, Tensor) or is_array(x)) and x.ndim == self._rank
+
+    def _input(self, x: Any) -> Tensor:
+        """Returns the input of this sample, out of all of them."""
+        try:
+            found = x[self.sample]
+        except (IndexError, KeyError):
+            holds = f"x holds {plural(len(x), 'input')}" if hasattr(x, "__len__") else "x has no such input"
+            raise OutOfRange(
+                f"this hit is in sample {self.sample}, and {holds}. Pass the input of that sample, or all inputs of the "
+                "data set."
+            ) from None
+        except (TypeError, NotImplementedError):  # not by number: a DataLoader, an iterable data set
+            found = x
+        found = _tensor(found[0] if isinstance(found, (tuple, list)) and found else found)
+        if not isinstance(found, Tensor) or found.dim() != self._rank:
+            shape = f"has shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"is a {type(found).__name__}"
+            write = f"Pass the input of sample {self.sample}, or all inputs."
+            if isinstance(found, Mapping):
+                key = next((key for key, value in found.items() if self._is_one(value)), "x")
+                write = f"Pass the signals alone: [item[{key!r}] for item in x]."
+            raise InvalidType(f"x {shape}, and one input has {self._rank} axes. {write}")
+        return found
+
+
+@public
+def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tensor:
+    """Cuts the input windows of hits out of the data, and stacks them.
+
+    Each input is read once, however many hits are in it.
+
+    Args:
+        hits: what ``top`` returned, or some of it.
+        x: all inputs of the data set, in the order that ``top`` read them: a tensor or array such as (N, C, T), a list of
+            tensors or arrays (C, T), or a ``Dataset`` that is indexed by sample number. Of a tuple, such as (x, label), the
+            first element is the input.
+        padding_value: what a window has where it leaves the signal.
+
+    Returns:
+        (hits, C, W), in the order of the hits. W is ``stop - start`` of each hit, and the other axes are those of an input.
+
+    Raises:
+        InvalidValue: there are no hits, or their windows differ in length or in channels.
+        OutOfRange: ``x`` does not hold the input of a hit.
+        InvalidType: ``hits`` holds something else, or ``x`` is a single input or is not indexed by sample number.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import top, windows
+        >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, bias=False))
+        >>> _ = nn.init.ones_(model[0].weight)
+        >>> x = torch.zeros(2, 1, 50)
+        >>> x[0, 0, 30:32], x[1, 0, 20:23] = 1.0, 2.0
+        >>> windows(top(model, x, "0", 2), x)
+        tensor([[[2., 2., 2.]],
+        <BLANKLINE>
+                [[0., 1., 1.]]])
+    """
+    every = _checked(hits)
+    if isinstance(padding_value, bool) or not isinstance(padding_value, Real):
+        raise InvalidType(f"padding_value is a {type(padding_value).__name__}. Pass a number: padding_value=0.0.")
+    if every[0]._is_one(x):
+        raise InvalidType(
+            f"x has shape {tuple(x.shape)}, which is one input, and a hit has a sample number. Pass all inputs of the data "
+            "set; if this is the only one, x[None]."
+        )
+    pieces: dict[int, Tensor] = {}
+    for _, places in groupby(sorted(range(len(every)), key=lambda i: every[i].sample), lambda i: every[i].sample):
+        numbers = list(places)
+        signal = every[numbers[0]]._input(x)
+        padding = _fitting(padding_value, signal.dtype)
+        pieces |= {i: every[i]._cut(signal, padding).values for i in numbers}
+    first, other = pieces[0], next((i for i, piece in pieces.items() if piece.shape != pieces[0].shape), None)
+    if other is not None:
+        raise InvalidValue(
+            f"the windows in samples {every[0].sample} and {every[other].sample} have shapes {tuple(first.shape)} and "
+            f"{tuple(pieces[other].shape)}, so they do not stack. Pass inputs with the same channels."
+        )
+    return torch.stack([pieces[i] for i in range(len(every))])
+
+
+def _checked(hits: Any) -> list[Hit]:
+    """Returns the hits as a list, if their windows are of one length."""
+    if isinstance(hits, Hit) or not isinstance(hits, Iterable):
+        raise InvalidType(
+            f"hits is a {type(hits).__name__}. Pass what top returned, or a list of hits: windows([hit], x)."
+        )
+    every = list(hits)
+    wrong = next((one for one in every if not isinstance(one, Hit)), None)
+    if wrong is not None:
+        raise InvalidType(
+            f"hits holds {brief(wrong)}, a {type(wrong).__name__}. Pass what top returned: windows(hits, x)."
+        )
+    if not every:
+        raise InvalidValue("hits is empty, so there is no window to stack. Check it first, or lower top's threshold.")
+    lengths = sorted({hit.stop - hit.start for hit in every})
+    if len(lengths) > 1:
+        raise InvalidValue(
+            f"the windows of these hits are {listed(map(str, lengths))} samples long, and a stack needs one length. Pass the "
+            f"hits of one layer, or of one length: windows([h for h in hits if h.stop - h.start == {lengths[-1]}], x)."
+        )
+    return every
+
+
+def _fitting(value: float, dtype: torch.dtype) -> float:
+    """Returns the padding value as a number of the input's type."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float(value)
+    whole = torch.tensor(float(value), dtype=torch.float64).to(dtype).item()
+    if whole != value:
+        raise InvalidValue(
+            f"padding_value={value!r} is not a value of the inputs' type, {dtype}. Pass one that is, or inputs of floating "
+            "point: x.float()."
+        )
+    return whole
+
+
+def _tensor(value: Any) -> Any:
+    """Returns an array as a tensor with its values; anything else as it is."""
+    if not is_array(value):
+        return value
+    import numpy
+
+    # a copy in native byte order: torch refuses other orders and negative strides, and warns of read-only arrays
+    return torch.from_numpy(numpy.array(value, value.dtype.newbyteorder("="), order="C", subok=False))
