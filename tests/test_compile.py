@@ -22,7 +22,6 @@ from tests.reference import cloning_hooks, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo's
-    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline:UserWarning"),  # of torch 2.6
 ]
 X = torch.randn(2, 1, 30)
 NAMES = [f"convs.{i}" for i in range(5)]

@@ -23,7 +23,6 @@ from convtap._errors import ConvtapError, InvalidType, InvalidValue
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline:UserWarning"),  # of torch 2.6
 ]
 
 
