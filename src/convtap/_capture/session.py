@@ -7,6 +7,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from convtap._capture.model_checks import check_replicas, check_script, why_eager
 from convtap._capture.options import CaptureOptions
 from convtap._errors import LayerNotFound, NotCaptured, OffloadWarning, StopForward, Unsupported, listed, warn_user
@@ -20,7 +22,7 @@ from convtap._record.recorder import Recorder
 from convtap._record.reductions import Reductions
 from convtap._result.call import LayerRecord
 from convtap._result.log import Log
-from convtap._select.layer_layout import LayerLayouts
+from convtap._select.layer_layout import LayerLayouts, channels_first
 from convtap._select.selection import CONV1D, Selection, select
 from convtap._select.weight_owners import Owners
 from convtap._taps.activations import Follower
@@ -259,8 +261,14 @@ def _new_records(options: CaptureOptions, selection: Selection) -> Callable[[str
     layouts = LayerLayouts(selection.tree, options.at)
     reduce = Reductions(options.policy.reduce, selection)
     names, paths = selection.names, selection.paths
+    usual = options.at == "output" and options.policy.reduce is None and not paths
 
     def new(name: str) -> LayerRecord:
+        module = names.get(name)
+        if usual and type(module) is nn.Conv1d:
+            record = LayerRecord(name, True)
+            record.layout = channels_first(module.out_channels)
+            return record
         record = LayerRecord(name, isinstance(names.get(name), CONV1D), paths.get(name, ""))
         record.layout = layouts.of(record.layer, reduced=reduce.of(name) is not None)
         return record

@@ -133,6 +133,12 @@ class LayerLayouts:
         return Layout(last=found.pop(), sure=False) if len(found) == 1 else None
 
 
+@functools.cache
+def channels_first(channels: int) -> Layout:
+    """Returns the layout of a plain convolution's output."""
+    return Layout(channels=channels)
+
+
 def layout_of(module: nn.Module, side: str = "output") -> Layout | None:
     """Returns the layout that a module's type alone gives its output (or ``side="input"``: its input), or None."""
     kind: Any = type(module)
