@@ -19,8 +19,10 @@ declare_torchvision_operators()
 BEYOND_CORE = {
     "test_activation.py::test_a_real_model_against_its_own_layers": "transformers",
     "test_docs.py::test_every_python_block_runs_and_prints_what_the_page_shows[compile-and-export.md]": "onnxruntime",
+    "test_docs.py::test_every_python_block_runs_and_prints_what_the_page_shows[training.md]": "lightning",
     "test_extract_lengths.py::test_a_wav2vec2_encoder_gives_the_frames_that_transformers_says": "transformers",
     "test_keras.py": "keras",
+    "test_lightning.py": "lightning",
     "test_notebook.py": "nbclient",
     "test_ray.py::test_the_example_writes_parquet_that_holds_the_mean_of_each_sounds_real_frames": "ray",
     "test_ray.py::test_two_actors_of_which_one_is_killed_give_each_row_once_as_by_hand": "ray",
@@ -30,6 +32,7 @@ BEYOND_CORE = {
     "test_three_ways.py::test_the_example_prints_all_three": "keras",
     "test_three_ways.py::test_the_keras_network_gives_what_a_model_with_several_outputs_gives": "keras",
     "test_timeline_models.py": "transformers",
+    "test_trainer.py": "accelerate",
 }
 
 
