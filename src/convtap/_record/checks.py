@@ -35,23 +35,19 @@ def report_missing(
     if error is not None:
         if strict:
             raise error from None
-        _warn(str(error))
+        warn_user(str(error))
         return
     states = log.states()
     partly = [state for state in states if state.captured and state.bypasses]
     if partly:
-        _warn(_bypassed(partly))
+        warn_user(_bypassed(partly))
     if _threads(recorder, passes):
-        _warn(f"some of the model's calls are not in this block.{_elsewhere(recorder, passes)}")
+        warn_user(f"some of the model's calls are not in this block.{_elsewhere(recorder, passes)}")
     for message in _changed(states, recorder, selection, compiled):
-        _warn(message)
+        warn_user(message)
     idle = [] if functional else [state.name for state in states if state.state == "idle"]
     if idle:
-        _warn(_idle(idle, len(log.selected)))
-
-
-def _warn(message: str) -> None:
-    warn_user(message)
+        warn_user(_idle(idle, len(log.selected)))
 
 
 def _missing(
