@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
+GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 TORCH ?= 2.6.0
 
-.PHONY: help demo test test-torch lint types pytest architecture soak overhead bench correctness clean
+.PHONY: help demo test test-torch lint types pytest architecture soak overhead bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -59,6 +60,20 @@ correctness: .venv-bench/.ready  ## which cases this library and others get righ
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
+# a package that does not install is a row of the page, so make goes on without it
+gallery: $(VENV)/.plain  ## models with their trained weights, each in an environment of its own, written to docs/gallery.md
+	-$(MAKE) --keep-going $(GALLERY:%=.venv-gallery-%/.ready)
+	$(BIN)/python -m gallery.run
+
+# torchaudio's compiled part is built for one torch, and raises an error over another; its Python part works without it
+.venv-gallery-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gallery-$*
+	.venv-gallery-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-gallery-$*/bin/python -m pip install --disable-pip-version-check -c constraints.txt \
+		$(subst _,-,$*) -e . > .venv-gallery-$*/install.log 2>&1
+	rm -f .venv-gallery-$*/lib/python*/site-packages/torchaudio/lib/*.so
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -76,4 +91,4 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@ $(VENV)/.plain
 
 clean:  ## removes what these targets made beside the sources
-	rm -rf $(VENV) .venv-bench .venv-torch-* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache

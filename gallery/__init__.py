@@ -1,0 +1,1 @@
+"""Published models with their trained weights, each checked convolution by convolution: ``make gallery``."""
