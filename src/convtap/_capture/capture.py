@@ -64,6 +64,8 @@ class Capture:
             owner. None and True: yes; False: only calls of modules.
         every: keep forward passes 0, n, 2n, … only, for training loops. The other passes keep nothing, and what runs
             only in them is not captured.
+        inputs: also keep the input of each call, as ``Call.input`` and in ``acts.inputs``, under the same options; ``reduce``
+            and ``dtype`` apply to it too.
         strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
 
     Raises:
@@ -93,6 +95,7 @@ class Capture:
         functional: bool | None = None,
         strict: bool = True,
         every: int = 1,
+        inputs: bool = False,
     ) -> None:
         compile_stance.refuse_inside_compiled()
         self._options = capture_options(
@@ -113,6 +116,7 @@ class Capture:
             functional=functional,
             strict=strict,
             every=every,
+            inputs=inputs,
         )
         self._session: Session | None = None
 

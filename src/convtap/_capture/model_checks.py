@@ -20,6 +20,7 @@ def why_eager(options: CaptureOptions, selection: Selection, uses_key: bool) -> 
     for option, wanted in (
         ("detach=False", not options.policy.detach),
         ("grads=True", options.grads),
+        ("inputs=True", options.inputs),
         (f"at={options.at!r}", options.at == "activation"),
         ("functional=False", options.functional is False),
         ("this torch has no convolution key", not uses_key),

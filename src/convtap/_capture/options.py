@@ -45,6 +45,7 @@ class CaptureOptions:
     functional: bool | None
     strict: bool | None
     every: int
+    inputs: bool
 
     @property
     def has_rules_by_layer(self) -> bool:
@@ -79,6 +80,7 @@ def capture_options(
     functional: bool | None = None,
     strict: bool = True,
     every: int = 1,
+    inputs: bool = False,
 ) -> CaptureOptions:
     """Checks the arguments of ``Capture``, which describes them, and returns them as one object.
 
@@ -97,6 +99,11 @@ def capture_options(
         raise InvalidValue(
             "stop=True needs layers: without them nobody can say which layer is the last. "
             "Write for example capture(model, 'encoder.conv3', stop=True)."
+        )
+    check_choice("inputs", inputs, (True, False))
+    if inputs and at != "output":
+        raise InvalidValue(
+            f"inputs=True keeps the input beside each output, and at={at!r} captures no outputs of the layers. Leave at= out."
         )
     if grads and at == "input":
         raise InvalidValue(
@@ -121,6 +128,7 @@ def capture_options(
         functional=functional,
         strict=strict,
         every=check_every(every),
+        inputs=inputs,
     )
     if layers is not None or options.has_rules_by_layer:  # a wrong name is an error here, where it was written
         options.reductions(select(model, layers, types_asked))

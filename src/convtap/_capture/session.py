@@ -28,7 +28,7 @@ from convtap._select.weight_owners import Owners
 from convtap._taps.activations import Follower
 from convtap._taps.convolutions import ConvolutionTap
 from convtap._taps.keras import KerasTap
-from convtap._taps.modules import ModuleTap
+from convtap._taps.modules import InputTap, ModuleTap
 from convtap._taps.parts import Parted, PartTap
 from convtap._torch import compile_stance, modes, self_test
 from convtap._torch.cleanup import Guard, Spent, undo
@@ -70,6 +70,7 @@ class Session:
             passes,
             Keeper(options.policy, options.offloader, options.reductions(selection)),
             last=options.last,
+            keeps_inputs=options.inputs,
             budget=None if options.max_bytes is None else Budget(options.max_bytes, log),
             stop_after=set(selection.names) if options.stop else None,
             grads=_gradients(options),
@@ -111,6 +112,8 @@ class Session:
         plainly = alone and self_test.SHIM not in self.broken
         module_tap = ModuleTap(self.parted.others(modules), recorder, self.token, at=at, plainly=plainly)
         taps.extend((PartTap(modules, self.parted, at=at), module_tap))
+        if options.inputs:
+            taps.append(InputTap(modules, recorder))
         if self.functional or selection.tree.has_script:
             tap = ConvolutionTap(
                 selection,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from convtap._errors import ConvtapError, StopForward
 from convtap._record.budget import Budget
 from convtap._record.forward_passes import Passes
 from convtap._record.gradients import Gradients
+from convtap._record.inputs import Inputs
 from convtap._record.keeper import Keeper, are_fake, is_held_elsewhere
 from convtap._result.call import Call, LayerRecord
 from convtap._result.gradient import Gradient
@@ -48,6 +50,7 @@ class Recorder:
         outside: whether a convolution ran whose module was not in the model when the capture was opened.
         unseen: layers whose compiled convolution is not the layer's, and why.
         summed: layers whose output was added to another tensor before any activation followed it.
+        inputs: the inputs of the layers that run, if they are kept.
         reached: how many of the selected layers were captured at least once.
         every, skips: which forward passes are kept, and whether this thread is in another one.
         reads: whether the weight of a selected layer was read by something that is no convolution.
@@ -63,6 +66,7 @@ class Recorder:
         keeper: Keeper,
         *,
         last: bool,
+        keeps_inputs: bool,
         budget: Budget | None,
         stop_after: set[str] | None,
         grads: Gradients | None,
@@ -87,19 +91,14 @@ class Recorder:
         self._keeper = keeper
         self._plain = keeper.is_plain and grads is None
         self._grads = grads
-        self._last = last
-        self._budget = budget
+        self._last, self._budget = last, budget
         self._stop_after = stop_after
         self._has_numbers = "#" in "".join(log.selected)
         self._serials = itertools.count(1)
-        self._usual = (
-            self._plain
-            and passes.every == 1
-            and not keeper.moves
-            and not last
-            and budget is None
-            and stop_after is None
-        )
+        me: Any = weakref.proxy(self)  # a reference would be a cycle
+        self.inputs = Inputs(lambda: me.is_open_here(), lambda *of: me._noted(keeper.input, *of), keeps_inputs)
+        keeps_all = passes.every == 1 and not last and budget is None and stop_after is None
+        self._usual = self._plain and keeps_all and not (keeper.moves or keeps_inputs)
 
     @property
     def muted(self) -> bool:
@@ -285,7 +284,8 @@ class Recorder:
         record.last_pass = forward
         if record.pending is not None:
             record.pending = None
-        call = Call(record, record.captured - record.cleared, forward, via, value, gradient)
+        given = self.inputs.of(record.layer)
+        call = Call(record, record.captured - record.cleared, forward, via, value, gradient, given)
         if self._budget is not None:
             self._noted(self._budget.reserve, call, log.calls.get(name) if self._last else None)
         if self._last:

@@ -145,6 +145,15 @@ class Activations(Mapping[str, Any]):
         return Activations(joined(self._log, other._log))
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """The input of each call, by key, of a capture with ``inputs=True``.
+
+        Raises:
+            NotCaptured: the capture was not opened with ``inputs=True``.
+        """
+        return {key: call.input for key, call in self._log.index().items()}
+
+    @property
     def coverage(self) -> Coverage:
         """What became of each selected layer."""
         return Coverage(self._log.states(), self._log.notes)

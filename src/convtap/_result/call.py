@@ -13,7 +13,7 @@ from convtap._result.gradient import Gradient
 from convtap._result.keys import numbered, separator
 from convtap._tensors.layout import Layout
 from convtap._tensors.memory import memory_of, tensor_bytes
-from convtap._tensors.nested import Held, map_leaves, read, walk_tensors
+from convtap._tensors.nested import MISSING, Held, map_leaves, read, walk_tensors
 from convtap._tensors.statistics import dtype_text, shapes, shapes_text
 
 
@@ -83,10 +83,17 @@ class Call:
         via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
     """
 
-    __slots__ = ("_gradient", "_record", "_value", "forward", "index", "via")
+    __slots__ = ("_gradient", "_input", "_record", "_value", "forward", "index", "via")
 
     def __init__(
-        self, record: LayerRecord, index: int, forward: int, via: str, value: Any, gradient: Gradient | None = None
+        self,
+        record: LayerRecord,
+        index: int,
+        forward: int,
+        via: str,
+        value: Any,
+        gradient: Gradient | None = None,
+        given: Any = MISSING,
     ) -> None:
         self._record = record
         self.index = index
@@ -94,10 +101,13 @@ class Call:
         self.via = via
         self._value = value
         self._gradient = gradient
+        self._input = given
 
     def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
-        state = {name: getattr(self, name) for name in self.__slots__}
+        state = {name: getattr(self, name) for name in self.__slots__ if name != "_input"}
         state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
+        if given_of(self) is not MISSING:
+            state["_input"] = map_leaves(_without_graph, self._input, other=_as_it_is)
         return None, state
 
     @property
@@ -130,6 +140,21 @@ class Call:
         """
         value = self._value
         return value if type(value) is Tensor else read(value, self.key)
+
+    @property
+    def input(self) -> Any:
+        """The layer's input: a single argument as itself, several as a tuple, named ones as a dict.
+
+        Raises:
+            NotCaptured: the capture was not opened with ``inputs=True``.
+            ModifiedInPlace: it was kept as an alias (``copy=False``) and has been written since.
+        """
+        if given_of(self) is MISSING:
+            raise NotCaptured(
+                f"no inputs were collected here, so there is none of {self.key!r}. Write: with capture(model, inputs=True) as "
+                "acts: …"
+            )
+        return read(self._input, self.key)
 
     @property
     def grad(self) -> Any:
@@ -180,7 +205,7 @@ def record_of(call: Call) -> LayerRecord:
 def moved(call: Call, record: LayerRecord, forward: int | None = None) -> Call:
     """Returns the same call in another layer's record, or another forward pass."""
     forward = call.forward if forward is None else forward
-    return Call(record, call.index, forward, call.via, call._value, call._gradient)
+    return Call(record, call.index, forward, call.via, call._value, call._gradient, given_of(call))
 
 
 def is_convolution(call: Call) -> bool:
@@ -194,6 +219,11 @@ def layout_of(call: Call, path: str) -> Layout | None:
         return None
     found = call._record.layout
     return Layout() if found is None and is_convolution(call) else found
+
+
+def given_of(call: Call) -> Any:
+    """Returns what the call holds of its input, or ``MISSING``."""
+    return getattr(call, "_input", MISSING)
 
 
 def held_value(call: Call) -> Any:
@@ -218,7 +248,7 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
-        for _, tensor in walk_tensors(shown_value(call)):
+        for _, tensor in walk_tensors([shown_value(call), map_leaves(lambda held: held.tensor, given_of(call), Held)]):
             found.update(memory_of(tensor))
         if call._gradient is not None and call._gradient.nbytes:
             found[("gradient", id(call._gradient))] = call._gradient.nbytes

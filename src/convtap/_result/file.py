@@ -17,11 +17,11 @@ from torch import Tensor
 
 from convtap._atomic_write import write_whole
 from convtap._errors import StoreError, Unsupported
-from convtap._result.call import Call, LayerRecord
+from convtap._result.call import Call, LayerRecord, given_of
 from convtap._result.log import Log
 from convtap._tensors.layout import Layout
 from convtap._tensors.memory import has_no_values
-from convtap._tensors.nested import Omitted
+from convtap._tensors.nested import MISSING, Omitted
 from convtap._tensors.statistics import ordinary
 
 _FORMAT = 2
@@ -111,7 +111,8 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         record.held += 1
         log.changes += 1
         value = _decode(saved["value"], tensors)
-        log.calls[log.changes] = Call(record, saved["index"], saved["forward"], saved["via"], value)
+        given = _decode(saved["input"], tensors) if "input" in saved else MISSING
+        log.calls[log.changes] = Call(record, saved["index"], saved["forward"], saved["via"], value, None, given)
     return log
 
 
@@ -122,7 +123,9 @@ def _part(log: Log, name: str) -> dict[str, str]:
 
 def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
     value = _encode(call.output, tensors, call.key)
+    given = {} if given_of(call) is MISSING else {"input": _encode(call.input, tensors, call.key)}
     return {
+        **given,
         "name": call.name,
         "index": call.index,
         "forward": call.forward,

@@ -174,15 +174,19 @@ class ConvolutionTap:
         if self._at == "input":
             recorder.emit_input(name, args[0] if args else kwargs.get("input"), via)
             return None
+        recorder.inputs.note(name, args[0] if args else kwargs.get("input"))
         return name, via
 
     def after(self, plan: tuple[str, str], output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records the output of a convolution. Returns what the model is to go on with instead, or None."""
         name, via = plan
-        if via == "compiled" and type(output) is Tensor:
-            self._recorder.emit(name, output.clone(), via)  # compiled code writes into its buffers past torch
-            return None
-        return self._recorder.emit(name, output, via, (args, kwargs))
+        try:
+            if via == "compiled" and type(output) is Tensor:
+                self._recorder.emit(name, output.clone(), via)  # compiled code writes into its buffers past torch
+                return None
+            return self._recorder.emit(name, output, via, (args, kwargs))
+        finally:
+            self._recorder.inputs.forget(name)
 
     def _around(self) -> Iterator[nn.Module]:
         return (module for module, _ in module_calls())

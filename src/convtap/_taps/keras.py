@@ -105,11 +105,15 @@ class KerasTap:
         if self._at == "input":
             recorder.emit_input(name, args[0] if len(args) == 1 else args, "keras")
             return _claiming(call, args, kwargs)
-        output = _claiming(call, args, kwargs)
-        # A layer with an activation of its own returns what comes after it.
-        record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
-        replacement = record(name, output, "keras", (args, kwargs))
-        return output if replacement is None else replacement
+        recorder.inputs.note(name, args[0] if len(args) == 1 else args)
+        try:
+            output = _claiming(call, args, kwargs)
+            # A layer with an activation of its own returns what comes after it.
+            record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
+            replacement = record(name, output, "keras", (args, kwargs))
+            return output if replacement is None else replacement
+        finally:
+            recorder.inputs.forget(name)
 
 
 def _follow(

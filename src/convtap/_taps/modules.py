@@ -38,7 +38,7 @@ class ModuleTap:
         self._at = at
         self.shimmed: dict[str, nn.Module] = {}
         self._others: dict[str, nn.Module] = {}
-        shims = plainly and at == "output"
+        shims = plainly and at == "output" and not recorder.inputs.are_kept
         for name, module in modules.items():
             (self.shimmed if shims and is_plain(module) else self._others)[name] = module
         self._name_of = recorder.name_of
@@ -75,6 +75,33 @@ class ModuleTap:
     def _emit_input(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is tapped:  # see Note: [Hooks and copies]
             self._recorder.emit_input(name, as_input(args, kwargs), "module")
+
+
+class InputTap:
+    """Keeps the inputs of modules beside their outputs; opened after the taps that emit those."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], recorder: Recorder) -> None:
+        self._modules = modules
+        self._recorder = recorder
+        self._hooks = Hooks()
+
+    def open(self) -> None:
+        """Puts a hook before and after every module."""
+        for name, module in self._modules.items():
+            self._hooks.before(module, self._note, name, module)
+            self._hooks.after(module, self._forget, name, module, always=True)
+
+    def close(self) -> None:
+        """Takes them off."""
+        self._hooks.remove()
+
+    def _note(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is tapped:  # see Note: [Hooks and copies]
+            self._recorder.inputs.note(name, as_input(args, kwargs))
+
+    def _forget(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
+        if module is tapped:
+            self._recorder.inputs.forget(name)
 
 
 @skip_in_dynamo

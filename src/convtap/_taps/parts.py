@@ -30,6 +30,7 @@ class Parted:
 
     def __init__(self, recorder: Recorder, selection: Selection, log: Log) -> None:
         self._recorder = recorder
+        self.inputs = recorder.inputs
         self._lacking = log.lacking
         self.parts = selection.parts
         self._exact = selection.exact
