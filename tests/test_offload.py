@@ -716,6 +716,18 @@ def test_a_capture_works_again_after_a_failed_copy():
     assert len(list(acts.values())) == 5
 
 
+def test_an_error_in_the_copy_of_an_input_surfaces_at_the_exit_too():
+    backend = Fake()
+    backend.streams.fail_at = {0}  # the first copy is that of the first layer's input
+    model = FiveConvs()
+    with torch.no_grad(), pytest.raises(ConvtapError, match="'convs.0' was lost"):
+        with offloading(model, backend, inputs=True) as acts:
+            model(torch.randn(1, 1, 30))
+    with pytest.raises(ConvtapError, match="'convs.0' was lost"):
+        acts.calls("convs.0")[0].input  # noqa: B018
+    assert acts["convs.0"].shape == (1, 4, 30)
+
+
 def test_a_cuda_graph_capture_is_refused_by_name():
     backend = Fake()
     backend.streams.capturing = True

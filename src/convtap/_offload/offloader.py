@@ -14,7 +14,7 @@ from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported
 from convtap._offload.cuda_streams import CudaStreams, Streams
 from convtap._offload.pinned_pool import Pool, Slab, pinned_limit
 from convtap._offload.transfers import Copy, Transfers
-from convtap._result.call import Call, held_value
+from convtap._result.call import Call, given_of, held_value
 from convtap._table import human_bytes
 from convtap._tensors.memory import tensor_bytes
 from convtap._tensors.nested import Held, map_leaves
@@ -248,7 +248,7 @@ def first_failure(calls: Iterable[Call]) -> ConvtapError | None:
     found: list[ConvtapError] = []
     for call in calls:
         helds: list[Any] = []
-        map_leaves(helds.append, held_value(call), Offloaded)
+        map_leaves(helds.append, [held_value(call), given_of(call)], Offloaded)
         found += [error for error in (held.failure(call.key) for held in helds) if error is not None]
         if found:
             return found[0]
