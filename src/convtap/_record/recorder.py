@@ -123,13 +123,6 @@ class Recorder:
             return False
         return not self.skips()
 
-    def emit_module(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Records what a module returned: the hook itself."""
-        name = self.name_of.get(id(module))
-        if name is None:  # a shallow copy, which shares the hooks. See Note: [Hooks and copies]
-            return None
-        return self.emit(name, output, "module", args)
-
     @skip_in_dynamo
     def emit_plain(self, name: str, output: Tensor) -> Tensor:
         """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function.

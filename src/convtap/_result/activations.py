@@ -245,7 +245,7 @@ class Activations(Mapping[str, Any]):
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        return _public("plot").plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
+        return _public_module("plot").plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
 
     def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
         """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.
@@ -253,7 +253,7 @@ class Activations(Mapping[str, Any]):
         Raises:
             StoreError: the file cannot be written.
         """
-        _public("report").report(self, path, model, **options)
+        _public_module("report").report(self, path, model, **options)
 
     def summary(self, stats: bool = False, rows: int | None = MOST) -> Table:
         """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
@@ -279,7 +279,7 @@ class Activations(Mapping[str, Any]):
         return self.summary()._repr_html_()
 
 
-def _public(module: str) -> Any:
+def _public_module(module: str) -> Any:
     """Imports what draws: by its public name and only when it is asked for, since it comes after what it draws."""
     return importlib.import_module(f"convtap.{module}")
 
