@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,28 @@ BEYOND_CORE = {
     "test_timeline_models.py": "transformers",
     "test_trainer.py": "accelerate",
 }
+
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+#: Warnings of torch that no user can avoid: which Python and torch give them, and the filter.
+OF_TORCH = (
+    # TorchScript
+    ((2, 9) <= TORCH <= (2, 13), "ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
+    (TORCH >= (2, 14), "ignore:.*torch.jit.*is deprecated:FutureWarning"),
+    (sys.version_info >= (3, 14), "ignore:.*torch.jit.*is not supported in Python 3.14:DeprecationWarning"),
+    # a model is compiled after something has read a setting of the compiler
+    (TORCH == (2, 6), "ignore:Skipping serialization of skipfiles_inline:UserWarning"),
+    # a dictionary that is guarded
+    (sys.version_info[:3] == (3, 13, 0), "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+    # Dynamo asks a captured output for its gradient
+    (TORCH == (2, 11), "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for given, warning in OF_TORCH:
+        if given:
+            config.addinivalue_line("filterwarnings", warning)
 
 
 def pytest_addoption(parser):

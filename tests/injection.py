@@ -58,5 +58,6 @@ class Injector:
     def _moment(self, frame: FrameType) -> None:
         self.moments += 1
         if self.moments - 1 == self.at:
-            self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+            name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.10 has no qualified name
+            self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {name}"
             raise self.error

@@ -40,6 +40,29 @@ def test_an_output_that_the_layer_keeps_is_not_swapped():
         acts["0"]
 
 
+class StashesAPart(nn.Conv1d):
+    def __init__(self, kind):
+        super().__init__(1, 4, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.last = y + 1
+        return self.kind((y, self.last)) if self.kind is not dict else {0: y, 1: self.last}
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_a_part_of_an_output_that_the_layer_keeps_is_not_swapped(kind):
+    model = nn.Sequential(StashesAPart(kind))
+    model.forward = lambda x: (F.relu_(model[0](x)[1]), model[0].last.sum())[1]
+    plain = model(X)
+    with capture(model, detach=False) as acts:
+        y = model(X)
+    assert torch.equal(y, plain)
+    with pytest.raises(ModifiedInPlace):
+        acts["0"]
+
+
 def test_an_output_that_a_users_hook_keeps_is_not_swapped():
     model, kept = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(inplace=True)), []
     model[0].register_forward_hook(lambda m, args, y: kept.append(y))

@@ -194,8 +194,17 @@ def is_held_elsewhere(count: int, output: Any) -> bool:
     if count > references() + _known.count(output):
         return True
     parts = output.values() if type(output) is dict else output if type(output) in (tuple, list) else ()
-    # the structure, the loop, and the count itself
-    return any(isinstance(part, Tensor) and sys.getrefcount(part) > 3 for part in parts)
+    return _most_references(parts) > _part_references()
+
+
+def _most_references(parts: Iterable[Any]) -> int:
+    return max((sys.getrefcount(part) for part in parts if isinstance(part, Tensor)), default=0)
+
+
+@functools.cache
+def _part_references() -> int:
+    """How many references to a part of an output there are if only the output holds it: one fewer since Python 3.14."""
+    return _most_references((torch.zeros(1),))
 
 
 class _Probe(nn.Module):

@@ -1,0 +1,85 @@
+"""Finds interpreters, and makes an environment for each row with uv, which stores a package once for all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from matrix.rows import CORE, PINS, ROOT, Row
+
+ENVIRONMENTS = Path(os.environ.get("CONVTAP_MATRIX_ENVS", ROOT / ".venv-matrix"))
+
+#: What a torch pins itself.
+OF_TORCH = {"torch", "torchvision", "sympy"}
+
+
+class Unavailable(Exception):
+    """The machine cannot make an environment; the message says why."""
+
+
+def interpreter(version: str) -> Path:
+    """Returns a Python of a version (``3.14``, ``3.14t``): the newest of pyenv's, or the one on the path.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    folders = [path for path in pyenv.glob(f"{version.rstrip('t')}.*") if path.name.endswith("t") == version.endswith("t")]
+    folders.sort(key=lambda path: [int(part) if part.isdigit() else 0 for part in path.name.rstrip("t").split(".")])
+    on_path = shutil.which(f"python{version}")
+    candidates = [folder / "bin" / f"python{version}" for folder in reversed(folders)]
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path(sys.executable)]
+    for candidate in candidates:
+        if candidate.exists() and _version(candidate) == version:
+            return candidate
+    raise Unavailable(f"there is no python{version} on this machine")
+
+
+def _version(python: Path) -> str:
+    """Returns the version of an interpreter, such as ``3.14t``; empty if it does not run."""
+    code = "import sys, sysconfig; t = sysconfig.get_config_var('Py_GIL_DISABLED'); print('%d.%d' % sys.version_info[:2] + 't' * bool(t))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def prepared(row: Row) -> Path:
+    """Makes the environment of a row, or brings it up to date. Returns its interpreter.
+
+    Raises:
+        Unavailable: there is no such Python here, or a package does not install.
+    """
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if uv is None:
+        raise Unavailable("there is no uv on this machine; make matrix installs it")
+    folder = ENVIRONMENTS / row.name
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    settings = {"UV_CACHE_DIR": str(ENVIRONMENTS / ".uv-cache"), "UV_PYTHON_DOWNLOADS": "never"}
+    environment = {**settings, **os.environ}
+    if not python.exists():
+        _run([uv, "venv", "--quiet", "--python", str(interpreter(row.python)), str(folder)], environment)
+    pins = folder / "constraints.txt"
+    pins.write_text("".join(f"{name}=={version}\n" for name, version in _pins(row).items()))
+    install = [uv, "pip", "install", "--quiet", "--python", str(python), "-c", str(pins)]
+    _run([*install, *row.packages, *(package for package in CORE if package not in row.pinned)], environment)
+    return python
+
+
+def _pins(row: Row) -> dict[str, str]:
+    """Returns the exact versions for a row: those of constraints.txt, which asks for Python 3.11 and torch's own."""
+    if row.python == "3.10":
+        return {}
+    loose = OF_TORCH | row.pinned.keys()
+    if row.pinned.keys() & {"numpy", "transformers"}:  # others were made for another version of it
+        return {name: PINS[name] for name in ("pytest", "hypothesis") if name not in loose}
+    return {name: version for name, version in PINS.items() if name not in loose}
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise Unavailable("; ".join(lines[-2:]) or f"{command[1]} ended with {done.returncode}")

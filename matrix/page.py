@@ -1,0 +1,104 @@
+"""Writes docs/versions.md from the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matrix.rows import ROOT, all_rows
+
+PAGE = ROOT / "docs" / "versions.md"
+RESULTS = ROOT / "matrix" / "results"
+COLUMNS = ("row", "Python", "torch", "NumPy", "what ran", "passed", "failed", "skipped", "left out", "result", "date", "commit")
+
+TEXT = """# Versions
+
+`make matrix` runs the tests on the Pythons and the versions of torch below, each in an environment of its own, and writes this
+page. A result holds for its date and its commit. A result that names a test says where the run hung or the process died.
+
+{table}
+
+{failures}- The *core suite* is every test that needs no package beyond the extra `test-core`: `pytest --core`. *Left out* counts the
+  tests that need another package; the list `BEYOND_CORE` in `tests/conftest.py` names them and the package, and seven whole
+  files that are not counted. `make test` runs them all, with the versions of `constraints.txt`.
+- The rows of Keras and transformers run only the tests that need that package: `matrix/rows.py` lists them.
+- The tests run on the CPU, on one thread, also where torch is the build for CUDA.
+- {skips}
+
+## Not run
+
+{not_run}
+
+## Running it
+
+```console
+$ make matrix                                  # every row that has not passed with these sources
+$ make matrix ROWS=python3.12-torch2.10.0      # one row; any pair will do
+$ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 minutes at most
+```
+
+The command uses the interpreters on the path and those of pyenv, skips a row whose Python it does not find, and prints why.
+A row has 40 minutes, and a test 10: what takes longer is a hang, and its row names the test. The environments go to
+`.venv-matrix`, or the folder that `CONVTAP_MATRIX_ENVS` names; each takes up to 6 GB with a CUDA build of torch. uv stores a
+package once for all of them, so all take about 45 GB. `UV_TORCH_BACKEND=cpu` takes the builds for the CPU instead, from
+PyTorch's own index. The results are `matrix/results/*.json`.
+"""
+
+NOT_RUN = """- **Windows and macOS.** No machine was at hand, so neither was run. `.github/workflows/ci.yml` runs the core suite on both. The
+  differences that the source shows have tests that fake them, in `tests/test_other_systems.py`: locks of `msvcrt`, which also
+  keep others from reading; a file that cannot be replaced while it is mapped; SIGTERM, which `os.kill` does not deliver to
+  Python; a closed pipe that is an `OSError`; names that Windows refuses, and names that differ only in case.
+- **Free-threaded Python** (3.13t, 3.14t). No such build was at hand. `import convtap` refuses a Python that runs without the GIL,
+  in one sentence, since calls are counted without locks; `tests/test_free_threading.py` fakes `sys._is_gil_enabled`.
+- **CUDA.** See [limits](limits.md)."""
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Returns the results, by row."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return {result["name"]: result for result in found}
+
+
+def page(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes the page; a row without a result says so."""
+    planned = {row.name: {"name": row.name, "runs": row.runs, "outcome": "not run yet"} for row in all_rows()}
+    rows = list({**planned, **found}.values())
+    failed = [f"  - {test}: {_cell(why)}" for row in rows for test, why in _failures(row)]
+    failures = "The failures:\n\n" + "\n".join(failed) + "\n\n" if failed else ""
+    return TEXT.format(table=table([cells(row) for row in rows]), failures=failures, skips=_skips(rows), not_run=NOT_RUN)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table in Markdown."""
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def cells(result: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of a row."""
+    versions = result.get("versions", {})
+    known = [versions.get(name, "–") for name in ("python", "torch", "numpy")]
+    counts = [str(result.get(name, "–")) for name in ("passed", "failed", "skipped", "left_out")]
+    when = [result.get("date", "–"), result.get("commit", "–")]
+    return [result["name"], *known, result["runs"], *counts, _cell(result["outcome"]), *when]
+
+
+def _failures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{result['name']}`: `{test}`", why) for test, why in result.get("failures", {}).items()]
+
+
+def _skips(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says why tests were skipped, and how often."""
+    reasons: dict[str, int] = {}
+    for row in rows:
+        for why, count in row.get("skips", {}).items():
+            reasons[why] = max(reasons.get(why, 0), count)
+    if not reasons:
+        return "No test was skipped."
+    listed = "; ".join(f"{why.removeprefix('Skipped: ')} ({count})" for why, count in sorted(reasons.items()))
+    return f"Tests were skipped for these reasons, with the largest number in a row: {_cell(listed)}."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

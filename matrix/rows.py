@@ -1,0 +1,97 @@
+"""What the matrix runs: pairs of Python and torch, and single rows for other packages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+TORCH = PINS["torch"]
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+TORCHES = ("2.6.0", "2.8.0", "2.11.0", "2.14.1", "2.15.0")
+
+#: What the extras of pyproject.toml bring that the core suite needs.
+CORE = ("numpy", "typing-extensions", "safetensors", "tqdm", "pytest", "hypothesis", "matplotlib")
+
+KERAS = ("tests/test_keras.py", "tests/test_three_ways.py")
+TRANSFORMERS = (
+    "tests/test_real_models.py",
+    "tests/test_real_functional_models.py",
+    "tests/test_timeline_models.py",
+    "tests/test_activation.py::test_a_real_model_against_its_own_layers",
+    "tests/test_extract_lengths.py::test_a_wav2vec2_encoder_gives_the_frames_that_transformers_says",
+)
+
+_PAIR = re.compile(r"python(3\.\d+t?)-torch(\d+\.\d+\.\d+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: an environment, and the tests that run in it.
+
+    Attributes:
+        name: names the environment and the file of the result.
+        python: such as ``3.14``, or ``3.14t`` for the free-threaded build.
+        packages: what is installed beside ``CORE``.
+        tests: the arguments of pytest.
+        runs: says the same in words.
+    """
+
+    name: str
+    python: str
+    packages: tuple[str, ...]
+    tests: tuple[str, ...] = ("--core",)
+    runs: str = "core suite"
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """The packages that the row itself pins."""
+        return dict(package.split("==") for package in self.packages if "==" in package)
+
+
+def pair(python: str, torch: str) -> Row:
+    """Returns the row of a Python and a torch."""
+    name = f"python{python}-torch{torch}"
+    if python.endswith("t"):
+        return Row(name, python, (f"torch=={torch}",), ("tests/test_free_threading.py",), "import without the GIL")
+    return Row(name, python, (f"torch=={torch}",))
+
+
+def single(package: str, version: str, tests: Sequence[str], runs: str, *packages: str) -> Row:
+    """Returns the row of another package, on the Python and the torch that ``make test`` uses."""
+    return Row(f"{package}{version}", "3.11", (f"torch=={TORCH}", f"{package}=={version}", *packages), tuple(tests), runs)
+
+
+def all_rows() -> list[Row]:
+    """Returns the rows of the page, in its order."""
+    return [
+        *(pair(python, TORCH) for python in PYTHONS),
+        *(pair("3.11", torch) for torch in TORCHES),
+        pair("3.13t", TORCH),
+        pair("3.14t", TORCH),
+        single("numpy", "1.26.4", ("--core",), "core suite"),
+        single("keras", "3.8.0", KERAS, "tests of Keras models"),
+        single("keras", PINS["keras"], KERAS, "tests of Keras models"),
+        single("transformers", "4.57.6", TRANSFORMERS, "tests of models of transformers"),
+        single("transformers", PINS["transformers"], TRANSFORMERS, "tests of models of transformers"),
+    ]
+
+
+def chosen(names: Sequence[str]) -> list[Row]:
+    """Returns the rows of these names; ``python3.12-torch2.10.0`` need not be one of the page's.
+
+    Raises:
+        SystemExit: a name is neither a row nor a pair.
+    """
+    known = {row.name: row for row in all_rows()}
+    rows = []
+    for name in names or known:
+        match = _PAIR.fullmatch(name)
+        if name not in known and match is None:
+            raise SystemExit(f"there is no row {name!r}. Choose from {', '.join(known)}, or any pythonX.Y-torchX.Y.Z.")
+        rows.append(known.get(name) or pair(*match.groups()))  # type: ignore[union-attr]
+    return rows
