@@ -16,7 +16,9 @@ from matrix.suite import measured, sources, stamp, system
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a row that was run did not pass."""
     parser = argparse.ArgumentParser(prog="python -m matrix", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="such as python3.14-torch2.13.0 (default: all of the page)")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help="such as python3.14-torch2.13.0 (default: all of the page)"
+    )
     parser.add_argument("--again", action="store_true", help="also rows whose result is of these sources")
     parser.add_argument("--install", action="store_true", help="make the environments, and run nothing")
     parser.add_argument("--page", action="store_true", help="write the page from the results, and run nothing")
@@ -50,7 +52,10 @@ def _run(row: Row, minutes: float, install: bool, before: dict[str, Any]) -> boo
         return True
     result = measured(row, python, minutes, ENVIRONMENTS / f"{row.name}.jsonl")
     _write(result)
-    print(f"{result['outcome']}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped", flush=True)
+    print(
+        f"{result['outcome']}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped",
+        flush=True,
+    )
     return bool(result["outcome"] == "passed")
 
 

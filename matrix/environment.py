@@ -27,7 +27,9 @@ def interpreter(version: str) -> Path:
         Unavailable: there is none.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    folders = [path for path in pyenv.glob(f"{version.rstrip('t')}.*") if path.name.endswith("t") == version.endswith("t")]
+    folders = [
+        path for path in pyenv.glob(f"{version.rstrip('t')}.*") if path.name.endswith("t") == version.endswith("t")
+    ]
     folders.sort(key=lambda path: [int(part) if part.isdigit() else 0 for part in path.name.rstrip("t").split(".")])
     on_path = shutil.which(f"python{version}")
     candidates = [folder / "bin" / f"python{version}" for folder in reversed(folders)]

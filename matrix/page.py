@@ -10,7 +10,20 @@ from matrix.rows import ROOT, all_rows
 
 PAGE = ROOT / "docs" / "versions.md"
 RESULTS = ROOT / "matrix" / "results"
-COLUMNS = ("row", "Python", "torch", "NumPy", "what ran", "passed", "failed", "skipped", "left out", "result", "date", "commit")
+COLUMNS = (
+    "row",
+    "Python",
+    "torch",
+    "NumPy",
+    "what ran",
+    "passed",
+    "failed",
+    "skipped",
+    "left out",
+    "result",
+    "date",
+    "commit",
+)
 
 TEXT = """# Versions
 
@@ -66,7 +79,9 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = list({**planned, **found}.values())
     failed = [f"  - {test}: {_cell(why)}" for row in rows for test, why in _failures(row)]
     failures = "The failures:\n\n" + "\n".join(failed) + "\n\n" if failed else ""
-    return TEXT.format(table=table([cells(row) for row in rows]), failures=failures, skips=_skips(rows), not_run=NOT_RUN)
+    return TEXT.format(
+        table=table([cells(row) for row in rows]), failures=failures, skips=_skips(rows), not_run=NOT_RUN
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

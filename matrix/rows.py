@@ -63,7 +63,9 @@ def pair(python: str, torch: str) -> Row:
 
 def single(package: str, version: str, tests: Sequence[str], runs: str, *packages: str) -> Row:
     """Returns the row of another package, on the Python and the torch that ``make test`` uses."""
-    return Row(f"{package}{version}", "3.11", (f"torch=={TORCH}", f"{package}=={version}", *packages), tuple(tests), runs)
+    return Row(
+        f"{package}{version}", "3.11", (f"torch=={TORCH}", f"{package}=={version}", *packages), tuple(tests), runs
+    )
 
 
 def all_rows() -> list[Row]:

@@ -42,11 +42,16 @@ def measured(row: Row, python: Path, minutes: float, log: Path) -> dict[str, Any
     environment = {**os.environ, "PYTHONPATH": paths, "CONVTAP_MATRIX_LOG": str(log), "PYTHONUNBUFFERED": "1"}
     command = [str(python), "-m", "pytest", "-p", "matrix.watch", "-p", "no:cacheprovider", "-rf"]
     command += ["-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true", *row.tests]
-    start = time.monotonic()
+    start, here = time.monotonic(), stamp()  # of before: somebody may work on the sources meanwhile
     with open(log.with_suffix(".txt"), "w", encoding="utf-8") as output:
         ended = run_within(command, minutes * 60, output, environment)
     result = {"name": row.name, "runs": row.runs, "versions": _versions(python), "system": system()}
-    return {**result, **outcome(events(log), ended, time.time()), "minutes": round((time.monotonic() - start) / 60, 1), **stamp()}
+    return {
+        **result,
+        **outcome(events(log), ended, time.time()),
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        **here,
+    }
 
 
 def run_within(command: list[str], seconds: float, output: Any, environment: dict[str, str]) -> bool:

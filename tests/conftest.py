@@ -49,7 +49,10 @@ OF_TORCH = (
     # a dictionary that is guarded
     (sys.version_info[:3] == (3, 13, 0), "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
     # Dynamo asks a captured output for its gradient
-    (TORCH == (2, 11), "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"),
+    (
+        TORCH == (2, 11),
+        "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -71,6 +72,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "kill":
         kill_repeatedly(Path(sys.argv[2]), int(sys.argv[3]))
     else:
+        if len(sys.argv) > 5:
+            multiprocessing.set_start_method(sys.argv[5])
         print("begins", flush=True)
         run(sys.argv[2], pause=float(sys.argv[3]), num_workers=int(sys.argv[4]))
         print("done", flush=True)

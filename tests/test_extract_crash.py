@@ -106,6 +106,27 @@ def test_a_killed_parent_leaves_no_lock_with_its_loader_workers(tmp_path):
     process.communicate()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork server")
+def test_a_killed_parent_takes_its_fork_server_and_loader_workers_with_it(tmp_path):
+    process = start("run", tmp_path, 0.05, 1, "forkserver")
+    wait_for_shards(tmp_path, 1, process)
+    process.kill()
+    process.communicate(timeout=60)  # its pipes are open until the last of them has ended
+
+
+def test_a_loaders_own_worker_init_fn_is_called(tmp_path):
+    noted = tmp_path / "noted"
+    loader = DataLoader(
+        Ragged(9), batch_size=3, collate_fn=padded, num_workers=1, worker_init_fn=partial(note_worker, noted)
+    )
+    extract(model(), loader, tmp_path / "store", progress=False)
+    assert noted.read_text() == "worker 0"
+
+
+def note_worker(file, worker):
+    file.write_text(f"worker {worker}")
+
+
 def test_one_process_cannot_extract_into_one_directory_twice_at_once(tmp_path):
     data = Ragged()
     data.__class__ = type("Nested", (Ragged,), {"__getitem__": lambda self, i: run(tmp_path)[0]})

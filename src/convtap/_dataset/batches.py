@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from convtap._dataset.loader_worker import EndingWorker
 from convtap._dataset.options import ExtractOptions
 from convtap._errors import InvalidType, InvalidValue
 
@@ -165,6 +166,7 @@ def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
     batch_size = options.batch_size
     settings = {"num_workers": options.num_workers, "collate_fn": options.collate_fn}
     has_settings = (batch_size, *settings.values()) != (1, 0, None)
+    settings["worker_init_fn"] = EndingWorker(None) if options.num_workers else None
     if isinstance(data, DataLoader):
         if has_settings:
             raise InvalidValue("the DataLoader has its own batch_size, num_workers and collate_fn: set them there.")
@@ -230,6 +232,8 @@ def _from_loader(loader: DataLoader[Any]) -> MapPlan | IterPlan:
             "pin_memory_device",
         )
     }
+    if loader.num_workers:
+        settings["worker_init_fn"] = EndingWorker(loader.worker_init_fn)
     return MapPlan(loader.dataset, _nonempty(_groups(loader)), settings)
 
 
