@@ -202,7 +202,7 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
 
 #: Names that are private and not torch's: Python's, Keras', and variables that the package makes under these names.
 NOT_TORCH = {
-    *("_getframe", "_fields", "_replace"),
+    *("_getframe", "_fields", "_replace", "_exit", "_is_gil_enabled"),
     *("_inbound_nodes", "_keras_history", "_layers", "_torch_params"),
     *("_args", "_kwargs", "_inner"),
     *("_repr_png_", "_tally"),

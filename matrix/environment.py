@@ -16,6 +16,12 @@ ENVIRONMENTS = Path(os.environ.get("CONVTAP_MATRIX_ENVS", ROOT / ".venv-matrix")
 OF_TORCH = {"torch", "torchvision", "sympy"}
 
 
+_ITS_VERSION = """
+import sys, sysconfig
+print("%d.%d" % sys.version_info[:2] + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+"""
+
+
 class Unavailable(Exception):
     """The machine cannot make an environment; the message says why."""
 
@@ -43,8 +49,7 @@ def interpreter(version: str) -> Path:
 
 def _version(python: Path) -> str:
     """Returns the version of an interpreter, such as ``3.14t``; empty if it does not run."""
-    code = "import sys, sysconfig; t = sysconfig.get_config_var('Py_GIL_DISABLED'); print('%d.%d' % sys.version_info[:2] + 't' * bool(t))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", _ITS_VERSION], capture_output=True, text=True)
     return done.stdout.strip()
 
 

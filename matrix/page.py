@@ -32,9 +32,9 @@ page. A result holds for its date and its commit. A result that names a test say
 
 {table}
 
-{failures}- The *core suite* is every test that needs no package beyond the extra `test-core`: `pytest --core`. *Left out* counts the
-  tests that need another package; the list `BEYOND_CORE` in `tests/conftest.py` names them and the package, and seven whole
-  files that are not counted. `make test` runs them all, with the versions of `constraints.txt`.
+{failures}- The *core suite* is every test that needs no package beyond the extra `test-core`: `pytest --core`. *Left out*
+  counts the tests that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names them with the package, and
+  whole files, which the column does not count. `make test` runs them all, with the versions of `constraints.txt`.
 - The rows of Keras and transformers run only the tests that need that package: `matrix/rows.py` lists them.
 - The tests run on the CPU, on one thread, also where torch is the build for CUDA.
 - {skips}
@@ -58,13 +58,14 @@ package once for all of them, so all take about 45 GB. `UV_TORCH_BACKEND=cpu` ta
 PyTorch's own index. The results are `matrix/results/*.json`.
 """
 
-NOT_RUN = """- **Windows and macOS.** No machine was at hand, so neither was run. `.github/workflows/ci.yml` runs the core suite on both. The
-  differences that the source shows have tests that fake them, in `tests/test_other_systems.py`: locks of `msvcrt`, which also
-  keep others from reading; a file that cannot be replaced while it is mapped; SIGTERM, which `os.kill` does not deliver to
-  Python; a closed pipe that is an `OSError`; names that Windows refuses, and names that differ only in case.
-- **Free-threaded Python** (3.13t, 3.14t). No such build was at hand. `import convtap` refuses a Python that runs without the GIL,
-  in one sentence, since calls are counted without locks; `tests/test_free_threading.py` fakes `sys._is_gil_enabled`.
-- **CUDA.** See [limits](limits.md)."""
+NOT_RUN = """- **Windows and macOS.** No machine was at hand. `.github/workflows/ci.yml` runs the core suite on both, for those
+  who have such a service. `tests/test_other_systems.py` fakes what the source says is different there: the locks of Windows,
+  which also keep others from reading; files that cannot be replaced or renamed while they are open or mapped; SIGTERM, which
+  `os.kill` does not deliver to a handler on Windows; and `fsync`, which leaves the content in the drive's memory on macOS.
+- **Free-threaded Python** (3.13t, 3.14t). No such build was at hand. `import convtap` refuses a Python that runs without its
+  global lock, by an ImportError that names `PYTHON_GIL=1`, because calls are counted without a lock of their own.
+  `tests/test_free_threading.py` fakes such a Python.
+- **CUDA.** These runs use the CPU only; see [limits](limits.md)."""
 
 
 def results() -> dict[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ from convtap._result.call import Call
 from convtap._result.coverage import Coverage, LayerCoverage
 from convtap._result.load import load
 from convtap._table import Table
+from convtap._torch.gil import refuse_free_threading as _refuse_free_threading
 
 if TYPE_CHECKING:
     from convtap._capture.statistics import StatisticsCapture, statistics
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from convtap._time.layer_time import LayerTime
     from convtap._time.timeline import Timeline, timeline
     from convtap._time.top import top
+
+_refuse_free_threading()
 
 __version__ = "0.1.0"
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+_IS_WINDOWS = os.name == "nt"
 
 #: What the temporary names match.
 TEMPORARY = ".*.part"
@@ -44,7 +47,7 @@ def write_whole(path: Path, write: Callable[[Path], T], *, replace: bool = True)
         result = write(temporary)
         os.chmod(temporary, permissions)
         _sync(temporary, os.O_RDWR)
-        (os.replace if replace else _link)(temporary, path)
+        (replace_file if replace else _link)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -60,9 +63,35 @@ def sync_folder(folder: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
-        os.fsync(handle)
+        _flush(handle)
     finally:
         os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    """Forces what was written to the disk; on macOS, fsync leaves it in the drive's own memory."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined, unused-ignore]
+    except (ImportError, AttributeError, OSError):  # not macOS, or a file system that cannot do it
+        os.fsync(handle)
+
+
+def replace_file(old: Path, new: Path) -> None:
+    """Renames a file, over another one if there is one. Waits a moment on Windows, where a program may read that one.
+
+    Raises:
+        OSError: it cannot be renamed; on Windows, one that a program has open or mapped cannot be replaced.
+    """
+    for seconds in (0.01, 0.1, 0.5) if _IS_WINDOWS else ():
+        try:
+            os.replace(old, new)
+        except PermissionError:
+            time.sleep(seconds)
+        else:
+            return
+    os.replace(old, new)
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -74,4 +103,4 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError:  # a file system without links: the moment between looking and renaming stays open
         if path.exists():
             raise FileExistsError(str(path)) from None
-        os.replace(temporary, path)
+        replace_file(temporary, path)

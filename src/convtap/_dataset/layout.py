@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from convtap._atomic_write import TEMPORARY, sync_folder, write_whole
+from convtap._atomic_write import TEMPORARY, replace_file, sync_folder, write_whole
 from convtap._errors import InvalidValue, StoreError, listed
 
 VERSION = 1
@@ -179,9 +179,11 @@ class RankFolder:
         try:
             _lock_file(handle)
         except OSError:
-            owner = os.read(handle, 200).decode(errors="replace") or "another process"
+            owner = b""
+            with contextlib.suppress(OSError):  # Windows keeps others from reading bytes that are locked
+                owner = os.read(handle, 200)
             os.close(handle)
-            raise self._refusal(owner) from None
+            raise self._refusal(owner.decode(errors="replace") or "another process") from None
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _held.add(self.path)
@@ -206,7 +208,12 @@ def _lock_file(handle: int) -> None:
     except ImportError:  # Windows
         import msvcrt
 
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        # a byte far behind the owner's name, which others could not read otherwise
+        os.lseek(handle, 1 << 20, os.SEEK_SET)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
     else:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -274,8 +281,18 @@ def read_padding(path: Path) -> dict[str, str]:
 
 
 def set_aside(shard: Path) -> Path:
-    """Renames a bad shard, so that it is not read and its number is not used again."""
+    """Renames a bad shard, so that it is not read and its number is not used again.
+
+    Raises:
+        StoreError: it cannot be renamed; on Windows, a file that a program has mapped cannot.
+    """
     target = shard.with_name(f"{shard.name}.bad")
-    os.replace(shard, target)
+    try:
+        replace_file(shard, target)
+    except OSError as error:
+        raise StoreError(
+            f"the shard {str(shard)!r} is bad and cannot be renamed: {error}. Close the programs that read the store, and run "
+            "the same call again."
+        ) from error
     sync_folder(shard.parent)
     return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ class Termination:
             # a handler that was not set from Python reads as None
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
             if self._asked:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)  # on Windows, os.kill would end the process without the handler
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

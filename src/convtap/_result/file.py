@@ -271,4 +271,5 @@ def _dtype(name: str) -> torch.dtype:
 
 def unwritable(target: Path, error: Exception) -> str:
     """Says why one file cannot be written."""
-    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder."
+    in_use = " that no program reads now" if isinstance(error, PermissionError) and target.is_file() else ""
+    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder{in_use}."
