@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from benchmarks.harness import declare_torchvision_operators
 
 torch.set_num_threads(1)
 
+# where loader workers come from a fork server (Python 3.14), it imports torch once and not every worker
+multiprocessing.set_forkserver_preload(["torch", "torch.utils.data"])
 
 declare_torchvision_operators()
 
