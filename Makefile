@@ -8,7 +8,10 @@ FILE ?=
 GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 TORCH ?= 2.6.0
 
-.PHONY: help demo test test-torch lint types pytest architecture soak overhead bench correctness gallery clean
+ROWS ?=
+ARGS ?=
+
+.PHONY: help demo test test-torch matrix dist lint types pytest architecture soak overhead bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -27,6 +30,25 @@ test-torch: .venv-torch-$(TORCH)/.ready  ## what needs no large packages, on ano
 	grep -vE '^(torch|torchvision|sympy)==' constraints.txt > .venv-torch-$*/constraints.txt
 	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-torch-$*/constraints.txt torch==$* -e '.[test-core]'
+	touch $@
+
+matrix: .venv-matrix/.tools/bin/uv  ## every Python here and several torches, written to docs/versions.md (ROWS=python3.14-torch2.13.0)
+	.venv-matrix/.tools/bin/python -m matrix $(ROWS) $(ARGS)
+
+.venv-matrix/.tools/bin/uv: constraints.txt
+	$(PYTHON) -m venv .venv-matrix/.tools
+	.venv-matrix/.tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	touch $@
+
+dist: .venv-dist/.ready  ## the sdist and the wheel, checked, and the wheel run in an empty environment
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python -m tests.dist -c $(CURDIR)/constraints.txt torch
+
+.venv-dist/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
 	touch $@
 
 lint: $(VENV)/.test  ## ruff: rules and format
@@ -91,4 +113,4 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@ $(VENV)/.plain
 
 clean:  ## removes what these targets made beside the sources
-	rm -rf $(VENV) .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .venv-dist .venv-matrix .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
