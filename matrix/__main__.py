@@ -14,7 +14,7 @@ from matrix.suite import measured, sources, stamp, system
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 1 if a row that was run did not pass."""
+    """Returns 1 if a row did not pass, or if one that was asked for by its name cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m matrix", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW", help="such as python3.14-torch2.13.0 (default: all of the page)"
@@ -31,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
         if before.get("sources") == sources() and before["outcome"] == "passed" and not (args.again or args.install):
             print(f"{row.name}: passed on {before['date']}, and the sources are the same", flush=True)
             continue
-        well &= _run(row, args.minutes, args.install, before)
+        well &= _run(row, args.minutes, args.install, before, is_asked_for=bool(args.rows))
         PAGE.write_text(page(results()), encoding="utf-8")
     PAGE.write_text(page(results()), encoding="utf-8")
     return 0 if well else 1
 
 
-def _run(row: Row, minutes: float, install: bool, before: dict[str, Any]) -> bool:
-    """Runs a row and writes its result. Returns False if it did not pass; a row that cannot be run is not counted."""
+def _run(row: Row, minutes: float, install: bool, before: dict[str, Any], is_asked_for: bool) -> bool:
+    """Runs a row and writes its result. Returns whether it passed; one that cannot run here may not be asked for."""
     print(f"{row.name}: ", end="", flush=True)
     try:
         python = prepared(row)
@@ -46,7 +46,7 @@ def _run(row: Row, minutes: float, install: bool, before: dict[str, Any]) -> boo
         print(f"skipped: {reason}", flush=True)
         if not before.get("passed"):  # what another machine measured stays
             _write({"name": row.name, "runs": row.runs, "system": system(), "outcome": f"skipped: {reason}", **stamp()})
-        return True
+        return not is_asked_for
     if install:
         print(python, flush=True)
         return True

@@ -60,8 +60,9 @@ PyTorch's own index. The results are `matrix/results/*.json`.
 
 NOT_RUN = """- **Windows and macOS.** No machine was at hand. `.github/workflows/ci.yml` runs the core suite on both, for those
   who have such a service. `tests/test_other_systems.py` fakes what the source says is different there: the locks of Windows,
-  which also keep others from reading; files that cannot be replaced or renamed while they are open or mapped; SIGTERM, which
-  `os.kill` does not deliver to a handler on Windows; and `fsync`, which leaves the content in the drive's memory on macOS.
+  which also keep others from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`,
+  which leaves the content in the drive's memory on macOS. `os.kill` would end the process on Windows without the user's
+  SIGTERM handler, and a test in `tests/test_extract_crash.py` forbids it.
 - **Free-threaded Python** (3.13t, 3.14t). No such build was at hand. `import convtap` refuses a Python that runs without its
   global lock, by an ImportError that names `PYTHON_GIL=1`, because calls are counted without a lock of their own.
   `tests/test_free_threading.py` fakes such a Python.

@@ -39,6 +39,17 @@ BEYOND_CORE = {
     "test_trainer.py": "accelerate",
 }
 
+#: Tests of what Windows does not have.
+NOT_ON_WINDOWS = {
+    "test_extract_crash.py::test_a_directory_that_is_something_else_is_refused": "/proc",
+    "test_extract_crash.py::test_a_killed_parent_takes_its_fork_server_and_loader_workers_with_it": "fork server",
+    "test_extract_crash.py::test_a_loader_worker_that_dies_loses_no_batch_that_was_computed": "SIGKILL",
+    "test_extract_crash.py::test_fifty_kills_at_random_moments_and_a_resume_give_what_an_uninterrupted_run_gives": "fork",
+    "test_extract_crash.py::test_sigterm_writes_what_was_computed_and_ends_the_process_by_that_signal": "SIGTERM",
+    "test_extract_parts.py::test_one_of_two_torchrun_processes_that_is_killed_and_restarted_leaves_no_gap": "SIGKILL",
+    "test_extract_ranks.py::test_three_ranks_of_which_one_dies_for_good_are_gone_on_with_by_two_bit_for_bit": "SIGKILL",
+}
+
 TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 #: Warnings of torch that no user can avoid: which Python and torch give them, and the filter.
@@ -78,6 +89,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.nodeid.removeprefix("tests/") in BEYOND_CORE]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    for item in items if sys.platform == "win32" else ():
+        missing = NOT_ON_WINDOWS.get(item.nodeid.removeprefix("tests/"))
+        if missing is not None:
+            item.add_marker(pytest.mark.skip(reason=f"Windows has no {missing}"))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -106,7 +106,6 @@ def test_a_killed_parent_leaves_no_lock_with_its_loader_workers(tmp_path):
     process.communicate()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork server")
 def test_a_killed_parent_takes_its_fork_server_and_loader_workers_with_it(tmp_path):
     process = start("run", tmp_path, 0.05, 1, "forkserver")
     wait_for_shards(tmp_path, 1, process)
@@ -147,15 +146,16 @@ def test_sigterm_writes_what_was_computed_and_ends_the_process_by_that_signal(tm
     assert_whole(run(tmp_path))
 
 
-def test_a_sigterm_handler_of_the_user_is_called_and_put_back(tmp_path):
+def test_a_sigterm_handler_of_the_user_is_called_and_put_back(tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("on Windows, os.kill ends the process"))
     before = signal.signal(signal.SIGTERM, lambda *args: seen.append(args))
     handler = signal.getsignal(signal.SIGTERM)
 
     class Signals(Ragged):
         def __getitem__(self, i):
             if i == 30:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return super().__getitem__(i)
 
     try:

@@ -1,10 +1,9 @@
-"""What Windows and macOS do otherwise, faked: locks, signals, renaming, and forcing content to the disk."""
+"""What Windows and macOS do otherwise, faked: locks, renaming, and forcing content to the disk."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 import types
 from pathlib import Path
@@ -15,9 +14,7 @@ import torch
 import convtap._atomic_write
 from convtap import StoreError, capture
 from convtap._atomic_write import write_whole
-from convtap._dataset.extract import extract
-from convtap._dataset.store import Store
-from tests.killed_run import Ragged, model, padded, run
+from tests.killed_run import model, run
 
 
 class WindowsLocks:
@@ -84,26 +81,6 @@ def test_a_lock_is_free_again_after_the_run_on_windows(tmp_path, windows_locks):
     run(tmp_path, length=30)
     windows_locks.locked, windows_locks.owned = set(), set()  # as the system does when the handle is closed
     assert run(tmp_path, length=30).ids == list(range(30))
-
-
-def test_sigterm_reaches_the_users_handler_where_os_kill_ends_the_process(tmp_path, monkeypatch):
-    seen = []
-    before = signal.signal(signal.SIGTERM, lambda *args: seen.append(args))
-    monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("on Windows, os.kill ends the process"))
-
-    class Signals(Ragged):
-        def __getitem__(self, i):
-            if i == 30:
-                signal.raise_signal(signal.SIGTERM)
-            return super().__getitem__(i)
-
-    try:
-        with pytest.raises(StoreError, match="SIGTERM ended the extraction"):
-            extract(model(), Signals(), tmp_path, batch_size=3, collate_fn=padded, progress=False)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert len(seen) == 1
-    assert Store(tmp_path).ids == list(range(30))
 
 
 class BusyFiles:

@@ -7,7 +7,7 @@ import ast
 import pytest
 
 import convtap
-from tests.conftest import BEYOND_CORE
+from tests.conftest import BEYOND_CORE, NOT_ON_WINDOWS
 from tests.process import run_python
 from tests.structure import MODULES, ORDER, PACKAGE, ROOT, folder, imports
 
@@ -138,8 +138,8 @@ def test_importing_convtap_does_not_import_dynamo_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", BEYOND_CORE)
-def test_what_the_core_of_the_suite_leaves_out_is_there(name):
+@pytest.mark.parametrize("name", [*BEYOND_CORE, *NOT_ON_WINDOWS])
+def test_what_a_part_of_the_suite_leaves_out_is_there(name):
     file, _, test = name.partition("::")
     assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text()
 
