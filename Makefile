@@ -6,12 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FILE ?=
 GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
-TORCH ?= 2.6.0
 
 ROWS ?=
 ARGS ?=
 
-.PHONY: help demo test test-torch matrix dist lint types pytest architecture soak overhead bench correctness gallery clean
+.PHONY: help demo test matrix dist lint types pytest architecture soak overhead bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -20,17 +19,6 @@ demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=s
 	$(BIN)/convtap demo $(FILE)
 
 test: lint types pytest  ## everything CI runs: lint, types and pytest
-
-test-torch: .venv-torch-$(TORCH)/.ready  ## what needs no large packages, on another torch (TORCH=2.6.0, the oldest)
-	.venv-torch-$(TORCH)/bin/python -m pytest --core -rs
-
-# constraints.txt holds for all but torch and what torch itself pins
-.venv-torch-%/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-torch-$*
-	grep -vE '^(torch|torchvision|sympy)==' constraints.txt > .venv-torch-$*/constraints.txt
-	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c .venv-torch-$*/constraints.txt torch==$* -e '.[test-core]'
-	touch $@
 
 matrix: .venv-matrix/.tools/bin/uv  ## every Python here and several torches, written to docs/versions.md (ROWS=python3.14-torch2.13.0)
 	.venv-matrix/.tools/bin/python -m matrix $(ROWS) $(ARGS)
@@ -113,4 +101,4 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@ $(VENV)/.plain
 
 clean:  ## removes what these targets made beside the sources
-	rm -rf $(VENV) dist .venv-dist .venv-matrix .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .venv-dist .venv-matrix .venv-bench .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
