@@ -103,7 +103,7 @@ def check_installed(wheel: Path, torch: list[str]) -> None:
             folder,
             says="convtap[plot]",
         )
-        for example in ("dead_channels.py", "training_loop.py"):
+        for example in ("dead_channels.py", "activation_penalty.py"):
             run([python, ROOT / "examples" / example], folder)
         run([*pip, f"{wheel}[plot]"], folder)
         run([python, "-c", PLOTS.format(action='acts.plot().savefig("maps.png")')], folder)
