@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matrix.rows import CORE, PINS, ROOT, Row
+from matrix.rows import PINS, ROOT, Row
 
 ENVIRONMENTS = Path(os.environ.get("CONVTAP_MATRIX_ENVS", ROOT / ".venv-matrix"))
 
@@ -71,7 +71,7 @@ def prepared(row: Row) -> Path:
     pins = folder / "constraints.txt"
     pins.write_text("".join(f"{name}=={version}\n" for name, version in _pins(row).items()))
     install = [uv, "pip", "install", "--quiet", "--python", str(python), "-c", str(pins)]
-    _run([*install, *row.packages, *(package for package in CORE if package not in row.pinned)], environment)
+    _run([*install, "-r", str(ROOT / "pyproject.toml"), "--extra", "test-core", *row.packages], environment)
     return python
 
 

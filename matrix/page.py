@@ -28,7 +28,8 @@ COLUMNS = (
 TEXT = """# Versions
 
 `make matrix` runs the tests on the Pythons and the versions of torch below, each in an environment of its own, and writes this
-page. A result holds for its date and its commit. A result that names a test says where the run hung or the process died.
+page. A result holds for its date and its commit. A result that names a test says where the run hung or was cut off, or where
+the process died.
 
 {table}
 
@@ -52,7 +53,7 @@ $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 
 ```
 
 The command uses the interpreters on the path and those of pyenv, skips a row whose Python it does not find, and prints why.
-A row has 40 minutes, and a test 10: what takes longer is a hang, and its row names the test. The environments go to
+A test that takes ten minutes is a hang: it ends the row, which names it. A row that takes 40 minutes is cut off. The environments go to
 `.venv-matrix`, or the folder that `CONVTAP_MATRIX_ENVS` names; each takes up to 6 GB with a CUDA build of torch. uv stores a
 package once for all of them, so all take about 45 GB. `UV_TORCH_BACKEND=cpu` takes the builds for the CPU instead, from
 PyTorch's own index. The results are `matrix/results/*.json`.

@@ -14,9 +14,6 @@ TORCH = PINS["torch"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.6.0", "2.8.0", "2.11.0", "2.14.1", "2.15.0")
 
-#: What the extras of pyproject.toml bring that the core suite needs.
-CORE = ("numpy", "typing-extensions", "safetensors", "tqdm", "pytest", "hypothesis", "matplotlib")
-
 KERAS = ("tests/test_keras.py", "tests/test_three_ways.py")
 TRANSFORMERS = (
     "tests/test_real_models.py",
@@ -36,7 +33,7 @@ class Row:
     Attributes:
         name: names the environment and the file of the result.
         python: such as ``3.14``, or ``3.14t`` for the free-threaded build.
-        packages: what is installed beside ``CORE``.
+        packages: what is installed beside the dependencies and the extra ``test-core``.
         tests: the arguments of pytest.
         runs: says the same in words.
     """

@@ -1,4 +1,4 @@
-"""Runs the tests of a row within a time limit, and says how they ended: passed, failed, hung or crashed."""
+"""Runs the tests of a row within a time limit, and says how they ended: passed, failed, hung, crashed or cut off."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def outcome(found: Iterable[dict[str, Any]], ended: bool, now: float) -> dict[st
     counts = {kind: list(tests.values()).count(kind) for kind in ("passed", "failed", "skipped")}
     end = "failed" if failures else "passed" if counts["passed"] else "no test ran"
     if not finished:
-        is_crash = ended and now - since < TEST_SECONDS
-        end = f"{'crashed' if is_crash else 'hung'} in {running or 'no test'}"
+        how = "hung" if now - since >= TEST_SECONDS else "crashed" if ended else "cut off by the time limit"
+        end = f"{how} in {running or 'no test'}"
     return {"outcome": end, **counts, "left_out": left_out, "failures": failures, "skips": skips}
 
 

@@ -80,7 +80,8 @@ def test_a_command_is_ended_at_its_limit_with_what_it_started(tmp_path):
     with open(tmp_path / "output.txt", "w") as output:
         assert not run_within([sys.executable, "-c", script], 0.5, output, dict(os.environ))
     began = [{"event": "began", "test": "test_a", "at": 0.0}]
-    assert outcome(began, False, 1.0)["outcome"] == "hung in test_a"
+    assert outcome(began, False, 1.0)["outcome"] == "cut off by the time limit in test_a"
+    assert outcome(began, False, 600.0)["outcome"] == "hung in test_a"
 
 
 def test_the_page_is_what_the_results_say():
