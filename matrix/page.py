@@ -53,10 +53,10 @@ $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 
 ```
 
 The command uses the interpreters on the path and those of pyenv, skips a row whose Python it does not find, and prints why.
-A test that takes ten minutes is a hang: it ends the row, which names it. A row that takes 40 minutes is cut off. The environments go to
-`.venv-matrix`, or the folder that `CONVTAP_MATRIX_ENVS` names; each takes up to 6 GB with a CUDA build of torch. uv stores a
-package once for all of them, so all take about 45 GB. `UV_TORCH_BACKEND=cpu` takes the builds for the CPU instead, from
-PyTorch's own index. The results are `matrix/results/*.json`.
+A test that takes ten minutes is a hang: it ends the row, which names it. A row that takes 40 minutes is cut off. The
+environments go to `.venv-matrix`, or the folder that `CONVTAP_MATRIX_ENVS` names; each takes up to 6 GB with a CUDA build of
+torch. uv stores a package once for all of them, so all take about 40 GB. `UV_TORCH_BACKEND=cpu` takes the builds for the CPU
+instead, from PyTorch's own index. The results are `matrix/results/*.json`.
 """
 
 NOT_RUN = """- **Windows and macOS.** No machine was at hand. `.github/workflows/ci.yml` runs the core suite on both, for those
