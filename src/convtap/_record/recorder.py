@@ -298,5 +298,5 @@ class Recorder:
         log = self._log
         record = log.records[name] = self._new_record(name)
         if self._has_numbers or "#" in name:
-            log.tell_apart()
+            log.tell_apart(record)
         return record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -283,8 +283,7 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def separate(records: Iterable[LayerRecord], names: Iterable[str]) -> None:
-    """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    names = [name for name in names if "#" in name]
-    for record in list(records) if names else ():
-        record.separator = separator(record.layer, names)
+def separate(records: Iterable[LayerRecord], taken: Container[str]) -> None:
+    """Gives layers another separator where ``name#0`` could also be the name of another layer: one of the ``stems``."""
+    for record in list(records):
+        record.separator = separator(record.layer, taken)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from convtap._result.call import Call, LayerRecord, record_of, separate
 from convtap._result.coverage import LayerCoverage
+from convtap._result.keys import stems
 from convtap._result.runs import Runs
 from convtap._select.module_tree import resolve_name
 
@@ -54,6 +55,7 @@ class Log:
     lacking: dict[str, None] = field(default_factory=dict)
     cleared: int = 0
     is_open: bool = False
+    _stems: set[str] | None = field(default=None, init=False, repr=False)
     _runs: Runs = field(default_factory=Runs, init=False, repr=False)
     _made: dict[Any, tuple[int, Any]] = field(default_factory=dict, init=False, repr=False)
 
@@ -64,7 +66,7 @@ class Log:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = {key: value for key, value in state.items() if key not in ("changes", "_indexed")}  # of version 0.1.0
-        self.__dict__.update({"is_open": False, "_runs": Runs(), "_made": {}, **state})
+        self.__dict__.update({"is_open": False, "_runs": Runs(), "_made": {}, "_stems": None, **state})
         self.selected = dict.fromkeys(state.get("selected", ()))
 
     def _forget(self) -> None:
@@ -147,9 +149,19 @@ class Log:
         """Returns the calls of each forward pass."""
         return self.made(_by_pass)
 
-    def tell_apart(self) -> None:
-        """Sees to it that no numbered call has a key that is also another layer's."""
-        separate(self.records.values(), self.names())
+    def tell_apart(self, newest: LayerRecord | None = None) -> None:
+        """Sees to it that no numbered call has a key that is also another layer's.
+
+        Args:
+            newest: the only record that is new since the last time; None if any may be.
+        """
+        if newest is None or self._stems is None:
+            self._stems = stems(self.names())
+            separate(self.records.values(), self._stems)
+            return
+        added = stems([newest.name]) - self._stems
+        self._stems |= added
+        separate([newest] if not added else self.records.values(), self._stems)
 
     def count_bypasses(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""
