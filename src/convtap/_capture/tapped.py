@@ -116,11 +116,8 @@ class Tapped(nn.Module):
         self._selected = [*parts, *selection.function_names]
         self._exact = frozenset(selection.exact)
         self._idle: set[str] = set()
-        functions = [
-            *selection.function_names,
-            *(kernel.name for kernel in (kernels.known if kernels else ())),
-            FUNCTION,
-        ]
+        loose_names = [kernel.name for kernel in (kernels.known if kernels else ())]
+        functions = [*selection.function_names, *loose_names, FUNCTION]
         names = [*self._layers, *functions]
         taken = stems(names)
         self._separators = {name: separator(name, taken) for name in names}

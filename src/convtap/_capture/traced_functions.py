@@ -113,7 +113,9 @@ def kernels_of(selection: Selection) -> Kernels | None:
     convolutions = {name: module for name, module in tree.names.items() if is_convolution(module)}
     kernels = Kernels(tuple(known), takes_others, {})
     owners = kernels.by_identity()
-    kernels.layers.update({name: layer for name, layer in convolutions.items() if not _is_told_by_weight(layer, owners)})
+    kernels.layers.update(
+        {name: layer for name, layer in convolutions.items() if not _is_told_by_weight(layer, owners)}
+    )
     return kernels
 
 

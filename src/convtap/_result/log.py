@@ -12,7 +12,6 @@ from convtap._result.keys import stems
 from convtap._result.runs import Runs
 from convtap._select.module_tree import resolve_name
 
-
 _Made = TypeVar("_Made")
 
 
@@ -94,15 +93,18 @@ class Log:
 
     def withdraw(self, name: str) -> Call | None:
         """Forgets the newest call of a layer, as if it had not been; returns it."""
-        for key, call in reversed(list(self.calls.items())):
-            if call.name == name:
-                del self.calls[key]
-                record = record_of(call)
-                record.held -= 1
-                record.captured -= 1
-                self._forget()
-                return call
-        return None
+        try:
+            key = next((key for key, call in reversed(self.calls.items()) if call.name == name), None)
+        except RuntimeError:  # another thread has appended meanwhile
+            return self.withdraw(name)
+        if key is None:
+            return None
+        call = self.calls.pop(key)
+        record = record_of(call)
+        record.held -= 1
+        record.captured -= 1
+        self._forget()
+        return call
 
     def trim(self) -> None:
         """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
@@ -122,7 +124,7 @@ class Log:
 
     def runs(self, name: str) -> list[Call]:
         """Returns the calls of a layer that are kept, in execution order."""
-        last = self.calls.get(name)
+        last: Call | None = self.calls.get(name)
         return [last] if last is not None else self._runs.of(name, self.calls)
 
     def numbered(self) -> list[Call]:
@@ -139,11 +141,13 @@ class Log:
     def made(self, make: Callable[[Log], _Made]) -> _Made:
         """Returns what a function makes of the log; once the capture is closed, it is made once."""
         count, found = self._made.get(make, (-1, None))
-        if self.is_open or count != len(self.calls):
-            found = make(self)
-            if not self.is_open:
-                self._made[make] = (len(self.calls), found)
-        return found  # type: ignore[no-any-return]
+        if count == len(self.calls) and not self.is_open:
+            known: _Made = found
+            return known
+        new = make(self)
+        if not self.is_open:
+            self._made[make] = (len(self.calls), new)
+        return new
 
     def by_pass(self) -> dict[int, list[Call]]:
         """Returns the calls of each forward pass."""
@@ -179,9 +183,7 @@ class Log:
         if record is None:
             return LayerCoverage(name, 0)
         unactivated = max(0, record.ran - record.captured)
-        return LayerCoverage(
-            name, record.captured, record.bypassed, record.bypasses, record.computed, unactivated
-        )
+        return LayerCoverage(name, record.captured, record.bypassed, record.bypasses, record.computed, unactivated)
 
 
 def _by_pass(log: Log) -> dict[int, list[Call]]:

@@ -151,7 +151,9 @@ class Selection:
         found = [name for name in self.typed if pattern.fullmatch(name)]
         self._patterns.append(pattern)
         if self.includes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
-            self.function_names.update(name for name, axes in self._loose.items() if axes == 3 and pattern.fullmatch(name))
+            self.function_names.update(
+                name for name, axes in self._loose.items() if axes == 3 and pattern.fullmatch(name)
+            )
         if found or self.function_names or (self.includes_conv1d and pattern.fullmatch(FUNCTION)):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
