@@ -211,17 +211,17 @@ def test_keys_are_read_in_one_thread_while_another_one_appends():
 
 def test_printing_many_calls_makes_the_keys_of_the_shown_rows_only():
     record = LayerRecord("conv", True)
-    count = record.held = record.captured = 20_000
+    count = record.held = record.captured = 10_001
     acts = Activations(Log(calls={i: Call(record, i, i, "module", X) for i in range(count)}, records={"conv": record}))
     with counted(call_module, "numbered") as keys:
         text = str(acts)
     assert keys["all"] == 100
     assert len(text.splitlines()) == 105
-    assert "100 of 20,000 rows shown: print(acts.summary(rows=None)) shows all" in text
-    assert "20000 calls, 312.5 KiB of values (acts.nbytes counts shared memory once)" in text
+    assert "100 of 10,001 rows shown: print(acts.summary(rows=None)) shows all" in text
+    assert "10001 calls, 156.3 KiB of values (acts.nbytes counts shared memory once)" in text
     assert acts.nbytes == X.nbytes
     assert acts._repr_html_().count("<tr>") == 102
-    assert len(str(acts.summary(rows=None)).splitlines()) == count + 3
+    assert len(acts.summary(rows=None)) == count
 
 
 def test_samples_one_by_one_group_the_calls_once():

@@ -20,7 +20,8 @@ def call_table(log: Log, stats: bool, most: int | None, coverage: Coverage) -> T
     """Makes the table of a log; only the rows that it shows are computed here."""
     columns = ["layer", "shape", "dtype", "device", "bytes", *(STATISTICS if stats else ())]
     calls = log.numbered()
-    rows = Rows(list(log.calls), functools.partial(_row, log, stats))
+    places = list(log.calls)
+    rows = Rows(places, functools.partial(_row, log, places, stats))
     title = "" if rows else "no outputs captured"
     notes = [_totals(calls, coverage), *log.notes]
     return Table(columns, rows, title, notes, most=most, whole="print(acts.summary(rows=None))")
@@ -36,13 +37,13 @@ def _totals(calls: list[Call], coverage: Coverage) -> str:
     return f"{plural(len(calls), 'call')}, {size}{rest}"
 
 
-def _row(log: Log, stats: bool, place: Any) -> list[Any]:
-    """The cells of a call, from its place in the log."""
+def _row(log: Log, places: list[Any], stats: bool, place: Any) -> list[Any]:
+    """The cells of a call, from its place in the log and those of all calls of the table."""
     call = log.calls.get(place)
     if call is None:
         raise NotCaptured(
-            "the call of this row was cleared since the table was made, which has only its first and last rows by itself. "
-            "Make it with acts.summary(rows=None) to have all rows at once."
+            f"row {places.index(place)} was cleared since this table was made, which has its first and last rows only. Make "
+            "it with acts.summary(rows=None) to have all rows at once."
         )
     key = call.key
     device = "" if call.device is None else str(call.device)
