@@ -10,7 +10,7 @@ GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 ROWS ?=
 ARGS ?=
 
-.PHONY: help demo test matrix dist lint types pytest architecture soak overhead bench correctness gallery clean
+.PHONY: help demo test matrix dist lint types pytest architecture soak overhead growth ray-cluster bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -57,6 +57,12 @@ soak: $(VENV)/.test  ## ten times as many random networks
 
 overhead: $(VENV)/.test  ## what a capture costs on this machine, written to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead
+
+growth: $(VENV)/.test  ## how costs grow with layers, calls and stack depth, written to benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.growth
+
+ray-cluster: $(VENV)/.test  ## the Ray example on two nodes of this machine, one of them killed, written to benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.ray_cluster
 
 bench: .venv-bench/.ready  ## what this library and others cost, written to benchmarks/RESULTS.md and benchmarks/peers.png
 	.venv-bench/bin/python -m benchmarks.peers

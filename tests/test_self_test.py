@@ -91,7 +91,7 @@ def raises(*args):
 
 
 def test_a_capture_without_a_working_call_stack_does_not_watch_functions(monkeypatch):
-    monkeypatch.setattr(self_test, "module_calls", lambda: iter(()))
+    monkeypatch.setattr(self_test.Calls, "modules", lambda calls: iter(()))
     model = TwoParts()
     with (
         pytest.warns(CoverageWarning, match="calls of modules are not found on the call stack"),

@@ -559,7 +559,7 @@ def test_rows_that_were_not_shown_say_when_their_outputs_were_cleared():
     acts.clear()
     assert str(table) == before  # what is printed is of the moment when the table was made
     assert whole[299][0] == "1#149"
-    with pytest.raises(NotCaptured, match=r"'1#149' was cleared .* acts\.summary\(rows=None\)"):
+    with pytest.raises(NotCaptured, match=r"row 299 was cleared .* acts\.summary\(rows=None\)"):
         table[299]
 
 

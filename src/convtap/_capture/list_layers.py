@@ -15,6 +15,7 @@ from convtap._errors import LayerNotFound
 from convtap._public import public
 from convtap._record.reductions import Reduce
 from convtap._result.activations import Activations
+from convtap._result.call import Call
 from convtap._result.log import Log
 from convtap._result.samples import Samples
 from convtap._select.arguments import as_selection, check_arguments
@@ -108,7 +109,10 @@ def list_layers(
         return _table(list(rows.values()), ("parameters", "kernel", "stride", "dilation"))
     log = _observe(model, layers, kinds, example, method, reduce, dtype)
     acts, batch = Activations(log), Samples(log).count
-    used = [_with_use(rows.get(name) or LayerRow(name, "parameter", None), acts, batch) for name in acts.coverage]
+    used = [
+        _with_use(rows.get(name) or LayerRow(name, "parameter", None), acts.calls(name), str(state), batch)
+        for name, state in acts.coverage.items()
+    ]
     return _table(used, ("used", "shape", "dtype", "bytes", "per sample"), _forecast(used, batch))
 
 
@@ -141,11 +145,9 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _with_use(row: LayerRow, acts: Activations, batch: int) -> LayerRow:
-    calls = acts.calls(row.name)
+def _with_use(row: LayerRow, calls: list[Call], state: str, batch: int) -> LayerRow:
     if not calls:
-        state = acts.coverage[row.name]
-        return LayerRow(**{**row.__dict__, "used": str(state)})
+        return LayerRow(**{**row.__dict__, "used": state})
     ways = {
         "module": "module",
         "function": "F.conv1d",

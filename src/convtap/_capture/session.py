@@ -56,7 +56,9 @@ class Session:
             raise LayerNotFound(selection.nothing())
         self.selection = selection
         self.offloader = options.offloader
-        self.log = log = Log(selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases)
+        self.log = log = Log(
+            selected=selection.names, exact=selection.exact, aliases=selection.tree.aliases, is_open=True
+        )
         self._note()
         token = self.token = modes.Token()
         self.passes = passes = Passes(
@@ -189,7 +191,8 @@ class Session:
         if lacking:
             log.notes.append(f"no such part: {listed(lacking)}")
         # the names only: what was collected keeps no module alive
-        log.selected = tuple(name for name in log.selected if name not in lacking)
+        log.selected = dict.fromkeys(name for name in log.selected if name not in lacking)
+        log.is_open = False
         stopped = isinstance(error, StopForward) and error.token is self.token
         if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
             raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it

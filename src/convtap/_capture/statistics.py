@@ -182,6 +182,7 @@ class _Added(dict[Any, Call]):
         self._recorder = recorder
         self._log = log
         self._delays = delays
+        self._newest: dict[str, Any] = {}
         self._lock = threading.RLock()  # torch runs branches of a model in threads of its own
 
     def __setitem__(self, key: Any, call: Call) -> None:
@@ -190,8 +191,10 @@ class _Added(dict[Any, Call]):
             if not self._delays:
                 self._add(call)
                 return
-            for old in [old for old, other in self.items() if other.name == call.name]:
-                self._add(self.pop(old))
+            old = self.pop(self._newest.get(call.name), None)
+            if old is not None:
+                self._add(old)
+            self._newest[call.name] = key
             super().__setitem__(key, call)
 
     def add_rest(self) -> None:

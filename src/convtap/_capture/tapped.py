@@ -29,7 +29,7 @@ from convtap._errors import (
 from convtap._public import public
 from convtap._record.policy import Policy
 from convtap._record.reductions import Reduce, Reductions
-from convtap._result.keys import separator
+from convtap._result.keys import separator, stems
 from convtap._select.arguments import check_arguments
 from convtap._select.module_tree import ModuleTree, is_keras
 from convtap._select.selection import CONV1D, FUNCTION, Layers, Types, select
@@ -116,17 +116,16 @@ class Tapped(nn.Module):
         self._selected = [*parts, *selection.function_names]
         self._exact = frozenset(selection.exact)
         self._idle: set[str] = set()
-        functions = [
-            *selection.function_names,
-            *(kernel.name for kernel in (kernels.known if kernels else ())),
-            FUNCTION,
-        ]
+        loose_names = [kernel.name for kernel in (kernels.known if kernels else ())]
+        functions = [*selection.function_names, *loose_names, FUNCTION]
         names = [*self._layers, *functions]
-        self._separators = {name: separator(name, names) for name in names}
+        taken = stems(names)
+        self._separators = {name: separator(name, taken) for name in names}
         policy, reductions = Policy(detach=False, reduce=reduce, dtype=dtype), Reductions(reduce, selection)
-        self._policies = {
-            key: dataclasses.replace(policy, reduce=reductions.of(key)) for key in (*self._selected, *functions)
-        }
+        self._policies = {}
+        for key in (*self._selected, *functions):
+            function = reductions.of(key)
+            self._policies[key] = policy if function is reduce else dataclasses.replace(policy, reduce=function)
         self._closed = False
         self._open()
 
@@ -164,7 +163,7 @@ class Tapped(nn.Module):
                     output = self.model(*args, **kwargs)
         finally:
             sink.calls = None
-        names = [name + part for name, part, _ in calls]
+        names = {name + part: True for name, part, _ in calls}
         missing = [name for name in self._selected if name not in names]
         if missing:
             self._missing(missing, len(calls) > 0)

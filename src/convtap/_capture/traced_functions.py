@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -45,12 +46,16 @@ class Kernel:
     name: str
     wanted: bool
 
+    def tensor(self) -> Any:
+        """Returns what is kept there now."""
+        if self.kept == "__dict__":
+            return getattr(self.module, self.key, None)
+        tensors = self.module._parameters if self.kept == "_parameters" else self.module._buffers
+        return tensors.get(self.key)
+
     def is_now(self, weight: Any) -> bool:
         """Whether a tensor is this kernel."""
-        if self.kept == "__dict__":
-            return getattr(self.module, self.key, None) is weight
-        tensors = self.module._parameters if self.kept == "_parameters" else self.module._buffers
-        return tensors.get(self.key) is weight
+        return self.tensor() is weight
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,18 @@ class Kernels:
     takes_others: bool
     layers: dict[str, nn.Module]
 
-    def name_of(self, weight: Any) -> str | None:
-        """Returns the name of a convolution with this weight, or None if it is not selected."""
-        for kernel in self.known:
+    def by_identity(self) -> dict[int, Kernel]:
+        """Returns the kernels by the identity of the tensors that they are now; the first one of those that share one."""
+        return {id(kernel.tensor()): kernel for kernel in reversed(self.known)}
+
+    def name_of(self, weight: Any, likely: Kernel | None = None) -> str | None:
+        """Returns the name of a convolution with this weight, or None if it is not selected.
+
+        Args:
+            weight: the tensor.
+            likely: the kernel to look at first.
+        """
+        for kernel in self.known if likely is None or not likely.is_now(weight) else (likely,):
             if kernel.is_now(weight):
                 return kernel.name if kernel.wanted else None
         return FUNCTION if self.takes_others else None
@@ -97,8 +111,12 @@ def kernels_of(selection: Selection) -> Kernels | None:
     if not (wanted or takes_others) or (tree.instances(_FAST_PATHS) and not (loose or selection.function_names)):
         return None
     convolutions = {name: module for name, module in tree.names.items() if is_convolution(module)}
-    layers = {name: module for name, module in convolutions.items() if not _is_told_by_weight(module, known)}
-    return Kernels(tuple(known), takes_others, layers)
+    kernels = Kernels(tuple(known), takes_others, {})
+    owners = kernels.by_identity()
+    kernels.layers.update(
+        {name: layer for name, layer in convolutions.items() if not _is_told_by_weight(layer, owners)}
+    )
+    return kernels
 
 
 def _may_be_kernel(module: nn.Module, key: str, tensor: Tensor) -> bool:
@@ -107,9 +125,9 @@ def _may_be_kernel(module: nn.Module, key: str, tensor: Tensor) -> bool:
     return tensor.dim() == 3
 
 
-def _is_told_by_weight(module: nn.Module, known: list[Kernel]) -> bool:
+def _is_told_by_weight(module: nn.Module, owners: dict[int, Kernel]) -> bool:
     weight = module._parameters.get("weight")
-    owner = next((kernel for kernel in known if weight is not None and kernel.is_now(weight)), None)
+    owner = None if weight is None else owners.get(id(weight))
     return owner is not None and owner.module is module
 
 
@@ -122,6 +140,7 @@ class FunctionalTap(TorchFunctionMode):
         self.kernels = kernels
         self.policies = policies
         self.at = at
+        self._by_identity: dict[int, Kernel] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a torch function."""
@@ -147,13 +166,21 @@ class FunctionalTap(TorchFunctionMode):
         for _, layer in running:
             if layer._parameters.get("weight") is weight:
                 return None
-        name = self.kernels.name_of(weight)
+        name = self._owner(weight)
         if name is None:
             return None
         for around, layer in running:
             if name == around or (is_convolution(layer) and (name == FUNCTION or name.startswith(around + "."))):
                 return None
         return name
+
+    def _owner(self, weight: Any) -> str | None:
+        """Returns the name of a kernel. Only outside of a trace does a tensor keep its identity."""
+        if torch.compiler.is_compiling():
+            return self.kernels.name_of(weight)
+        if self._by_identity is None:
+            self._by_identity = self.kernels.by_identity()
+        return self.kernels.name_of(weight, self._by_identity.get(id(weight)))
 
     def _keep(self, name: str, value: Any) -> None:
         calls = self.sink.calls

@@ -15,7 +15,7 @@ from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
 from convtap._errors import ConvtapError, InvalidType, InvalidValue, Unsupported, listed
 from convtap._record.policy import cast
-from convtap._result.keys import numbered, separator
+from convtap._result.keys import numbered, separator, stems
 from convtap._tensors.layout import Axes, after
 from convtap._tensors.nested import Omitted, walk_leaves
 
@@ -69,7 +69,8 @@ class RowMaker:
         for layer, part, value in calls:
             by_layer.setdefault((layer, part), []).append(value)
         names = {layer for layer, _ in by_layer}
-        marks = {layer: separator(layer, names) for layer in names}
+        taken = stems(names)
+        marks = {layer: separator(layer, taken) for layer in names}
         for (layer, part), values in by_layer.items():
             if self.options.calls == "keys":
                 for number, value in enumerate(values):

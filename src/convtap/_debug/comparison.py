@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from convtap._debug.metrics import Difference, Tolerance, difference, step
 from convtap._errors import InvalidValue, listed
 from convtap._public import public
-from convtap._result.keys import numbered, separator
+from convtap._result.keys import numbered, separator, stems
 from convtap._table import MOST, Rows, Table
 from convtap._tensors.nested import walk_tensors
 
@@ -124,6 +124,7 @@ class Ledger:
         self._lone: tuple[list[tuple[Run, str]], list[tuple[Run, str]]] = ([], [])
         self._counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._coarsest = 0.0
+        self._stems: tuple[set[str], ...] = ()
 
     def saw(self, side: int) -> bool:
         """Whether there was any call on a side."""
@@ -167,6 +168,7 @@ class Ledger:
         Raises:
             InvalidValue: there is nothing in it.
         """
+        self._stems = tuple(stems(counts) for counts in self._counts)
         lone = [[self._key(side, run) + path for run, path in self._lone[side]] for side in (0, 1)]
         if not any(mine.layer != OUTPUT for mine, *_ in self._rows):
             raise InvalidValue(
@@ -181,4 +183,4 @@ class Ledger:
 
     def _key(self, side: int, run: Run) -> str:
         counts = self._counts[side]
-        return numbered(run.layer, run.number, counts[run.name], separator(run.layer, counts), run.part)
+        return numbered(run.layer, run.number, counts[run.name], separator(run.layer, self._stems[side]), run.part)

@@ -111,7 +111,7 @@ def match(a: Mapping[str, Any], b: Mapping[str, Any], given: Mapping[str, str] |
     pairs = _checked(a, b, given)
     left = [name for name in a if name not in pairs]
     taken = set(pairs.values())
-    right = [name for name in b if name not in taken]
+    right = {name: None for name in b if name not in taken}
     if set(left) != set(right) and [a[name] for name in left] == [b[name] for name in right]:
         pairs.update(zip(left, right, strict=True))
         return pairs, "paired by order: the names differ, the structures match"

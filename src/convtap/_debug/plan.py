@@ -8,6 +8,7 @@ from typing import Any
 from convtap._debug.comparison import Run
 from convtap._debug.pairs import folded
 from convtap._debug.side import Side
+from convtap._select.module_tree import lies_in
 from convtap._select.selection import FUNCTION
 
 
@@ -37,8 +38,11 @@ class Plan:
         for side, runs, asked in ((one, self.runs, pairs.keys()), (two, self.runs.values(), pairs.values())):
             names = {run.layer for run in runs}
             self.only_partners.append(names - side.layers.keys() - set(asked))
-            inner = {name for name in side.layers if any(name.startswith(f"{outer}.") for outer in names)}
-            self._within.append(inner)
+            self._within.append({name for name in side.layers if lies_in(name, names)})
+        self._partners = (
+            {*self.pairs, *(run.layer for run in self.runs)},
+            {*self.pairs.values(), *(run.layer for run in self.runs.values())},
+        )
 
     def _pair(self, mine: Run, theirs: Run) -> None:
         one, two = self.sides
@@ -67,9 +71,7 @@ class Plan:
 
     def partners(self, side: int) -> set[str]:
         """The names of the modules on one side that are compared."""
-        if side == 0:
-            return {*self.pairs, *(run.layer for run in self.runs)}
-        return {*self.pairs.values(), *(run.layer for run in self.runs.values())}
+        return self._partners[side]
 
     def _extra(self, side: int) -> list[str]:
         wanted = self.partners(side).difference(self.sides[side].layers)
@@ -94,9 +96,5 @@ class Plan:
 
 def _same_name(name: str, other: Side, wanted: set[str]) -> str | None:
     """The partner of a convolution that ran as a function: its weight's owner in the other model, if it has one."""
-    tree = other.selection.tree
-    if name in wanted or not (
-        name == FUNCTION or name in tree.names or any(name == own for own, _ in tree.parameters())
-    ):
-        return None
-    return name
+    known = name == FUNCTION or name in other.selection.tree.names or other.selection.has_parameter(name)
+    return name if known and name not in wanted else None

@@ -18,7 +18,7 @@ from convtap._errors import NonFiniteOutput
 from convtap._select.module_tree import ROOT
 from convtap._tensors.nested import walk_tensors
 from convtap._torch.call_stack import CALL, Members
-from convtap._torch.frame_marks import mark, marked, unmark
+from convtap._torch.frame_marks import Marks
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, backward_task, open_tokens
 
@@ -86,7 +86,7 @@ class Watch:
         self._forward = -1
         self._tasks: set[int] = set()
         self._members: Members | None = None
-        self._owner = object()
+        self._marks = Marks()
 
     def open(self) -> None:
         """Puts the hooks on."""
@@ -101,7 +101,9 @@ class Watch:
     def close(self) -> None:
         """Takes them off, and forgets which tensors were seen. Hooks on tensors of a graph that lives on do nothing."""
         self._closed = True
-        unmark(self._owner)
+        self._marks.clear()
+        if self._members is not None:
+            self._members.forget()
         self._hooks.remove()
         for handle in self._handles:
             handle()
@@ -164,13 +166,13 @@ class Watch:
         if found is None or found[1].f_code is CALL:
             return None
         owner, python_frame = found
-        known = marked(python_frame, self._owner)
+        known = self._marks.of(python_frame)
         if isinstance(known, ModuleRun):
             return known
         name = next((name for name, other in self._modules.items() if other is owner), ROOT)
         method = ModuleRun(name, owner, None, -1, next(self._forwards))
         method.method = python_frame.f_code.co_name
-        mark(python_frame, self._owner, method)
+        self._marks.set(python_frame, method)
         return method
 
     def _is_here(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._tensors.nested import walk_tensors
-from convtap._torch.frame_marks import mark, marked
+from convtap._torch.frame_marks import Marks
 from convtap._torch.transforms import unwrapped
 
 #: Finds the name of a module.
@@ -48,11 +48,11 @@ class BodyCalls:
     """Decides which calls of parts belong to one pass.
 
     Attributes:
-        owner: whose marks the frames have.
+        marks: the passes of the frames that call parts.
     """
 
     def __init__(self, unclear: dict[int, tuple[str, int]], name_of: NameOf) -> None:
-        self.owner = object()
+        self.marks = Marks()
         self._unclear = unclear
         self._name_of = name_of
         self._outputs: dict[int, tuple[int, ...]] = {}
@@ -79,7 +79,7 @@ class BodyCalls:
         ):
             self._doubt(now, part, now.before)  # it may be the part that the pass before this one lacks
         if caller is not None:
-            mark(caller, self.owner, now.number)
+            self.marks.set(caller, now.number)
         now.parts.add(id(part))
         now.last, now.output = part, _nothing
         return now
@@ -103,7 +103,7 @@ class BodyCalls:
 
     def _may_go_on(self, before: BodyPass, tensor: Tensor, caller: FrameType | None) -> bool:
         """Whether a part that is called again may work on the same input still."""
-        if before.last is None or (caller is not None and marked(caller, self.owner) is None):
+        if before.last is None or (caller is not None and self.marks.of(caller) is None):
             return False
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in before.last.parameters())
         return not learns or (tensor.requires_grad and not tensor.is_leaf)

@@ -17,16 +17,17 @@ from convtap._select.module_tree import is_keras
 from convtap._torch import call_shim
 from convtap._torch.call_stack import (
     CALL,
+    Calls,
     Members,
     arguments_of,
     is_plain_call,
-    module_calls,
     own_methods,
     pass_by_in_dynamo,
     skip_in_dynamo,
 )
 from convtap._torch.convolution_key import is_inherited
-from convtap._torch.frame_marks import mark, marked, unmark
+from convtap._torch.frame_marks import Marks
+from convtap._torch.frame_search import FrameSearch
 from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens, outside_function_modes
 from convtap._torch.transforms import unwrapped
@@ -80,6 +81,7 @@ class Passes:
     it. See Note: [Calls of parts] for parts that are called directly.
 
     Attributes:
+        calls: the modules that are being called.
         companion: what goes along to another thread in which a pass runs.
         elsewhere: threads in which the root ran without this capture.
         here: the pass that this thread is in.
@@ -101,8 +103,9 @@ class Passes:
         self.here = _Here()
         self._known: Members | None = None
         self.unclear: dict[int, tuple[str, int]] = {}
-        self._owner = object()
-        self._methods = own_methods(model)
+        self._marks = Marks()
+        self._methods = FrameSearch(own_methods(model))
+        self.calls = Calls(model)
         self._body = BodyCalls(self.unclear, name_of)
         self._home = threading.get_ident()
         self.companion: Companion | None = None
@@ -119,8 +122,10 @@ class Passes:
         call_shim.leave(self._marked, self.heard)
         self._marked.clear()
         self.here.body = None
-        unmark(self._owner)
-        unmark(self._body.owner)
+        self._marks.clear()
+        self._body.marks.clear()
+        for search in (self._methods, self.calls, self._known or self.calls):
+            search.forget()
         if self._hooks is not None:
             self._hooks.remove()
 
@@ -182,7 +187,7 @@ class Passes:
         if self.here.depth > 0 or is_inherited():
             return True
         members = self._members().ids
-        return any(id(module) in members for module, _ in module_calls())
+        return any(id(module) in members for module in self.calls.modules())
 
     def in_method(self) -> bool:
         """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
@@ -211,7 +216,7 @@ class Passes:
     @skip_in_dynamo
     def _of_root(self, args: Any, kwargs: Any) -> int:
         """The pass of a call of the whole model."""
-        method = self._method_around() if self._methods else None
+        method = self._method_around() if self._methods.wanted else None
         if method is None:
             self.here.body = None
             return self._begin((args, kwargs))
@@ -225,9 +230,8 @@ class Passes:
 
     def _method_around(self) -> _Method | None:
         """Returns the method of the model that calls the whole model now, if one does."""
-        start = frame = sys._getframe(1)
-        while frame is not None and id(frame.f_code) not in self._methods:
-            frame = frame.f_back  # type: ignore[assignment]
+        start = sys._getframe(1)
+        frame = next(self._methods.frames(start), None)
         found = None if frame is None else self._members().entry(start)
         return None if found is None else self._method(*found)
 
@@ -262,7 +266,7 @@ class Passes:
             self.unclear.setdefault(here.body.number, ("", -1))
             return here.body.number
         module, frame = found
-        known = marked(frame, self._owner)
+        known = self._marks.of(frame)
         if isinstance(known, int):
             return known
         if known is None and module is not self._model and is_plain_call(frame):
@@ -270,7 +274,7 @@ class Passes:
                 [frame.f_locals.get(key) for key in ("args", "kwargs")] if frame.f_code is CALL else arguments_of(frame)
             )
             body = self._enter(module, inputs, frame)
-            mark(frame, self._owner, body.number)
+            self._marks.set(frame, body.number)
             if all(module is not other for other in self._marked):
                 self._mark(module)
             return body.number
@@ -282,12 +286,12 @@ class Passes:
         return method.number
 
     def _method(self, module: nn.Module, frame: FrameType) -> _Method:
-        known = marked(frame, self._owner)
+        known = self._marks.of(frame)
         if isinstance(known, _Method):
             return known
         self.here.body = None
         method = _Method(frame.f_code.co_name)
-        mark(frame, self._owner, method)
+        self._marks.set(frame, method)
         return method
 
     def _check(self, method: _Method) -> None:

@@ -151,8 +151,8 @@ class Recorder:
             self.reached += 1  # a module that is tapped was selected
         record.captured = number + 1
         record.held += 1
-        log.changes = serial = next(self._serials)  # counted in one step: torch runs branches in threads of its own
-        log.calls[serial] = Call(record, number - record.cleared, forward, "module", value)
+        call = Call(record, number - record.cleared, forward, "module", value)
+        log.calls[next(self._serials)] = call  # counted in one step: torch runs branches in threads of its own
         return output
 
     def emit_shared(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -285,8 +285,7 @@ class Recorder:
             log.replace(name, call)
         else:
             record.held += 1
-            log.changes = serial = next(self._serials)
-            log.calls[serial] = call
+            log.calls[next(self._serials)] = call
         if record.captured == 0 and name in log.selected:
             self.reached += 1
         record.captured += 1
@@ -299,5 +298,5 @@ class Recorder:
         log = self._log
         record = log.records[name] = self._new_record(name)
         if self._has_numbers or "#" in name:
-            log.tell_apart()
+            log.tell_apart(record)
         return record

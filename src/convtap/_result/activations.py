@@ -42,7 +42,7 @@ class Activations(Mapping[str, Any]):
     # -- the mapping
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._log.index()))
+        return iter([call.key for call in self._log.numbered()])
 
     def __len__(self) -> int:
         return len(self._log.calls)
@@ -94,12 +94,15 @@ class Activations(Mapping[str, Any]):
         Raises:
             LayerNotFound: ``name`` is neither captured nor selected here.
         """
-        found = list(self._log.calls.values())
         if name is not None:
             resolved = self._log.resolve(name)
             if resolved is None:
                 raise missing(self._log, name)
-            found = [call for call in found if call.name == resolved]
+            found = list(self._log.runs(resolved))
+        elif forward is None:
+            return self._log.numbered()
+        else:
+            found = list(self._log.by_pass().get(forward, ()))
         return found if forward is None else [call for call in found if call.forward == forward]
 
     def cat(self, name: str | None = None, dim: int = 0) -> Any:
@@ -156,7 +159,7 @@ class Activations(Mapping[str, Any]):
     @property
     def coverage(self) -> Coverage:
         """What became of each selected layer."""
-        return Coverage(self._log.states(), self._log.notes)
+        return self._log.made(_coverage)
 
     @property
     def nbytes(self) -> int:
@@ -183,8 +186,8 @@ class Activations(Mapping[str, Any]):
             Unsupported: an output has no axis of the size of the input batch, or its time axis is unknown.
         """
         if lengths is None and timeline is None:
-            return Samples(self._log).all()
-        return Samples(self._log).valid(lengths, timeline)
+            return self._log.made(Samples).all()
+        return self._log.made(Samples).valid(lengths, timeline)
 
     def sample(self, i: int) -> dict[str, Tensor]:
         """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
@@ -197,7 +200,7 @@ class Activations(Mapping[str, Any]):
             OutOfRange: there is no such input.
             Unsupported: an output has no axis of the size of the input batch.
         """
-        return Samples(self._log).one(i)
+        return self._log.made(Samples).one(i)
 
     # -- elsewhere
 
@@ -269,8 +272,7 @@ class Activations(Mapping[str, Any]):
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
         """
-        keys = list(self._log.index())  # first: it may number calls anew
-        return call_table(self._log, keys, stats, rows, self.nbytes, self.coverage)
+        return call_table(self._log, stats, rows, self.coverage)
 
     def __repr__(self) -> str:
         return str(self.summary())
@@ -282,6 +284,10 @@ class Activations(Mapping[str, Any]):
 def _public_module(module: str) -> Any:
     """Imports what draws: by its public name and only when it is asked for, since it comes after what it draws."""
     return importlib.import_module(f"convtap.{module}")
+
+
+def _coverage(log: Log) -> Coverage:
+    return Coverage(log.states(), log.notes)
 
 
 def log_of(acts: Activations) -> Log:

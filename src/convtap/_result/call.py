@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from convtap._errors import NotCaptured
@@ -244,10 +245,37 @@ def _as_it_is(held: Any) -> Any:
     return held
 
 
+def append_runs(lists: dict[str, list[Call]], calls: Iterable[Call]) -> None:
+    """Appends calls to the lists of their layers, and numbers them by their places there."""
+    for call in calls:
+        name = call._record.name
+        runs = lists.get(name)
+        if runs is None:
+            lists[name] = [call]
+            continue
+        number = len(runs)
+        if call.index != number or runs[0].index:  # two threads that run a layer at once may have taken one number
+            runs[0].index, call.index = 0, number
+        runs.append(call)
+
+
+def value_bytes(calls: Iterable[Call]) -> int:
+    """Sums the bytes of the calls' elements; memory that several share counts each time."""
+    plain, total = torch.strided, 0
+    for call in calls:
+        value = call._value
+        is_plain = type(value) is Tensor and value.layout is plain and not value.is_nested
+        total += value.nbytes if is_plain else call.nbytes
+    return total
+
+
 def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in calls:
+        if type(call._value) is Tensor and given_of(call) is MISSING and call._gradient is None:
+            found.update(memory_of(call._value))  # most calls
+            continue
         for _, tensor in walk_tensors([shown_value(call), map_leaves(lambda held: held.tensor, given_of(call), Held)]):
             found.update(memory_of(tensor))
         if call._gradient is not None and call._gradient.nbytes:
@@ -255,8 +283,7 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
     return found
 
 
-def separate(records: Iterable[LayerRecord], names: Iterable[str]) -> None:
-    """Gives a layer another separator where ``name#0`` could also be the name of another layer."""
-    names = [name for name in names if "#" in name]
-    for record in list(records) if names else ():
-        record.separator = separator(record.layer, names)
+def separate(records: Iterable[LayerRecord], taken: Container[str]) -> None:
+    """Gives layers another separator where ``name#0`` could also be the name of another layer: one of the ``stems``."""
+    for record in list(records):
+        record.separator = separator(record.layer, taken)

@@ -40,13 +40,13 @@ def renamed(log: Log, names: Any) -> Log:
     found = dataclasses.replace(
         log,
         calls={key: moved(call, records[new.get(call.name, call.name)]) for key, call in log.calls.items()},
-        selected=tuple(new.get(name, name) for name in log.selected),
+        selected=dict.fromkeys(new.get(name, name) for name in log.selected),
         exact=tuple(new.get(name, name) for name in log.exact),
         records=records,
         inputs=dict(log.inputs),
         unclear=dict(log.unclear),
         notes=list(log.notes),
-        changes=log.changes + 1,
+        is_open=False,
     )
     found.tell_apart()
     return found
@@ -71,16 +71,15 @@ def joined(first: Log, second: Log) -> Log:
             calls[len(calls)] = moved(call, records[call.name], call.forward + plus)
     found = Log(
         calls=calls,
-        selected=tuple(dict.fromkeys((*first.selected, *second.selected))),
+        selected=dict.fromkeys((*first.selected, *second.selected)),
         exact=tuple(dict.fromkeys((*first.exact, *second.exact))),
         records=records,
         inputs={**first.inputs, **{number + shift: shape for number, shape in second.inputs.items()}},
         unclear={**first.unclear, **{n + shift: (why, one + shift) for n, (why, one) in second.unclear.items()}},
         aliases=list(dict.fromkeys((*first.aliases, *second.aliases))),
         notes=list(dict.fromkeys((*first.notes, *second.notes))),
-        changes=len(calls),
     )
-    found.renumber()
+    found.numbered()
     found.tell_apart()
     return found
 

@@ -91,7 +91,7 @@ def _content(path: Any, metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     log = Log(
-        selected=tuple(layer["name"] for layer in content["layers"]),
+        selected=dict.fromkeys(layer["name"] for layer in content["layers"]),
         inputs={number: None if shape is None else tuple(shape) for number, shape in content["inputs"]},
         unclear={number: (why, first) for number, why, first in content.get("unclear", [])},
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
@@ -109,10 +109,9 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
     for saved in content["calls"]:
         record = log.records[saved["name"]]
         record.held += 1
-        log.changes += 1
         value = _decode(saved["value"], tensors)
         given = _decode(saved["input"], tensors) if "input" in saved else MISSING
-        log.calls[log.changes] = Call(record, saved["index"], saved["forward"], saved["via"], value, None, given)
+        log.calls[len(log.calls)] = Call(record, saved["index"], saved["forward"], saved["via"], value, None, given)
     return log
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 
 def numbered(name: str, index: int, count: int, separator: str = "#", part: str = "") -> str:
@@ -15,9 +15,24 @@ def numbered(name: str, index: int, count: int, separator: str = "#", part: str 
     return name + part if count == 1 else f"{name}{separator}{index}{part}"
 
 
-def separator(name: str, names: Iterable[str]) -> str:
-    """Returns what precedes the number of a call: ``#``, or ``##`` if ``name#0`` could be the name of another layer."""
-    return "##" if any(other.startswith(name + "#") for other in names) else "#"
+def stems(names: Iterable[str]) -> set[str]:
+    """Returns what precedes each ``#`` in some names: the names of layers whose calls need another separator.
+
+    Example:
+        >>> stems(["conv", "conv#0"])
+        {'conv'}
+    """
+    return {name[:place] for name in names if "#" in name for place, mark in enumerate(name) if mark == "#"}
+
+
+def separator(name: str, taken: Container[str]) -> str:
+    """Returns what precedes the number of a call: ``#``, or ``##`` if ``name#0`` could be the name of another layer.
+
+    Args:
+        name: the layer.
+        taken: the ``stems`` of all layers' names.
+    """
+    return "##" if name in taken else "#"
 
 
 def positions(names: Sequence[str]) -> list[tuple[int, int]]:
@@ -44,8 +59,8 @@ def keys_of(names: Sequence[str]) -> list[str]:
         >>> keys_of(["a", "b", "a"])
         ['a#0', 'b', 'a#1']
     """
-    clashing = {name for name in names if "#" in name}
+    taken = stems(names)
     return [
-        numbered(name, *position, separator(name, clashing))
+        numbered(name, *position, separator(name, taken))
         for name, position in zip(names, positions(names), strict=True)
     ]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from convtap._result.call import Call, LayerRecord, record_of, separate
 from convtap._result.coverage import LayerCoverage
+from convtap._result.keys import stems
+from convtap._result.runs import Runs
 from convtap._select.module_tree import resolve_name
+
+_Made = TypeVar("_Made")
+
+
+class _Either(Container[str]):
+    """What is in one of two collections of names."""
+
+    def __init__(self, one: Container[str], other: Container[str]) -> None:
+        self._one, self._other = one, other
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._one or name in self._other
 
 
 @dataclass
@@ -16,8 +30,8 @@ class Log:
     """The memory of a block.
 
     Attributes:
-        calls: what is kept, in execution order.
-        selected: the names of the selected layers, in definition order.
+        calls: what is kept, in execution order: by a serial number, or by the layer's name if only its last call is kept.
+        selected: the names of the selected layers, in definition order; a mapping, so that one is found at once.
         exact: those of them that were asked for by exact name.
         records: the account of each layer that was captured or bypassed, by name.
         inputs: by forward pass, the shape of its first input tensor, or None.
@@ -25,12 +39,12 @@ class Log:
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
         lacking: parts that a glob asked for, and that the output of some layer did not have.
-        changes: grows with every call kept or forgotten.
         cleared: how often the calls were forgotten.
+        is_open: whether the capture may still record.
     """
 
     calls: dict[Any, Call] = field(default_factory=dict)
-    selected: Collection[str] = ()
+    selected: Mapping[str, Any] = field(default_factory=dict)
     exact: Collection[str] = ()
     records: dict[str, LayerRecord] = field(default_factory=dict)
     inputs: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
@@ -38,13 +52,26 @@ class Log:
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     lacking: dict[str, None] = field(default_factory=dict)
-    changes: int = 0
     cleared: int = 0
-    _indexed: tuple[int, dict[str, Call]] = field(default=(-1, {}), repr=False)
+    is_open: bool = False
+    _stems: set[str] | None = field(default=None, init=False, repr=False)
+    _runs: Runs = field(default_factory=Runs, init=False, repr=False)
+    _made: dict[Any, tuple[int, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # while the block is open, the names are keys of its modules
-        return {**self.__dict__, "selected": tuple(self.selected), "exact": tuple(self.exact), "_indexed": (-1, {})}
+        own = {"selected": tuple(self.selected), "exact": tuple(self.exact), "is_open": False}
+        return {**self.__dict__, **own, "_runs": Runs(), "_made": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {key: value for key, value in state.items() if key not in ("changes", "_indexed")}  # of version 0.1.0
+        self.__dict__.update({"is_open": False, "_runs": Runs(), "_made": {}, "_stems": None, **state})
+        self.selected = dict.fromkeys(state.get("selected", ()))
+
+    def _forget(self) -> None:
+        """Lets go of everything that was made of the calls: some were removed or replaced."""
+        self._made.clear()
+        self._runs.forget()
 
     def clear(self) -> None:
         """Forgets the calls, as if the block began here; what was ever captured stays counted."""
@@ -54,8 +81,8 @@ class Log:
         for record in self.records.values():
             record.held = 0
             record.cleared = record.captured
-        self.changes += 1
         self.cleared += 1
+        self._forget()
 
     def replace(self, name: str, call: Call) -> None:
         """Keeps a call in place of the layer's earlier one."""
@@ -63,20 +90,21 @@ class Log:
         self.calls[name] = call
         record_of(call).held = 1
         self.trim()
-        self.changes += 1
 
     def withdraw(self, name: str) -> Call | None:
         """Forgets the newest call of a layer, as if it had not been; returns it."""
-        newest: list[tuple[Any, Call]] = list(reversed(self.calls.items()))
-        for key, call in newest:
-            if call.name == name:
-                del self.calls[key]
-                record = record_of(call)
-                record.held -= 1
-                record.captured -= 1
-                self.changes += 1
-                return call
-        return None
+        try:
+            key = next((key for key, call in reversed(self.calls.items()) if call.name == name), None)
+        except RuntimeError:  # another thread has appended meanwhile
+            return self.withdraw(name)
+        if key is None:
+            return None
+        call = self.calls.pop(key)
+        record = record_of(call)
+        record.held -= 1
+        record.captured -= 1
+        self._forget()
+        return call
 
     def trim(self) -> None:
         """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
@@ -92,31 +120,52 @@ class Log:
 
     def resolve(self, name: str) -> str | None:
         """Returns the layer that a name stands for here, or None."""
-        return resolve_name(name, self.names(), self.aliases)
+        return resolve_name(name, _Either(self.selected, self.records), self.aliases)
+
+    def runs(self, name: str) -> list[Call]:
+        """Returns the calls of a layer that are kept, in execution order."""
+        last: Call | None = self.calls.get(name)
+        return [last] if last is not None else self._runs.of(name, self.calls)
+
+    def numbered(self) -> list[Call]:
+        """Returns the calls in execution order, each with its number."""
+        calls = list(self.calls.values())
+        if not isinstance(next(iter(self.calls), None), str):
+            self._runs.update(self.calls)
+        return calls
 
     def index(self) -> dict[str, Call]:
         """Returns the calls by key, in execution order."""
-        stamp, index = self._indexed
-        if stamp != self.changes:
-            changes = self.changes
-            calls = list(self.calls.values())
-            index = {call.key: call for call in calls}
-            if len(index) < len(calls):
-                self.renumber()
-                index = {call.key: call for call in calls}
-            self._indexed = (changes, index)
-        return index
+        return {call.key: call for call in self.numbered()}
 
-    def renumber(self) -> None:
-        """Numbers the calls of each layer in order: two threads that run a layer at once may have taken one number."""
-        counts: dict[str, int] = {}
-        for call in list(self.calls.values()):
-            call.index = counts.get(call.name, 0)
-            counts[call.name] = call.index + 1
+    def made(self, make: Callable[[Log], _Made]) -> _Made:
+        """Returns what a function makes of the log; once the capture is closed, it is made once."""
+        count, found = self._made.get(make, (-1, None))
+        if count == len(self.calls) and not self.is_open:
+            known: _Made = found
+            return known
+        new = make(self)
+        if not self.is_open:
+            self._made[make] = (len(self.calls), new)
+        return new
 
-    def tell_apart(self) -> None:
-        """Sees to it that no numbered call has a key that is also another layer's."""
-        separate(self.records.values(), self.names())
+    def by_pass(self) -> dict[int, list[Call]]:
+        """Returns the calls of each forward pass."""
+        return self.made(_by_pass)
+
+    def tell_apart(self, newest: LayerRecord | None = None) -> None:
+        """Sees to it that no numbered call has a key that is also another layer's.
+
+        Args:
+            newest: the only record that is new since the last time; None if any may be.
+        """
+        if newest is None or self._stems is None:
+            self._stems = stems(self.names())
+            separate(self.records.values(), self._stems)
+            return
+        added = stems([newest.name]) - self._stems
+        self._stems |= added
+        separate([newest] if not added else self.records.values(), self._stems)
 
     def count_bypasses(self) -> None:
         """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""
@@ -126,13 +175,19 @@ class Log:
 
     def states(self) -> list[LayerCoverage]:
         """What became of each of them."""
-        found = []
-        for name in self.names():
-            record = self.records.get(name)
-            if record is None:
-                found.append(LayerCoverage(name, 0))
-            else:
-                unactivated = max(0, record.ran - record.captured)
-                state = (record.captured, record.bypassed, record.bypasses, record.computed, unactivated)
-                found.append(LayerCoverage(name, *state))
-        return found
+        return [self.state(name) for name in self.names()]
+
+    def state(self, name: str) -> LayerCoverage:
+        """What became of one layer."""
+        record = self.records.get(name)
+        if record is None:
+            return LayerCoverage(name, 0)
+        unactivated = max(0, record.ran - record.captured)
+        return LayerCoverage(name, record.captured, record.bypassed, record.bypasses, record.computed, unactivated)
+
+
+def _by_pass(log: Log) -> dict[int, list[Call]]:
+    found: dict[int, list[Call]] = {}
+    for call in list(log.calls.values()):
+        found.setdefault(call.forward, []).append(call)
+    return found

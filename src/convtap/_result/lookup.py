@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -27,19 +28,31 @@ def find_call(log: Log, key: str) -> Call | None:
     Raises:
         AmbiguousCall: the layer ran several times.
     """
-    index = log.index()
-    call = index.get(key)
-    if call is not None:
-        return call
     name = log.resolve(key)
     if name is None:
-        stem, mark, number = key.rpartition("#")
-        name = log.resolve(stem) if mark else None
-        return None if name is None else index.get(f"{name}#{number}")
+        return _numbered_call(log, key)
     record = log.records.get(name)
-    if record is not None and record.held > 1:
+    if record is None or not record.held:
+        return None
+    if record.held > 1:
         raise _ambiguous(log, name)
-    return index.get(name)
+    return next(iter(log.runs(name)), None)
+
+
+def _numbered_call(log: Log, key: str) -> Call | None:
+    """Returns the call of a key such as ``conv#1``, ``conv##1`` or ``lstm#1[0]``, or None."""
+    for found in reversed(list(_NUMBER.finditer(key))):
+        stem, number, part = key[: found.start()], int(found[1]), key[found.end() :]
+        for layer, separator in ((stem, "#"), (stem.removesuffix("#"), "##")):
+            name = log.resolve(layer + part)
+            record = None if name is None else log.records.get(name)
+            if record is not None and (record.separator, record.part) == (separator, part) and record.held > 1:
+                return next(iter(log.runs(record.name)[number : number + 1]), None)
+    return None
+
+
+#: The number of a call.
+_NUMBER = re.compile(r"#(0|[1-9][0-9]*)(?![0-9])")
 
 
 def _ambiguous(log: Log, name: str) -> AmbiguousCall:
@@ -67,7 +80,7 @@ def missing(log: Log, key: str) -> LayerNotFound:
     """Returns the error for a name without an output."""
     name = log.resolve(key)
     if name is not None:
-        state = {state.name: state for state in log.states()}[name]
+        state = log.state(name)
         if state.captured:
             why = "its outputs were cleared"
         elif state.unactivated:

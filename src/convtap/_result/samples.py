@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -70,10 +72,9 @@ class Samples:
     """The inputs of a block, numbered through its forward passes."""
 
     def __init__(self, log: Log) -> None:
-        by_pass: dict[int, list[Call]] = {}
-        for call in log.calls.values():
-            by_pass.setdefault(call.forward, []).append(call)
+        by_pass = log.by_pass()
         self.passes = [Pass(by_pass[number], log.inputs.get(number)) for number in sorted(by_pass)]
+        self._ends = list(itertools.accumulate(found.size for found in self.passes))
         self._why = next((why for number in by_pass for why in _doubts(number, by_pass, log.unclear)), None)
 
     def _check(self) -> None:
@@ -88,7 +89,7 @@ class Samples:
     def count(self) -> int:
         """How many inputs there are."""
         self._check()
-        return sum(found.size for found in self.passes)
+        return self._ends[-1] if self._ends else 0
 
     def all(self) -> list[dict[str, Tensor]]:
         """Returns every input's outputs."""
@@ -133,15 +134,13 @@ class Samples:
 
     def locate(self, i: int) -> tuple[Pass, int]:
         """Returns the forward pass of one input, and the input's row there; a negative position counts from the end."""
-        total = sum(found.size for found in self.passes)
+        total = self._ends[-1] if self._ends else 0
         if not -total <= i < total:
             raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
         row = i % total
-        for found in self.passes:
-            if row < found.size:
-                break
-            row -= found.size
-        return found, row
+        place = bisect.bisect_right(self._ends, row)
+        found = self.passes[place]
+        return found, row - (self._ends[place] - found.size)
 
 
 def _keys(calls: list[Call]) -> list[str]:
@@ -152,9 +151,7 @@ def _keys(calls: list[Call]) -> list[str]:
 
 def by_key_in_pass(log: Log) -> dict[str, list[Any]]:
     """Returns the outputs of all forward passes, by the key of each call within its pass."""
-    by_pass: dict[int, list[Call]] = {}
-    for call in log.calls.values():
-        by_pass.setdefault(call.forward, []).append(call)
+    by_pass = log.by_pass()
     found: dict[str, list[Any]] = {}
     for number in sorted(by_pass):
         for key, call in zip(_keys(by_pass[number]), by_pass[number], strict=True):

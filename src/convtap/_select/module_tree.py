@@ -76,6 +76,8 @@ def _join(prefix: str, name: str) -> str:
 
 def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, str]]) -> str | None:
     """Returns the clean form of a name: its prefixes replaced by what they are aliases of, until it is in ``names``."""
+    if name in names:
+        return name
     longest_first = sorted(aliases, key=lambda pair: -len(pair[0]))
     for _ in range(len(aliases) + 8):
         if name in names:
@@ -87,6 +89,11 @@ def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, 
         else:
             return None
     return None
+
+
+def lies_in(name: str, names: Container[str]) -> bool:
+    """Returns whether a module lies inside one of some others, by its name."""
+    return any(name[:place] in names for place, mark in enumerate(name) if mark == ".")
 
 
 def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -209,11 +216,11 @@ class ModuleTree:
         """Returns the names of the outermost modules of some types."""
         if not any(issubclass(kind, kinds) for kind in self._kinds):
             return []
-        found: list[str] = []
+        found: dict[str, None] = {}
         for name, module in self.names.items():
-            if isinstance(module, kinds) and not any(name.startswith(outer + ".") for outer in found):
-                found.append(name)
-        return found
+            if isinstance(module, kinds) and not lies_in(name, found):
+                found[name] = None
+        return list(found)
 
     def census(self) -> str:
         """Counts the leaf modules by type, most frequent first: ``4 Conv2d, 2 Linear``."""

@@ -6,7 +6,8 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -57,7 +58,7 @@ class Selection:
         whole: set[str] = set()
         parts: dict[str, list[str]] = {}
         for selector in _selectors(layers):
-            part = read_part(selector, self.tree, self.typed, self._owners()) if isinstance(selector, str) else None
+            part = read_part(selector, self.tree, self.typed, self._owners) if isinstance(selector, str) else None
             if part is None:
                 whole.update(self._choose(selector))
                 continue
@@ -114,6 +115,10 @@ class Selection:
             return True
         return any(pattern.fullmatch(name) for pattern in self._patterns)
 
+    def has_parameter(self, name: str) -> bool:
+        """Returns whether a parameter that is no module's weight has a name."""
+        return name in self._loose
+
     def _choose(self, selector: Any) -> Iterable[str]:
         if isinstance(selector, str):
             return self._by_name(selector)
@@ -132,12 +137,12 @@ class Selection:
         if resolved is not None:
             self.exact.add(resolved)
             return [resolved]
-        if name == FUNCTION or name in self._owners():
+        if name == FUNCTION or name in self._owners:
             self.exact.add(name)
             self.function_names.add(name)
             return []
         if not any(mark in name for mark in "*?["):
-            known = [*self.tree.names, *self._owners()]
+            known = [*self.tree.names, *self._owners]
             hint = did_you_mean(name, list(self.typed)) or did_you_mean(name, known)
             raise LayerNotFound(f"no layer is named {name!r}. {self._here()}{hint} {_SHOW}")
         return self._by_pattern(re.compile(fnmatch.translate(name)), repr(name), name)
@@ -146,10 +151,9 @@ class Selection:
         found = [name for name in self.typed if pattern.fullmatch(name)]
         self._patterns.append(pattern)
         if self.includes_conv1d:  # kernels without a module: parameters (C_out, C_in / groups, K)
-            kernels = {
-                name for name, tensor in self.tree.parameters() if tensor.dim() == 3 and name not in self.tree.names
-            }
-            self.function_names.update(name for name in kernels if pattern.fullmatch(name))
+            self.function_names.update(
+                name for name, axes in self._loose.items() if axes == 3 and pattern.fullmatch(name)
+            )
         if found or self.function_names or (self.includes_conv1d and pattern.fullmatch(FUNCTION)):
             return found
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
@@ -197,7 +201,7 @@ class Selection:
 
     def _by_position(self, selector: Any) -> Iterable[str]:
         position = _as_index(selector)
-        names = list(self.typed)
+        names = self._typed_names
         if not -len(names) <= position < len(names):
             raise LayerNotFound(
                 f"layer {position} is out of range: the model has {len(names)} {_kinds(self.types)}"
@@ -205,11 +209,19 @@ class Selection:
             )
         return [names[position]]
 
-    def _owners(self) -> set[str]:
-        """The names of parameters that a function call could be named after (those that are no module's weight)."""
-        if not self.includes_conv1d:
-            return set()
-        return {name for name, _ in self.tree.parameters() if name not in self.tree.names}
+    @cached_property
+    def _typed_names(self) -> list[str]:
+        return list(self.typed)
+
+    @cached_property
+    def _loose(self) -> dict[str, int]:
+        """The parameters that are no module's weight, by name, each with the number of its axes."""
+        return {name: tensor.dim() for name, tensor in self.tree.parameters() if name not in self.tree.names}
+
+    @property
+    def _owners(self) -> Collection[str]:
+        """The names of parameters that a function call could be named after."""
+        return self._loose if self.includes_conv1d else ()
 
     def _here(self) -> str:
         return f"The {_kinds(self.types)} layers here: {listed(self.typed)}."

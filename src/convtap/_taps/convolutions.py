@@ -18,7 +18,7 @@ from convtap._taps.activations import Follower
 from convtap._taps.keras import is_claimed
 from convtap._taps.modules import runs_alone
 from convtap._torch import compiled_regions, convolution_key, modes
-from convtap._torch.call_stack import module_calls, skip_in_dynamo
+from convtap._torch.call_stack import skip_in_dynamo
 from convtap._torch.convolution_key import is_inherited
 from convtap._torch.weight_marks import Read, is_made_of
 from convtap._torch.weight_reads import WeightReads
@@ -60,6 +60,7 @@ class ConvolutionTap:
         self._selection = selection
         self._recorder = recorder
         self._passes = passes
+        self._around = passes.calls.modules
         self._owners = owners
         self._at = at
         self._functions = functions
@@ -187,9 +188,6 @@ class ConvolutionTap:
             return self._recorder.emit(name, output, via, (args, kwargs))
         finally:
             self._recorder.inputs.forget(name)
-
-    def _around(self) -> Iterator[nn.Module]:
-        return (module for module, _ in module_calls())
 
     def _is_whole(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a compiled convolution adds the bias that its layer has."""

@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from convtap._torch.frame_search import FrameSearch
+
 
 class _Probe(nn.Module):
     def forward(self) -> CodeType:
@@ -32,16 +34,25 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 FORWARD_OF_CONV1D = nn.Conv1d.forward.__code__
 
 
-def module_calls(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, FrameType]]:
-    """Yields the modules that are being called, innermost first, each with the frame of its call."""
-    if frame is None:
-        frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CALL:
+class Calls:
+    """The modules that are being called in this thread, as far as a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._search = FrameSearch({id(CALL): CALL})
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the modules, innermost first; the model itself is the last one."""
+        for frame in self._search.frames(sys._getframe(1)):
             module = frame.f_locals.get("self")
             if module is not None:
-                yield module, frame
-        frame = frame.f_back
+                yield module
+            if module is self._model:
+                return
+
+    def forget(self) -> None:
+        """Removes the marks of the searches from the frames of this thread."""
+        self._search.forget()
 
 
 # Note: [Methods]
@@ -118,14 +129,16 @@ class Members:
         for module in modules:
             for code in _functions_of(module):
                 self._functions[id(code)] = (code, module)
+        functions = {key: code for key, (code, _) in self._functions.items()}
+        self._search = FrameSearch({id(CALL): CALL, **self._codes, **functions})
+
+    def forget(self) -> None:
+        """Removes the marks of its searches from the frames of this thread."""
+        self._search.forget()
 
     def entry(self, frame: FrameType | None) -> tuple[nn.Module, FrameType] | None:
         """Returns the outermost call of a module, or of a method of one, that a frame is in, or None."""
-        found = []
-        while frame is not None:
-            if frame.f_code is CALL or id(frame.f_code) in self._codes or id(frame.f_code) in self._functions:
-                found.append(frame)
-            frame = frame.f_back
+        found = list(self._search.frames(frame))
         for frame in reversed(found):  # reading a frame's variables makes a copy of them: for as few as possible
             owner = frame.f_locals.get("self") if frame.f_code is CALL else first_argument(frame)
             if id(owner) in self.ids:

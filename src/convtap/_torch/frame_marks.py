@@ -26,25 +26,33 @@ class _Mark:
         return self
 
 
-def mark(frame: FrameType, owner: object, value: Any) -> None:
-    """Attaches a value of an owner's to a frame."""
-    found = frame.f_trace
-    if type(found) is not _Mark:
-        frame.f_trace = found = _Mark(found)
-    found.values[owner] = value
+class Marks:
+    """The values that one owner attaches to running frames."""
 
+    __slots__ = ("_is_used",)
 
-def marked(frame: FrameType, owner: object) -> Any:
-    """Returns the value that the owner attached to the frame, or None."""
-    found = frame.f_trace
-    return found.values.get(owner) if type(found) is _Mark else None
+    def __init__(self) -> None:
+        self._is_used = False
 
-
-def unmark(owner: object) -> None:
-    """Removes an owner's values from the frames that run in this thread."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    def set(self, frame: FrameType, value: Any) -> None:
+        """Attaches a value to a frame."""
+        self._is_used = True
         found = frame.f_trace
-        if type(found) is _Mark and found.values.pop(owner, None) is not None and not found.values:
-            frame.f_trace = found.previous
-        frame = frame.f_back
+        if type(found) is not _Mark:
+            frame.f_trace = found = _Mark(found)
+        found.values[self] = value
+
+    def of(self, frame: FrameType) -> Any:
+        """Returns the value that was attached to a frame, or None."""
+        found = frame.f_trace
+        return found.values.get(self) if type(found) is _Mark else None
+
+    def clear(self) -> None:
+        """Removes the values from the frames that run in this thread."""
+        frame: FrameType | None = sys._getframe(1) if self._is_used else None
+        while frame is not None:
+            found = frame.f_trace
+            if type(found) is _Mark and found.values.pop(self, None) is not None and not found.values:
+                frame.f_trace = found.previous
+            frame = frame.f_back
+        self._is_used = False

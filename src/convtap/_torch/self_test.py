@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convtap._errors import warn_user
 from convtap._torch import call_shim, convolution_key, modes
-from convtap._torch.call_stack import module_calls
+from convtap._torch.call_stack import Calls
 from convtap._torch.weight_reads import WeightReads
 
 # Note: [Private parts of torch]
@@ -79,7 +79,9 @@ class _Tap:
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.seen.append("shim")
-        self.model.around = [found for found, _ in module_calls()]
+        calls = Calls(self.model)
+        self.model.around = list(calls.modules())
+        calls.forget()
         return call(*args, **kwargs)
 
 
