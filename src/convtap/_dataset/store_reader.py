@@ -140,12 +140,12 @@ class _OpenShard:
     """An open shard, and what reads its layers' rows."""
 
     def __init__(self, file: MappedFile | CalledFile, columns: Mapping[str, Column]) -> None:
-        self._file = file
+        self.file = file
         self._columns = columns
         self.readers: dict[str, ColumnReader] = {}
 
     def reader(self, key: str) -> ColumnReader:
-        found = self.readers[key] = ColumnReader(self._columns[key], self._file)
+        found = self.readers[key] = ColumnReader(self._columns[key], self.file)
         return found
 
 
