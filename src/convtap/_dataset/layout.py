@@ -274,8 +274,18 @@ def read_padding(path: Path) -> dict[str, str]:
 
 
 def set_aside(shard: Path) -> Path:
-    """Renames a bad shard, so that it is not read and its number is not used again."""
+    """Renames a bad shard, so that it is not read and its number is not used again.
+
+    Raises:
+        StoreError: it cannot be renamed. On Windows, a file that is open in any process cannot.
+    """
     target = shard.with_name(f"{shard.name}.bad")
-    os.replace(shard, target)
+    try:
+        os.replace(shard, target)
+    except OSError as error:
+        raise StoreError(
+            f"{str(shard)!r} is damaged and cannot be set aside: {error}. Close the stores that read it, in all processes, "
+            "and run the same call again."
+        ) from error
     sync_folder(shard.parent)
     return target

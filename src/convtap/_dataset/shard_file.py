@@ -47,7 +47,7 @@ class MappedFile:
     def check(self) -> None:
         """Compares the size of the file. See Note: [Mapped shards]."""
         if self._map.size() != self._size:
-            raise shortened(self._name, self._map.size(), self._size)
+            raise resized(self._name, self._map.size(), self._size)
 
     def array(self, dtype: Any, shape: tuple[int, ...], at: int) -> Any:
         """Returns an array that lies in the map."""
@@ -113,7 +113,7 @@ class CalledFile:
                     f"{self._name!r} cannot be read: {error}. Check the disk or the connection."
                 ) from error
             if not count:
-                raise shortened(self._name, os.fstat(self._file.fileno()).st_size, self._size)
+                raise resized(self._name, os.fstat(self._file.fileno()).st_size, self._size)
             at, buffer = at + count, buffer[count:]
 
     def __del__(self) -> None:
@@ -140,8 +140,7 @@ class _Unread:
         return found
 
 
-def shortened(name: str, found: int, expected: int) -> StoreError:
+def resized(name: str, found: int, expected: int) -> StoreError:
     """Returns the error for a shard that has another size than before."""
-    return StoreError(
-        f"{name!r} truncated: it has {found} bytes of {expected}. It was whole when the store was opened."
-    )
+    what = "truncated" if found < expected else "too long"
+    return StoreError(f"{name!r} {what}: it has {found} bytes of {expected}. It was whole when the store was opened.")

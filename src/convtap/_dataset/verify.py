@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from convtap._dataset.index import read_index
@@ -33,7 +33,12 @@ def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: 
     found = []
     for name, problem in _problems(path, files, progress, leave=False):
         folder = RankFolder(path, ranks[name.split("/")[0]])
-        with suppress(StoreError), nullcontext() if folder.path == own.path else folder:  # another process may have it
+        with ExitStack() as stack:
+            if folder.path != own.path:
+                try:
+                    stack.enter_context(folder)
+                except StoreError:  # another process has it
+                    continue
             set_aside(path / name)
             found.append(f"{name} ({problem})")
     if found:
