@@ -50,6 +50,7 @@ overhead: $(VENV)/.test  ## what a capture costs on this machine, written to ben
 
 bench: .venv-bench/.ready  ## what this library and others cost, written to benchmarks/RESULTS.md and benchmarks/peers.png
 	.venv-bench/bin/python -m benchmarks.peers
+	.venv-bench/bin/python -m benchmarks.growth_store
 
 correctness: .venv-bench/.ready  ## which cases this library and others get right, written to benchmarks/CORRECTNESS.md
 	.venv-bench/bin/python -m benchmarks.correctness
