@@ -66,6 +66,7 @@ ray-cluster: $(VENV)/.test  ## the Ray example on two nodes of this machine, one
 
 bench: .venv-bench/.ready  ## what this library and others cost, written to benchmarks/RESULTS.md and benchmarks/peers.png
 	.venv-bench/bin/python -m benchmarks.peers
+	.venv-bench/bin/python -m benchmarks.growth_store
 
 correctness: .venv-bench/.ready  ## which cases this library and others get right, written to benchmarks/CORRECTNESS.md
 	.venv-bench/bin/python -m benchmarks.correctness

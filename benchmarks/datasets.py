@@ -66,7 +66,7 @@ def captum(model: nn.Module, names: Sequence[str], data: Tensor, folder: Path) -
 
 EXTRACT: dict[str, Callable[[nn.Module, Sequence[str], Tensor, Path], Read]] = {
     "convtap": convtap,
-    "convtap, shard_bytes='32MB'": functools.partial(convtap, shard_bytes="32MB"),
+    "convtap, shard_bytes='256MB'": functools.partial(convtap, shard_bytes="256MB"),
     "raw hooks": raw_hooks,
     "torchlens": torchlens,
     "captum": captum,

@@ -94,7 +94,7 @@ def write(model: nn.Module, data: Noise, size: int, folder: Path) -> float:
         model(next(batches(data, size)))
     buffers = [memoryview(t.contiguous().reshape(-1).numpy()).cast("B") for tensors in kept.values() for t in tensors]
     repeats = len(data) // size
-    per_file = max(256_000_000 // sum(map(len, buffers)), 1)
+    per_file = max(32_000_000 // sum(map(len, buffers)), 1)
     started = time.perf_counter()
     for first in range(0, repeats, per_file):
         with open(folder / str(first), "wb", buffering=0) as file:

@@ -174,7 +174,7 @@ def test_the_index_follows_shards_that_are_newer_or_gone(tmp_path, monkeypatch):
     original = index.Shard
 
     def counted(path):
-        opened.append(path.name)
+        opened.append(os.path.basename(path))
         return original(path)
 
     monkeypatch.setattr(index, "Shard", counted)

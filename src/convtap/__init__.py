@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from convtap._capture.tapped import Tapped, tapped
     from convtap._dataset.extract import extract
     from convtap._dataset.store import Store
-    from convtap._dataset.views import LayerView, StoreDataset
+    from convtap._dataset.store_dataset import StoreDataset
+    from convtap._dataset.views import LayerView
     from convtap._debug.compare import compare
     from convtap._debug.comparison import Comparison
     from convtap._debug.drift import Drift, LayerDrift
@@ -125,7 +126,7 @@ _WHEN_ASKED = {
     "Statistics": "_result.statistics",
     "StatisticsCapture": "_capture.statistics",
     "Store": "_dataset.store",
-    "StoreDataset": "_dataset.views",
+    "StoreDataset": "_dataset.store_dataset",
     "Tapped": "_capture.tapped",
     "Timeline": "_time.timeline",
     "Window": "_time.hit",

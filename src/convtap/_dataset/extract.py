@@ -54,7 +54,7 @@ def extract(
     compile: bool = False,
     stop: bool = False,
     part: tuple[int, int] | None = None,
-    shard_bytes: int | str = "256MB",
+    shard_bytes: int | str = "32MB",
     resume: bool = True,
     progress: bool = True,
 ) -> Store:
@@ -112,7 +112,8 @@ def extract(
             calls of these layers are lost, and a model that keeps state from batch to batch misses what it does at the end
             of a pass.
         part: ``(i, n)``: compute the i-th of n parts only, for job arrays. Under ``torch.distributed`` it is the rank.
-        shard_bytes: the size of a file, as an int or ``"256MB"``. Up to two of them are in memory.
+        shard_bytes: the size of a file, as an int or ``"256MB"``; it holds whole batches, at least one. Up to two files are in
+            memory.
         resume: go on with a store that is there; False to refuse it.
         progress: show a bar.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convtap._dataset.column import Column
 from convtap._dataset.layout import shard_files
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError
@@ -13,8 +14,8 @@ from convtap._errors import StoreError
 # Note: [No saved index]
 # Assumption: the headers of the shards hold where every sample lies.
 # Failure: a file that saves the reading of them can contradict them.
-# Choice: none is saved. A header is read in 0.2 ms on one core (8 layers, 1000 samples): a store of 10^5 samples in 100
-#   shards opens in 0.03 s, and one of 10^6 in 1000 shards in 0.24 s, of which such a file would save all but 0.01 s.
+# Choice: none is saved. A header is read in 0.1 ms on one core (8 layers, 1000 samples), so that a store of 10^6 samples in
+#   1000 shards opens in 0.1 s.
 
 
 @dataclass
@@ -61,9 +62,11 @@ class LayerSummary:
     def merge(self, other: LayerSummary) -> None:
         """Takes another shard's rows in."""
         dtype, shape = other.dtype, other.shape
-        if dtype not in self.dtype.split("|"):
+        if dtype != self.dtype and dtype not in self.dtype.split("|"):
             self.dtype += f"|{dtype}"
-        if self.shape is None or shape is None or len(self.shape) != len(shape):
+        if shape == self.shape:
+            pass
+        elif self.shape is None or shape is None or len(self.shape) != len(shape):
             self.shape = None
         else:
             self.shape = [a if a == b else None for a, b in zip(self.shape, shape, strict=True)]
@@ -86,6 +89,9 @@ class Index:
         present: (batches, layers): whether the layer ran in the batch.
         ids: one for each sample, in the order of the batches.
         duplicates: (number, shard) of batches that another shard holds already.
+        columns: of each shard, by layer key, where the rows lie.
+        begins: of each batch, its first row among those of a layer that ran in every batch of its shard.
+        others: by the key of a layer that did not, the same for its rows.
     """
 
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -95,6 +101,9 @@ class Index:
     present: Any = field(default_factory=lambda: _empty("bool", 0, 0))
     ids: Any = field(default_factory=lambda: _empty("int64", 0))
     duplicates: Any = field(default_factory=lambda: _empty("int64", 0, 2))
+    columns: list[dict[str, Column]] = field(default_factory=list)
+    begins: Any = field(default_factory=lambda: _empty("int64", 0))
+    others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -107,12 +116,6 @@ class Index:
         """The numbers of the batches that are here."""
         return set(self.batches[:, 0].tolist())
 
-    def locate(self, position: int) -> tuple[int, str, int, int]:
-        """Returns where a sample lies: line of its batch, shard, the batch's place in it, row in the batch."""
-        line = int(self.starts.searchsorted(position, "right")) - 1
-        _, _, shard, place = self.batches[line].tolist()
-        return line, self.names[shard], place, position - int(self.starts[line])
-
 
 def _empty(dtype: str, *shape: int) -> Any:
     import numpy as np
@@ -122,45 +125,103 @@ def _empty(dtype: str, *shape: int) -> Any:
 
 def read_index(path: Path) -> Index:
     """Reads the headers of all shards of a store. See Note: [No saved index]."""
-    import numpy as np
-
-    files: dict[str, tuple[int, int]] = {}
-    bad: dict[str, str] = {}
-    layers: dict[str, LayerSummary] = {}
-    lines, ids = [_empty("int64", 0, 4)], []
-    runs: list[tuple[slice | list[int], str]] = []  # which lines have which layer
-    line = 0
+    reading = _Reading()
     for name, state in shard_files(path).items():
         try:
-            shard = Shard(path / name)  # dropped with the next one, so that a single header is in memory
+            reading.add(name, state, Shard(f"{path}/{name}"))  # of which only what the index needs stays in memory
         except StoreError as error:
-            bad[name] = str(error)
-            continue
-        lines.append(_lines(shard, len(files)))
-        files[name] = state
-        if len(names := shard.id_array()):
-            ids.append(names)
+            reading.bad[name] = str(error)
+    return reading.ordered()
+
+
+class _Reading:
+    """What was gathered from the shards that were read so far, in the order of the shards."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int]] = {}
+        self.bad: dict[str, str] = {}
+        self._layers: dict[str, LayerSummary] = {}
+        self._columns: list[dict[str, Column]] = []
+        self._lines = [_empty("int64", 0, 4)]
+        self._ids: list[Any] = []
+        self._begins = [_empty("int64", 0)]
+        self._count = 0
+        self._runs: dict[str, list[list[int]]] = {}  # by layer, the first line and the end of the lines that it ran in
+        self._others: list[
+            tuple[str, int, list[int]]
+        ] = []  # a layer that ran in some of a shard's batches, from a line on
+
+    def add(self, name: str, state: tuple[int, int], shard: Shard) -> None:
+        """Takes in a shard, as a whole or, if something of it cannot be read, not at all."""
+        import numpy as np
+
+        ids = shard.id_array()
+        columns = {key: shard.column(key) for key in shard.columns}
+        found = {key: _summary(shard, key) for key in columns}
+        lines = np.empty((len(shard.batches), 4), np.int64)
+        lines[:, :2] = np.array(shard.batches, np.int64).reshape(-1, 2)
+        lines[:, 2], lines[:, 3] = len(self.files), np.arange(len(lines))
+        self.files[name] = state
+        self._columns.append(columns)
+        self._lines.append(lines)
+        self._begins.append(np.cumsum(lines[:, 1]) - lines[:, 1])
+        if len(ids):
+            self._ids.append(ids)
+        first, self._count = self._count, self._count + len(lines)
         for key, about in shard.columns.items():
-            _merge(layers, key, shard)
-            some = about.get("present")
-            all_lines = slice(line, line + len(shard.batches))
-            runs.append((all_lines if some is None else [line + place for place in some], key))
-        line += len(shard.batches)
-    place_of = {key: place for place, key in enumerate(layers)}
-    present = np.zeros((line, len(layers)), np.bool_)
-    for found, key in runs:
-        present[found, place_of[key]] = True
-    return _ordered(files, bad, layers, np.concatenate(lines), present, _joined(ids))
+            if key in self._layers:
+                self._layers[key].merge(found[key])
+            else:
+                self._layers[key] = found[key]
+            runs = self._runs.setdefault(key, [])
+            if "present" in about:
+                self._others.append((key, first, shard.begins(key)))
+            elif runs and runs[-1][1] == first:
+                runs[-1][1] = self._count
+            else:
+                runs.append([first, self._count])
+
+    def ordered(self) -> Index:
+        """Brings batches into the order of their numbers; of those that are there twice, the first counts."""
+        import numpy as np
+
+        batches, begins, ids = np.concatenate(self._lines), np.concatenate(self._begins), _joined(self._ids)
+        present, others = self._present(begins)
+        order = np.argsort(batches[:, 0], kind="stable")
+        first = np.ones(len(order), np.bool_)
+        first[1:] = np.diff(batches[order, 0]) != 0
+        duplicates = batches[order[~first]][:, [0, 2]]
+        kept = order[first]
+        if len(kept) != len(order) or (kept != np.arange(len(kept))).any():
+            rows = batches[kept, 1]
+            starts = np.cumsum(batches[:, 1]) - batches[:, 1]
+            # of each sample, where it was: its batch's old start, and its place in the batch
+            ids = ids[np.repeat(starts[kept] - (np.cumsum(rows) - rows), rows) + np.arange(rows.sum())]
+            batches, present, begins = batches[kept], present[kept], begins[kept]
+            others = {key: rows[kept] for key, rows in others.items()}
+        tables = (batches, present, ids, duplicates, self._columns, begins, others)
+        return Index(self.files, self.bad, self._layers, *tables)
+
+    def _present(self, begins: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns which layers ran in which lines, and the begins of layers that did not run in a whole shard."""
+        import numpy as np
+
+        present = np.zeros((len(begins), len(self._layers)), np.bool_)
+        places = {key: place for place, key in enumerate(self._layers)}
+        for key, runs in self._runs.items():
+            for first, end in runs:
+                present[first:end, places[key]] = True
+        others = {key: begins.copy() for key in dict.fromkeys(key for key, *_ in self._others)}
+        for key, first, some in self._others:
+            others[key][first : first + len(some)] = some
+            present[first : first + len(some), places[key]] = np.array(some) >= 0
+        return present, others
 
 
-def _lines(shard: Shard, number: int) -> Any:
-    """The batches of a shard, one line each: number, rows, shard, place in the shard."""
-    import numpy as np
-
-    lines = np.empty((len(shard.batches), 4), np.int64)
-    lines[:, :2] = np.array(shard.batches, np.int64).reshape(-1, 2)
-    lines[:, 2], lines[:, 3] = number, np.arange(len(lines))
-    return lines
+def _summary(shard: Shard, key: str) -> LayerSummary:
+    about = shard.columns[key]
+    timed = about.get("timed", True) if "time" in about else None
+    return LayerSummary(about["dtype"], shard.shape(key), shard.elements(key), about.get("time", -1), timed)
 
 
 def _joined(ids: list[Any]) -> Any:
@@ -171,31 +232,3 @@ def _joined(ids: list[Any]) -> Any:
             "some shards have int ids and others str, so they are not of one extraction. Remove the ranks that do not belong."
         )
     return np.concatenate(ids) if ids else _empty("int64", 0)
-
-
-def _merge(layers: dict[str, LayerSummary], key: str, shard: Shard) -> None:
-    about = shard.columns[key]
-    timed = about.get("timed", True) if "time" in about else None
-    found = LayerSummary(about["dtype"], shard.shape(key), shard.elements(key), about.get("time", -1), timed)
-    if key in layers:
-        layers[key].merge(found)
-    else:
-        layers[key] = found
-
-
-def _ordered(files: Any, bad: Any, layers: Any, batches: Any, present: Any, ids: Any) -> Index:
-    """Brings batches into the order of their numbers; of those that are there twice, the first counts."""
-    import numpy as np
-
-    order = np.argsort(batches[:, 0], kind="stable")
-    first = np.ones(len(order), np.bool_)
-    first[1:] = np.diff(batches[order, 0]) != 0
-    duplicates = batches[order[~first]][:, [0, 2]]
-    kept = order[first]
-    if len(kept) != len(order) or (kept != np.arange(len(kept))).any():
-        rows = batches[kept, 1]
-        starts = np.cumsum(batches[:, 1]) - batches[:, 1]
-        # of each sample, where it was: its batch's old start, and its place in the batch
-        ids = ids[np.repeat(starts[kept] - (np.cumsum(rows) - rows), rows) + np.arange(rows.sum())]
-        batches, present = batches[kept], present[kept]
-    return Index(files, bad, layers, batches, present, ids, duplicates)

@@ -284,15 +284,15 @@ def set_aside(shard: Path) -> Path:
     """Renames a bad shard, so that it is not read and its number is not used again.
 
     Raises:
-        StoreError: it cannot be renamed; on Windows, a file that a program has mapped cannot.
+        StoreError: it cannot be renamed. On Windows, a file that is open in any process cannot.
     """
     target = shard.with_name(f"{shard.name}.bad")
     try:
         replace_file(shard, target)
     except OSError as error:
         raise StoreError(
-            f"the shard {str(shard)!r} is bad and cannot be renamed: {error}. Close the programs that read the store, and run "
-            "the same call again."
+            f"{str(shard)!r} is damaged and cannot be set aside: {error}. Close the stores that read it, in all processes, "
+            "and run the same call again."
         ) from error
     sync_folder(shard.parent)
     return target

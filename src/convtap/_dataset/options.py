@@ -58,7 +58,7 @@ class ExtractOptions:
     autocast: torch.dtype | None = None
     compile: bool = False
     part: tuple[int, int] | None = None
-    shard_bytes: int = 256_000_000
+    shard_bytes: int = 32_000_000
     resume: bool = True
     progress: bool = True
 
@@ -106,7 +106,7 @@ def extract_options(
     device: str | torch.device | None = None,
     lengths: Callable[[Any], Any] | None = None,
     part: tuple[int, int] | None = None,
-    shard_bytes: int | str = "256MB",
+    shard_bytes: int | str = "32MB",
     **others: Any,
 ) -> ExtractOptions:
     """Checks the arguments of ``extract``, which describes them, and returns them as one object.

@@ -58,7 +58,7 @@ def padded(layer: str, rows: list[Tensor], time: int) -> Tensor:
     Raises:
         Unsupported: they differ in another axis.
     """
-    if not any(row.dim() for row in rows):
+    if len({row.shape for row in rows}) == 1:
         return torch.stack(rows)
     others = {tuple(size for place, size in enumerate(row.shape, -row.dim()) if place != time) for row in rows}
     if len(others) > 1 or any(row.dim() < -time for row in rows):

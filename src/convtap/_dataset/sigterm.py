@@ -18,7 +18,7 @@ class Termination:
     """Holds SIGTERM back until the computed batches are on the disk, then passes it on to the handler of before.
 
     A scheduler sends it half a minute before SIGKILL, which loses the open shard and the one being written: all samples
-    of a run that has not filled its first 256 MB. It interrupts only where a lost batch costs nothing: see
+    of a run that has not filled its first shard. It interrupts only where a lost batch costs nothing: see
     ``interruptible``. Outside the main thread, where Python allows no handler, it does nothing.
     """
 

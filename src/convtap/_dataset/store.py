@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from convtap._dataset.layer_rows import LayerRows
 from convtap._dataset.layout import read_padding
 from convtap._dataset.shard_format import Id
+from convtap._dataset.store_dataset import StoreDataset
 from convtap._dataset.store_reader import StoreReader
 from convtap._dataset.summary import missing, stem, summary, unreadable
 from convtap._dataset.verify import verify
-from convtap._dataset.views import LayerView, StoreDataset
+from convtap._dataset.views import LayerView
 from convtap._errors import AmbiguousCall, InvalidType, LayerNotFound, did_you_mean, listed, warn_user
 from convtap._public import public
 from convtap._select.parts import split_key
@@ -39,15 +41,23 @@ class Store:
 
     Args:
         path: the directory that ``extract`` wrote ``into``.
+        mmap: whether to read shards through memory maps; False to read them by calls. None maps them unless they are on a
+            network file system, or on one that has no maps.
+        copy: whether every row that is read owns its memory. With False, rows that are mapped lie in the file's own pages,
+            and hold their shard open: no time to copy, for rows that are read once. The file must not be cut while they
+            live. What is written into them stays in this process, where this store's later reads see it.
 
     Raises:
         StoreError: no store is there, or it is half of one, or newer than this convtap.
+        InvalidValue: ``copy=False`` together with ``mmap=False``.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool | None = None, copy: bool = True) -> None:
         self.path = Path(path)
-        self._reader = StoreReader(self.path)
+        self._reader = StoreReader(self.path, mmap, copy)
         self._names = self._shown_names()
+        self._rows: dict[str, LayerRows] = {}
+        self._views: dict[str, LayerView] = {}
         if self._reader.index.bad:
             warn_user(unreadable(self._reader.index))
 
@@ -89,14 +99,24 @@ class Store:
             LayerNotFound: no such layer has outputs here.
             AmbiguousCall: the layer ran several times, and each call has its own key.
         """
+        view = self._views.get(layer) if isinstance(layer, str) else None
+        if view is not None:
+            return view
         if not isinstance(layer, str):
             raise InvalidType(
                 f"store[{layer!r}]: a store is indexed by layer name, and its view by sample: store[{self._first()!r}][id]; "
                 "all layers of one sample: store.sample(id)."
             )
-        if layer not in self._names:
-            raise self._missing(layer)
-        return LayerView(self._reader, layer, self._names[layer])
+        view = self._views[layer] = LayerView(self._reader, self._layer(layer))
+        return view
+
+    def _layer(self, name: str) -> LayerRows:
+        found = self._rows.get(name)
+        if found is None:
+            if name not in self._names:
+                raise self._missing(name)
+            found = self._rows[name] = LayerRows(self._reader, name, self._names[name])
+        return found
 
     def sample(self, id: Id) -> dict[str, Tensor]:
         """Returns one sample's outputs by layer; a layer that did not run for it is not among them.
@@ -104,11 +124,10 @@ class Store:
         Raises:
             OutOfRange: no sample has this id.
         """
-        line, name, place, row = self._reader.index.locate(self.position(id))
-        shard = self._reader.shard(name)
-        present = self._reader.index.present[line]
-        keys = dict(zip(self._reader.index.layers, present.tolist(), strict=True))
-        return {shown: shard.rows(key, place, row, row + 1)[0] for shown, key in self._names.items() if keys[key]}
+        position = self.position(id)
+        line = self._reader.index.starts.searchsorted(position, "right") - 1
+        ran = dict(zip(self._reader.index.layers, self._reader.index.present[line].tolist(), strict=True))
+        return {shown: self._layer(shown).at(position) for shown, key in self._names.items() if ran[key]}
 
     def position(self, id: Id) -> int:
         """Returns where in the order of samples an id is.
@@ -140,7 +159,8 @@ class Store:
     ) -> StoreDataset:
         """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
 
-        Its ``collate`` pads ragged rows: ``DataLoader(data, batch_size=8, collate_fn=data.collate)``.
+        Its ``collate`` pads ragged rows: ``DataLoader(data, batch_size=8, collate_fn=data.collate)``. The samples of a batch
+        are read together.
 
         Args:
             layers: which layers; all if None.
@@ -152,7 +172,7 @@ class Store:
             LayerNotFound: no such layer.
         """
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
-        return StoreDataset(self._reader, [self[name] for name in names], labels, time_dim)
+        return StoreDataset(self._reader, [self._layer(name) for name in names], labels, time_dim)
 
     # -- the state of it
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from convtap._dataset import store_dataset as _data
 from convtap._dataset import views as _now
+from convtap._dataset.layer_rows import LayerRows
+from convtap._dataset.store import Store
 from convtap._dataset.store_reader import StoreReader
 
 
@@ -13,12 +16,14 @@ class LayerView(_now.LayerView):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _now.LayerView  # type: ignore[assignment]
-        self.__init__(StoreReader(state["_store"].path), state["name"], state["_key"])  # type: ignore[misc]
+        reader = StoreReader(state["_store"].path)
+        self.__init__(reader, LayerRows(reader, state["name"], state["_key"]))  # type: ignore[misc]
 
 
-class StoreDataset(_now.StoreDataset):
+class StoreDataset(_data.StoreDataset):
     """A data set of a store, which is opened anew by its path."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__class__ = _now.StoreDataset  # type: ignore[assignment]
-        self.__init__(StoreReader(state["_store"].path), state["_views"], state["_labels"])  # type: ignore[misc]
+        self.__class__ = _data.StoreDataset  # type: ignore[assignment]
+        names = [view.name for view in state["_views"]]
+        self.__dict__.update(Store(state["_store"].path).dataset(names, state["_labels"]).__dict__)

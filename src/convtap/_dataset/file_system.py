@@ -1,0 +1,31 @@
+"""Whether a path is on a network file system, as far as the system says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs"),
+    *("panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
+)
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a network file system, or on one that a process serves (FUSE).
+
+    Only Linux lists its mounts; elsewhere, and for a file system that is not on its list, the answer is no.
+    """
+    try:
+        device = os.stat(path).st_dev
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in lines:
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == number:
+            kind = source.split()[0]
+            return kind in _NETWORK or kind == "fuse" or kind.startswith("fuse.")
+    return False
