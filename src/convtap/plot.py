@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convtap._errors import InvalidType
 from convtap._result.activations import Activations, log_of
 from convtap._view.channel_lines import one_map, small_multiples
 from convtap._view.draw import COLUMNS
+from convtap._view.hit_windows import windows_figure
 from convtap._view.outputs import CapturedOutputs, Chosen, checked_count
 from convtap._view.pages import one_figure, page_figures
 from convtap._view.pictures import pictures
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from convtap._result.statistics import Statistics
+    from convtap._time.hit import Hit
 
 
 def plot(
@@ -223,6 +225,42 @@ def channels(
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None, span=span)
     found = one_map(_outputs_of(acts, axis, channels_last), layer, sample, signal)
     return small_multiples(found, channels, axis)
+
+
+def windows(hits: Iterable[Hit], x: Any, *, sample_rate: float | None = None, letters: str | None = None) -> Figure:
+    """Draws the input windows of hits: what drives each channel most.
+
+    Args:
+        hits: the hits that ``convtap.top`` returned, or some of them, such as ``hits[:20]``.
+        x: all inputs of the data set, as in ``convtap.windows``.
+        sample_rate: input samples a second: positions are in seconds.
+        letters: one letter for each channel of one-hot inputs, such as ``"ACGT"``: each window is a row of letters. None for
+            lines, or a map of inputs with more than 8 channels.
+
+    Returns:
+        A matplotlib Figure: the windows of each channel together, in the order of the hits, all with one scale. Above each
+        window are the number of its input, its first and its last sample, and the layer's output. Samples outside of the
+        signal are grey.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        InvalidValue: there are no hits, their windows differ in length, or ``letters`` does not fit the inputs.
+        OutOfRange: ``x`` does not hold the input of a hit.
+        InvalidType: ``hits`` holds something else, or ``x`` is a single input or is not indexed by sample number.
+        Unsupported: the picture would be higher than 6,000 pixels.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from convtap import top
+        >>> from convtap.plot import windows
+        >>> model = nn.Sequential(nn.Conv1d(1, 2, 9))
+        >>> x = torch.randn(8, 1, 200)
+        >>> figure = windows(top(model, x, "0", 4), x)
+        >>> len(figure.axes)  # four windows of each of two channels
+        8
+    """
+    return windows_figure(hits, x, sample_rate, letters)
 
 
 def _outputs_of(acts: Activations, axis: TimeAxis, channels_last: bool | Chosen) -> CapturedOutputs:

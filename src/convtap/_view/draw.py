@@ -179,10 +179,11 @@ def draw_line(
     shift: float = 0.0,
     columns: int = ACROSS,
     is_binary: bool = False,
+    cross: Array | None = None,
 ) -> None:
     """Draws one channel over time: a line, or if it has more values than columns, its minimum and maximum in each.
 
-    NaN and Inf leave a gap, with a cross at the bottom. Zeros and ones are drawn as blocks.
+    NaN and Inf leave a gap, with a cross at the bottom, if ``cross`` is true there. Zeros and ones are drawn as blocks.
     """
     samples = len(row)
     first, last = extent or (-0.5, samples - 0.5)
@@ -200,7 +201,7 @@ def draw_line(
         values = np.where(np.isfinite(row), row, np.nan) + shift
         times = first + (np.arange(samples) + 0.5) * step
         axes.plot(times, values, color=INK, lw=0.8, marker="." if samples == 1 else "")
-    wrong = np.flatnonzero(~np.isfinite(row))
+    wrong = np.flatnonzero(~np.isfinite(row) & (True if cross is None else cross))
     if len(wrong):
         at = first + (wrong + 0.5) * step
         bins = np.unique(((at - first) / (last - first) * columns).astype(int), return_index=True)[1]

@@ -55,7 +55,7 @@ class TimeAxis:
         self._timeline = timeline
         self.signal_dim = getattr(timeline, "time_dim", None)
         self.has_timeline = timeline is not None
-        self.scale = 1.0 if sample_rate is None else 1.0 / _checked(sample_rate)
+        self.scale = 1.0 if sample_rate is None else 1.0 / checked_rate(sample_rate)
         if sample_rate is not None and timeline is None and not has_signal:
             raise InvalidValue(
                 f"sample_rate={sample_rate}: nothing here is counted in input samples. Pass the input as signal=x, or "
@@ -165,7 +165,12 @@ class TimeAxis:
         return slice(low, high), (first + low * step, first + high * step)
 
 
-def _checked(sample_rate: Any) -> float:
+def checked_rate(sample_rate: Any) -> float:
+    """Returns a number of input samples a second, if it is one.
+
+    Raises:
+        InvalidType, InvalidValue: it is not a positive number.
+    """
     hint = "Pass input samples a second: sample_rate=16000."
     try:
         rate = float(sample_rate)
