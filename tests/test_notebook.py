@@ -37,7 +37,7 @@ def outputs(notebook, source):
 
 def test_a_capture_shows_as_a_table(executed):
     (data,) = outputs(executed[0], "\nacts")
-    assert "<td>(2, 8, 4000)</td>" in data["text/html"]
+    assert ">(2, 8, 4000)</td>" in data["text/html"]
     (data,) = outputs(executed[0], "acts.coverage")
     assert "5 layers: 5 captured" in data["text/html"]
 

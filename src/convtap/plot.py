@@ -45,7 +45,7 @@ def plot(
     title says so. NaN is black, Inf is yellow, both are counted in the title and marked above the map. An output without a
     time axis is drawn as bars, one a channel.
 
-    If the maps together would be higher than 6,000 pixels (some 65 of them), the figure is an index: one strip an output.
+    If the maps together would be higher than 6,000 pixels (about 60 of them), the figure is an index: one strip an output.
     ``pages`` then draws the maps on several pages.
 
     Args:

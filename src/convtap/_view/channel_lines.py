@@ -124,13 +124,13 @@ def small_multiples(found: Channels, channels: Any, axis: TimeAxis) -> Figure:
     draw.write(figure, 20, 18, _headline(found, shown), weight="bold")
     low, high = finite_range(found.values[shown])
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1
-    width = (draw.WIDTH - 50) // across
+    width = (draw.WIDTH - 44) // across
     for column in range(across if found.signal is not None else 0):
-        _draw_signal(figure, found, 46 + column * width, width - 16, column == 0, axis)
+        _draw_signal(figure, found, 46 + column * width, width - 26, column == 0, axis)
     for position, channel in enumerate(shown):
         line, column = divmod(position, across)
-        axes = draw.place(figure, 46 + column * width, _TOP + above + line * _STEP, width - 16, _HEIGHT)
-        draw.draw_line(axes, found.values[channel], found.extent, columns=width - 16)
+        axes = draw.place(figure, 46 + column * width, _TOP + above + line * _STEP, width - 26, _HEIGHT)
+        draw.draw_line(axes, found.values[channel], found.extent, columns=width - 26)
         axes.axhline(0, color=BLUE, lw=0.4)
         axes.set_ylim(low - margin, high + margin)
         _ticks(axes, found.extent, frames, 8 // across + 2, axis)

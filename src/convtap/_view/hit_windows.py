@@ -58,15 +58,15 @@ def _small_multiples(every: list[_Window], groups: dict[int, list[_Window]], rat
     total = sum(_GROUP + step * -(-len(group) // across) for group in groups.values())
     figure = draw.new_figure(draw.WIDTH, _HEAD + total + _FOOT, _REMEDY)
     values = np.concatenate([window.values[:, window.inside].ravel() for window in every])
-    width, top = (draw.WIDTH - 50) // across, _HEAD
+    width, top = (draw.WIDTH - 44) // across, _HEAD
     for channel, group in groups.items():
         draw.write(figure, 20, top + 16, _group_title(channel, group), weight="bold")
         top += _GROUP
         for position, window in enumerate(group):
             line, column = divmod(position, across)
             left = 46 + column * width
-            axes = draw.place(figure, left, top + _TITLE + line * step, width - 16, height)
-            _draw_window(axes, window, values, rate, width - 16)
+            axes = draw.place(figure, left, top + _TITLE + line * step, width - 26, height)
+            _draw_window(axes, window, values, rate, width - 26)
             axes.tick_params(
                 labelleft=column == 0, labelbottom=channel == [*groups][-1] and position + across >= len(group)
             )

@@ -112,15 +112,15 @@ def footer(figure: Figure, top: int, maps: list[Picture], text: str = "") -> Non
     """Draws the scale of colours of each kind that the maps have, and says what a limit is."""
     if not maps:
         return
-    text = text or f"limit: of each map its own, written above it; {PERCENTILE} % of its cells are within it"
+    text = text or f"limit: written above each map, {PERCENTILE} % of its cells are within it"
     left = LEFT
     for side in (0, 1, -1):
         if not any(picture.side == side for picture in maps):
             continue
-        bar = draw.place(figure, left, top + 8, 130, 9)
+        bar = draw.place(figure, left, top + 8, 100, 9)
         bar.imshow(palette(side)[None, : 2 * STEPS + 1], aspect="auto", extent=(-1, 1, 0, 1))
         bar.set_yticks([])
         ends = {0: ["−limit", "0", "limit"], 1: ["0", "limit"], -1: ["−limit", "0"]}[side]
         bar.set_xticks([-1, 0, 1] if side == 0 else [-1, 1], ends)
-        left += 175
+        left += 138
     draw.write(figure, left - 5, top + 13, f"{text} · NaN black · Inf yellow", va="center", fontsize=7)
