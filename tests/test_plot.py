@@ -121,7 +121,7 @@ def test_every_minimum_and_maximum_of_a_long_map_is_in_the_picture():
 def test_one_spike_among_1024_channels_and_20000_frames_reaches_the_pixels():
     values = torch.zeros(1, 1024, 20_000)
     values[0, 700, 12_345] = -3.0
-    image = pixels(plot(captured(values)))[28:140, 80:970]  # inside the frame of the map
+    image = pixels(plot(captured(values)))[28:140, 88:980]  # inside the frame of the map
     deepest_blue = (image == (6, 28, 66)).all(axis=-1)  # the end of the scale from zero down
     assert deepest_blue.sum() >= 2
 
@@ -340,7 +340,7 @@ def test_nan_and_inf_are_counted_marked_and_coloured():
     values[0, 5, 15_001] = -float("inf")
     figure = plot(captured(values))
     assert "1 NaN, 2 Inf" in texts(figure)
-    found = pixels(figure)[28:140, 80:970].reshape(-1, 3)  # inside the frame of the map
+    found = pixels(figure)[28:140, 88:980].reshape(-1, 3)  # inside the frame of the map
     assert (found == (0, 0, 0)).all(axis=1).sum() > 10
     assert (found == (255, 205, 0)).all(axis=1).sum() > 10
     axes = next(axes for axes in figure.axes if axes.get_ylabel() == "channel")

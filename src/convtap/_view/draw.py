@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 DPI = 100
 #: The most pixels that a picture is high: browsers, viewers and papers do not show more of it well.
 MAX_HEIGHT = 6000
-WIDTH = 1000  # pixels of a whole picture
-LEFT, RIGHT = 76, 24  # the unit of the time axis stands on the left of its numbers
+WIDTH = 1020  # pixels of a whole picture
+LEFT, RIGHT = 84, 36  # the unit of the time axis stands on the left of its numbers
 ACROSS = WIDTH - LEFT - RIGHT  # pixels of the axes
 
 #: Columns of a map: half the pixels, so that none is lost at half the resolution either.

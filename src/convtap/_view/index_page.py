@@ -60,7 +60,7 @@ def _signal(figure: Figure, signal: Picture, axis: TimeAxis) -> None:
     else:
         draw.draw_map(axes, signal)
     axes.set_yticks([])
-    axes.tick_params(labelbottom=False)
+    axes.tick_params(labelbottom=False, bottom=axis.has_timeline)
     if axis.bounds is not None:
         axes.set_xlim(axis.bounds)
 
@@ -78,10 +78,11 @@ def _strips(figure: Figure, rows: Sequence[Picture], axis: TimeAxis, top: int) -
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if axis.bounds is None:
+    has_axis = axis.bounds is not None and axis.has_timeline
+    if not has_axis:
         axes.set_xticks([])
-        return
-    draw.write(figure, _LEFT - 76, top + _ROW * len(rows) + 5, axis.short_unit, va="top", fontsize=7)
+    unit, left = (axis.short_unit, _LEFT - 76) if has_axis else ("frames of each output", _LEFT)
+    draw.write(figure, left, top + _ROW * len(rows) + 5, unit, va="top", fontsize=7)
 
 
 def _strip(picture: Picture, axis: TimeAxis) -> Array:

@@ -217,8 +217,10 @@ def shown_note(noun: str, part: slice, count: int) -> list[str]:
 
 def _bad_of(values: Array, shown: Array) -> str:
     """Writes how many values are NaN and Inf; of a part, also how many of them the part has."""
-    warning = count_bad(values)
-    return f"{warning} ({count_bad(shown) or 'none'} in the span)" if warning and shown.size < values.size else warning
+    warning, inside = count_bad(values), count_bad(shown)
+    if not warning or shown.size == values.size:
+        return warning
+    return f"{warning} ({'all' if inside == warning else inside or 'none'} in the span)"
 
 
 def _range(cells: Array, limit: float, side: int) -> str:

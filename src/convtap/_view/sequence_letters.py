@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convtap._errors import Unsupported
 from convtap._view import draw
 from convtap._view.cells import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The colours of sequence logos for A, C, G, T and U; other alphabets take them, and then greys, in their order.
+#: The colours of sequence logos for A, C, G, T and U.
 _BASES = {"A": "#1a7f37", "C": "#17589f", "G": "#c98a00", "T": "#a8202e", "U": "#a8202e"}
-_OTHERS = ("#1a7f37", "#17589f", "#c98a00", "#a8202e", "#6f42c1", "#0f7c86", "#8a5a2b", "#5b6b7a")
+#: So many colours are told apart; other alphabets take them in the order of their letters.
+_MOST_COLOURS = 20
 #: Of samples outside of the signal.
 OUTSIDE = "#e3e7eb"
 #: The fewest and the most pixels that a letter has.
@@ -27,10 +29,15 @@ def draw_letters(axes: Axes, windows: list[Array], insides: list[Array], letters
 
     length = len(insides[0])
     fits = length * _NARROWEST <= axes.get_window_extent().width
+    if not fits and len(letters) > _MOST_COLOURS:
+        raise Unsupported(
+            f"windows of {length} samples have no room for letters, and {len(letters)} colours cannot be told apart. Leave "
+            "letters out to draw maps."
+        )
     image = np.ones((len(windows), length, 3))
     for row, (values, inside) in enumerate(zip(windows, insides, strict=True)):
         image[row, ~inside] = to_rgb(OUTSIDE)
-        known = inside & (values.sum(axis=0) == 1)
+        known = inside & (values.sum(axis=0) == 1) & (values.max(axis=0) == 1)
         for position in np.flatnonzero(inside):
             number = int(values[:, position].argmax())
             letter = letters[number] if known[position] else "·"
@@ -57,6 +64,8 @@ def draw_letters(axes: Axes, windows: list[Array], insides: list[Array], letters
             axes.annotate(letter, place, xycoords="axes fraction", color=_colour(letters, number), **style)
 
 
-def _colour(letters: str, number: int) -> str:
+def _colour(letters: str, number: int) -> Any:
+    from matplotlib import colormaps
+
     is_bases = set(letters.upper()) <= {*_BASES, "N"}
-    return _BASES.get(letters[number].upper(), draw.INK) if is_bases else _OTHERS[number % len(_OTHERS)]
+    return _BASES.get(letters[number].upper(), draw.INK) if is_bases else colormaps["tab20"](number % _MOST_COLOURS)

@@ -163,13 +163,13 @@ def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
 
     A dot is seen at zero too, on the edge of a box and of the axes.
     """
-    for position, row in enumerate(rows):
-        if row is None:
-            continue
-        low, first, median, third, high = row
-        axes.plot([low, high], [position, position], color=draw.INK, lw=1.2, solid_capstyle="butt")
-        axes.barh(position, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
-        axes.plot([median], [position], "o", color=draw.ALARM, ms=4.5, mec="white", mew=0.7, zorder=3, clip_on=False)
+    known = [(position, *row) for position, row in enumerate(rows) if row is not None]
+    if known:
+        positions, low, first, median, third, high = np.asarray(known).T
+        axes.plot([low, high], [positions, positions], color=draw.INK, lw=1.2, solid_capstyle="butt")
+        axes.barh(positions, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
+        dot = {"ms": 4.5, "mec": "white", "mew": 0.7, "zorder": 3, "clip_on": False}
+        axes.plot(median, positions, "o", color=draw.ALARM, **dot)
     _scale(axes, [max(abs(row[0]), abs(row[-1])) for row in rows if row is not None])
     axes.axvline(0, color=draw.INK, lw=0.5, zorder=0)
     axes.grid(axis="x", lw=0.3, alpha=0.6)

@@ -144,6 +144,8 @@ class TimeAxis:
             return  # nothing is on the axis, which the notes of each layer say
         half, (first, last), (start, stop) = 0.5 * self.scale, self._whole, self.span
         first, last = first + half, last + half
+        if self.scale == 1:  # whole samples
+            first, last = math.floor(first), math.ceil(last)
         slack = 1e-9 * (last - first)
         if start < first - slack or stop > last + slack:
             room = f"from {first:,.10g} to {last:,.10g} {self.unit}"
