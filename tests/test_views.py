@@ -127,6 +127,33 @@ def test_html_shows_the_same_cells_and_escapes_names():
     assert "script" not in page.tags
 
 
+def test_names_are_on_the_left_and_numbers_on_the_right_in_every_theme():
+    class Sides(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.rows = []
+
+        def handle_starttag(self, tag, attrs):
+            if tag == "tr":
+                self.rows.append([])
+            elif tag in ("td", "th"):
+                style = dict(part.split(":") for part in dict(attrs)["style"].split(";"))
+                self.rows[-1].append(style["text-align"])
+                assert not {"color", "background", "background-color"} & style.keys()  # the theme's
+
+    page = Sides()
+    page.feed(many_calls(2).summary(stats=True)._repr_html_())
+    # layer, shape, dtype, device; bytes, min, mean, max, std, zeros, nan, inf
+    assert page.rows == [["left"] * 4 + ["right"] * 8] * 5
+
+
+def test_a_table_of_30_rows_is_not_folded():
+    assert "<details>" not in many_calls(15)._repr_html_()
+    page = many_calls(16)._repr_html_()
+    assert page.index("0#14") < page.index("1#14") < page.index("<details>") < page.index("0#15")
+    assert "2 more rows</summary>" in page
+
+
 def test_numpy_is_exact_and_keeps_structures():
     model, x = AfterConv(lambda y: y).to(torch.bfloat16), torch.randn(1, 2, 40, dtype=torch.bfloat16)
     with capture(model) as acts:
