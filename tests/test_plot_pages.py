@@ -82,8 +82,8 @@ def test_a_few_maps_are_one_page():
 
 
 def test_more_layers_than_an_index_holds_are_on_several_pages_of_it(monkeypatch):
-    acts = many(400)
-    with pytest.raises(Unsupported, match=r"400 outputs do not fit.*convtap\.plot\.pages\(acts\).*layers="):
+    acts = many(660)
+    with pytest.raises(Unsupported, match=r"660 outputs do not fit.*convtap\.plot\.pages\(acts\).*layers="):
         plot(acts)
     monkeypatch.setattr(view_pages, "MOST", 6)
     monkeypatch.setattr(view_pages, "_PAGE", 700)

@@ -128,6 +128,22 @@ def test_layers_that_a_span_does_not_reach_say_so():
     assert [image.get_array().shape[1] for image in maps(figure)] == [11, 100]
 
 
+def test_samples_that_no_frame_is_centred_on_can_be_shown():
+    model, x = nn.Sequential(nn.Conv1d(1, 1, 400, stride=320)), torch.zeros(1, 1, 3000)
+    with torch.no_grad(), capture(model) as acts:
+        model(x)
+    times = timeline(model, torch.zeros(1, 1, 9000))
+    assert plot(acts, timeline=times, span=(0, 3000))
+    with pytest.raises(OutOfRange, match="to 3,000 input samples"):
+        plot(acts, timeline=times, span=(0, 3001))
+
+
+def test_a_signal_of_many_channels_says_which_samples_are_shown(long):
+    figure = plot(long, signal=torch.randn(12, 100_000), timeline=LINE, span=(500, 700))
+    assert figure.axes[0].images[0].get_array().shape == (12, 200)
+    assert "samples 500 to 699" in texts(figure)
+
+
 def test_nan_outside_of_the_span_is_still_counted():
     values = torch.randn(1, 2, 1000)
     values[0, 0, 900], values[0, 0, 55] = float("nan"), float("inf")

@@ -72,7 +72,7 @@ def plot(
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` matches no captured call.
         OutOfRange: there is no such input, or ``span`` is not within it.
-        Unsupported: there are more than 325 outputs, too many for an index on one page.
+        Unsupported: there are more than 650 outputs, too many for an index on one page.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 
     Example:

@@ -98,7 +98,9 @@ NAN_HEX, INF_HEX = hex_colour(NAN_COLOUR), hex_colour(INF_COLOUR)
 
 def side_of(values: Array) -> int:
     """Returns 1 if no finite value is below zero, -1 if none is above it, 0 if there are both or only zeros."""
-    low, high = finite_range(values)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not np.isfinite([low, high]).all():  # only then, since it copies the values
+        low, high = finite_range(values)
     return int(high > 0) - int(low < 0)
 
 

@@ -79,7 +79,7 @@ def one_map(outputs: CapturedOutputs, layer: str, sample: int, signal: Any = Non
         )
     given = None if signal is None else one_signal(outputs, signal, sample)
     axis.widen(extent, None if given is None else axis.signal_extent(given.shape[1]))
-    axis.check_span()
+    axis.check_span(found.shape)
     part, extent = axis.visible(extent, frames)
     title = " · ".join([key, *(note for note in notes if "taken as" in note)])
     panel = None if given is None else signal_picture(given, draw.COLUMNS // _ACROSS, axis)

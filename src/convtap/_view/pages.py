@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from convtap._errors import Unsupported, plural
 from convtap._view.draw import MAX_HEIGHT
-from convtap._view.index_page import MOST, index_page
+from convtap._view.index_page import MOST, MOST_AT_ALL, index_page
 from convtap._view.maps import feature_maps, height_of
 from convtap._view.pictures import Picture, Pictures
 from convtap._view.time_axis import TimeAxis
@@ -22,7 +22,7 @@ def one_figure(found: Pictures, axis: TimeAxis) -> Figure:
     """Draws the maps, or their index if the maps would be higher than a picture may be."""
     if height_of(found) <= MAX_HEIGHT:
         return feature_maps(found, axis)
-    if len(found.outputs) > MOST:
+    if len(found.outputs) > MOST_AT_ALL:
         raise Unsupported(
             f"{len(found.outputs):,} outputs do not fit on one picture of {MAX_HEIGHT:,} pixels. Draw them on several with "
             "convtap.plot.pages(acts), or some of them with acts.plot(layers=['encoder.*'])."

@@ -102,7 +102,7 @@ def pictures(
     for call, place in places:
         for path, tensor in walk_tensors(shown_value(call)):
             axis.widen(axis.extent(place, path, outputs.frames(call, path, tensor)))
-    axis.check_span()
+    axis.check_span(found.shape)
     drawn = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
@@ -134,7 +134,7 @@ def signal_picture(values: Array, columns: int, axis: TimeAxis) -> Picture:
     channels, samples = values.shape
     whole, unit = axis.signal_extent(samples), f"time in {axis.unit}"
     if channels > MAX_LINES:
-        picture = _map("signal", values.shape, values, 64, columns, axis, whole, [])
+        picture = _map("signal", values.shape, values, 64, columns, axis, whole, [], "sample")
         return replace(picture, notes=(*picture.notes, unit))
     frames, extent = axis.visible(whole, samples)
     shown, notes = values[:, frames], shown_note("sample", frames, samples)
@@ -191,11 +191,12 @@ def _map(
     axis: TimeAxis,
     extent: tuple[float, float] | None,
     notes: list[str],
+    noun: str = "frame",
 ) -> Picture:
     part, shown = axis.visible(extent, values.shape[1])
-    notes, within = [*notes, *shown_note("frame", part, values.shape[1])], values[:, part]
+    notes, within = [*notes, *shown_note(noun, part, values.shape[1])], values[:, part]
     if not within.shape[1]:
-        return Picture(key, shape, "nothing", within, notes=("it has no frames in the span.",))
+        return Picture(key, shape, "nothing", within, notes=(f"it has no {noun}s in the span.",))
     cells = shrink(within, rows, axis.columns_for(shown, columns))
     limit, side = colour_limit(cells.values), side_of(values)
     notes = [*notes, *cells.notes]

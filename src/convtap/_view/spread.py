@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -168,8 +168,8 @@ def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
         positions, low, first, median, third, high = np.asarray(known).T
         axes.plot([low, high], [positions, positions], color=draw.INK, lw=1.2, solid_capstyle="butt")
         axes.barh(positions, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
-        dot = {"ms": 4.5, "mec": "white", "mew": 0.7, "zorder": 3, "clip_on": False}
-        axes.plot(median, positions, "o", color=draw.ALARM, **dot)
+        style: dict[str, Any] = {"ms": 4.5, "mec": "white", "mew": 0.7, "zorder": 3, "clip_on": False}
+        axes.plot(median, positions, "o", color=draw.ALARM, **style)
     _scale(axes, [max(abs(row[0]), abs(row[-1])) for row in rows if row is not None])
     axes.axvline(0, color=draw.INK, lw=0.5, zorder=0)
     axes.grid(axis="x", lw=0.3, alpha=0.6)

@@ -130,15 +130,18 @@ class TimeAxis:
         if ends:
             self._whole = min(first for first, _ in ends), max(last for _, last in ends)
 
-    def check_span(self) -> None:
+    def check_span(self, shape: tuple[int, ...] | None) -> None:
         """Checks that the span lies on the axis, once everything that is drawn has widened it.
+
+        ``shape`` is that of the model's input, whose last samples may be in no frame.
 
         Raises:
             OutOfRange: it begins before the axis, or ends after it.
         """
         if self.span is None:
             return
-        samples = getattr(self._timeline, "input_length", None)
+        dim = -1 if self.signal_dim is None else self.signal_dim
+        samples = getattr(self._timeline, "input_length", None) if shape is None else (1, *shape)[dim]
         self.widen(self.signal_extent(samples) if isinstance(samples, int) else None)
         if self._whole is None:
             return  # nothing is on the axis, which the notes of each layer say
