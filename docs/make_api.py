@@ -64,7 +64,7 @@ RETURNED = [
     "Table",
 ]
 
-SUBMODULES = {"plot": ["plot", "distributions", "channels", "statistics"], "report": ["report"]}
+SUBMODULES = {"plot": ["plot", "pages", "channels", "distributions", "windows", "statistics"], "report": ["report"]}
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")
 _ITEM = re.compile(r"^([\w*, ]+): (.*)$", re.DOTALL)

@@ -13,6 +13,14 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "notebook.ipynb"
+MANY = """
+import torch
+from convtap import capture, timeline
+many = torch.nn.Sequential(*(torch.nn.Conv1d(1, 1, 3, padding=1) for _ in range(40)))
+times = timeline(many, torch.zeros(1, 1, 9))
+with torch.no_grad(), capture(many) as deep:
+    many(torch.zeros(1, 1, 9))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +32,9 @@ def executed(tmp_path_factory):
         if cell.cell_type == "code":
             cell.outputs = []
     notebook.cells.append(nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nacts.plot()"))
+    notebook.cells.append(nbformat.v4.new_code_cell(MANY + "deep"))
+    notebook.cells.append(nbformat.v4.new_code_cell("deep.plot(layers='?', timeline=times, span=(2, 8))"))
+    notebook.cells.append(nbformat.v4.new_code_cell("# as a table\ndeep.statistics()"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "src"))
         NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
@@ -37,13 +48,23 @@ def outputs(notebook, source):
 
 def test_a_capture_shows_as_a_table(executed):
     (data,) = outputs(executed[0], "\nacts")
-    assert "<td>(2, 8, 4000)</td>" in data["text/html"]
+    assert ">(2, 8, 4000)</td>" in data["text/html"]
     (data,) = outputs(executed[0], "acts.coverage")
     assert "5 layers: 5 captured" in data["text/html"]
 
 
+def test_a_long_table_folds_beyond_30_rows_without_a_script(executed):
+    for source in ("\ndeep", "deep.statistics()"):
+        (data,) = outputs(executed[0], source)
+        above, folded = data["text/html"].split("<details>")
+        assert above.count("<tr>") == 1 + 30
+        assert folded.count("<tr>") == 1 + 10
+        assert "10 more rows" in folded
+        assert "<script" not in data["text/html"]
+
+
 @pytest.mark.parametrize(
-    "source", ["sample_rate=8000)", '"8"])', "distributions(acts)", "channels=8)", "plt\nacts.plot()"]
+    "source", ["span=(2, 8))", "sample_rate=8000)", '"8"])', "distributions(acts)", "channels=8)", "plt\nacts.plot()"]
 )
 def test_a_figure_shows_once_as_a_picture(executed, source):
     (data,) = outputs(executed[0], source)
@@ -74,4 +95,12 @@ def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "docs/pictures.md", "exec"), namespace)
-    assert sorted(os.listdir(tmp_path)) == ["maps.png", "report.html"]
+    assert sorted(os.listdir(tmp_path)) == ["maps.pdf", "maps.png", "page-0.png", "report.html"]
+
+
+def test_the_pictures_of_the_docs_are_there_and_small():
+    text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\((pictures/[a-z]+\.png)\)", text))
+    drawn = set(re.findall(r'"([a-z]+\.png)"\)', (ROOT / "docs" / "draw_pictures.py").read_text(encoding="utf-8")))
+    assert shown == {f"pictures/{name}" for name in drawn}
+    assert all(0 < (ROOT / "docs" / name).stat().st_size <= 150_000 for name in shown)

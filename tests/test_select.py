@@ -266,7 +266,7 @@ def test_list_layers_is_a_sized_iterable_of_rows_and_prints_as_a_table():
     ]
     assert (rows[0].kernel, rows[0].stride, rows[0].dilation) == (3, 1, 1)
     assert str(rows).splitlines()[2].split() == ["encoder.conv1", "Conv1d", "8", "3", "1", "1"]
-    assert "<td>encoder.conv1</td>" in rows._repr_html_()
+    assert ">encoder.conv1</td>" in rows._repr_html_()
     assert [row.kernel for row in list_layers(Images(), types=nn.Conv2d)] == [(3, 3)] * 4
 
 

@@ -762,7 +762,7 @@ def test_the_table_has_a_line_a_layer():
     assert lines[2].split()[-3:] == ["4", "0", "0"]
     assert "2 layers" in lines[-1]
     assert "within 0.78 %" in lines[-1]
-    assert "<table>" in stats._repr_html_()
+    assert "<table" in stats._repr_html_()
     assert str(Statistics()) == "no statistics collected"
     assert repr(stats["0"]) == "<LayerStatistics 0: 4 channels, 2,280 values in 5 calls>"
 
@@ -865,9 +865,9 @@ def test_the_picture_has_a_row_a_layer_and_a_map_of_dead_and_saturated_channels(
     y = added([torch.randn(2, 3, 50)], quantiles=0.01, name="y")
     stats = Statistics({"x": added([x], quantiles=0.01), "y": y})
     figure = stats.plot()
-    quantiles, _zeros, dead, channels = figure.axes
+    quantiles, _zeros, _dead, channels = figure.axes
     assert [label.get_text() for label in quantiles.get_yticklabels()] == ["x", "y"]
-    assert dead.texts[0].get_text() == "1 of 5"
+    assert "1 of 5" in [text.get_text() for text in figure.texts]
     cells = channels.images[0].get_array()
     assert cells.tolist() == [[0, 2, 0, 1, 3], [0, 0, 0, -1, -1]]
     figure.savefig(tmp_path / "stats.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,18 @@ from convtap._public import public
 
 #: The most rows that a table shows unless it is asked for more: a screen or two.
 MOST = 100
+
+#: The most rows of a table that a notebook shows unfolded.
+FOLD = 30
+
+# Note: [Tables in notebooks]
+# Assumption: Jupyter, VS Code and Colab show the HTML in themes of their own, light or dark, that align cells to the right.
+# Failure: names on the right are hard to read, and a colour that fits one theme is invisible in the other.
+# Choice: inline styles, which no theme overrides, set the alignment and the spaces; lines and text have the theme's colour.
+#   Rows beyond FOLD are a second table in <details>, which opens without a script. Both have the same widths of columns.
+_LEFT, _RIGHT = "text-align:left;padding:2px 10px", "text-align:right;padding:2px 10px"
+
+_MEASURED = re.compile(r"[−-]?[\d.,]+(e[+-]?\d+)?\s?(%|B|[KMGT]iB)")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -187,19 +200,49 @@ class Table(Sequence[Any]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        escape = html.escape
-        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
+        lines = list(self._lines())
+        title = f"<div>{html.escape(self.title)}</div>" if self.title else ""
+        shown = self._html_table(lines[:FOLD]) if lines else ""
+        if len(lines) > FOLD:
+            rest = lines[FOLD:]
+            count = _rows(sum(not isinstance(line, int) for line in rest))
+            shown += f'<details><summary style="cursor:pointer">{count}</summary>{self._html_table(rest)}</details>'
+        notes = "".join(f'<div style="padding:2px 0">{html.escape(note)}</div>' for note in self._notes())
+        return f"<div>{title}{shown}{notes}</div>"
+
+    def _html_table(self, lines: Sequence[Sequence[Any] | int]) -> str:
+        """Writes some rows below the headings. See Note: [Tables in notebooks]."""
+        sides = [_RIGHT if self._is_measured(i) else _LEFT for i in range(len(self.columns))]
+        heads = zip(sides, self.columns, strict=True)
+        head = "".join(f'<th style="{side};border-bottom:1px solid">{html.escape(name)}</th>' for side, name in heads)
 
         def line(row: Sequence[Any] | int) -> str:
             if isinstance(row, int):
-                return f'<td colspan="{len(self.columns)}">… {_rows(row)} …</td>'
-            return "".join(f"<td>{escape(cell(value))}</td>" for value in row)
+                return f'<td colspan="{len(self.columns)}" style="text-align:center">… {_rows(row)} …</td>'
+            cells = zip(sides, row, strict=True)
+            return "".join(f'<td style="{side}">{html.escape(cell(value))}</td>' for side, value in cells)
 
-        body = "".join(f"<tr>{line(row)}</tr>" for row in self._lines())
-        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
-        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
-        return f"<div>{table or escape(self.title)}{notes}</div>"
+        columns = "".join(f'<col style="width:{width}ch">' for width in self._widths()) if self._is_folded else ""
+        body = "".join(f"<tr>{line(row)}</tr>" for row in lines)
+        layout = ";table-layout:fixed;overflow-wrap:anywhere" if columns else ""
+        style = f"border-collapse:collapse;font-variant-numeric:tabular-nums{layout}"
+        return f'<table style="{style}">{columns}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+    @property
+    def _is_folded(self) -> bool:
+        return sum(1 for _ in self._lines()) > FOLD
+
+    def _widths(self) -> list[int]:
+        """Returns the signs that each column needs, with its padding, so that both parts of a folded table line up."""
+        texts = [[name, *(cell(row[i]) for _, row in self._shown)] for i, name in enumerate(self.columns)]
+        return [min(max(map(len, column)), 60) + 4 for column in texts]
+
+    def _is_measured(self, column: int) -> bool:
+        """Whether a column holds numbers, or numbers with a unit such as ``1.5 MiB`` and ``3.2%``."""
+        if self._is_numeric(column):
+            return True
+        texts = [cell(row[column]) for _, row in self._shown if row[column] is not None]
+        return bool(texts) and all(_MEASURED.fullmatch(text) for text in texts)
 
 
 def _places(count: int, most: int | None, marked: Collection[int]) -> Sequence[int]:

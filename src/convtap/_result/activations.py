@@ -242,13 +242,15 @@ class Activations(Mapping[str, Any]):
         timeline: Any = None,
         channels: int = 64,
         channels_last: Any = None,
+        span: Any = None,
     ) -> Any:
-        """Draws what each layer gave for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
+        """Draws each layer's output for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
 
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        return _public_module("plot").plot(self, sample, layers, signal, sample_rate, timeline, channels, channels_last)
+        draw = _public_module("plot").plot
+        return draw(self, sample, layers, signal, sample_rate, timeline, channels, channels_last, span)
 
     def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
         """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.

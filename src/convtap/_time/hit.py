@@ -134,6 +134,19 @@ def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tenso
         <BLANKLINE>
                 [[0., 1., 1.]]])
     """
+    pairs = cut_windows(hits, x, padding_value)
+    first, values = pairs[0], [window.values for _, window in pairs]
+    other = next((i for i, piece in enumerate(values) if piece.shape != values[0].shape), None)
+    if other is not None:
+        raise InvalidValue(
+            f"the windows in samples {first[0].sample} and {pairs[other][0].sample} have shapes {tuple(values[0].shape)} and "
+            f"{tuple(values[other].shape)}, so they do not stack. Pass inputs with the same channels."
+        )
+    return torch.stack(values)
+
+
+def cut_windows(hits: Iterable[Hit], x: Any, padding_value: float = 0.0) -> list[tuple[Hit, Window]]:
+    """Cuts the window of each hit out of the data; each input is read once. The arguments are those of ``windows``."""
     every = _checked(hits)
     if isinstance(padding_value, bool) or not isinstance(padding_value, Real):
         raise InvalidType(f"padding_value is a {type(padding_value).__name__}. Pass a number: padding_value=0.0.")
@@ -142,19 +155,18 @@ def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tenso
             f"x has shape {tuple(x.shape)}, which is one input, and a hit has a sample number. Pass all inputs of the data "
             "set; if this is the only one, x[None]."
         )
-    pieces: dict[int, Tensor] = {}
+    pieces: dict[int, Window] = {}
     for _, places in groupby(sorted(range(len(every)), key=lambda i: every[i].sample), lambda i: every[i].sample):
         numbers = list(places)
         signal = every[numbers[0]]._input(x)
         padding = _fitting(padding_value, signal.dtype)
-        pieces |= {i: every[i]._cut(signal, padding).values for i in numbers}
-    first, other = pieces[0], next((i for i, piece in pieces.items() if piece.shape != pieces[0].shape), None)
-    if other is not None:
-        raise InvalidValue(
-            f"the windows in samples {every[0].sample} and {every[other].sample} have shapes {tuple(first.shape)} and "
-            f"{tuple(pieces[other].shape)}, so they do not stack. Pass inputs with the same channels."
-        )
-    return torch.stack([pieces[i] for i in range(len(every))])
+        pieces |= {i: every[i]._cut(signal, padding) for i in numbers}
+    return [(hit, pieces[i]) for i, hit in enumerate(every)]
+
+
+def by_channel(hit: Hit, window: Window) -> Tensor:
+    """Returns the values of a hit's window as (C, W), whichever axis is its time."""
+    return window.values.movedim(hit._time_dim, -1).reshape(-1, len(window.inside))
 
 
 def _checked(hits: Any) -> list[Hit]:

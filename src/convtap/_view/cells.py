@@ -80,6 +80,8 @@ def bad_columns(cells: Array) -> Array:
 # -- colours: blue below zero, white at it, red above; NaN and Inf stand out from both
 
 _ANCHORS = ((23, 88, 159), (143, 189, 224), (255, 255, 255), (240, 160, 124), (168, 32, 46))
+#: Of a map with values on one side of zero only: the same colours, twice as many, and darker at the end.
+_ONE_SIDED = {1: (*_ANCHORS[2:], (74, 6, 30)), -1: ((6, 28, 66), *_ANCHORS[:3])}
 STEPS = 64
 NAN_COLOUR = (0, 0, 0)
 INF_COLOUR = (255, 205, 0)
@@ -94,11 +96,27 @@ BLUE, RED = hex_colour(_ANCHORS[0]), hex_colour(_ANCHORS[-1])
 NAN_HEX, INF_HEX = hex_colour(NAN_COLOUR), hex_colour(INF_COLOUR)
 
 
-def palette() -> Array:
-    """Returns the colours as (n, 3) bytes: 2 · STEPS + 1 from the lowest value to the highest, then NaN's, then Inf's."""
-    positions = np.linspace(0, len(_ANCHORS) - 1, 2 * STEPS + 1)
-    anchors = np.asarray(_ANCHORS, dtype=np.float64)
-    ramp = [np.interp(positions, np.arange(len(_ANCHORS)), anchors[:, i]) for i in range(3)]
+def side_of(values: Array) -> int:
+    """Returns 1 if no finite value is below zero, -1 if none is above it, 0 if there are both or only zeros."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not np.isfinite([low, high]).all():  # only then, since it copies the values
+        low, high = finite_range(values)
+    return int(high > 0) - int(low < 0)
+
+
+def scale_ends(limit: float, side: int) -> tuple[float, float]:
+    """Returns the lowest and the highest value of a scale of colours."""
+    return (0.0 if side > 0 else -limit), (0.0 if side < 0 else limit)
+
+
+def palette(side: int = 0) -> Array:
+    """Returns the colours as (n, 3) bytes: 2 · STEPS + 1 from the lowest value to the highest, then NaN's, then Inf's.
+
+    ``side`` is 1 for a scale from zero up, -1 for one from zero down.
+    """
+    anchors = np.asarray(_ONE_SIDED.get(side, _ANCHORS), dtype=np.float64)
+    positions = np.linspace(0, len(anchors) - 1, 2 * STEPS + 1)
+    ramp = [np.interp(positions, np.arange(len(anchors)), anchors[:, i]) for i in range(3)]
     return np.concatenate([np.stack(ramp, axis=1).round(), [NAN_COLOUR, INF_COLOUR]]).astype(np.uint8)
 
 
@@ -113,11 +131,12 @@ def colour_limit(cells: Array) -> float:
     return float(np.percentile(magnitudes, PERCENTILE)) or float(magnitudes.max()) or 1.0
 
 
-def colour_indices(cells: Array, limit: float) -> Array:
-    """Returns the position of each cell's colour in the palette."""
+def colour_indices(cells: Array, limit: float, side: int = 0) -> Array:
+    """Returns the position of each cell's colour in the palette of the same side."""
+    low, high = (end / limit for end in scale_ends(limit, side))
     with np.errstate(invalid="ignore", over="ignore"):
-        scaled = np.clip(cells.astype(np.float64) / limit, -1, 1)
-    found = np.round(np.nan_to_num(scaled) * STEPS) + STEPS
+        scaled = np.clip(cells.astype(np.float64) / limit, low, high)
+    found = np.round((np.nan_to_num(scaled) - low) / (high - low) * 2 * STEPS)
     found[np.isnan(cells)] = 2 * STEPS + 1
     found[np.isinf(cells)] = 2 * STEPS + 2
     return found.astype(np.uint8)
@@ -148,3 +167,8 @@ def count_bad(values: Array) -> str:
 def written_bad(nan: int, inf: int) -> str:
     """Writes how many values are NaN and how many Inf, or nothing if none are."""
     return ", ".join(f"{count:,} {name}" for count, name in ((nan, "NaN"), (inf, "Inf")) if count)
+
+
+def scale_text(limit: float, side: int) -> str:
+    """Writes the values of a scale of colours: ``±1.5``, ``0 to 1.5`` or ``−1.5 to 0``."""
+    return f"±{limit:.3g}" if not side else f"0 to {limit:.3g}" if side > 0 else f"−{limit:.3g} to 0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,24 +18,79 @@ from convtap._errors import (
     did_you_mean,
     listed,
 )
+from convtap._result.call import Call
 from convtap._tensors.nested import walk_tensors
 from convtap._view import draw
 from convtap._view.cells import BLUE, Array, finite_range, shortened
 from convtap._view.outputs import CapturedOutputs, checked_count
-from convtap._view.pictures import MAX_BARS, as_map, bars, is_blank
+from convtap._view.pictures import MAX_BARS, Picture, as_map, bars, is_blank, shown_note, signal_picture
+from convtap._view.signal import one_signal
+from convtap._view.time_axis import TimeAxis
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _ACROSS = 4
-_HEIGHT, _STEP = 54, 76
+_HEIGHT, _STEP, _TOP, _FOOT = 54, 76, 40, 22
 
 
-def one_map(outputs: CapturedOutputs, layer: str, sample: int) -> tuple[str, Array]:
-    """Returns one call's output for one input, as (C, T), after a title: its key, and the axis that was assumed."""
+class Channels(NamedTuple):
+    """The output of one call for one input, with its place on the time axis.
+
+    Attributes:
+        title: its key, and the axis that was assumed.
+        frames: how many frames it has.
+        values: the part of it that the span shows, (C, T).
+        extent: where that begins and ends on the time axis, or None if it has no place there.
+        notes: which part it is.
+        signal: the input above it, or None.
+    """
+
+    title: str
+    frames: int
+    values: Array
+    extent: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    signal: Picture | None = None
+
+
+def one_map(outputs: CapturedOutputs, layer: str, sample: int, signal: Any = None) -> Channels:
+    """Reads one call's output for one input, and the signal of that input."""
+    found, row = outputs.locate(sample)
+    call, axis = _one_call(outputs, layer, sample), outputs.axis
+    tensors = list(walk_tensors(call.output))
+    if len(tensors) != 1:
+        raise Unsupported(
+            f"{layer!r} returns {len(tensors)} tensors, and channels draws one. Draw them with acts.plot()."
+        )
+    (path, tensor), key = tensors[0], call.key
+    axes = outputs.axes(call, path, tensor)
+    one = found.cut(key, tensor, row, axes.batch)
+    if is_blank(one):
+        raise Unsupported(f"{key!r} has no values to draw: its shape is {tuple(one.shape)}.")
+    values, notes = as_map(one, axes)
+    frames = values.shape[1]
+    extent = axis.extent(outputs.place(call), path, frames) if frames > 1 else None
+    if axis.span is not None and extent is None:
+        raise Unsupported(
+            f"span={axis.span} cannot zoom {key!r}, whose place on the time axis is not known. Leave span out to draw all "
+            "of its frames."
+        )
+    given = None if signal is None else one_signal(outputs, signal, sample)
+    axis.widen(extent, None if given is None else axis.signal_extent(given.shape[1]))
+    axis.check_span(found.shape)
+    part, extent = axis.visible(extent, frames)
+    title = " · ".join([key, *(note for note in notes if "taken as" in note)])
+    panel = None if given is None else signal_picture(given, draw.COLUMNS // _ACROSS, axis)
+    return Channels(title, frames, values[:, part], extent, tuple(shown_note("frame", part, frames)), panel)
+
+
+def _one_call(outputs: CapturedOutputs, layer: str, sample: int) -> Call:
+    """Returns the call of a layer in the forward pass of one input."""
     if not isinstance(layer, str):
         raise InvalidType(f"layer is a {type(layer).__name__}, and it must be one layer's name or a call key.")
-    found, row = outputs.locate(sample)
+    found, _ = outputs.locate(sample)
     here = {call.key: call for call in found.calls}
     name = outputs.log.resolve(layer)
     calls = [here[layer]] if layer in here else [call for call in found.calls if call.name == name]
@@ -49,52 +104,95 @@ def one_map(outputs: CapturedOutputs, layer: str, sample: int) -> tuple[str, Arr
             f"{layer!r} ran {len(calls)} times in the forward pass of sample {sample}. Draw one of these calls: "
             f"{listed([repr(call.key) for call in calls])}."
         )
-    tensors = list(walk_tensors(calls[0].output))
-    if len(tensors) != 1:
-        raise Unsupported(
-            f"{layer!r} returns {len(tensors)} tensors, and channels draws one. Draw them with acts.plot()."
-        )
-    (path, tensor), key = tensors[0], calls[0].key
-    axes = outputs.axes(calls[0], path, tensor)
-    one = found.cut(key, tensor, row, axes.batch)
-    if is_blank(one):
-        raise Unsupported(f"{key!r} has no values to draw: its shape is {tuple(one.shape)}.")
-    values, notes = as_map(one, axes)
-    return " · ".join([key, *(note for note in notes if "taken as" in note)]), values
+    return calls[0]
 
 
-def small_multiples(title: str, values: Array, channels: Any) -> Figure:
-    """Draws some channels of a (C, T) map, or all of one frame as bars."""
-    count, frames = values.shape
+def small_multiples(found: Channels, channels: Any, axis: TimeAxis) -> Figure:
+    """Draws some channels as small lines below the signal, or all channels of one frame as bars."""
+    count, frames = found.values.shape
     shown = _numbers(channels, count)
-    if frames == 1:
-        return _bars(title, values[:, 0])
-    lines = -(-len(shown) // _ACROSS)
-    figure = draw.new_figure(draw.WIDTH, 34 + lines * _STEP + 22)
-    in_a_row = len(shown) > 1 and shown == list(range(shown[0], shown[0] + len(shown)))
-    which = f"{shown[0]}–{shown[-1]}" if in_a_row else listed([str(number) for number in shown])
-    which = f"all {count:,} channels" if len(shown) == count else f"channels {which} of {count:,}"
-    text = f"{shortened(title, 70)}  ({count:,}, {frames:,})  ·  {which}, one scale"
-    draw.write(figure, 20, 18, text, weight="bold")
-    low, high = finite_range(values[shown])
+    if frames == 1 and found.extent is None:
+        return _bars(found, axis)
+    if not frames:
+        raise Unsupported(
+            f"{found.title!r} has no frames in span={axis.span}. Choose another part of the input with span=."
+        )
+    across = min(_ACROSS, len(shown))
+    lines, above = -(-len(shown) // across), _signal_height(found)
+    height = _TOP + above + lines * _STEP + _FOOT
+    figure = draw.new_figure(draw.WIDTH, height, "Draw some of the channels: channels=range(0, 64).")
+    draw.write(figure, 20, 18, _headline(found, shown), weight="bold")
+    low, high = finite_range(found.values[shown])
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1
-    width = (draw.WIDTH - 50) // _ACROSS
+    width = (draw.WIDTH - 44) // across
+    for column in range(across if found.signal is not None else 0):
+        _draw_signal(figure, found, 46 + column * width, width - 26, column == 0, axis)
     for position, channel in enumerate(shown):
-        line, column = divmod(position, _ACROSS)
-        axes = draw.place(figure, 46 + column * width, 40 + line * _STEP, width - 16, _HEIGHT)
-        draw.draw_line(axes, values[channel], columns=width - 16)
+        line, column = divmod(position, across)
+        axes = draw.place(figure, 46 + column * width, _TOP + above + line * _STEP, width - 26, _HEIGHT)
+        draw.draw_line(axes, found.values[channel], found.extent, columns=width - 26)
         axes.axhline(0, color=BLUE, lw=0.4)
         axes.set_ylim(low - margin, high + margin)
-        draw.whole_ticks(axes, frames, most=4)
+        _ticks(axes, found.extent, frames, 8 // across + 2, axis)
         axes.set_title(f"{channel}", fontsize=7, loc="left", pad=2)
-        axes.set_title(draw.not_finite(values[channel]), fontsize=7, loc="right", pad=2, color=draw.ALARM)
+        axes.set_title(draw.not_finite(found.values[channel]), fontsize=7, loc="right", pad=2, color=draw.ALARM)
         axes.locator_params(axis="y", nbins=3)
-        axes.tick_params(labelleft=column == 0, labelbottom=position + _ACROSS >= len(shown))
-    draw.write(figure, draw.WIDTH // 2, 34 + lines * _STEP + 16, "frame", ha="center", fontsize=7)
+        axes.tick_params(labelleft=column == 0, labelbottom=position + across >= len(shown))
+    unit = "frame" if found.extent is None else f"time in {axis.unit}"
+    draw.write(figure, draw.WIDTH // 2, height - 6, unit, ha="center", fontsize=7)
     return figure
 
 
-def _bars(title: str, values: Array) -> Figure:
+def _headline(found: Channels, shown: list[int]) -> str:
+    count = len(found.values)
+    in_a_row = len(shown) > 1 and shown == list(range(shown[0], shown[0] + len(shown)))
+    which = f"{shown[0]}–{shown[-1]}" if in_a_row else listed([str(number) for number in shown])
+    which = f"all {count:,} channels" if len(shown) == count else f"channels {which} of {count:,}"
+    return "  ·  ".join(
+        [f"{shortened(found.title, 70)}  ({count:,}, {found.frames:,})", *found.notes, which, "one scale"]
+    )
+
+
+def _ticks(axes: Axes, extent: tuple[float, float] | None, frames: int, most: int, axis: TimeAxis) -> None:
+    """Puts ticks on a small axes: on the time axis if it has a place there, else one for some frames."""
+    if extent is None or axis.bounds is None:
+        draw.whole_ticks(axes, frames, most=most)
+        return
+    axes.set_xlim(axis.bounds)
+    axes.locator_params(axis="x", nbins=most)
+
+
+def _signal_height(found: Channels) -> int:
+    """Returns the pixels that the signal takes, with its title and the numbers of its axis, if that is its own."""
+    if found.signal is None:
+        return 0
+    below = 36 if found.extent is None else 24
+    return below + (max(_HEIGHT, 24 * found.signal.channels) if found.signal.kind == "lines" else _HEIGHT)
+
+
+def _draw_signal(figure: Figure, found: Channels, left: int, width: int, is_first: bool, axis: TimeAxis) -> None:
+    """Draws the signal above a column of channels, so that both are read from top to bottom."""
+    signal = found.signal
+    if signal is None or signal.kind == "nothing":
+        return
+    height = _signal_height(found) - (36 if found.extent is None else 24)
+    axes = draw.place(figure, left, _TOP, width, height)
+    if signal.kind == "lines":
+        draw.draw_lines(axes, signal, width)
+    else:
+        draw.draw_map(axes, signal)
+    _ticks(axes, signal.extent, signal.frames, 6, axis)
+    axes.set_title("signal", fontsize=7, loc="left", pad=2, weight="bold")
+    warning = draw.not_finite(signal.cells)
+    unit = "" if found.extent is not None else axis.short_unit
+    axes.set_title(warning or unit, fontsize=7, loc="right", pad=2, color=draw.ALARM if warning else draw.INK)
+    axes.tick_params(labelleft=is_first, labelbottom=found.extent is None)
+
+
+def _bars(found: Channels, axis: TimeAxis) -> Figure:
+    title, values = found.title, found.values[:, 0]
+    if axis.span is not None or found.signal is not None:
+        raise Unsupported(f"{title!r} has no time axis: its channels are drawn as bars. Leave span and signal out.")
     count = len(values)
     figure = draw.new_figure(draw.WIDTH, 190)
     draw.write(figure, draw.LEFT, 24, f"{shortened(title, 70)}  ({count:,},)", weight="bold")

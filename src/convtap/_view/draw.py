@@ -22,6 +22,7 @@ from convtap._view.cells import (
     finite_envelope,
     finite_range,
     palette,
+    scale_ends,
 )
 from convtap._view.pictures import MAX_BARS, MAX_MARKS, Picture
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 100
-_MOST = 2**16 - 1
-WIDTH = 1000  # pixels of a whole picture
-LEFT, RIGHT = 62, 38
+#: The most pixels that a picture is high: browsers, viewers and papers do not show more of it well.
+MAX_HEIGHT = 6000
+WIDTH = 1020  # pixels of a whole picture
+LEFT, RIGHT = 84, 36  # the unit of the time axis stands on the left of its numbers
 ACROSS = WIDTH - LEFT - RIGHT  # pixels of the axes
 
 #: Columns of a map: half the pixels, so that none is lost at half the resolution either.
@@ -42,16 +44,13 @@ INK = "#2b3a4a"
 ALARM = "#c00000"
 
 
-def new_figure(width: int, height: int) -> Figure:
+def new_figure(width: int, height: int, remedy: str = "Draw fewer layers at a time with layers=.") -> Figure:
     """Makes an empty figure of a size in pixels, which a notebook shows whether pyplot is imported or not.
 
     No backend is chosen and nothing is registered anywhere: the figure is freed like any other object.
     """
-    if height > _MOST:
-        raise Unsupported(
-            f"this picture would be {height:,} pixels high, and matplotlib draws at most {_MOST:,}. Draw fewer layers or "
-            "channels at a time with layers= or channels=, or see all of them in acts.report('report.html')."
-        )
+    if height > MAX_HEIGHT:
+        raise Unsupported(f"this picture would be {height:,} pixels high, and the most is {MAX_HEIGHT:,}. {remedy}")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -75,9 +74,18 @@ def place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
     across, down = figure.get_size_inches() * DPI
     axes = figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
     axes.tick_params(labelsize=7, length=2.5, pad=1.5)
+    plain_numbers(axes.xaxis, "{x:,.10g}")
+    plain_numbers(axes.yaxis, "{x:.4g}")
     for spine in axes.spines.values():
         spine.set_linewidth(0.6)
     return axes
+
+
+def plain_numbers(axis: Any, form: str) -> None:
+    """Writes each number of an axis whole: an offset in a corner, such as +2.5e5, would lie on other text."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axis.set_major_formatter(StrMethodFormatter(form))
 
 
 def write(figure: Figure, left: int, top: int, text: str, **style: Any) -> None:
@@ -104,9 +112,9 @@ def draw_map(axes: Axes, picture: Picture) -> None:
         "interpolation": "nearest",
         "extent": (first, last, len(cells) - 0.5, -0.5),
     }
-    colours = ListedColormap(palette()[: 2 * STEPS + 1] / 255.0, name="convtap").with_extremes(bad=NAN_HEX)
-    infinite = np.isinf(cells)
-    axes.imshow(np.where(infinite, 0, cells), cmap=colours, vmin=-picture.limit, vmax=picture.limit, **style)
+    colours = ListedColormap(palette(picture.side)[: 2 * STEPS + 1] / 255.0, name="convtap").with_extremes(bad=NAN_HEX)
+    infinite, (low, high) = np.isinf(cells), scale_ends(picture.limit, picture.side)
+    axes.imshow(np.where(infinite, 0, cells), cmap=colours, vmin=low, vmax=high, **style)
     if infinite.any():
         axes.imshow(np.where(infinite[..., None], (*(np.asarray(INF_COLOUR) / 255), 1.0), 0.0), **style)
     wrong = bad_columns(cells)
@@ -145,15 +153,17 @@ def whole_ticks(axes: Axes, count: int, most: int = 8) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
+    plain_numbers(axes.xaxis, "{x:,.10g}")
     axes.set_xlim(-0.5, count - 0.5)
 
 
-def draw_lines(axes: Axes, picture: Picture) -> None:
+def draw_lines(axes: Axes, picture: Picture, columns: int = ACROSS) -> None:
     """Draws the channels of a signal as lines, one below the other."""
     low, high = finite_range(picture.cells)
     height = (high - low) * 1.1 or 1.0
+    is_binary = bool(np.isin(picture.cells, (0, 1)).all())  # such as one-hot DNA, of which slopes would be wrong
     for channel, row in enumerate(picture.cells):
-        draw_line(axes, row, picture.extent, shift=-channel * height)
+        draw_line(axes, row, picture.extent, -channel * height, columns, is_binary)
     if picture.channels > 1:
         middle, numbers = (high + low) / 2, range(picture.channels)
         axes.set_yticks([middle - channel * height for channel in numbers], [str(i) for i in numbers])
@@ -163,11 +173,17 @@ def draw_lines(axes: Axes, picture: Picture) -> None:
 
 
 def draw_line(
-    axes: Axes, row: Array, extent: tuple[float, float] | None = None, shift: float = 0.0, columns: int = ACROSS
+    axes: Axes,
+    row: Array,
+    extent: tuple[float, float] | None = None,
+    shift: float = 0.0,
+    columns: int = ACROSS,
+    is_binary: bool = False,
+    cross: Array | None = None,
 ) -> None:
     """Draws one channel over time: a line, or if it has more values than columns, its minimum and maximum in each.
 
-    NaN and Inf leave a gap, with a cross at the bottom.
+    NaN and Inf leave a gap, with a cross at the bottom, if ``cross`` is true there. Zeros and ones are drawn as blocks.
     """
     samples = len(row)
     first, last = extent or (-0.5, samples - 0.5)
@@ -177,11 +193,15 @@ def draw_line(
         low, high = finite_envelope(row + shift, bounds)
         centres = first + (bounds[:-1] + bounds[1:]) / 2 * step
         axes.fill_between(centres, low, high, color=INK, lw=0.5)
+    elif is_binary:
+        ends = first + np.arange(samples + 1) * step
+        axes.stairs(row + shift, ends, baseline=shift, fill=True, color=INK, lw=0.8)
+        axes.hlines(shift, first, last, color=INK, lw=0.5)
     else:
         values = np.where(np.isfinite(row), row, np.nan) + shift
         times = first + (np.arange(samples) + 0.5) * step
         axes.plot(times, values, color=INK, lw=0.8, marker="." if samples == 1 else "")
-    wrong = np.flatnonzero(~np.isfinite(row))
+    wrong = np.flatnonzero(~np.isfinite(row) & (True if cross is None else cross))
     if len(wrong):
         at = first + (wrong + 0.5) * step
         bins = np.unique(((at - first) / (last - first) * columns).astype(int), return_index=True)[1]

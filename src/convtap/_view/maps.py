@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from convtap._view import draw
 from convtap._view.cells import PERCENTILE, STEPS, palette, shortened
@@ -13,29 +14,56 @@ from convtap._view.time_axis import TimeAxis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLE, _TICKS, _GAP, _FOOT = 17, 15, 7, 62
+_TITLE, _TICKS, _GAP, _FOOT, _HEADING = 17, 15, 7, 46, 22
 _TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that one sign of a title or a note needs at most, nearly always
 _ROOMY = 12  # up to so many maps each gets twice the height
 
 
-def feature_maps(found: Pictures, axis: TimeAxis) -> Figure:
+class _Panel(NamedTuple):
+    """A picture, its height in pixels, and whether the numbers of its axis are written below it."""
+
+    picture: Picture
+    height: int
+    has_ticks: bool
+
+    @property
+    def total(self) -> int:
+        """The pixels from its title to the next one's."""
+        return _TITLE + self.height + _GAP + (_TICKS if self.has_ticks else 0)
+
+
+def feature_maps(found: Pictures, axis: TimeAxis, heading: str = "") -> Figure:
     """Draws the signal, if there is one, and below it one picture an output."""
+    panels = _panels(found)
+    figure = draw.new_figure(WIDTH, height_of(found, heading))
+    top = 4
+    if heading:
+        draw.write(figure, LEFT, top + 14, heading, fontsize=8, color=draw.INK)
+        top += _HEADING
+    for panel in panels:
+        _draw_panel(figure, panel, top + _TITLE, axis)
+        top += panel.total
+    footer(figure, top, _maps(panels))
+    return figure
+
+
+def height_of(found: Pictures, heading: str = "") -> int:
+    """Returns how many pixels high the figure of some pictures is."""
+    panels = _panels(found)
+    return sum(panel.total for panel in panels) + (_FOOT if _maps(panels) else 8) + (_HEADING if heading else 0)
+
+
+def _panels(found: Pictures) -> list[_Panel]:
     drawn, roomy = found.outputs, len(found.outputs) <= _ROOMY
-    panels = [] if found.signal is None else [(found.signal, _height(found.signal, roomy=True), True)]
+    panels = [] if found.signal is None else [_Panel(found.signal, _height(found.signal, True), True)]
     for number, picture in enumerate(drawn, 1):
         labelled = roomy or picture.extent is None or number % _ROOMY == 0 or number == len(drawn)
-        panels.append((picture, _height(picture, roomy), labelled and picture.kind != "nothing"))
-    below = [_GAP + (_TICKS if ticks else 0) for _, _, ticks in panels]
-    has_maps = any(picture.kind == "map" for picture in drawn)
-    total = sum(_TITLE + height + space for (_, height, _), space in zip(panels, below, strict=True))
-    figure = draw.new_figure(WIDTH, total + (_FOOT if has_maps else 8))
-    top = 4
-    for (picture, height, ticks), space in zip(panels, below, strict=True):
-        _panel(figure, picture, top + _TITLE, height, ticks, axis)
-        top += _TITLE + height + space
-    if has_maps:
-        _footer(figure, top, axis)
-    return figure
+        panels.append(_Panel(picture, _height(picture, roomy), labelled and picture.kind != "nothing"))
+    return panels
+
+
+def _maps(panels: Iterable[_Panel]) -> list[Picture]:
+    return [panel.picture for panel in panels if panel.picture.kind == "map"]
 
 
 def _height(picture: Picture, roomy: bool) -> int:
@@ -46,8 +74,9 @@ def _height(picture: Picture, roomy: bool) -> int:
     return 22 if picture.kind == "nothing" else 90 if roomy else 56
 
 
-def _panel(figure: Figure, picture: Picture, top: int, height: int, ticks: bool, axis: TimeAxis) -> None:
-    """Draws one picture with its title, its notes and its warning."""
+def _draw_panel(figure: Figure, panel: _Panel, top: int, axis: TimeAxis) -> None:
+    """Draws one picture with its title, its notes, its warning, and the unit of its axis."""
+    picture = panel.picture
     notes = " · ".join(picture.notes)
     warning = draw.not_finite(picture.cells) if picture.kind == "lines" else picture.warning
     room = int((ACROSS - _NOTE_SIGN * (len(notes) + len(warning) + 4)) / _TITLE_SIGN)
@@ -59,7 +88,7 @@ def _panel(figure: Figure, picture: Picture, top: int, height: int, ticks: bool,
     draw.write(figure, LEFT + ACROSS, top - 2, notes, ha="right", fontsize=7)
     right = LEFT + ACROSS - int(_NOTE_SIGN * (len(notes) + 2))
     draw.write(figure, right, top - 2, warning, ha="right", fontsize=7, color=draw.ALARM, weight="bold")
-    axes = draw.place(figure, LEFT, top, ACROSS, height)
+    axes = draw.place(figure, LEFT, top, ACROSS, panel.height)
     if picture.kind == "bars":
         draw.draw_bars(axes, picture)
         axes.set_ylabel("value", fontsize=7, labelpad=1)
@@ -68,20 +97,30 @@ def _panel(figure: Figure, picture: Picture, top: int, height: int, ticks: bool,
     else:
         draw.draw_map(axes, picture)
         axes.set_ylabel("channel", fontsize=7, labelpad=1)
-    if picture.extent is not None and axis.bounds is not None:
+    is_placed = picture.extent is not None and axis.bounds is not None
+    if is_placed:
         axes.set_xlim(axis.bounds)
     elif picture.kind == "map":
         draw.whole_ticks(axes, picture.frames)
-    axes.tick_params(labelbottom=ticks)
+    axes.tick_params(labelbottom=panel.has_ticks)
+    if panel.has_ticks:
+        unit = "channel" if picture.kind == "bars" else axis.short_unit if is_placed else "frame"
+        draw.write(figure, 6, top + panel.height + 5, unit, va="top", fontsize=7)
 
 
-def _footer(figure: Figure, top: int, axis: TimeAxis) -> None:
-    """Writes the unit of the time axis and draws the scale of colours."""
-    unit = f"time in {axis.unit}" if axis.has_timeline else "frames of each layer"
-    draw.write(figure, LEFT + ACROSS // 2, top + 8, unit, ha="center", va="center", fontsize=7)
-    bar = draw.place(figure, LEFT, top + 20, 200, 9)
-    bar.imshow(palette()[None, : 2 * STEPS + 1], aspect="auto", extent=(-1, 1, 0, 1))
-    bar.set_yticks([])
-    bar.set_xticks([-1, 0, 1], ["−limit", "0", "limit"])
-    text = f"each map has its own limit (colour ± above it): {PERCENTILE} % of its cells are within it · NaN black · Inf yellow"
-    draw.write(figure, LEFT + 225, top + 25, text, va="center", fontsize=7)
+def footer(figure: Figure, top: int, maps: list[Picture], text: str = "") -> None:
+    """Draws the scale of colours of each kind that the maps have, and says what a limit is."""
+    if not maps:
+        return
+    text = text or f"limit: written above each map, {PERCENTILE} % of its cells are within it"
+    left = LEFT
+    for side in (0, 1, -1):
+        if not any(picture.side == side for picture in maps):
+            continue
+        bar = draw.place(figure, left, top + 8, 100, 9)
+        bar.imshow(palette(side)[None, : 2 * STEPS + 1], aspect="auto", extent=(-1, 1, 0, 1))
+        bar.set_yticks([])
+        ends = {0: ["−limit", "0", "limit"], 1: ["0", "limit"], -1: ["−limit", "0"]}[side]
+        bar.set_xticks([-1, 0, 1] if side == 0 else [-1, 1], ends)
+        left += 138
+    draw.write(figure, left - 5, top + 13, f"{text} · NaN black · Inf yellow", va="center", fontsize=7)

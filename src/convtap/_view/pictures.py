@@ -14,7 +14,7 @@ from convtap._tensors.layout import Axes
 from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import real_values
-from convtap._view.cells import Array, colour_limit, count_bad, edges, envelope, shrink
+from convtap._view.cells import Array, colour_limit, count_bad, edges, envelope, scale_text, shrink, side_of
 from convtap._view.outputs import CapturedOutputs, Chosen
 from convtap._view.signal import one_signal
 from convtap._view.time_axis import Place, TimeAxis
@@ -39,6 +39,7 @@ class Picture:
         kind: a map over time; lines over time; bars without a time axis; or nothing, if only the note can be shown.
         cells: the map's cells; for lines the values, (C, T); for bars two rows, the lower and the upper ends.
         limit: the magnitude of the full colour.
+        side: 1 if the scale of colours goes from zero up, -1 if from zero down, 0 if it has both signs.
         warning: how many values are NaN and how many Inf, or nothing.
         extent: where it begins and ends on the time axis, in its unit, or None if it has no place on it.
         notes: what else there is to know about it.
@@ -54,6 +55,7 @@ class Picture:
     warning: str = ""
     extent: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    side: int = 0
 
     @property
     def size(self) -> str:
@@ -100,6 +102,7 @@ def pictures(
     for call, place in places:
         for path, tensor in walk_tensors(shown_value(call)):
             axis.widen(axis.extent(place, path, outputs.frames(call, path, tensor)))
+    axis.check_span(found.shape)
     drawn = []
     for call, place in places:
         for path, tensor in walk_tensors(call.output):
@@ -110,7 +113,7 @@ def pictures(
                 drawn.append(_nothing(key, tensor, str(error).partition(". ")[0] + "."))
             else:
                 drawn.append(_picture(key, path, one, axes, place, rows, columns, axis))
-    shown = None if values is None else _signal(values, signal_columns or columns, axis)
+    shown = None if values is None else signal_picture(values, signal_columns or columns, axis)
     return Pictures(shown, drawn, len(here), len(calls) - len(here))
 
 
@@ -126,15 +129,21 @@ def _picture(
     return _map(key, shape, values, rows, columns, axis, axis.extent(place, path, frames), notes)
 
 
-def _signal(values: Array, columns: int, axis: TimeAxis) -> Picture:
+def signal_picture(values: Array, columns: int, axis: TimeAxis) -> Picture:
     """Returns a (C, T) signal as lines, or as a map if it has many channels."""
     channels, samples = values.shape
-    extent, unit = axis.signal_extent(samples), f"time in {axis.unit}"
+    whole, unit = axis.signal_extent(samples), f"time in {axis.unit}"
     if channels > MAX_LINES:
-        picture = _map("signal", values.shape, values, 64, columns, axis, extent, [])
+        picture = _map("signal", values.shape, values, 64, columns, axis, whole, [], "sample")
         return replace(picture, notes=(*picture.notes, unit))
-    warning = count_bad(values)
-    return Picture("signal", values.shape, "lines", values, channels, samples, 1.0, warning, extent, (unit,))
+    frames, extent = axis.visible(whole, samples)
+    shown, notes = values[:, frames], shown_note("sample", frames, samples)
+    if not shown.shape[1]:
+        return Picture("signal", values.shape, "nothing", shown, notes=("it has no samples in the span.",))
+    warning = _bad_of(values, shown)
+    return Picture(
+        "signal", values.shape, "lines", shown, channels, shown.shape[1], 1.0, warning, extent, (*notes, unit)
+    )
 
 
 def bars(key: str, shape: tuple[int, ...], values: Array, notes: list[str]) -> Picture:
@@ -182,19 +191,42 @@ def _map(
     axis: TimeAxis,
     extent: tuple[float, float] | None,
     notes: list[str],
+    noun: str = "frame",
 ) -> Picture:
-    cells = shrink(values, rows, axis.columns_for(extent, columns))
-    (channels, frames), limit = values.shape, colour_limit(cells.values)
+    part, shown = axis.visible(extent, values.shape[1])
+    notes, within = [*notes, *shown_note(noun, part, values.shape[1])], values[:, part]
+    if not within.shape[1]:
+        return Picture(key, shape, "nothing", within, notes=(f"it has no {noun}s in the span.",))
+    cells = shrink(within, rows, axis.columns_for(shown, columns))
+    limit, side = colour_limit(cells.values), side_of(values)
     notes = [*notes, *cells.notes]
     if axis.has_timeline and extent is None:
         notes.append("not on the time axis: drawn over its own frames")
-    notes.append(_range(cells.values, limit))
-    return Picture(key, shape, "map", cells.values, channels, frames, limit, count_bad(values), extent, tuple(notes))
+    notes.append(_range(cells.values, limit, side))
+    warning = _bad_of(values, within)
+    return Picture(
+        key, shape, "map", cells.values, len(values), within.shape[1], limit, warning, shown, tuple(notes), side
+    )
 
 
-def _range(cells: Array, limit: float) -> str:
+def shown_note(noun: str, part: slice, count: int) -> list[str]:
+    """Writes which frames of an output are shown, if not all of them."""
+    if part == slice(0, count):
+        return []
+    return [f"{noun}s {part.start:,} to {part.stop - 1:,}" if part.stop - part.start > 1 else f"{noun} {part.start:,}"]
+
+
+def _bad_of(values: Array, shown: Array) -> str:
+    """Writes how many values are NaN and Inf; of a part, also how many of them the part has."""
+    warning, inside = count_bad(values), count_bad(shown)
+    if not warning or shown.size == values.size:
+        return warning
+    return f"{warning} ({'all' if inside == warning else inside or 'none'} in the span)"
+
+
+def _range(cells: Array, limit: float, side: int) -> str:
     finite = cells[np.isfinite(cells)]
     if not finite.size:
         return "no finite value"
     peak = float(np.abs(finite).max())
-    return f"colour ±{limit:.3g}, peak {peak:.3g}" if peak else "all zero"
+    return f"colour {scale_text(limit, side)}, peak {peak:.3g}" if peak else "all zero"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -112,49 +112,64 @@ def linear_up_to(widths: list[float]) -> float | None:
 
 # -- the figure: one row a layer
 
-_TOP, _BOTTOM, _BETWEEN, _SIDE, _WARNED = 34, 38, 28, 130, 130
-_SIGN = 7.0  # pixels that one sign of a label needs at most, nearly always
+TOP = 34
+_BOTTOM, _BETWEEN, _BAR, _WARNED, _MARGIN = 38, 24, 70, 130, 24
+_SIGN, _NUMBER_SIGN = 7.0, 5.6  # pixels that one sign of a label, or of a number, needs at most, nearly always
 _CROWDED = 20
 
 
-def spread_figure(found: list[Spread], below: int = 0) -> Figure:
-    """Draws one row a layer, and leaves so many pixels free below."""
-    step = 26 if len(found) <= _CROWDED else 17
+def row_height(count: int) -> int:
+    """Returns the pixels of a row, of a figure with so many."""
+    return 26 if count <= _CROWDED else 17
+
+
+def label_width(labels: list[str]) -> int:
+    """Returns the pixels on the left that labels need."""
+    return _MARGIN + max(40, int(_SIGN * max(map(len, labels))))
+
+
+def spread_figure(found: list[Spread], below: int = 0, beside: int = 0) -> Figure:
+    """Draws one row a layer, and leaves so many pixels free below the rows or on their right."""
+    step = row_height(len(found))
     labels = [shortened(spread.name, 40) for spread in found]
-    left = 24 + max(40, int(_SIGN * max(map(len, labels))))
-    height = step * len(found)
-    figure = draw.new_figure(draw.WIDTH, _TOP + height + _BOTTOM + below)
+    zeros = ["–" if one.zeros is None else f"{100 * one.zeros:.3g} %" for one in found]
+    dead = [one.dead_text for one in found]
+    left, height = label_width(labels), step * len(found)
+    figure = draw.new_figure(
+        draw.WIDTH, TOP + height + _BOTTOM + below, "Draw some of the layers: layers=['encoder.*']."
+    )
     warned = _WARNED if any(spread.warning for spread in found) else 0
-    width = draw.WIDTH - left - 2 * (_SIDE + _BETWEEN) - warned - 24
-    columns = {"values: 1 – 25 – 50 – 75 – 99 %": width, "exactly zero": _SIDE, "dead channels": _SIDE}
-    axes = []
-    for title, extent in columns.items():
-        axes.append(draw.place(figure, left, _TOP, extent, height))
-        axes[-1].set_title(title, fontsize=8, weight="bold", pad=4)
-        left += extent + _BETWEEN
-    _quantiles(axes[0], [spread.quantiles for spread in found])
-    _shares(axes[1], [(one.zeros or 0.0, "–" if one.zeros is None else f"{100 * one.zeros:.3g} %") for one in found])
-    _shares(axes[2], [(one.dead / one.channels if one.channels else 0.0, one.dead_text) for one in found])
-    for ax in axes:
-        ax.set_ylim(len(found) - 0.5, -0.5)
-        ax.set_yticks([])
-    axes[0].set_yticks(range(len(found)), labels, fontsize=8, parse_math=False)
+    sides = [_BAR + 8 + int(_NUMBER_SIGN * max(map(len, texts))) for texts in (zeros, dead)]
+    width = draw.WIDTH - left - sum(sides) - 2 * _BETWEEN - warned - beside - _MARGIN
+    axes = draw.place(figure, left, TOP, width, height)
+    draw.write(figure, left, TOP - 6, "values: 1 – 25 – 50 (red) – 75 – 99 %", weight="bold")
+    _quantiles(axes, [spread.quantiles for spread in found])
+    axes.set_yticks(range(len(found)), labels, fontsize=8, parse_math=False)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    left += width + _BETWEEN
+    shares = [one.zeros or 0.0 for one in found]
+    _shares(figure, left, "exactly zero", shares, zeros, height)
+    left += sides[0] + _BETWEEN
+    shares = [one.dead / one.channels if one.channels else 0.0 for one in found]
+    _shares(figure, left, "dead channels", shares, dead, height)
     for row, spread in enumerate(found):
-        middle = _TOP + int((row + 0.5) * step)
-        draw.write(figure, left - 16, middle, spread.warning, color=draw.ALARM, fontsize=7, va="center")
+        middle = TOP + int((row + 0.5) * step)
+        draw.write(figure, left + sides[1] + 4, middle, spread.warning, color=draw.ALARM, fontsize=7, va="center")
     return figure
 
 
 def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
-    """Draws the 1 % to 99 % quantiles of each row as a thin bar, the quartiles as a thick one, the median as a line."""
-    for position, row in enumerate(rows):
-        if row is None:
-            continue
-        low, first, median, third, high = row
-        axes.plot([low, high], [position, position], color=draw.INK, lw=1.2, solid_capstyle="butt")
-        axes.barh(position, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
-        ends = [position - 0.28, position + 0.28]
-        axes.plot([median, median], ends, color=draw.ALARM, lw=1.6, solid_capstyle="butt")
+    """Draws the 1 % to 99 % quantiles of each row as a thin bar, the quartiles as a thick one, the median as a dot.
+
+    A dot is seen at zero too, on the edge of a box and of the axes.
+    """
+    known = [(position, *row) for position, row in enumerate(rows) if row is not None]
+    if known:
+        positions, low, first, median, third, high = np.asarray(known).T
+        axes.plot([low, high], [positions, positions], color=draw.INK, lw=1.2, solid_capstyle="butt")
+        axes.barh(positions, third - first, left=first, height=0.56, color="#8fbde0", ec=draw.INK, lw=0.6)
+        style: dict[str, Any] = {"ms": 4.5, "mec": "white", "mew": 0.7, "zorder": 3, "clip_on": False}
+        axes.plot(median, positions, "o", color=draw.ALARM, **style)
     _scale(axes, [max(abs(row[0]), abs(row[-1])) for row in rows if row is not None])
     axes.axvline(0, color=draw.INK, lw=0.5, zorder=0)
     axes.grid(axis="x", lw=0.3, alpha=0.6)
@@ -175,10 +190,15 @@ def _scale(axes: Axes, widths: list[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _shares(axes: Axes, shares: list[tuple[float, str]]) -> None:
-    """Draws shares between 0 and 1 as bars, each with its text."""
-    axes.barh(range(len(shares)), [share for share, _ in shares], height=0.56, color="#f0a07c", ec=draw.INK, lw=0.4)
-    for position, (_, text) in enumerate(shares):
-        axes.text(0.02, position, text, fontsize=7, va="center")
+def _shares(figure: Figure, left: int, title: str, shares: list[float], texts: list[str], height: int) -> None:
+    """Draws shares between 0 and 1 as bars, each with its number beside the bars."""
+    axes = draw.place(figure, left, TOP, _BAR, height)
+    draw.write(figure, left, TOP - 6, title, weight="bold")
+    axes.barh(range(len(shares)), shares, height=0.56, color="#f0a07c", ec=draw.INK, lw=0.4)
+    for position, text in enumerate(texts):
+        middle = TOP + int((position + 0.5) * height / len(texts))
+        draw.write(figure, left + _BAR + 8, middle, text, fontsize=7, va="center")
     axes.set_xlim(0, 1)
-    axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    axes.set_xticks([0, 1], ["0", "100 %"])
+    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.set_yticks([])

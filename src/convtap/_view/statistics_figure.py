@@ -13,19 +13,22 @@ from convtap._result.layer_statistics import LayerStatistics
 from convtap._result.statistics import Statistics
 from convtap._view import draw as _draw
 from convtap._view.cells import Array, edges, shortened, written_bad
-from convtap._view.spread import QUANTILES, Spread, spread_figure
+from convtap._view.spread import QUANTILES, TOP, Spread, label_width, row_height, spread_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: What a channel is, from the most to the least harmless; a cell of several channels shows the worst of them.
 _STATES = (("", "#f2f2f2"), ("saturated", "#e8a33d"), ("dead", "#2b3a4a"), ("NaN or Inf", _draw.ALARM))
 _NOTHING = "#ffffff"
 _ROW, _TITLE, _FOOT, _SIGN = 14, 26, 46, 7.0
+#: Of more layers than this the map of channels is on the right of their rows, so that each layer has one row.
+_MANY, _BESIDE = 20, 200
 
 
 def statistics_figure(stats: Statistics, layers: Any) -> Figure:
-    """Draws one row a layer, and below it a map of channels.
+    """Draws one row a layer, and below the rows, or on their right if there are many, a map of channels.
 
     Raises:
         LayerNotFound: ``layers`` names nothing that is here.
@@ -36,11 +39,20 @@ def statistics_figure(stats: Statistics, layers: Any) -> Figure:
         raise NotCaptured(
             "there are no statistics to draw. Run the model inside: with statistics(model) as stats: model(x)"
         )
-    rows = [layer for layer in found if layer.channels]
-    height = _TITLE + _ROW * len(rows) + _FOOT if rows else 0
-    figure = spread_figure([_spread(layer) for layer in found], below=height)
-    if rows:
-        _channel_map(figure, rows, height)
+    spreads, rows = [_spread(layer) for layer in found], [layer for layer in found if layer.channels]
+    if not rows:
+        return spread_figure(spreads)
+    if len(found) > _MANY:
+        figure = spread_figure(spreads, beside=_BESIDE + 24)
+        left, height = _draw.WIDTH - _BESIDE - 24, row_height(len(found))
+        _channel_map(figure, found, left, TOP, _BESIDE, height)
+        return figure
+    height = _TITLE + _ROW * len(rows) + _FOOT
+    figure = spread_figure(spreads, below=height)
+    labels = [shortened(layer.name, 40) for layer in rows]
+    left, top = label_width(labels), int(figure.get_size_inches()[1] * _draw.DPI) - height + _TITLE
+    axes = _channel_map(figure, rows, left, top, _draw.WIDTH - left - _draw.RIGHT, _ROW)
+    axes.set_yticks(range(len(rows)), labels, fontsize=7, parse_math=False)
     return figure
 
 
@@ -75,31 +87,29 @@ def states_of(layer: LayerStatistics) -> Array:
     return found
 
 
-def _channel_map(figure: Figure, layers: list[LayerStatistics], height: int) -> None:
+def _channel_map(
+    figure: Figure, layers: list[LayerStatistics], left: int, top: int, width: int, row_pixels: int
+) -> Axes:
     """Draws channels from left to right and layers from top to bottom."""
     from matplotlib.colors import ListedColormap
 
-    labels = [shortened(layer.name, 40) for layer in layers]
-    left = 24 + max(40, int(_SIGN * max(map(len, labels))))
-    width = _draw.WIDTH - left - _draw.RIGHT
     most = max(layer.channels or 0 for layer in layers)
     bounds = edges(most, width)
     cells = np.full((len(layers), len(bounds) - 1), -1)
     for row, layer in enumerate(layers):
         states = np.concatenate([states_of(layer), np.full(most - (layer.channels or 0), -1)])
         cells[row] = np.maximum.reduceat(states, bounds[:-1])
-    top = int(figure.get_size_inches()[1] * _draw.DPI) - height + _TITLE
-    axes = _draw.place(figure, left, top, width, _ROW * len(layers))
+    axes = _draw.place(figure, left, top, width, row_pixels * len(layers))
     colours = ListedColormap([_NOTHING, *(colour for _, colour in _STATES)])
     extent = (-0.5, most - 0.5, len(layers) - 0.5, -0.5)
     axes.imshow(
         cells, cmap=colours, vmin=-1, vmax=len(_STATES) - 1, aspect="auto", interpolation="nearest", extent=extent
     )
-    axes.set_yticks(range(len(layers)), labels, fontsize=7, parse_math=False)
-    axes.locator_params(axis="x", integer=True)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", integer=True, nbins=max(2, width // 60))
     axes.set_xlabel("channel", fontsize=7)
-    _draw.write(figure, left, top - 4, "channels", weight="bold")
-    at = left + 90
+    at = left
     for name, colour in _STATES[1:]:
-        _draw.write(figure, at, top - 4, f"■ {name}", color=colour)
-        at += 34 + int(_SIGN * len(name))
+        _draw.write(figure, at, top - 6, f"■ {name}", color=colour, fontsize=7)
+        at += 20 + int(_SIGN * len(name))
+    return axes

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from convtap._errors import ConvtapError, InvalidType, InvalidValue
+from convtap._errors import ConvtapError, InvalidType, InvalidValue, OutOfRange, brief
+
+#: What ``span=`` accepts: where the shown part of the input begins and ends, or None for all of it.
+Span: TypeAlias = "tuple[float, float] | None"
 
 
 class Place(NamedTuple):
@@ -33,14 +36,18 @@ class TimeAxis:
         timeline: the result of ``convtap.timeline``, or None. ``timeline[layer]`` has a ``stride`` in input samples and
             ``centre(t)``, the input sample at the centre of frame t; it may have ``dim``, the axis that is time.
         sample_rate: input samples a second, or None to count in samples.
+        has_signal: whether the model's input is drawn too.
+        span: the part of the axis to show, as ``(start, stop)`` in its unit; None for all of it.
 
     Attributes:
         scale: seconds an input sample, or 1.
         signal_dim: the axis of the model's input that is time, counted from the end, if the timeline says it.
-        bounds: the ends of the axis, once they are known.
+        span: the part of the axis to show, as the user gave it, or None.
     """
 
-    def __init__(self, timeline: Any, sample_rate: float | None = None, has_signal: bool = False) -> None:
+    def __init__(
+        self, timeline: Any, sample_rate: float | None = None, has_signal: bool = False, span: Span = None
+    ) -> None:
         if timeline is not None and not hasattr(type(timeline), "__getitem__"):
             raise InvalidType(
                 f"timeline is a {type(timeline).__name__}, not a timeline. Pass timeline=convtap.timeline(model, x)."
@@ -48,14 +55,31 @@ class TimeAxis:
         self._timeline = timeline
         self.signal_dim = getattr(timeline, "time_dim", None)
         self.has_timeline = timeline is not None
-        self.scale = 1.0 if sample_rate is None else 1.0 / _checked(sample_rate)
+        self.scale = 1.0 if sample_rate is None else 1.0 / checked_rate(sample_rate)
         if sample_rate is not None and timeline is None and not has_signal:
             raise InvalidValue(
                 f"sample_rate={sample_rate}: nothing here is counted in input samples. Pass the input as signal=x, or "
                 "timeline=convtap.timeline(model, x) to place the layers' frames."
             )
         self.unit = "input samples" if sample_rate is None else "seconds"
-        self.bounds: tuple[float, float] | None = None
+        self.span = None if span is None else _checked_span(span)
+        if self.span is not None and timeline is None:
+            raise InvalidValue(
+                f"span={brief(span)} counts in {self.unit}, and where the frames lie in the input is not known. Pass "
+                "timeline=convtap.timeline(model, x) too."
+            )
+        self._whole: tuple[float, float] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The ends of what is shown of the axis, once they are known. Sample n is drawn around n."""
+        half = 0.5 * self.scale
+        return self._whole if self.span is None else (self.span[0] - half, self.span[1] - half)
+
+    @property
+    def short_unit(self) -> str:
+        """The label of an axis that has no room for a sentence."""
+        return "sample" if self.unit == "input samples" else "time (s)"
 
     def place(self, name: str, number: int | None, separator: str, part: str = "") -> Place:
         """Returns the place of a layer's only call in its pass, or of the call of some number.
@@ -102,12 +126,56 @@ class TimeAxis:
 
     def widen(self, *extents: tuple[float, float] | None) -> None:
         """Makes the axis long enough for these extents."""
-        ends = [extent for extent in (self.bounds, *extents) if extent is not None]
+        ends = [extent for extent in (self._whole, *extents) if extent is not None]
         if ends:
-            self.bounds = min(first for first, _ in ends), max(last for _, last in ends)
+            self._whole = min(first for first, _ in ends), max(last for _, last in ends)
+
+    def check_span(self, shape: tuple[int, ...] | None) -> None:
+        """Checks that the span lies on the axis, once everything that is drawn has widened it.
+
+        ``shape`` is that of the model's input, whose last samples may be in no frame.
+
+        Raises:
+            OutOfRange: it begins before the axis, or ends after it.
+        """
+        if self.span is None:
+            return
+        dim = -1 if self.signal_dim is None else self.signal_dim
+        samples = getattr(self._timeline, "input_length", None) if shape is None else (1, *shape)[dim]
+        self.widen(self.signal_extent(samples) if isinstance(samples, int) else None)
+        if self._whole is None:
+            return  # nothing is on the axis, which the notes of each layer say
+        half, (first, last), (start, stop) = 0.5 * self.scale, self._whole, self.span
+        first, last = first + half, last + half
+        if self.scale == 1:  # whole samples
+            first, last = math.floor(first), math.ceil(last)
+        slack = 1e-9 * (last - first)
+        if start < first - slack or stop > last + slack:
+            room = f"from {first:,.10g} to {last:,.10g} {self.unit}"
+            known = f"{max(start, first):.10g}, {min(stop, last):.10g}"
+            inside = known if max(start, first) < min(stop, last) else f"{first:.10g}, {last:.10g}"
+            raise OutOfRange(
+                f"span=({start:.10g}, {stop:.10g}) is not within the time axis, which runs {room}. Write a part of it, "
+                f"such as span=({inside})."
+            )
+
+    def visible(self, extent: tuple[float, float] | None, frames: int) -> tuple[slice, tuple[float, float] | None]:
+        """Returns which frames of an output the span shows, and their extent; all of them without a span or a place."""
+        if extent is None or self.span is None or self.bounds is None:
+            return slice(0, frames), extent
+        (first, last), (start, stop) = extent, self.bounds
+        step = (last - first) / frames
+        low = min(frames, max(0, math.floor((start - first) / step + 1e-6)))
+        high = max(low, min(frames, math.ceil((stop - first) / step - 1e-6)))
+        return slice(low, high), (first + low * step, first + high * step)
 
 
-def _checked(sample_rate: Any) -> float:
+def checked_rate(sample_rate: Any) -> float:
+    """Returns a number of input samples a second, if it is one.
+
+    Raises:
+        InvalidType, InvalidValue: it is not a positive number.
+    """
     hint = "Pass input samples a second: sample_rate=16000."
     try:
         rate = float(sample_rate)
@@ -116,3 +184,20 @@ def _checked(sample_rate: Any) -> float:
     if isinstance(sample_rate, bool) or not (math.isfinite(rate) and rate > 0):
         raise InvalidValue(f"sample_rate={sample_rate!r} is no rate. {hint}")
     return rate
+
+
+def _checked_span(span: Any) -> tuple[float, float]:
+    hint = "Write where it begins and where it ends: span=(start, stop)."
+    try:
+        start, stop = (float(end) for end in span)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidType(f"span is {brief(span)}, and it must be two numbers. {hint}") from None
+    if isinstance(span, (str, bytes, set, frozenset, dict)) or any(isinstance(end, bool) for end in span):
+        raise InvalidType(f"span is {brief(span)}, and it must be two numbers. {hint}")
+    if not (math.isfinite(start) and math.isfinite(stop)):
+        raise InvalidValue(f"span={brief(span)} is not finite. {hint}")
+    if start == stop:
+        raise InvalidValue(f"span={brief(span)} is empty. {hint}")
+    if start > stop:
+        raise InvalidValue(f"span={brief(span)} ends before it begins. Write span=({stop:.10g}, {start:.10g}).")
+    return start, stop
