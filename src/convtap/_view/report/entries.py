@@ -67,7 +67,7 @@ def index(sections: list[Section], entries: Entries | None) -> str:
         f'<nav class="index" aria-label="Index"><div class="sections">{links}</div>'
         '<input type="search" placeholder="Filter layers" aria-label="Filter layers by name" data-script hidden>'
         f'<output aria-live="polite"></output><details class="list" open><summary>Index · {len(items):,}</summary>'
-        f'<div class="entries">{lists}</div></details></nav>'
+        f'<div class="entries"><div>{lists}</div></div></details></nav>'
     )
 
 

@@ -25,13 +25,14 @@ COLUMNS = 600
 HEIGHT = 100
 
 #: Channels share rows if the columns would else be fewer.
-NARROWEST = 128
+NARROWEST = 96
 
 #: More calls than this have no picture.
 MAX_PICTURES = 300
 
-#: The most bytes of a page of up to MAX_PICTURES layers, those of a layer without its map, and those of a cell of noise.
-PAGE, LAYER, CELL = 2_850_000, 3_700, 1.31
+#: The most bytes of a page of up to MAX_PICTURES layers, without its layer tree; those of a layer without its map, of each
+#: sign of its name, and of each cell of a map of noise.
+PAGE, LAYER, SIGN, CELL = 2_600_000, 3_600, 8, 1.31
 
 _EXPLANATION = (
     f"Each map has its own limit (colour ±): {PERCENTILE} % of its cells are within it, the others have the full colour. "
@@ -52,14 +53,15 @@ def legend() -> str:
 def drawn_input(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: Any, rows: int) -> Pictures:
     """Prepares the pictures of one input, of a size at which the page stays small."""
     within = {id(call) for call in outputs.locate(sample)[0].calls}
-    count = sum(id(call) in within for call in outputs.chosen(layers))
-    rows, columns = _grid(max(1, min(count, MAX_PICTURES)), rows)
+    names = [call.key for call in outputs.chosen(layers) if id(call) in within][:MAX_PICTURES]
+    rows, columns = _grid(names, rows)
     return pictures(outputs, sample, layers, signal, rows, columns, COLUMNS, most=MAX_PICTURES)
 
 
-def _grid(count: int, rows: int) -> tuple[int, int]:
-    """Returns the most rows and columns of each of so many maps; of many maps fewer than ``rows``, so that time has room."""
-    cells = (PAGE - LAYER * count) / CELL / count
+def _grid(names: list[str], rows: int) -> tuple[int, int]:
+    """Returns the most rows and columns of each map; of many maps fewer than ``rows``, so that time has room."""
+    count = max(1, len(names))
+    cells = max((PAGE - LAYER * count - SIGN * sum(map(len, names))) / CELL / count, 8 * NARROWEST)
     rows = min(rows, 1 << int(math.log2(cells / NARROWEST)))
     return rows, min(COLUMNS, int(cells / rows))
 

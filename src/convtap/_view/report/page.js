@@ -139,8 +139,9 @@ const range = (noun, first, last) => first === last ? `${noun} ${whole(first)}` 
 const ends = (position, parts, all) => [Math.floor(position * all / parts), Math.floor((position + 1) * all / parts) - 1];
 const about = (value, error) => {
   if (!error) return `${Number(value.toPrecision(4))}`;
-  const digits = Math.min(5, Math.max(1, Math.ceil(Math.log10(Math.abs(value) / error)) + 1));
-  return `≈ ${Number(value.toPrecision(Number.isFinite(digits) ? digits : 1))} ± ${Number(error.toPrecision(2))}`;
+  const digits = value ? Math.min(9, Math.max(1, Math.ceil(Math.log10(Math.abs(value) / error)) + 2)) : 1;
+  const unit = 10 ** (Math.floor(Math.log10(error)) - 1), wide = Math.ceil(1.06 * error / unit) * unit; // with what is rounded
+  return `≈ ${Number(value.toPrecision(digits))} ± ${Number(wide.toPrecision(2))}`;
 };
 
 // See Note: [Values in the image] in codes.py. The bytes of the PNG itself are read: those of a canvas may be altered.
