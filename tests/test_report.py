@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from convtap import LayerNotFound, StoreError, capture
+import convtap
+from convtap import LayerNotFound, StoreError, capture, load
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
+from convtap._view.report.blocks import blocks
 from convtap.report import report
 
 VOID = {"meta", "img", "input", "wbr", "path", "rect"}
@@ -207,6 +209,142 @@ def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
     page = read(acts, tmp_path / "r.html")
     assert len(page.all("tr")) == 2  # the headings and one call
     assert "The first 1 of 2 calls; acts.summary() has all." in page.written()
+
+
+# -- its head
+
+
+def facts(page):
+    """Returns what the head says, by name."""
+    head = page.written().split("Coverage")[-2]
+    names = ["Model", "Mode", "Device", "Data type", "Inputs", "Outputs", "Captured", "Report written"]
+    parts = re.split("|".join(names), head)
+    return dict(zip(re.findall("|".join(names), head), parts[1:], strict=True))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stops the clock for captures and reports, and returns what sets it."""
+
+    def set_to(text):
+        monkeypatch.setattr("convtap._result.origin.now", lambda: text)
+        monkeypatch.setattr("convtap._view.report.head.now", lambda: text)
+
+    return set_to
+
+
+VERSIONS = f"convtap {convtap.__version__}, torch {torch.__version__}"
+
+
+def test_the_head_says_what_ran_how_and_when(tmp_path, clock):
+    model = small().double()
+    clock("2026-01-02 03:04 UTC")
+    with capture(model) as acts:
+        model.eval()  # the mode is that of the passes
+        model(torch.randn(2, 1, 50).double())
+        model(torch.randn(3, 1, 50).double())
+    model.train()
+    clock("2026-05-06 07:08 UTC")
+    assert facts(read(acts, tmp_path / "r.html")) == {
+        "Model": "Sequential",
+        "Mode": "eval",
+        "Device": "cpu",
+        "Data type": "float64",
+        "Inputs": "5 inputs in 2 forward passes",
+        "Outputs": "4, 21.9 KiB",
+        "Captured": f"2026-01-02 03:04 UTC, {VERSIONS}",
+        "Report written": "2026-05-06 07:08 UTC",
+    }
+
+
+def test_a_file_keeps_where_its_outputs_come_from(tmp_path, clock, monkeypatch):
+    model = torch.compile(small(), backend="eager")  # of which the class is a wrapper's
+    clock("2026-01-02 03:04 UTC")
+    with capture(model) as acts:
+        model(torch.randn(2, 1, 50))
+        model.eval()
+        model(torch.randn(2, 1, 50))
+    acts.save(tmp_path / "a.safetensors")
+    clock("2027-05-06 07:08 UTC")
+    monkeypatch.setattr("convtap.__version__", "9.9")
+    found = facts(read(load(tmp_path / "a.safetensors"), tmp_path / "r.html"))
+    assert found["Model"] == "Sequential"
+    assert found["Mode"] == "train and eval"
+    assert found["Inputs"] == "4 inputs in 2 forward passes of shape (2, 1, 50)"
+    assert found["Captured"] == f"2026-01-02 03:04 UTC, {VERSIONS}"
+    assert found["Report written"] == f"2027-05-06 07:08 UTC, convtap 9.9, torch {torch.__version__}"
+
+
+def test_joined_captures_say_both_origins_and_a_cleared_one_forgets_its_passes(acts, tmp_path):
+    other = nn.Conv1d(1, 2, 1)
+    with capture(other) as found:
+        other(torch.zeros(1, 1, 5))
+        found.clear()
+        other.eval()
+        other(torch.zeros(1, 1, 5))
+    assert facts(read(found, tmp_path / "r.html"))["Mode"] == "eval"
+    both = facts(read(acts.join(found), tmp_path / "r.html"))
+    assert both["Model"] == "Sequential, Conv1d"
+    assert both["Mode"] == "train and eval"
+
+
+def test_title_and_notes_are_text_of_which_the_lines_stay(acts, tmp_path):
+    notes = "a <script>alert(1)</script>\r\n\n\tb \u202e & 'c'"
+    page = read(acts, tmp_path / "r.html", title="</title><b>Run 7", notes=notes)
+    assert page.written().count("</title><b>Run 7") == 2
+    assert "a <script>alert(1)</script>\n\n    b \\u202e & 'c'" in page.written()
+    assert len(page.all("script")) == 1
+    assert {attrs.get("class") for attrs in page.all("b")} == {"name"}
+    assert [attrs["class"] for attrs in page.all("p") if attrs.get("class") == "notes"] == ["notes"]
+
+
+# -- blocks, thumbnails and links
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([f"c{i}" for i in range(40)], None),
+        (
+            ["stem", *(f"blocks.{i}.{part}.conv" for i in range(20) for part in "ab"), "head"],
+            [("outside of any block", 2), *((f"blocks.{i}", 2) for i in range(20))],
+        ),
+        (
+            [*(f"features.{i}.conv" for i in range(10)), *(f"deep.{i}.{j}" for i in range(4) for j in range(8))],
+            [("features", 10), *((f"deep.{i}", 8) for i in range(4))],
+        ),
+        ([str(i) for i in range(45)], [("0 … 19", 20), ("20 … 39", 20), ("40 … 44", 5)]),
+    ],
+)
+def test_a_block_is_the_innermost_module_with_several_layers(names, expected):
+    found = blocks([(name, name) for name in names])
+    assert expected == (None if found is None else [(label, len(positions)) for label, positions in found])
+    assert found is None or sorted(i for _, positions in found for i in positions) == list(range(len(names)))
+
+
+def test_each_row_has_a_thumbnail_that_shows_nan_and_a_link_to_its_map_and_back(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 40, 1), nn.Conv1d(40, 3, 1), nn.Flatten(), nn.Linear(6000, 2))
+    with torch.no_grad():
+        model[1].bias[2] = torch.nan
+    with capture(model, types=(nn.Conv1d, nn.Linear)) as acts:
+        model(torch.randn(1, 1, 2000))
+    page = read(acts, tmp_path / "r.html", layers=["0", "1"])
+    first, second = map(image_of, page.thumbnails())
+    assert len(page.all("tr")) == 4  # the headings and three layers; the last has no picture
+    assert first.shape == (16, 48, 3)
+    assert not (first == 0).all(axis=-1).any()
+    assert (second[2] == 0).all()
+    assert not (second[:2] == 0).all(axis=-1).any()
+    anchors = [attrs["id"] for _, attrs in page.tags if attrs.get("id", "").startswith(("row-", "map-"))]
+    links = [attrs["href"].removeprefix("#") for attrs in page.all("a")]
+    assert anchors == ["row-0", "row-1", "row-2", "map-0", "map-1"]
+    assert {anchor: links.count(anchor) for anchor in anchors} == {
+        "row-0": 1,
+        "row-1": 1,
+        "row-2": 1,  # of the index
+        "map-0": 3,  # of the index, the thumbnail and the name
+        "map-1": 3,
+    }
 
 
 # -- what it says
@@ -402,7 +540,8 @@ def test_the_file_is_replaced_whole_and_nothing_else_is_left(acts, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["r.html"]
 
 
-def test_the_page_is_the_same_every_time(acts, tmp_path):
+def test_the_page_is_the_same_every_time(acts, tmp_path, clock):
+    clock("2026-01-02 03:04 UTC")
     acts.report(tmp_path / "a.html")
     acts.report(tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
@@ -424,6 +563,8 @@ def test_an_error_leaves_the_old_file(acts, tmp_path):
         ("r.html", {"model": 3}, InvalidType, "model is a int, not a torch.nn.Module"),
         ("r.html", {"layers": "nope"}, LayerNotFound, "no captured layer matches 'nope'"),
         ("r.html", {"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),
+        ("r.html", {"title": 3}, InvalidType, "title is a int, not text. Pass a string: title='…'."),
+        ("r.html", {"notes": ["a"]}, InvalidType, "notes is a list, not text. Pass a string: notes='…'."),
     ],
 )
 def test_a_bad_argument_is_named(acts, tmp_path, path, options, error, message):

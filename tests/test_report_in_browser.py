@@ -134,9 +134,11 @@ def visible(page, selector):
 
 
 def is_in_view(page, selector):
-    """Returns whether the top of an element is within the window, and below the bar of the index."""
-    bar = page.evaluate("parseInt(getComputedStyle(document.documentElement).getPropertyValue('--bar'))")
-    return bar <= page.locator(selector).bounding_box()["y"] < 800
+    """Returns whether the beginning of an element is in the window, and nothing lies over it."""
+    return page.locator(selector).evaluate("""(element) => {
+      const { x, y, width } = element.getBoundingClientRect(), top = document.elementFromPoint(x + width / 2, y + 6);
+      return y >= 0 && top !== null && element.contains(top);
+    }""")
 
 
 # -- it fits

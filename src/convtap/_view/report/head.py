@@ -14,9 +14,11 @@ from convtap._view.report.page import escape, escaped_lines
 
 
 def model_name(acts: Activations, model: nn.Module | None) -> str:
-    """Returns the name of the model's class: of the model itself, else of the one that was captured; or nothing."""
+    """Returns the name of the captured model's class, else of the one that is given; or nothing."""
     origin = log_of(acts).origin
-    return class_name(model) if model is not None else ", ".join(origin.models if origin else [])
+    if origin is not None and origin.models:
+        return ", ".join(origin.models)
+    return "" if model is None else class_name(model)
 
 
 def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
@@ -27,7 +29,7 @@ def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
         "Model": model_name(acts, model),
         "Mode": " and ".join(origin.modes),
         "Device": ", ".join(origin.devices),
-        "Type of the outputs": ", ".join(dict.fromkeys(dtype_text(call.dtype) for call in acts.calls() if call.dtype)),
+        "Data type": ", ".join(dict.fromkeys(dtype_text(call.dtype) for call in acts.calls() if call.dtype)),
         "Inputs": _inputs(acts),
         "Outputs": f"{len(acts):,}, {human_bytes(acts.nbytes)}",
         "Captured": ", ".join(origin.dates + origin.versions),

@@ -86,8 +86,10 @@ function filter() {
   count.textContent = active ? `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} layers` : "";
 }
 field.addEventListener("input", () => { filter(); if (narrow.matches) list.open = field.value !== ""; });
-field.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") { field.value = ""; filter(); list.open = !narrow.matches; }
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  if (event.target === field) { field.value = ""; filter(); }
+  settle();
 });
 
 // -- the index: always open beside the page, a list that opens in a bar above it
@@ -150,9 +152,11 @@ async function decode(image) {
   const bytes = Uint8Array.from(atob(image.src.split(",")[1]), (sign) => sign.charCodeAt(0)), view = new DataView(bytes.buffer);
   for (let at = 8; at < bytes.length; at += 12 + view.getUint32(at)) {
     if (String.fromCharCode(...bytes.subarray(at + 4, at + 8)) !== "IDAT") continue;
+    const map = { columns: view.getUint32(16), rows: view.getUint32(20) };
+    if (!("DecompressionStream" in window)) return map;
     const data = new Blob([bytes.subarray(at + 8, at + 8 + view.getUint32(at))]);
     const stream = data.stream().pipeThrough(new DecompressionStream("deflate"));
-    return { columns: view.getUint32(16), rows: view.getUint32(20), codes: new Uint8Array(await new Response(stream).arrayBuffer()) };
+    return { ...map, codes: new Uint8Array(await new Response(stream).arrayBuffer()) };
   }
 }
 const valueOf = (code, limit, peak) => {
@@ -168,7 +172,7 @@ function overMap(track, image, across, down) {
   const map = images.get(image), data = track.dataset, channels = Number(data.channels), frames = Number(data.frames);
   const row = Math.floor(down * map.rows), column = Math.floor(across * map.columns);
   const isJoined = map.columns < frames, bins = map.columns / (isJoined ? 2 : 1), bin = isJoined ? column >> 1 : column;
-  const value = (at) => valueOf(map.codes[row * (map.columns + 1) + 1 + at], Number(data.limit), Number(data.peak));
+  const value = (at) => !map.codes ? "not shown by this browser" : valueOf(map.codes[row * (map.columns + 1) + 1 + at], Number(data.limit), Number(data.peak));
   const [first, last] = ends(row, map.rows, channels);
   const values = isJoined ? `min ${value(2 * bin)}\nmax ${value(2 * bin + 1)}` : value(bin);
   const joined = first === last ? "" : ", the furthest from zero";
