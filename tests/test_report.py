@@ -318,7 +318,7 @@ def test_title_and_notes_are_text_of_which_the_lines_stay(acts, tmp_path):
 )
 def test_a_block_is_the_innermost_module_with_several_layers(names, expected):
     found = blocks([(name, name) for name in names])
-    assert expected == (None if found is None else [(label, len(positions)) for label, positions in found])
+    assert expected == (None if found is None else [(" … ".join(names), len(positions)) for names, positions in found])
     assert found is None or sorted(i for _, positions in found for i in positions) == list(range(len(names)))
 
 

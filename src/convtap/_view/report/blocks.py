@@ -16,9 +16,9 @@ _PART = 20
 
 
 class Block(NamedTuple):
-    """Some layers of one block: what to call it, and their positions in the list."""
+    """Some layers of one block: its name, or those of the first and the last call of a part; and positions in the list."""
 
-    label: str
+    names: tuple[str, ...]
     positions: list[int]
 
 
@@ -56,6 +56,6 @@ def modules_around(layer: str) -> list[str]:
 def _parts(name: str, positions: list[int], items: Sequence[tuple[str, str]]) -> list[Block]:
     label = "outside of any block" if name == ROOT else name
     if len(positions) <= MOST_UNFOLDED:
-        return [Block(label, positions)]
+        return [Block((label,), positions)]
     cuts = [positions[start : start + _PART] for start in range(0, len(positions), _PART)]
-    return [Block(f"{items[cut[0]][0]} … {items[cut[-1]][0]}", cut) for cut in cuts]
+    return [Block((items[cut[0]][0], items[cut[-1]][0]), cut) for cut in cuts]

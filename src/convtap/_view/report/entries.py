@@ -45,10 +45,15 @@ def folded(found: list[Block] | None, parts: Sequence[str], warns: Sequence[str]
     if found is None:
         return "".join(parts)
     return "".join(
-        f'<details class="block"><summary>{name_html(label)}{block_note(positions, warns)}</summary>'
+        f'<details class="block"><summary>{label_html(names)}{block_note(positions, warns)}</summary>'
         f"{''.join(parts[position] for position in positions)}</details>"
-        for label, positions in found
+        for names, positions in found
     )
+
+
+def label_html(names: Sequence[str]) -> str:
+    """Writes what a block is called."""
+    return " … ".join(map(name_html, names))
 
 
 def block_note(positions: Sequence[int], warns: Sequence[str]) -> str:
@@ -76,9 +81,9 @@ def _lists(entries: Entries) -> str:
     if found is None:
         return _list(entries, range(len(items)))
     return "".join(
-        f'<details class="block"><summary><b>{len(positions):,}</b>{name_html(label)}</summary>'
+        f'<details class="block"><summary><b>{len(positions):,}</b>{label_html(names)}</summary>'
         f"{_list(entries, positions)}</details>"
-        for label, positions in found
+        for names, positions in found
     )
 
 

@@ -18,9 +18,9 @@ from convtap._view.cells import written_bad
 from convtap._view.outputs import CapturedOutputs
 from convtap._view.pictures import Picture, Pictures
 from convtap._view.report.blocks import blocks
-from convtap._view.report.entries import Entries, block_note
+from convtap._view.report.entries import Entries, block_note, label_html
 from convtap._view.report.image import box, thumbnail
-from convtap._view.report.page import MAX_ROWS, escape, name_html
+from convtap._view.report.page import MAX_ROWS, escape
 from convtap._view.spread import QUANTILES, Spread, linear_up_to, spread_of
 
 #: The headings, each with whether it holds numbers; the first column has no heading to sort by.
@@ -86,9 +86,9 @@ def _bodies(entries: Entries, rows: list[str], warns: list[str]) -> str:
     width = len(_COLUMNS) + 1
     return "".join(
         f'<tbody><tr class="block"><th scope="rowgroup" colspan="{width}"><button class="tool" type="button">'
-        f"{name_html(label)}</button>{block_note(positions, warns)}</th></tr>"
+        f"{label_html(names)}</button>{block_note(positions, warns)}</th></tr>"
         f"{''.join(rows[position] for position in positions)}</tbody>"
-        for label, positions in found
+        for names, positions in found
     )
 
 
