@@ -32,6 +32,7 @@ BEYOND_CORE = {
     "test_ray.py::test_two_actors_of_which_one_is_killed_give_each_row_once_as_by_hand": "ray",
     "test_real_functional_models.py": "transformers",
     "test_real_models.py": "transformers",
+    "test_report_in_browser.py": "playwright",
     "test_tapped.py::test_one_onnx_file_has_the_layers_as_named_outputs": "onnxruntime",
     "test_three_ways.py::test_the_example_prints_all_three": "keras",
     "test_three_ways.py::test_the_keras_network_gives_what_a_model_with_several_outputs_gives": "keras",

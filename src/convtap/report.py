@@ -9,15 +9,17 @@ from typing import Any
 from torch import nn
 
 from convtap._atomic_write import write_whole
-from convtap._errors import InvalidType, StoreError, plural
+from convtap._errors import InvalidType, StoreError
 from convtap._result.activations import Activations, log_of
 from convtap._result.file import unwritable
-from convtap._table import human_bytes
 from convtap._view.outputs import CapturedOutputs, Chosen, checked_count
+from convtap._view.report.blocks import MOST_UNFOLDED
 from convtap._view.report.coverage import coverage_section, layer_tree
-from convtap._view.report.figures import input_figures, legend
-from convtap._view.report.page import escape, page
-from convtap._view.report.table import statistics_table
+from convtap._view.report.entries import Entries, index
+from convtap._view.report.figures import drawn_input, figures
+from convtap._view.report.head import head, model_name
+from convtap._view.report.page import Section, page
+from convtap._view.report.table import labels, statistics_table
 from convtap._view.time_axis import TimeAxis
 
 
@@ -33,8 +35,13 @@ def report(
     timeline: Any = None,
     channels: int = 64,
     channels_last: bool | Chosen = None,
+    title: str | None = None,
+    notes: str | None = None,
 ) -> None:
     """Writes one self-contained HTML page: coverage, statistics, pictures and the layer tree.
+
+    Its head says which model was captured, in which mode, on which device, of how many inputs, by which versions and when.
+    An index with a filter stays in view; more than 40 layers are folded by block, the module that they are in.
 
     The page loads nothing from anywhere, and works in any browser, from disk and on a phone. It is written under a
     temporary name and then renamed, so that a file of this name is always whole. It needs no other package.
@@ -50,6 +57,8 @@ def report(
         timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels: the most rows of a map.
         channels_last: which outputs are (B, T, C), as in ``plot``.
+        title: the heading of the page, in place of the model's class.
+        notes: free text below the head, such as what was tried. Its line breaks are kept.
 
     Raises:
         StoreError: the file cannot be written.
@@ -68,6 +77,38 @@ def report(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     acts.report(f"{folder}/report.html", model=model)
     """
+    target = _checked(acts, path, model)
+    for name, text in (("title", title), ("notes", notes)):
+        if text is not None and not isinstance(text, str):
+            raise InvalidType(f"{name} is a {type(text).__name__}, not text. Pass a string: {name}='…'.")
+    rows = checked_count("channels", channels)
+    axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
+    table, drawn, entries = "<p>No outputs were captured.</p>", "<p>There is nothing to draw.</p>", None
+    if len(acts):
+        outputs = CapturedOutputs(log_of(acts), axis, channels_last)
+        found = drawn_input(outputs, sample, layers, signal, rows)
+        entries = Entries(outputs, found)
+        drawn = figures(found, axis, entries, sample)
+        table = statistics_table(outputs, entries, found)
+    many = entries is not None and len(entries.items) > MOST_UNFOLDED
+    several = entries is not None and len(entries.drawn) > MOST_UNFOLDED
+    sections = [
+        Section("coverage", "Coverage", coverage_section(acts.coverage)),
+        Section("layers", "Layers", table, can_unfold=many),
+        Section("pictures", "Pictures", drawn, f' data-unit="{axis.unit}"', can_unfold=several),
+        Section("tree", "Layer tree", layer_tree(acts.coverage, model)),
+    ]
+    name = model_name(acts, model)
+    heading = title or (f"{name}: what convtap captured" if name else "What convtap captured")
+    text = page(heading, head(acts, model, notes), index(sections, entries), sections, labels())
+    try:
+        write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(unwritable(target, error)) from error
+
+
+def _checked(acts: Activations, path: str | os.PathLike[str], model: nn.Module | None) -> Path:
+    """Checks what is written of what, and returns where to."""
     if not isinstance(acts, Activations):
         raise InvalidType(
             f"acts is a {type(acts).__name__}, not a capture's outputs. Write: acts.report('report.html')."
@@ -75,28 +116,8 @@ def report(
     if model is not None and not isinstance(model, nn.Module):
         raise InvalidType(f"model is a {type(model).__name__}, not a torch.nn.Module: report(path, model=model).")
     try:
-        target = Path(path)
+        return Path(path)
     except TypeError:
         raise InvalidType(
             f"path is a {type(path).__name__}, and it must name a file: acts.report('report.html')."
         ) from None
-    rows = checked_count("channels", channels)
-    axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
-    table, figures = "<p>No outputs were captured.</p>", "<p>There is nothing to draw.</p>"
-    if len(acts):
-        outputs = CapturedOutputs(log_of(acts), axis, channels_last)
-        figures = legend() + input_figures(outputs, sample, layers, signal, rows)
-        table = statistics_table(outputs)
-    sections = [
-        ("coverage", "Coverage", coverage_section(acts.coverage)),
-        ("layers", "Layers", table),
-        ("pictures", "Pictures", figures),
-        ("tree", "Layer tree", layer_tree(acts.coverage, model)),
-    ]
-    title = "What convtap captured" if model is None else f"{type(model).__name__}: what convtap captured"
-    lead = f"<p>{escape(plural(len(acts), 'call'))}, {escape(human_bytes(acts.nbytes))}</p>"
-    text = page(title, sections, lead)
-    try:
-        write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(unwritable(target, error)) from error

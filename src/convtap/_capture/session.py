@@ -22,7 +22,9 @@ from convtap._record.recorder import Recorder
 from convtap._record.reductions import Reductions
 from convtap._result.call import LayerRecord
 from convtap._result.log import Log
+from convtap._result.origin import Origin
 from convtap._select.layer_layout import LayerLayouts, channels_first
+from convtap._select.module_tree import ROOT
 from convtap._select.selection import CONV1D, Selection, select
 from convtap._select.weight_owners import Owners
 from convtap._taps.activations import Follower
@@ -65,6 +67,8 @@ class Session:
             options.model, token, selection.tree.name_of, every=options.every, uses_shim=self_test.SHIM not in broken
         )
         log.inputs, log.unclear = passes.inputs, passes.unclear
+        log.origin = origin = Origin.of(root := selection.tree.names.get(ROOT, options.model))  # without wrappers
+        passes.noted = partial(origin.note, root)
         self.recorder = Recorder(
             token,
             log,

@@ -168,7 +168,7 @@ def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, r
     """Writes the feature maps of the first input, and the report. Returns what to say of them."""
     times = timeline(model, signal)
     report, picture = path.with_suffix(".html"), path.with_suffix(".png")
-    acts.report(report, model=model)
+    acts.report(report, model=model, signal=signal, sample_rate=rate, timeline=times)
     lines = ["", f"The report: {report} (open it in a browser)"]
     try:
         acts.plot(signal=signal, sample_rate=rate, timeline=times).savefig(picture)

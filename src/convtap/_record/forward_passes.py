@@ -85,6 +85,7 @@ class Passes:
         companion: what goes along to another thread in which a pass runs.
         elsewhere: threads in which the root ran without this capture.
         here: the pass that this thread is in.
+        noted: is called with the first input tensor, or None, of each pass that is kept.
         inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
         every: which passes are kept: 0, n, 2n, …
         unclear: by pass, why its rows may not be the inputs, and the pass that they may belong to.
@@ -109,6 +110,7 @@ class Passes:
         self._body = BodyCalls(self.unclear, name_of)
         self._home = threading.get_ident()
         self.companion: Companion | None = None
+        self.noted: Callable[[Any], object] = id
         self._marked: list[nn.Module] = []
         self._hooks = None if uses_shim else Hooks()
 
@@ -307,4 +309,5 @@ class Passes:
             tensor = first_tensor(inputs)
             if number % self.every == 0:
                 self.inputs[number] = None if tensor is None else tuple(unwrapped(tensor).shape)
+                self.noted(tensor)
         return number

@@ -12,6 +12,7 @@ from convtap._errors import InvalidType, InvalidValue, brief, listed
 from convtap._result.call import Call, LayerRecord, moved
 from convtap._result.log import Log
 from convtap._result.lookup import missing
+from convtap._result.origin import Origin
 
 
 def renamed(log: Log, names: Any) -> Log:
@@ -78,10 +79,15 @@ def joined(first: Log, second: Log) -> Log:
         unclear={**first.unclear, **{n + shift: (why, one + shift) for n, (why, one) in second.unclear.items()}},
         aliases=list(dict.fromkeys((*first.aliases, *second.aliases))),
         notes=list(dict.fromkeys((*first.notes, *second.notes))),
+        origin=_joined_origin(first.origin, second.origin),
     )
     found.numbered()
     found.tell_apart()
     return found
+
+
+def _joined_origin(first: Origin | None, second: Origin | None) -> Origin | None:
+    return first.joined(second) if first is not None and second is not None else first or second
 
 
 def _shifted(record: LayerRecord, shift: int) -> LayerRecord:

@@ -19,6 +19,7 @@ from convtap._atomic_write import write_whole
 from convtap._errors import StoreError, Unsupported
 from convtap._result.call import Call, LayerRecord, given_of
 from convtap._result.log import Log
+from convtap._result.origin import Origin
 from convtap._tensors.layout import Layout
 from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import MISSING, Omitted
@@ -47,6 +48,7 @@ def write(log: Log, path: str | os.PathLike[str]) -> None:
         "unclear": [[number, why, first] for number, (why, first) in log.unclear.items()],
         "aliases": log.aliases,
         "notes": log.notes,
+        "origin": None if log.origin is None else dataclasses.asdict(log.origin),
     }
     target = Path(path)
     try:
@@ -96,6 +98,7 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
         unclear={number: (why, first) for number, why, first in content.get("unclear", [])},
         aliases=[(alias, clean) for alias, clean in content["aliases"]],
         notes=list(content["notes"]),
+        origin=None if content.get("origin") is None else Origin(**content["origin"]),
     )
     for layer in content["layers"]:
         name, is_conv1d, part = layer.pop("name"), layer.pop("is_conv1d"), layer.pop("part", "")

@@ -10,6 +10,7 @@ from convtap._result.call import Call, LayerRecord, record_of, separate
 from convtap._result.coverage import LayerCoverage
 from convtap._result.keys import stems
 from convtap._result.runs import Runs
+from convtap._result.origin import Origin
 from convtap._select.module_tree import resolve_name
 
 _Made = TypeVar("_Made")
@@ -38,6 +39,7 @@ class Log:
         unclear: by forward pass, why its rows may not be the inputs, and the pass that they may belong to.
         aliases: name prefixes and what they stand for.
         notes: lines for the views.
+        origin: the model, its mode, the versions and the date; None if version 0.1.0 wrote the file or the pickle.
         lacking: parts that a glob asked for, and that the output of some layer did not have.
         cleared: how often the calls were forgotten.
         is_open: whether the capture may still record.
@@ -51,6 +53,7 @@ class Log:
     unclear: dict[int, tuple[str, int]] = field(default_factory=dict)
     aliases: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    origin: Origin | None = None
     lacking: dict[str, None] = field(default_factory=dict)
     cleared: int = 0
     is_open: bool = False
@@ -78,6 +81,8 @@ class Log:
         self.calls.clear()
         self.inputs.clear()
         self.unclear.clear()
+        if self.origin is not None:
+            self.origin.forget_passes()
         for record in self.records.values():
             record.held = 0
             record.cleared = record.captured

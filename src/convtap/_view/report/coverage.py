@@ -9,6 +9,7 @@ from torch import nn
 from convtap._errors import plural
 from convtap._result.coverage import Coverage, LayerCoverage, counts_line
 from convtap._select.module_tree import ROOT, ModuleTree
+from convtap._view.report.blocks import MOST_UNFOLDED, modules_around, parts_of
 from convtap._view.report.page import MAX_ROWS, escape
 
 _SIGNS = {"captured": "●", "not activated": "○", "idle": "○", "bypassed": "✕"}
@@ -31,7 +32,10 @@ def coverage_section(coverage: Coverage) -> str:
 
 
 def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
-    """Writes nested lists, open down to the selected layers; without the model only the selected layers are known."""
+    """Writes nested lists, open down to the selected layers, or of many down to blocks of some.
+
+    Without the model only the selected layers are known.
+    """
     modules = {} if model is None else ModuleTree(model).names
     kinds = {name: type(module).__name__ for name, module in modules.items()}
     outside = [name for name in coverage if model is not None and not _is_inside(name, kinds)]
@@ -39,21 +43,21 @@ def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
     for name in dict.fromkeys([*kinds, *coverage]):
         if name != ROOT and name not in outside:
             node = top
-            for part in _parts(name):
+            for part in parts_of(name):
                 node = node.setdefault(part, {})
     note = others = ""
     if model is None:
-        note = "<p class='soft'>The selected layers only. With model=model this is the whole tree.</p>"
+        note = "<p class='hint'>The selected layers only. With model=model this is the whole tree.</p>"
     if outside:
         others = "<p class='soft'>Not under the name of a module or parameter of this model:</p>"
         others += "".join(f"<p>{escape(name)}{_mark(coverage, name)}</p>" for name in outside)
     root = f"{escape(kinds.get(ROOT, 'model'))}{_mark(coverage, ROOT)}"
-    rows = "".join(_branch(part, part, node, kinds, coverage) for part, node in top.items())
+    below: dict[str, list[LayerCoverage]] = {}
+    for layer in coverage.values():
+        for module in modules_around(layer.name):
+            below.setdefault(module, []).append(layer)
+    rows = "".join(_branch(part, part, node, kinds, coverage, below) for part, node in top.items())
     return f'{note}<div class="tree"><details open><summary>{root}</summary>{rows}</details>{others}</div>'
-
-
-def _parts(name: str) -> list[str]:
-    return [name] if name == "F.conv1d" else name.split(".")
 
 
 def _is_inside(name: str, kinds: dict[str, str]) -> bool:
@@ -71,11 +75,29 @@ def style_of(layer: LayerCoverage) -> str:
     return layer.state.replace(" ", "-")
 
 
-def _branch(part: str, name: str, node: dict[str, Any], kinds: dict[str, str], coverage: Coverage) -> str:
+def _branch(
+    part: str,
+    name: str,
+    node: dict[str, Any],
+    kinds: dict[str, str],
+    coverage: Coverage,
+    below: dict[str, list[LayerCoverage]],
+) -> str:
     kind = f' <span class="soft">{escape(kinds[name])}</span>' if name in kinds else ""
     label = f"{escape(part)}{kind}{_mark(coverage, name)}"
     if not node:
         return f"<p>{label}</p>"
-    rows = "".join(_branch(child, f"{name}.{child}", below, kinds, coverage) for child, below in node.items())
-    opened = " open" if any(layer.startswith(name + ".") for layer in coverage) else ""
-    return f"<details{opened}><summary>{label}</summary>{rows}</details>"
+    rows = "".join(_branch(child, f"{name}.{child}", inner, kinds, coverage, below) for child, inner in node.items())
+    layers = below.get(name, [])
+    if layers and len(layers) <= MOST_UNFOLDED < len(coverage):
+        return f"<details><summary>{label}{_counts(layers)}</summary>{rows}</details>"
+    return f"<details{' open' if layers else ''}><summary>{label}</summary>{rows}</details>"
+
+
+def _counts(layers: list[LayerCoverage]) -> str:
+    """Writes how many of a module's layers are in each state."""
+    states = {style_of(layer): layer.state for layer in layers}
+    return "".join(
+        f' <span class="{style}">{_SIGNS[state]} {sum(layer.state == state for layer in layers):,} {state}</span>'
+        for style, state in states.items()
+    )

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
-
-import numpy as np
+import math
+from typing import Any, NamedTuple
 
 from convtap._errors import plural
-from convtap._view.cells import PERCENTILE, STEPS, bad_columns, colour_indices, hex_colour, palette
+from convtap._view.cells import PERCENTILE, STEPS, finite_range, hex_colour, palette
 from convtap._view.outputs import CapturedOutputs, Chosen
-from convtap._view.pictures import MAX_MARKS, Picture, pictures
-from convtap._view.report.image import bars, lines, png
-from convtap._view.report.page import escape
+from convtap._view.pictures import Picture, Pictures, pictures
+from convtap._view.report.blocks import blocks
+from convtap._view.report.codes import codes, colours, peak_of
+from convtap._view.report.entries import Entries, folded
+from convtap._view.report.image import bars, bars_range, lines, png
+from convtap._view.report.page import escape, name_html
+from convtap._view.report.scale import channel_numbers, marks, number_scale, place, time_scale, value_numbers
 from convtap._view.time_axis import TimeAxis
 
 #: The most columns of a map.
 COLUMNS = 600
 
-#: More calls than this have no picture, and all maps together at most so many cells: about a byte each before base64.
+#: About the pixels of a map's height.
+HEIGHT = 100
+
+#: Channels share rows if the columns would else be fewer.
+NARROWEST = 96
+
+#: More calls than this have no picture.
 MAX_PICTURES = 300
-MAX_CELLS = 2_800_000
+
+#: The most bytes of a page of up to MAX_PICTURES layers, without its layer tree; those of a layer without its map, of each
+#: sign of its name, and of each cell of a map of noise.
+PAGE, LAYER, SIGN, CELL = 2_600_000, 3_600, 8, 1.31
 
 _EXPLANATION = (
     f"Each map has its own limit (colour ±): {PERCENTILE} % of its cells are within it, the others have the full colour. "
@@ -33,92 +45,113 @@ def legend() -> str:
     """Writes the scale of colours and what a cell shows."""
     stops = ", ".join(hex_colour(rgb) for rgb in palette()[: 2 * STEPS + 1 : 8])
     return (
-        f'<p class="soft">−limit <span class="legend" style="background: linear-gradient(to right, {stops})"></span> +limit, '
+        f'<p class="hint">−limit <span class="legend" style="background: linear-gradient(to right, {stops})"></span> +limit, '
         f"white at zero. {escape(_EXPLANATION)}</p>"
     )
 
 
-def input_figures(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: Any, rows: int) -> str:
-    """Writes the pictures of one input, the signal first."""
-    share = MAX_CELLS // min(len(outputs.calls), MAX_PICTURES)
-    columns = max(80, min(COLUMNS, share // min(rows, share)))
-    found = pictures(outputs, sample, layers, signal, rows, columns, COLUMNS, most=MAX_PICTURES)
-    parts = [f"<p>Sample {sample}.</p>"]
+def drawn_input(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: Any, rows: int) -> Pictures:
+    """Prepares the pictures of one input, of a size at which the page stays small."""
+    within = {id(call) for call in outputs.locate(sample)[0].calls}
+    names = [call.key for call in outputs.chosen(layers) if id(call) in within][:MAX_PICTURES]
+    rows, columns = _grid(names, rows)
+    return pictures(outputs, sample, layers, signal, rows, columns, COLUMNS, most=MAX_PICTURES)
+
+
+def _grid(names: list[str], rows: int) -> tuple[int, int]:
+    """Returns the most rows and columns of each map; of many maps fewer than ``rows``, so that time has room."""
+    count = max(1, len(names))
+    cells = max((PAGE - LAYER * count - SIGN * sum(map(len, names))) / CELL / count, 8 * NARROWEST)
+    rows = min(rows, 1 << int(math.log2(cells / NARROWEST)))
+    return rows, min(COLUMNS, int(cells / rows))
+
+
+def figures(found: Pictures, axis: TimeAxis, entries: Entries, sample: int) -> str:
+    """Writes the pictures of one input, the signal first, folded by block."""
+    parts = [legend(), f"<p class='hint'>Sample {sample}."]
     if found.elsewhere:
         calls = plural(found.elsewhere, "call")
-        parts.append(f"<p>{calls} of other forward passes: choose another input with sample=.</p>")
+        parts.append(f" {calls} of other forward passes: choose another input with sample=.")
+    parts.append("</p>")
     if found.here > MAX_PICTURES:
         calls = plural(found.here, "call")
         parts.append(f"<p class='alarm'>The first {MAX_PICTURES} of {calls}; choose others with layers=.</p>")
-    drawn = found.outputs if found.signal is None else [found.signal, *found.outputs]
-    return "".join([*parts, *(figure(picture, outputs.axis) for picture in drawn)])
+    if found.signal is not None:
+        parts.append(figure(found.signal, axis))
+    drawn = [figure(picture, axis, entries) for picture in found.outputs]
+    return "".join(parts) + folded(blocks(entries.drawn), drawn, [picture.warning for picture in found.outputs])
 
 
-def figure(picture: Picture, axis: TimeAxis) -> str:
-    """Writes one picture, on the time axis if it has a place there."""
+def figure(picture: Picture, axis: TimeAxis, entries: Entries | None = None) -> str:
+    """Writes one picture, on the time axis if it has a place there; of an output with the anchors of its entry."""
+    anchor = back = ""
+    if entries is not None:
+        anchor = f' id="{entries.map[picture.key]}"'
+        row = entries.row.get(picture.key)
+        back = "" if row is None else f'<a class="back" href="#{row}" title="to its row in the table">↑ table</a>'
     alarm = f' <span class="alarm">{escape(picture.warning)}</span>' if picture.warning else ""
     notes = f' <span class="soft">· {escape(" · ".join(picture.notes))}</span>' if picture.notes else ""
-    caption = f"<figcaption><b>{escape(picture.key)}</b> {picture.size}{alarm}{notes}</figcaption>"
+    name = f'<b class="name">{name_html(picture.key)}</b>'
+    caption = f"<figcaption>{back}{name} {picture.size}{alarm}{notes}</figcaption>"
     if picture.kind == "nothing":
-        return f"<figure>{caption}</figure>"
-    place, marks = _place(picture.extent, axis), ""
-    scale = _frame_scale(picture.frames, "frame") if picture.extent is None else _time_scale(axis)
-    if picture.kind == "bars":
-        height, image = 56, f'<div style="{place}">{bars(picture.cells, picture.channels)}</div>'
-        scale = _frame_scale(picture.channels, "channel")
-    elif picture.kind == "lines":
-        height, image = max(70, 34 * picture.channels), f'<div style="{place}">{lines(picture.cells)}</div>'
-    else:
-        height = len(picture.cells) * max(1, round(84 / len(picture.cells)))
-        data = base64.b64encode(png(colour_indices(picture.cells, picture.limit), palette())).decode()
-        alt = escape(f"map of {picture.key}, channels from top to bottom, time from left to right")
-        image = f'<img loading="lazy" alt="{alt}" style="{place}" src="data:image/png;base64,{data}">'
-        marks = _marks(picture, axis)
-    return f'<figure>{caption}{marks}<div class="track" style="height:{height + 2}px">{image}</div>{scale}</figure>'
+        return f"<figure{anchor}>{caption}</figure>"
+    return f"<figure{anchor}>{caption}{_plot(picture, axis)}</figure>"
 
 
-def _place(extent: tuple[float, float] | None, axis: TimeAxis) -> str:
-    """Writes a place on the time axis as a style; the full width without one."""
-    if extent is None or axis.bounds is None:
-        return "left:0;width:100%"
-    first, last = axis.bounds
-    percent = 100 / (last - first)
-    return f"left:{(extent[0] - first) * percent:.3f}%;width:{(extent[1] - extent[0]) * percent:.3f}%"
+class _Plot(NamedTuple):
+    """The parts of a picture: its image, its height in pixels, what stands beside and below, and what the script reads."""
+
+    image: str
+    height: int
+    beside: str
+    below: str
+    unit: str
+    data: dict[str, Any]
 
 
-def _marks(picture: Picture, axis: TimeAxis) -> str:
-    """Writes a mark above each column that has NaN or Inf."""
-    wrong = bad_columns(picture.cells)
-    if not 0 < len(wrong) <= MAX_MARKS:
-        return ""
-    inside = (wrong + 0.5) / picture.cells.shape[1]
-    if picture.extent is not None and axis.bounds is not None:
-        (start, stop), (first, last) = picture.extent, axis.bounds
-        inside = (start + inside * (stop - start) - first) / (last - first)
-    return f'<div class="marks">{"".join(f"""<span style="left:{100 * at:.2f}%">▼</span>""" for at in inside)}</div>'
+def _plot(picture: Picture, axis: TimeAxis) -> str:
+    """Writes the picture itself, with the numbers of its channels at the left and those of its time below."""
+    image, height, beside, below, unit, data = _WRITERS[picture.kind](picture, axis)
+    if picture.extent is not None:
+        data["start"], data["stop"] = picture.extent
+    above = marks(picture, axis) if picture.kind == "map" else ""
+    attributes = "".join(
+        f' data-{name}="{f"{value:.9g}" if isinstance(value, float) else value}"' for name, value in data.items()
+    )
+    return (
+        f'<div class="plot">{above}{beside}<div class="track" data-kind="{picture.kind}" data-channels="{picture.channels}"'
+        f'{attributes} style="height:{height + 2}px"><div style="{place(picture.extent, axis)}">{image}</div></div>'
+        f'<div class="unit">{unit}</div>{below}</div>'
+    )
 
 
-def _time_scale(axis: TimeAxis) -> str:
-    """Writes the numbers of the time axis."""
-    if axis.bounds is None:
-        return ""
-    first, last = axis.bounds
-    step = _round_step((last - first) / 8)
-    spans = []
-    for mark in np.arange(np.ceil(first / step), np.floor(last / step) + 1) * step:
-        at = 100 * (mark - first) / (last - first)
-        side = ' class="first"' if at < 3 else ' class="last"' if at > 97 else ""
-        spans.append(f'<span{side} style="left:{at:.2f}%">{mark + 0.0:,.10g}</span>')
-    return f'<div class="scale">{"".join(spans)}</div>'
+def _map(picture: Picture, axis: TimeAxis) -> _Plot:
+    cells, peak = picture.cells, peak_of(picture.cells)
+    data = base64.b64encode(png(codes(cells, picture.limit, peak), colours())).decode()
+    alt = escape(f"map of {picture.key}, channels from top to bottom, time from left to right")
+    image = f'<img loading="lazy" alt="{alt}" src="data:image/png;base64,{data}">'
+    height = len(cells) * max(1, round(HEIGHT / len(cells)))
+    about = {"frames": picture.frames, "limit": picture.limit, "peak": peak}
+    if picture.extent is None:
+        return _Plot(image, height, channel_numbers(picture), number_scale(picture.frames), "frame", about)
+    return _Plot(image, height, channel_numbers(picture), time_scale(axis), _unit(axis), about)
 
 
-def _round_step(step: float) -> float:
-    """Returns the smallest of 1, 2 or 5 times a power of ten that is at least ``step``."""
-    power = float(10.0 ** np.floor(np.log10(step)))
-    return next(times * power for times in (1, 2, 5, 10) if times * power >= step * (1 - 1e-9))
+def _bars(picture: Picture, axis: TimeAxis) -> _Plot:
+    low, high = bars_range(picture.cells)
+    beside, below = value_numbers(low, high), number_scale(picture.channels)
+    return _Plot(bars(picture.cells), 56, beside, below, "channel", {"low": low, "high": high})
 
 
-def _frame_scale(count: int, noun: str) -> str:
-    """Writes the first and the last number of frames or channels."""
-    last = f'<span class="last" style="left:100%">{count - 1:,}</span>' if count > 1 else ""
-    return f'<div class="scale"><span class="first" style="left:0">{noun} 0</span>{last}</div>'
+def _lines(picture: Picture, axis: TimeAxis) -> _Plot:
+    low, high = finite_range(picture.cells)
+    height, about = max(70, 34 * picture.channels), {"frames": picture.frames, "low": low, "high": high}
+    beside = value_numbers(low, high) if picture.channels == 1 else channel_numbers(picture)
+    return _Plot(lines(picture.cells), height, beside, time_scale(axis), _unit(axis), about)
+
+
+_WRITERS = {"map": _map, "bars": _bars, "lines": _lines}
+
+
+def _unit(axis: TimeAxis) -> str:
+    return "seconds" if axis.unit == "seconds" else "sample"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +14,39 @@ from convtap._table import cell, human_bytes
 from convtap._tensors.memory import tensor_bytes
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import dtype_text, shapes_text, statistics
+from convtap._view.cells import written_bad
 from convtap._view.outputs import CapturedOutputs
-from convtap._view.report.image import box
-from convtap._view.report.page import MAX_ROWS, escape, sortable
+from convtap._view.pictures import Picture, Pictures
+from convtap._view.report.blocks import blocks
+from convtap._view.report.entries import Entries, block_note, label_html
+from convtap._view.report.image import box, thumbnail
+from convtap._view.report.page import MAX_ROWS, escape
 from convtap._view.spread import QUANTILES, Spread, linear_up_to, spread_of
 
-_TEXT = ("layer", "shape", "dtype")
-_NUMBERS = ("bytes", "min", "mean", "max", "std", "zeros", "NaN", "Inf", "dead channels", "1–25–50–75–99 %")
+#: The headings, each with whether it holds numbers; the first column has no heading to sort by.
+_COLUMNS = (
+    ("layer", False),
+    ("shape, type, size", True),
+    ("min", True),
+    ("mean", True),
+    ("max", True),
+    ("std", True),
+    ("zeros", True),
+    ("dead channels", True),
+    ("NaN, Inf", True),
+    ("quantiles", True),
+)
 _NOTE = (
-    "<p class='soft'>Of the finite values; std is that of the population. A channel is dead if it has the same value in "
+    "<p class='hint'>Of the finite values; std is that of the population. A channel is dead if it has the same value in "
     "every input at every frame. Which axis is the channels is known from the layer's type, the timeline, or "
-    "channels_last=; where it was assumed, a question mark says so. The boxes have one scale, with zero in the middle. A "
-    "heading sorts.</p>"
+    "channels_last=; where it was assumed, a question mark says so. The quantiles have one scale, with zero in the middle: "
+    "the line from 1 to 99 %, the box from 25 to 75 %, the median in red. A heading sorts up, down, and back to the order "
+    "of execution. A name leads to the picture.</p>"
 )
 
 
-def statistics_table(outputs: CapturedOutputs) -> str:
-    """Writes the table, sortable; headed by what it leaves out, if it does."""
+def statistics_table(outputs: CapturedOutputs, entries: Entries, drawn: Pictures) -> str:
+    """Writes the table, sortable and folded by block; headed by what it leaves out, if it does."""
     found = []
     for call in outputs.calls[:MAX_ROWS]:
         for path, tensor in walk_tensors(call.output):
@@ -38,8 +55,41 @@ def statistics_table(outputs: CapturedOutputs) -> str:
     left_out, calls = "", len(outputs.calls)
     if calls > MAX_ROWS:
         left_out = f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(calls, 'call')}; acts.summary() has all.</p>"
-    columns = [*((name, False) for name in _TEXT), *((name, True) for name in _NUMBERS)]
-    return left_out + _NOTE + sortable(columns, [_row(spread, tensor, place) for spread, tensor in found])
+    thumbnails = {picture.key: _thumbnail(picture) for picture in drawn.outputs}
+    rows = [_row(spread, tensor, place, entries, thumbnails) for spread, tensor in found]
+    heads = "".join(
+        f'<th scope="col" data-label="{name}"{_number(numeric)}><button type="button">{name}</button></th>'
+        for name, numeric in _COLUMNS
+    )
+    bodies = _bodies(entries, rows, [spread.warning for spread, _ in found])
+    return (
+        f'{left_out}{_NOTE}<table class="layers"><thead><tr><th scope="col" class="soft">map</th>{heads}</tr>'
+        f"</thead>{bodies}</table>"
+    )
+
+
+def labels() -> str:
+    """Writes the style that puts the headings beside the cells, where the page is too narrow for columns."""
+    rules = "".join(
+        f'.layers tbody td:nth-child({number})::before {{ content: "{name}"; }}\n'
+        for number, (name, _) in enumerate(_COLUMNS, 2)
+        if number > 2
+    )
+    return f"@media screen and (max-width: 999px) {{\n{rules}}}\n"
+
+
+def _bodies(entries: Entries, rows: list[str], warns: list[str]) -> str:
+    """Writes the rows, each block in a body of its own with a heading."""
+    found = blocks(entries.items)
+    if found is None:
+        return f"<tbody>{''.join(rows)}</tbody>"
+    width = len(_COLUMNS) + 1
+    return "".join(
+        f'<tbody><tr class="block"><th scope="rowgroup" colspan="{width}"><button class="tool" type="button">'
+        f"{label_html(names)}</button>{block_note(positions, warns)}</th></tr>"
+        f"{''.join(rows[position] for position in positions)}</tbody>"
+        for names, positions in found
+    )
 
 
 def _common_scale(widths: list[float]) -> Callable[[float], float]:
@@ -50,20 +100,41 @@ def _common_scale(widths: list[float]) -> Callable[[float], float]:
     return lambda value: math.asinh(value / linear) / math.asinh(most / linear)
 
 
-def _row(spread: Spread, tensor: Tensor, place: Callable[[float], float]) -> list[tuple[str, Any]]:
-    """Returns the cells of a row: their HTML, and what to sort by."""
+def _row(
+    spread: Spread, tensor: Tensor, place: Callable[[float], float], entries: Entries, thumbnails: dict[str, str]
+) -> str:
     low, mean, high, std, _, nan, inf = statistics(tensor)
     size = tensor_bytes(tensor)
-    texts = (spread.name, shapes_text(tensor.shape), dtype_text(tensor.dtype))
-    return [
-        *((escape(text), None) for text in texts),
-        (escape(human_bytes(size)), size),
+    about = (
+        f"{escape(shapes_text(tensor.shape))}<small>{escape(dtype_text(tensor.dtype))} · {human_bytes(size)}</small>"
+    )
+    cells = [
+        (about, size),
         *((escape(cell(value)), value) for value in (low, mean, high, std)),
         ("" if spread.zeros is None else f"{100 * spread.zeros:.1f}%", spread.zeros),
-        *((f'<span class="alarm">{count:,}</span>' if count else cell(count), count) for count in (nan, inf)),
         (spread.dead_text, spread.dead if spread.channels else None),
+        (f'<span class="alarm">{written_bad(nan, inf)}</span>' if nan or inf else "0", nan + inf),
         _box(spread, place),
     ]
+    thumbnail = thumbnails.get(spread.name, "")
+    if thumbnail:
+        thumbnail = f'<a href="#{entries.map[spread.name]}" tabindex="-1">{thumbnail}</a>'
+    numbers = "".join(
+        f'<td class="number" data-value="{"" if value is None else repr(value)}">{text}</td>' for text, value in cells
+    )
+    row = entries.row[spread.name]
+    return f'<tr id="{row}"><td>{thumbnail}</td><td>{entries.link(spread.name)}</td>{numbers}</tr>'
+
+
+def _thumbnail(picture: Picture) -> str:
+    if picture.kind not in ("map", "bars"):
+        return ""
+    data = base64.b64encode(thumbnail(picture.cells, picture.kind == "map")).decode()
+    return f'<img class="thumbnail" loading="lazy" alt="" src="data:image/png;base64,{data}">'
+
+
+def _number(numeric: bool) -> str:
+    return ' class="number"' if numeric else ""
 
 
 def _box(spread: Spread, place: Callable[[float], float]) -> tuple[str, Any]:
