@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import wave
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from convtap._capture.capture import capture
 from convtap._capture.list_layers import list_layers
+from convtap._cli.run_folder import prepare
+from convtap._cli.sound import read_sound
 from convtap._errors import InvalidValue, MissingExtra
 from convtap._result.activations import Activations
 from convtap._table import Table, human_bytes
@@ -79,29 +80,6 @@ class AudioEncoder(nn.Module):
         return frames.transpose(1, 2)
 
 
-def read_wav(path: str | Path) -> tuple[Tensor, int]:
-    """Reads a PCM WAV file as a waveform (channels, T) in -1 … 1, with its sample rate in Hz.
-
-    Raises:
-        InvalidValue: there is no such file, or it is no PCM WAV file of 8, 16, 24 or 32 bits.
-    """
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except FileNotFoundError:
-        raise InvalidValue(f"there is no file {str(path)!r}. Give the path of a WAV file.") from None
-    except (wave.Error, EOFError, OSError) as error:
-        raise InvalidValue(f"{str(path)!r} is no PCM WAV file: {error}. Convert it to 16-bit WAV first.") from error
-    samples = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, width).to(torch.int64)
-    if width == 1:  # unsigned, unlike all wider ones
-        values = samples[:, 0] - 128
-    else:
-        values = sum(samples[:, i] << (8 * i) for i in range(width))  # type: ignore[assignment]
-        values = torch.where(values >= 1 << (8 * width - 1), values - (1 << (8 * width)), values)
-    return (values.float() / (1 << (8 * width - 1))).reshape(-1, channels).T.contiguous(), rate
-
-
 def per_input(acts: Activations) -> Table:
     """Tabulates the outputs for each input: shape (C, T) and range of each layer's."""
     rows: list[tuple[Any, ...]] = []
@@ -113,7 +91,7 @@ def per_input(acts: Activations) -> Table:
 def run(out: Path, sound: str | None = None) -> list[str]:
     """Runs the demo, writes the outputs into a folder, and returns the text to print."""
     torch.manual_seed(0)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(out)
     return [*_five(out), "", *_sound(out, Path(sound) if sound else SPEECH)]
 
 
@@ -142,9 +120,11 @@ def _five(out: Path) -> list[str]:
 
 
 def _sound(out: Path, path: Path) -> list[str]:
-    waveform, rate = read_wav(path)
+    waveform, rate = read_sound(path)
     if waveform.shape[-1] < 400:
-        raise InvalidValue(f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400.")
+        raise InvalidValue(
+            f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400. Give a longer one."
+        )
     model = AudioEncoder().eval()
     with torch.no_grad(), capture(model) as acts:
         model(waveform)
@@ -168,7 +148,7 @@ def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, r
     """Writes the feature maps of the first input, and the report. Returns what to say of them."""
     times = timeline(model, signal)
     report, picture = path.with_suffix(".html"), path.with_suffix(".png")
-    acts.report(report, model=model)
+    acts.report(report, model=model, signal=signal, sample_rate=rate, timeline=times)
     lines = ["", f"The report: {report} (open it in a browser)"]
     try:
         acts.plot(signal=signal, sample_rate=rate, timeline=times).savefig(picture)
