@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from convtap._cli.commands import add_commands
 from convtap._cli.exit_status import INTERRUPTED, MEANING, SAME, TROUBLE
 from convtap._cli.model import own_path
+from convtap._cli.run_folder import own_version
 from convtap._cli.terminal import any_encoding, complain, flush, notes, say
 from convtap._errors import ConvtapError
 
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Taps the 1-D convolutions of PyTorch models.",
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"convtap {own_version()}", help="print the version and exit"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(

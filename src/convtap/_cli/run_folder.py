@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._atomic_write import write_whole
+from convtap._cli.terminal import complain
 from convtap._errors import ConvtapError, InvalidValue, StoreError
 from convtap._result.activations import Activations, log_of
 from convtap._result.file import unwritable
@@ -105,14 +107,17 @@ class Run:
         return self.signals.get(number), rate
 
 
+def own_version() -> str:
+    """Returns the version of convtap."""
+    return str(importlib.import_module("convtap").__version__)
+
+
 def described(
     spec: str, model: nn.Module, options: Mapping[str, Any], inputs: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns what ``Run.about`` holds of a run."""
-    from convtap import __version__
-
     return {
-        "convtap": __version__,
+        "convtap": own_version(),
         "torch": torch.__version__,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "model": spec,
@@ -213,6 +218,7 @@ def read(outputs: Path) -> Run:
             signals = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
         times = about.pop("timeline", None)
         if about["bytes"] != outputs.stat().st_size:
+            complain(f"note: {path} is of other outputs, so there is no signal and no common time axis.")
             return Run()
         return Run(about, signals, None if times is None else SavedTimeline(times))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
