@@ -140,15 +140,16 @@ def _with_soundfile(path: Path, why: str) -> tuple[Tensor, int]:
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: its library of C code is missing
+        target = f"{path.stem}{'.16bit' if path.suffix.lower() == '.wav' else ''}.wav"
         raise MissingExtra(
             f"{str(path)!r} needs another reader: {why}. Install one (pip install soundfile), or convert the file: ffmpeg -i "
-            f"{path.name} {path.stem}.16bit.wav"
+            f"{path.name} {target}"
         ) from None
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (RuntimeError, OSError, TypeError) as error:  # what it raises for what it cannot read is a RuntimeError
         raise StoreError(
-            f"{str(path)!r} cannot be read: {why}, and soundfile says {one_line(error)!r}. Give a sound file."
+            f"{str(path)!r} cannot be read: {why}, and soundfile says {one_line(error).rstrip('.')!r}. Give a sound file."
         ) from error
     return _checked(path, torch.from_numpy(samples.T.copy())), int(rate)
 
