@@ -339,6 +339,24 @@ def test_a_model_whose_time_axis_cannot_be_followed_runs_with_a_note(here, capsy
     assert about("out")[0]["timeline"] is None
 
 
+def test_the_time_axis_of_channels_last_inputs_is_named(here, capsys):
+    (here / "net.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Conv1d):\n    def forward(self, x):\n"
+        "        return super().forward(x.transpose(1, 2))\n\ndef build():\n    return nn.Sequential(Net(3, 1, 1))\n"
+    )
+    np.save("x.npy", np.ones((2, 9, 3), np.float32))
+    command = ["run", "net.py:build", "--input", "x.npy", "--out", "out"]
+    assert main(command) == 0
+    assert "Pass the axis that is time: --time-dim 1 for (B, T, C)." in capsys.readouterr().err
+    assert main([*command, "--time-dim", "1"]) == 0
+    assert about("out")[0]["timeline"]["time_dim"] == -2
+
+
+def test_a_command_that_fails_leaves_no_folder(here, capsys):
+    assert main(["run", "mynets:fails", "--shape", "1,1,8", "--out", "new/out"]) == 2
+    assert not (here / "new").exists()
+
+
 def test_a_picture_of_an_earlier_run_is_noted(here, capsys):
     command = ["run", "mynets:build", "--shape", "1,1,16", "--out", "out"]
     assert main([*command, "--plot", "--report"]) == 0
@@ -522,7 +540,10 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
             ["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py"],
             "'mynets.py' is a file, and --out names a folder.",
         ),
-        (["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py/x"], "cannot be written: Not a directory"),
+        (
+            ["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py/x"],
+            "'mynets.py' is a file, and --out names a folder",
+        ),
         (["run", "mynets:build", "--input", "text.pt", "--out", "out"], "holds a str"),
         (["run", "mynets:build", "--shape", "1,1,8", "--at", "start", "--out", "out"], "invalid choice: 'start'"),
         (["stats", "mynets:build"], "there is no input. Give --input"),

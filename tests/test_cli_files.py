@@ -264,10 +264,13 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
     [
         (["plot", "buld"], "there is no file or folder 'buld'. Did you mean 'build'?"),
         (["info", "xyz"], "there is no file or folder 'xyz'. convtap run and acts.save write some."),
-        (["plot", "empty"], "'empty' is no store"),
+        (
+            ["plot", "empty"],
+            "the folder 'empty' has no activations.safetensors, and is not a store. convtap run writes one",
+        ),
         (
             ["info", "."],
-            "'.' is not a store, and has no activations.safetensors. Give one of its files: lone.safetensors.",
+            "and is not a store. Give one of its files: lone.safetensors.",
         ),
         (["plot", "nets.py"], "'nets.py' cannot be read"),
         (["report", "build/inputs.safetensors"], "holds the inputs of a run. Give its folder: 'build'."),

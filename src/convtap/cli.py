@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             flush()
             return status
         except ConvtapError as error:
-            complain(f"convtap: {_for_a_shell(str(error))}")
+            complain(f"convtap: {error}")
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             complain(f"convtap: a file cannot be read or written: {error.strerror or error}{where}. Check its folder.")
@@ -88,22 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     add_commands(commands)
     return parser
-
-
-#: What the messages of the library say in Python, and what it is here.
-_HERE = (
-    (re.compile(r"list_layers\(model(, example=x)?\)"), "convtap layers MODEL"),
-    (re.compile(r"\btypes=(?:nn\.)?(\w+)"), r"--types \1"),
-    (re.compile(r"\bat='(\w+)'"), r"--at \1"),
-    (re.compile(r"\bevery=(\d+)"), r"--every \1"),
-)
-
-
-def _for_a_shell(text: str) -> str:
-    """Writes the options in a message as those of a command."""
-    for pattern, here in _HERE:
-        text = pattern.sub(here, text)
-    return text
 
 
 def _demo(args: argparse.Namespace) -> int:

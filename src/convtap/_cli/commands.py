@@ -15,7 +15,7 @@ _MODEL = (
     "mynet:build, pkg.mynet:build or folder/mynet.py:build, where build is a function that returns the model (called with "
     "random seed 0), a class, or the model itself"
 )
-_SAVED = "the folder that convtap run wrote, or a file of acts.save"
+_SAVED = "a folder that convtap run wrote, a file of acts.save"
 
 
 def add_commands(commands: Any) -> None:

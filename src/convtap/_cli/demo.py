@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convtap._capture.capture import capture
 from convtap._capture.list_layers import list_layers
-from convtap._cli.run_folder import prepare
+from convtap._cli.run_folder import make_folder
 from convtap._cli.sound import read_sound
 from convtap._errors import InvalidValue, MissingExtra
 from convtap._result.activations import Activations
@@ -91,7 +91,7 @@ def per_input(acts: Activations) -> Table:
 def run(out: Path, sound: str | None = None) -> list[str]:
     """Runs the demo, writes the outputs into a folder, and returns the text to print."""
     torch.manual_seed(0)
-    prepare(out)
+    make_folder(out)
     return [*_five(out), "", *_sound(out, Path(sound) if sound else SPEECH)]
 
 

@@ -51,7 +51,7 @@ def run_run(args: argparse.Namespace) -> int:
     inputs = _Inputs(args)
     if args.plot:
         check_plot()
-    run_folder.prepare(args.out)
+    run_folder.check_folder(args.out)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)
     with inputs.bar(3 + args.plot + args.report) as bar, ExitStack() as stack:
@@ -88,7 +88,7 @@ def run_stats(args: argparse.Namespace) -> int:
     target = None if args.out is None else args.out / STATISTICS if args.out.is_dir() else args.out
     for path in (target, args.plot):
         if path is not None:
-            run_folder.prepare(path.parent)
+            run_folder.check_folder(path.parent)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)
     with inputs.bar(1) as bar:
@@ -98,8 +98,10 @@ def run_stats(args: argparse.Namespace) -> int:
                     _on(given, model, lambda example: run_once(model, example))
         with bar.step("writing"):
             if target is not None:
+                run_folder.make_folder(target.parent)
                 stats.save(target)
             if args.plot is not None:
+                run_folder.make_folder(args.plot.parent)
                 write_picture(args.plot, stats.plot())
     show(stats, args)
     for path in (target, args.plot):

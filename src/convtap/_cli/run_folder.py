@@ -156,24 +156,31 @@ def saved_times(timeline: Any, acts: Activations) -> dict[str, Any]:
     return {"time_dim": timeline.time_dim, "input_length": timeline.input_length, "layers": layers}
 
 
-def prepare(folder: Path) -> None:
-    """Makes the folder, and sees to it that it can be written.
+def check_folder(folder: Path) -> None:
+    """Checks that a folder is there, or can be made, before anything long runs.
 
     Raises:
-        StoreError: it cannot.
+        StoreError: it cannot be written.
     """
-    probe = folder / f".{OUTPUTS}.{os.getpid()}.part"
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise StoreError(f"{str(there)!r} is a file, and --out names a folder. Write another name: --out outputs")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(f"the folder {str(there)!r} cannot be written. Write another one: --out outputs")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, if it is not there.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except FileExistsError:
-        raise StoreError(
-            f"{str(folder)!r} is a file, and --out names a folder. Write another name: --out outputs"
-        ) from None
     except OSError as error:
         raise StoreError(
-            f"the folder {str(folder)!r} cannot be written: {error.strerror or error}. Write another one: --out outputs"
+            f"the folder {str(folder)!r} cannot be made: {error.strerror or error}. Write another one: --out outputs"
         ) from error
 
 
@@ -187,6 +194,7 @@ def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
     from safetensors.torch import save_file
 
     outputs, inputs = folder / OUTPUTS, folder / INPUTS
+    make_folder(folder)
     try:
         inputs.unlink(missing_ok=True)  # until the end, what is there is of an earlier run
         acts.save(outputs)

@@ -83,17 +83,18 @@ def _open_file(path: Path) -> Saved:
 
 
 def _open_store(folder: Path) -> Any:
+    from convtap._dataset.layout import DESCRIPTION, rank_folders
     from convtap._dataset.store import Store
 
-    try:
+    if (folder / DESCRIPTION).exists() or rank_folders(folder):
         return Store(folder)
-    except StoreError:
-        files = sorted(file.name for file in folder.glob("*.safetensors"))
-        if not files:
-            raise
-        raise StoreError(
-            f"{str(folder)!r} is not a store, and has no {OUTPUTS}. Give one of its files: {listed(files)}."
-        ) from None
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    fix = (
+        f"Give one of its files: {listed(files)}."
+        if files
+        else "convtap run writes one, and extract(...) fills a store."
+    )
+    raise StoreError(f"the folder {str(folder)!r} has no {OUTPUTS}, and is not a store. {fix}")
 
 
 def activations_of(saved: Saved, sample: str | None) -> tuple[Activations, int, str]:

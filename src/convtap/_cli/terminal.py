@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import unicodedata
 import warnings
@@ -101,9 +102,16 @@ def flush() -> None:
 
 
 def complain(text: str) -> None:
-    """Prints one line to standard error, where it can."""
+    """Prints one line to standard error, where it can; what is said of options in Python, it says of those of a command."""
+    text = _LIST_LAYERS.sub("convtap layers MODEL", " ".join(text.split()))
+    text = _OPTION.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", text)
     with contextlib.suppress(OSError, ValueError):
-        print(" ".join(text.split()), file=sys.stderr)
+        print(text, file=sys.stderr)
+
+
+#: What the messages of the library say in Python.
+_LIST_LAYERS = re.compile(r"list_layers\(model(, example=x)?\)")
+_OPTION = re.compile(r"\b(types|at|every|time_dim|sample_rate|sample)=(?:nn\.)?('?)(-?\w+)\2")
 
 
 def _silence(error: OSError) -> None:
