@@ -80,6 +80,10 @@ def fails():
     return torch.zeros(2).reshape(3)
 
 
+def pipes():
+    raise BrokenPipeError(32, "Broken pipe")
+
+
 def leaves():
     raise SystemExit(1)
 
@@ -446,6 +450,10 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
             ["layers", "mynets:fails"],
             "'mynets:fails' failed: RuntimeError: shape '[3]' is invalid for input of size 2 (mynets.py:",
         ),
+        (
+            ["layers", "mynets:pipes"],
+            "'mynets:pipes' failed: it prints to a pipe whose reader has closed it (mynets.py:",
+        ),
         (["layers", "mynets:leaves"], "'mynets:leaves' failed: it ended the program with sys.exit(1) (mynets.py:"),
         (
             ["layers", "failing:build"],
@@ -534,7 +542,7 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
         (["run", "mynets:build", "--input", "dict.pt", "--batch-size", "2", "--out", "out"], "Leave --batch-size out."),
         (
             ["run", "mynets:build", "--input", "stereo.wav", "--out", "out"],
-            "write --shape 2,-1; for mono, --shape 2,1,-1.",
+            "write --shape 2,-1. For a model of one channel, write --shape 2,1,-1.",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py"],

@@ -89,10 +89,21 @@ def per_input(acts: Activations) -> Table:
 
 
 def run(out: Path, sound: str | None = None) -> list[str]:
-    """Runs the demo, writes the outputs into a folder, and returns the text to print."""
+    """Runs the demo, writes the outputs into a folder, and returns the text to print.
+
+    Raises:
+        StoreError: the sound cannot be read, or the folder cannot be written.
+        InvalidValue: the sound is too short.
+    """
+    path = Path(sound) if sound else SPEECH
+    waveform, rate = read_sound(path)
+    if waveform.shape[-1] < 400:
+        raise InvalidValue(
+            f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400. Give a longer one."
+        )
     torch.manual_seed(0)
     make_folder(out)
-    return [*_five(out), "", *_sound(out, Path(sound) if sound else SPEECH)]
+    return [*_five(out), "", *_sound(out, path.name, waveform, rate)]
 
 
 def _five(out: Path) -> list[str]:
@@ -119,12 +130,7 @@ def _five(out: Path) -> list[str]:
     ]
 
 
-def _sound(out: Path, path: Path) -> list[str]:
-    waveform, rate = read_sound(path)
-    if waveform.shape[-1] < 400:
-        raise InvalidValue(
-            f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400. Give a longer one."
-        )
+def _sound(out: Path, name: str, waveform: Tensor, rate: int) -> list[str]:
     model = AudioEncoder().eval()
     with torch.no_grad(), capture(model) as acts:
         model(waveform)
@@ -133,7 +139,7 @@ def _sound(out: Path, path: Path) -> list[str]:
     pictures = _pictures(acts, out / "audio_encoder", model, waveform, rate)
     seconds = waveform.shape[-1] / rate
     return [
-        f"2. An audio encoder on {path.name}: {len(waveform)} channel(s), {seconds:.2f} s at {rate} Hz",
+        f"2. An audio encoder on {name}: {len(waveform)} channel(s), {seconds:.2f} s at {rate} Hz",
         "",
         str(list_layers(model)),
         "",

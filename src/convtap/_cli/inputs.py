@@ -227,7 +227,8 @@ def call_error(given: Given) -> tuple[str, str]:
     shape = given.example.shape if isinstance(given.example, Tensor) else ()
     fix = "Give it what the model's forward takes."
     if len(shape) == 3 and given.sample_rate is not None:
-        fix = f"If it takes (inputs, samples), write --shape {shape[1]},-1; for mono, --shape {shape[1]},1,-1."
+        mono = "" if shape[1] == 1 else f" For a model of one channel, write --shape {shape[1]},1,-1."
+        fix = f"If it takes (inputs, samples), write --shape {shape[1]},-1.{mono}"
     elif isinstance(given.example, Tensor) and not given.example.is_floating_point():
         fix = "If it takes floating-point numbers, save them so: numbers.astype('float32')."
     elif isinstance(given.example, Tensor):

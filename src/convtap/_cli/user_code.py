@@ -41,6 +41,10 @@ def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str 
             f"{what}: it ended the program with sys.exit({error.code!r}){_line(error)}. Put what is to run in a script only "
             "below: if __name__ == '__main__':"
         ) from error
+    except BrokenPipeError as error:
+        raise InvalidValue(
+            f"{what}: it prints to a pipe whose reader has closed it{_line(error)}. Write the output to a file: > out.txt"
+        ) from error
     except Exception as error:
         raise InvalidValue(f"{what}: {told(error)}.{fix and ' '}{fix}") from error
 
