@@ -184,7 +184,7 @@ def _executed(path: Path) -> ModuleType:
     """Imports a file under its own name, or under another one if a module has that."""
     known = sys.modules.get(path.stem)
     is_taken = known is not None and getattr(known, "__file__", None) != str(path)
-    name = f"{path.stem}_of_convtap" if is_taken else path.stem
+    name = f"convtap_model_{path.stem}" if is_taken else path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
