@@ -108,6 +108,7 @@ def test_a_saved_run_is_drawn_with_its_signal_in_seconds_on_one_time_axis(here, 
     assert (options["sample"], options["layers"], options["channels"]) == (1, ["2"], 7)
     assert (options["channels_last"], options["sample_rate"]) == (None, 8000)
     assert options["signal"].shape == (1, 1, 300)
+    assert options["timeline"].input_length == 300
     times = timeline(net(), torch.zeros(1, 1, 400))
     for layer in ("0", "2"):
         for t in (0, 17):

@@ -20,7 +20,7 @@ from convtap._cli.inputs import Given, call_error, find_files, mixed_rates, read
 from convtap._cli.model import load_model, on_device, types_of
 from convtap._cli.on_files import show
 from convtap._cli.pictures import check_plot, drawing, write_picture, write_report
-from convtap._cli.run_folder import PICTURE, REPORT, Run, SavedTimeline
+from convtap._cli.run_folder import PICTURE, REPORT, Run
 from convtap._cli.saved import STATISTICS
 from convtap._cli.terminal import Progress, complain, say
 from convtap._cli.user_code import run_user_code, told
@@ -66,10 +66,8 @@ def run_run(args: argparse.Namespace) -> int:
                     run.signals[number] = signal
         stack.close()
         with bar.step("following the time axis"):
-            times = _times(model, inputs.first, acts, args)
-        run.about = run_folder.described(args.model, model, _options(args), inputs.done)
-        run.about["timeline"] = times
-        run.timeline = None if times is None else SavedTimeline(times)
+            run.about = run_folder.described(args.model, model, _options(args), inputs.done)
+            run.about["timeline"] = _times(model, inputs.first, acts, args)
         files = _write(args, acts, run, model, bar)
     show(acts, args, stats=True)
     for path in files:

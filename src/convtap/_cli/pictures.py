@@ -29,9 +29,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace | None = None) -> dict[str, Any]:
     """Returns the arguments that ``acts.plot`` and ``acts.report`` share."""
-    signal, rate = run.signal_at(acts, sample)
-    has_time = signal is not None or run.timeline is not None
-    found = {"sample": sample, "signal": signal, "timeline": run.timeline, "sample_rate": rate if has_time else None}
+    found: dict[str, Any] = {"sample": sample, **run.drawn(acts, sample)}
     if args is not None:
         found.update(layers=args.layers, channels=args.channels, channels_last=True if args.channels_last else None)
     return found

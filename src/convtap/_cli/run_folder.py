@@ -60,16 +60,16 @@ class SavedLayerTime:
 
 
 class SavedTimeline(Mapping[str, SavedLayerTime]):
-    """The layers of a run on the time axis of its first input, by key.
+    """The layers of a run on the time axis of an input, by key.
 
     Attributes:
         time_dim: which axis of the signal is time, counted from the end.
-        input_length: how many samples the first input had.
+        input_length: how many samples the input has.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, about: Mapping[str, Any], signal: Tensor | None = None) -> None:
         self.time_dim: int = about["time_dim"]
-        self.input_length: int = about["input_length"]
+        self.input_length: int = about["input_length"] if signal is None else signal.shape[self.time_dim]
         self._layers = {key: SavedLayerTime(layer) for key, layer in about["layers"].items()}
 
     def __getitem__(self, key: str) -> SavedLayerTime:
@@ -89,22 +89,21 @@ class Run:
     Attributes:
         about: how it was made: versions, date, model, options; one entry of ``inputs`` for each forward pass.
         signals: the input of each forward pass, by its number, if it can be drawn.
-        timeline: where the frames of the layers lie, or None.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
     signals: dict[int, Tensor] = field(default_factory=dict)
-    timeline: SavedTimeline | None = None
 
-    def signal_at(self, acts: Activations, sample: int) -> tuple[Tensor | None, float | None]:
-        """Returns the signal of the forward pass that has an input, and its samples a second."""
-        samples = Samples(log_of(acts))
-        if not samples.passes:
-            return None, None
-        number = samples.locate(sample)[0].calls[0].forward
-        inputs = self.about.get("inputs", [])
-        rate = inputs[number]["sample_rate"] if number < len(inputs) else None
-        return self.signals.get(number), rate
+    def drawn(self, acts: Activations, sample: int) -> dict[str, Any]:
+        """Returns the arguments of a picture of one input: its signal, its samples a second, and the timeline."""
+        samples, times, inputs = Samples(log_of(acts)), self.about.get("timeline"), self.about.get("inputs", [])
+        number = samples.locate(sample)[0].calls[0].forward if samples.passes else 0
+        signal = self.signals.get(number)
+        rate = (
+            inputs[number]["sample_rate"] if number < len(inputs) and not (signal is None and times is None) else None
+        )
+        timeline = None if times is None else SavedTimeline(times, signal)
+        return {"signal": signal, "sample_rate": rate, "timeline": timeline}
 
 
 def own_version() -> str:
@@ -224,11 +223,10 @@ def read(outputs: Path) -> Run:
             if about["format"] > _FORMAT:
                 raise InvalidValue(f"{str(path)!r} is of a newer convtap. Update it: pip install -U convtap")
             signals = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        times = about.pop("timeline", None)
         if about["bytes"] != outputs.stat().st_size:
             complain(f"note: {path} is of other outputs, so there is no signal and no common time axis.")
             return Run()
-        return Run(about, signals, None if times is None else SavedTimeline(times))
+        return Run(about, signals)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConvtapError):
             raise
