@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import wave
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -302,10 +305,29 @@ def test_a_mistake_is_one_line_and_status_2(here, capsys, argv, says):
     assert says in mistake(capsys, *argv)
 
 
-def test_a_damaged_file_beside_the_outputs_says_what_to_do(here, capsys, tmp_path):
+def change(file, **about):
+    """Writes other values into what a run says of itself."""
+    with safe_open(str(file), framework="pt") as saved:
+        found = json.loads(saved.metadata()["convtap_run"])
+    save_file({}, str(file), metadata={"convtap_run": json.dumps({**found, **about})})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file: file.write_bytes(b"damaged"), "is damaged"),
+        (lambda file: save_file({}, str(file)), "is damaged"),
+        (lambda file: change(file, model=None), "is damaged"),
+        (lambda file: change(file, inputs=[{"name": "x"}]), "is damaged"),
+        (lambda file: change(file, timeline={"time_dim": -1}), "is damaged"),
+        (lambda file: change(file, format=2), "is of a newer convtap. Update it: pip install -U convtap"),
+    ],
+)
+def test_a_damaged_file_beside_the_outputs_says_what_to_do(here, capsys, tmp_path, damage, says):
     assert main(["run", "nets.py:build", "--shape", "1,1,40", "--out", str(tmp_path)]) == 0
-    (tmp_path / "inputs.safetensors").write_bytes(b"damaged")
-    assert "is damaged" in mistake(capsys, "plot", str(tmp_path))
+    damage(tmp_path / "inputs.safetensors")
+    for command in ("plot", "info"):
+        assert says in mistake(capsys, command, str(tmp_path))
 
 
 def test_pictures_without_matplotlib_fail_before_the_model_runs(here, capsys, tmp_path, monkeypatch):

@@ -206,6 +206,18 @@ def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
     return [outputs, inputs]
 
 
+def _check(about: Mapping[str, Any]) -> None:
+    """Reads once all that is read later; a KeyError or a TypeError says that it is not all there."""
+    for key in ("class", "model", "date", "convtap", "torch"):
+        about[key] + ""
+    dict(about["options"])
+    for one in about["inputs"]:
+        one["name"] + one["described"]
+        float(one["sample_rate"] or 1)
+    if about["timeline"] is not None:
+        SavedTimeline(about["timeline"])
+
+
 def read(outputs: Path) -> Run:
     """Reads what is known of the run that wrote a file of outputs; nothing if ``convtap run`` did not.
 
@@ -223,6 +235,7 @@ def read(outputs: Path) -> Run:
             if about["format"] > _FORMAT:
                 raise InvalidValue(f"{str(path)!r} is of a newer convtap. Update it: pip install -U convtap")
             signals = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        _check(about)
         if about["bytes"] != outputs.stat().st_size:
             complain(f"note: {path} is of other outputs, so there is no signal and no common time axis.")
             return Run()
