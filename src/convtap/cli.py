@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except Exception:  # Python's own exit status for it is 1, which means that something differs
-            complain("convtap: this is a mistake of convtap. Report it with the lines below.")
+            complain("convtap: this error is a bug in convtap. Report it with the lines below.")
             traceback.print_exc()
         return TROUBLE
 
