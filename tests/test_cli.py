@@ -325,7 +325,21 @@ def test_inputs_of_several_rates_are_noted(here, capsys):
 def test_run_takes_another_point_of_the_layers(here, capsys, at):
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(1, 1, 8)
     np.save("x.npy", x)
-    assert main(["run", "mynets:build", "--input", "x.npy", "--layers", "0", "--at", at, "--out", "out"]) == 0
+    command = [
+        "run",
+        "mynets:build",
+        "--input",
+        "x.npy",
+        "--layers",
+        "0",
+        "--device",
+        "cpu",
+        "--at",
+        at,
+        "--out",
+        "out",
+    ]
+    assert main(command) == 0
     torch.manual_seed(0)
     after = nn.Conv1d(1, 2, 3, padding=1)(torch.tensor(x)).relu().detach()
     expected = torch.tensor(x) if at == "input" else after
