@@ -1,4 +1,7 @@
-"""Every code block of the README and the docs runs, and what it says it prints is what it prints; docstring examples too."""
+"""Every code block of the README and the docs runs, and what it says it prints is what it prints; docstring examples too.
+
+A ``python`` block that begins with ``# name.py`` is that file as well. A ``console`` block of ``$ convtap`` commands runs them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import doctest
 import importlib
 import io
 import re
+import shlex
 import sys
 import tempfile
 import types
@@ -16,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from convtap.cli import main
 from tests.structure import MODULES
 
 ROOT = Path(__file__).parent.parent
@@ -23,15 +28,34 @@ PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+FILE = re.compile(r"# (\w+\.py)\n")
+COMMAND = re.compile(r"^\$ convtap (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+
+
+def commands_run(body: str) -> str:
+    """Runs the commands of a ``console`` block. Returns the block with what they really print, where it shows something."""
+    text = ""
+    for command, shown in COMMAND.findall(body):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(shlex.split(command)) < 2, command
+        text += f"$ convtap {command}\n{out.getvalue() if shown else ''}"
+    return text
+
+
 def shown_and_printed(page: Path) -> list[tuple[str, str]]:
-    """Runs a page's ``python`` blocks. Returns each ``text`` block with what the block before it really printed."""
+    """Runs a page's blocks. Returns each ``text`` block with what the block before it printed, and each ``console`` block."""
     torch.manual_seed(0)
     module = sys.modules["page"] = types.ModuleType("page")  # torch 2.6 imports the module of what it compiles
     printed, pairs = "", []
     for kind, body in BLOCK.findall(page.read_text()):
         if kind == "text":
             pairs.append((body, printed))
+        elif kind == "console" and body.startswith("$ convtap"):
+            pairs.append((body, commands_run(body)))
         elif kind == "python":
+            if file := FILE.match(body):
+                Path(file[1]).write_text(body)
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(compile(body, f"{page.stem}.py", "exec"), vars(module))
@@ -53,7 +77,8 @@ def rewrite() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             pairs = shown_and_printed(page)
         for shown, printed in pairs:
-            text = text.replace(f"```text\n{shown}```", f"```text\n{printed.rstrip()}\n```", 1)
+            kind = "console" if shown.startswith("$ convtap") else "text"
+            text = text.replace(f"```{kind}\n{shown}```", f"```{kind}\n{printed.rstrip()}\n```", 1)
         page.write_text(text)
 
 

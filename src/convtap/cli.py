@@ -4,40 +4,76 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from convtap._cli.commands import add_commands
+from convtap._cli.exit_status import INTERRUPTED, MEANING, SAME, TROUBLE
+from convtap._cli.model import own_path
+from convtap._cli.run_folder import own_version
+from convtap._cli.terminal import any_encoding, complain, flush, notes, say
 from convtap._errors import ConvtapError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns 0, or 2 after one line on standard error for a user's mistake."""
-    try:
-        args = _parser().parse_args(argv)
-        status = int(args.run(args))
-        sys.stdout.flush()
-        return status
-    except ConvtapError as error:
-        print(f"convtap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130  # what shells give for Ctrl-C
+    """Runs a command. Returns its exit status: 0, 1 if something differs or is bad, or 2 if the command failed."""
+    with any_encoding(), own_path():
+        try:
+            args = _parsed(argv)
+            with notes():
+                status = int(args.run(args))
+            flush()
+            return status
+        except ConvtapError as error:
+            complain(f"convtap: {error}")
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            complain(f"convtap: a file cannot be read or written: {error.strerror or error}{where}. Check its folder.")
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except Exception:  # Python's own exit status for it is 1, which means that something differs
+            complain("convtap: this error is a bug in convtap. Report it with the lines below.")
+            traceback.print_exc()
+        return TROUBLE
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        hint = "convtap --help shows the commands."
+        if getattr(args, "input", None) and any(os.path.exists(text) for text in rest):
+            hint = "Name several inputs by a folder, by a pattern in quotes (--input '*.wav'), or by --input for each."
+        parser.exit(TROUBLE, f"convtap: unknown arguments: {' '.join(rest)}. {hint}\n")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others are."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. {self.prog} --help shows an example.\n")
+        self.exit(TROUBLE, f"{self.prog}: {message}. {self.prog} --help shows an example.\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            complain(message)
+        raise SystemExit(status)
+
+    def print_help(self, file: Any = None) -> None:
+        say(self.format_help().rstrip("\n"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="convtap", description="Taps the 1-D convolutions of PyTorch models.")
+    parser = _Parser(
+        prog="convtap",
+        description="Taps the 1-D convolutions of PyTorch models.",
+        epilog=MEANING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"convtap {own_version()}", help="print the version and exit"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -54,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from convtap._cli import demo as _demo
+    from convtap._cli import demo
 
-    print("\n".join(_demo.run(args.out, args.sound)))
-    return 0
+    for line in demo.run(args.out, args.sound):
+        say(line)
+    return SAME

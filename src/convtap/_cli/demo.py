@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import wave
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from convtap._capture.capture import capture
 from convtap._capture.list_layers import list_layers
+from convtap._cli.run_folder import make_folder
+from convtap._cli.sound import read_sound
 from convtap._errors import InvalidValue, MissingExtra
 from convtap._result.activations import Activations
 from convtap._table import Table, human_bytes
@@ -79,29 +80,6 @@ class AudioEncoder(nn.Module):
         return frames.transpose(1, 2)
 
 
-def read_wav(path: str | Path) -> tuple[Tensor, int]:
-    """Reads a PCM WAV file as a waveform (channels, T) in -1 … 1, with its sample rate in Hz.
-
-    Raises:
-        InvalidValue: there is no such file, or it is no PCM WAV file of 8, 16, 24 or 32 bits.
-    """
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except FileNotFoundError:
-        raise InvalidValue(f"there is no file {str(path)!r}. Give the path of a WAV file.") from None
-    except (wave.Error, EOFError, OSError) as error:
-        raise InvalidValue(f"{str(path)!r} is no PCM WAV file: {error}. Convert it to 16-bit WAV first.") from error
-    samples = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, width).to(torch.int64)
-    if width == 1:  # unsigned, unlike all wider ones
-        values = samples[:, 0] - 128
-    else:
-        values = sum(samples[:, i] << (8 * i) for i in range(width))  # type: ignore[assignment]
-        values = torch.where(values >= 1 << (8 * width - 1), values - (1 << (8 * width)), values)
-    return (values.float() / (1 << (8 * width - 1))).reshape(-1, channels).T.contiguous(), rate
-
-
 def per_input(acts: Activations) -> Table:
     """Tabulates the outputs for each input: shape (C, T) and range of each layer's."""
     rows: list[tuple[Any, ...]] = []
@@ -111,10 +89,21 @@ def per_input(acts: Activations) -> Table:
 
 
 def run(out: Path, sound: str | None = None) -> list[str]:
-    """Runs the demo, writes the outputs into a folder, and returns the text to print."""
+    """Runs the demo, writes the outputs into a folder, and returns the text to print.
+
+    Raises:
+        StoreError: the sound cannot be read, or the folder cannot be written.
+        InvalidValue: the sound is too short.
+    """
+    path = Path(sound) if sound else SPEECH
+    waveform, rate = read_sound(path)
+    if waveform.shape[-1] < 400:
+        raise InvalidValue(
+            f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400. Give a longer one."
+        )
     torch.manual_seed(0)
-    out.mkdir(parents=True, exist_ok=True)
-    return [*_five(out), "", *_sound(out, Path(sound) if sound else SPEECH)]
+    make_folder(out)
+    return [*_five(out), "", *_sound(out, path.name, waveform, rate)]
 
 
 def _five(out: Path) -> list[str]:
@@ -141,10 +130,7 @@ def _five(out: Path) -> list[str]:
     ]
 
 
-def _sound(out: Path, path: Path) -> list[str]:
-    waveform, rate = read_wav(path)
-    if waveform.shape[-1] < 400:
-        raise InvalidValue(f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400.")
+def _sound(out: Path, name: str, waveform: Tensor, rate: int) -> list[str]:
     model = AudioEncoder().eval()
     with torch.no_grad(), capture(model) as acts:
         model(waveform)
@@ -153,7 +139,7 @@ def _sound(out: Path, path: Path) -> list[str]:
     pictures = _pictures(acts, out / "audio_encoder", model, waveform, rate)
     seconds = waveform.shape[-1] / rate
     return [
-        f"2. An audio encoder on {path.name}: {len(waveform)} channel(s), {seconds:.2f} s at {rate} Hz",
+        f"2. An audio encoder on {name}: {len(waveform)} channel(s), {seconds:.2f} s at {rate} Hz",
         "",
         str(list_layers(model)),
         "",

@@ -1,0 +1,258 @@
+"""Makes the model that a command names: ``pkg.module:factory`` or ``folder/file.py:factory``, on a device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from convtap._cli.user_code import run_user_code
+from convtap._errors import InvalidType, InvalidValue, did_you_mean, listed, one_line
+from convtap._select.arguments import check_arguments
+from convtap._select.module_tree import is_keras
+
+_WHAT = "a function without arguments that returns the model, or the model itself"
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".keras")
+
+
+@contextmanager
+def own_path() -> Iterator[None]:
+    """Puts the paths on which modules are searched back; the model may import more while it runs."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def load_model(spec: str) -> nn.Module:
+    """Returns the model that a factory makes. The current folder is searched for its module first.
+
+    The random seed is 0 while it is made, so that a model with random weights is the same one every time.
+
+    Raises:
+        InvalidValue: there is no such module or factory, or importing or calling it fails.
+        InvalidType: the factory does not return an ``nn.Module``.
+    """
+    where, name = _split(spec)
+    module = _import_file(where) if _is_file(where) else _import_module(where)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise InvalidValue(f"{where!r} has no {name!r}. {_instead(where, module, part)}")
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        found = _built(spec, name, found)
+    if is_keras(type(found)):
+        check_arguments(found, None, nn.Conv1d)  # names the setting that makes it a model of torch
+    if not isinstance(found, nn.Module):
+        raise InvalidType(
+            f"{spec!r} returned a {type(found).__name__}, not a torch.nn.Module. Return the model from it."
+        )
+    return found
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """Splits a spec into the module or file and the name in it.
+
+    Raises:
+        InvalidValue: it does not have the two.
+    """
+    where, _, name = spec.rpartition(":")
+    if where and name.endswith("()"):
+        raise InvalidValue(f"{spec!r} has a call in it. Write it without parentheses: {spec[:-2]}")
+    if where and all(part.isidentifier() for part in name.split(".")):
+        return where, name
+    if Path(spec).suffix.lower() in _WEIGHTS:
+        raise InvalidValue(
+            f"{spec!r} is a file of weights, and not the code of a model. Write mynet.py:build, where build is a function "
+            "that makes the model, loads them and returns it."
+        )
+    code = where if where and not name else spec
+    is_code = code.endswith(".py") or all(part.isidentifier() for part in code.split("."))
+    raise InvalidValue(
+        f"{spec!r} does not name a model. Write {code if is_code else 'mynet.py'}:build, where build is {_WHAT}."
+    )
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where or os.sep in where
+
+
+def _built(spec: str, name: str, factory: Any) -> Any:
+    if not callable(factory):
+        raise InvalidType(f"{spec!r} is of type {type(factory).__name__}. Write the name of {_WHAT}.")
+    try:
+        required = [
+            parameter.name
+            for parameter in inspect.signature(factory).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):  # such as of a class without a signature
+        required = []
+    if required:
+        raise InvalidValue(
+            f"{spec!r} needs the arguments {', '.join(required)}. Write a function without arguments beside it: "
+            f"def build(): return {name}({required[0]}=…)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run_user_code(f"{spec!r} failed", factory)
+
+
+def _instead(where: str, module: ModuleType, name: str) -> str:
+    """Says which names of a module could make a model."""
+    own = [
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and (isinstance(value, nn.Module) or (callable(value) and getattr(value, "__module__", "") == module.__name__))
+    ]
+    near = did_you_mean(name, own or dir(module))
+    return near.strip() or (f"It defines {listed(own)}." if own else f"Define there {_WHAT}.")
+
+
+# -- importing
+
+
+def _import_module(name: str) -> ModuleType:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        return run_user_code(f"importing {name!r} failed", _imported, name)  # type: ignore[no-any-return]
+    except _NoSuchModule:
+        files = sorted(path.stem for path in Path(here).glob("*.py"))
+        hint = did_you_mean(name, files) or " A file elsewhere has its path: folder/mynet.py:build."
+        raise InvalidValue(
+            f"there is no module {name!r} in the current folder or among the installed packages.{hint}"
+        ) from None
+
+
+class _NoSuchModule(BaseException):
+    """The module itself is missing, and not one that it imports."""
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise _NoSuchModule from None
+        raise
+
+
+def _import_file(where: str) -> ModuleType:
+    path = Path(os.path.abspath(where))
+    if path.suffix != ".py" or not path.is_file():
+        siblings = [str(Path(where).parent / file.name) for file in sorted(path.parent.glob("*.py"))]
+        near = did_you_mean(where if where.endswith(".py") else f"{where}.py", siblings)
+        raise InvalidValue(
+            f"there is no Python file {where!r}.{near or ' Write the path of the file: mynet.py:build.'}"
+        )
+    names, folder = [path.stem], path.parent
+    while (folder / "__init__.py").is_file():  # a module of a package, which may import its neighbours as such
+        names.insert(0, folder.name)
+        folder = folder.parent
+    sys.path[:0] = [str(folder), os.getcwd()]
+    importlib.invalidate_caches()
+    what = f"importing {where!r} failed"
+    if len(names) == 1:
+        return run_user_code(what, _executed, path)  # type: ignore[no-any-return]
+    name = ".".join(names).removesuffix(".__init__")
+    module: ModuleType = run_user_code(what, importlib.import_module, name)
+    if not os.path.samefile(module.__file__ or os.devnull, path):
+        raise InvalidValue(
+            f"{where!r} is not what is imported as {name}: that is {module.__file__}. Give the package another name."
+        )
+    return module
+
+
+def _executed(path: Path) -> ModuleType:
+    """Imports a file under its own name, or under another one if a module has that."""
+    known = sys.modules.get(path.stem)
+    is_taken = known is not None and getattr(known, "__file__", None) != str(path)
+    name = f"convtap_model_{path.stem}" if is_taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # before it runs: its classes look it up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# -- types and devices
+
+
+def types_of(texts: Sequence[str] | None, model: nn.Module) -> dict[str, Any]:
+    """Returns the module types that ``--types`` names, as the argument of ``capture``; nothing without it.
+
+    A type is one of ``torch.nn``, or any that the model has, by the name of its class.
+
+    Raises:
+        InvalidValue: there is no such type.
+    """
+    kinds: dict[str, dict[type, None]] = {}
+    for module in model.modules():
+        for name in (type(module).__name__, f"{type(module).__module__}.{type(module).__qualname__}"):
+            kinds.setdefault(name, {})[type(module)] = None
+    found: dict[type, None] = {}
+    for text in [name.strip() for name in ",".join(texts or ()).split(",") if name.strip()]:
+        short = text.removeprefix("torch.").removeprefix("nn.")
+        known = getattr(nn, short, None) if short.isidentifier() else None
+        if isinstance(known, type) and issubclass(known, nn.Module):
+            found[known] = None
+        elif text in kinds:
+            found.update(kinds[text])
+        else:
+            counts = Counter(type(module).__name__ for module in model.modules())
+            near = did_you_mean(text, list(counts)) or did_you_mean(text, dir(nn)) or " Name one of them: --types ReLU."
+            has = ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
+            raise InvalidValue(f"--types {text} names no type of torch.nn or of the model, which has {has}.{near}")
+    return {"types": tuple(found)} if found else {}
+
+
+def on_device(model: nn.Module, text: str | None) -> nn.Module:
+    """Moves the model to a device.
+
+    Raises:
+        InvalidValue: there is no such device here, or the model does not fit on it.
+    """
+    if text is None:
+        return model
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise InvalidValue(f"--device {text} is not a device that computes. Write cpu, cuda, cuda:1 or mps.")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend has its own
+        sees = "" if device.type != "cuda" else f", which sees {torch.cuda.device_count()} CUDA devices"
+        raise InvalidValue(
+            f"--device {text} cannot be used with this torch ({torch.__version__}){sees}: {one_line(error).rstrip('.')}. "
+            "Leave --device out to run on the CPU."
+        ) from None
+    try:
+        return model.to(device)
+    except Exception as error:
+        raise InvalidValue(
+            f"the model cannot be moved to {text}: {one_line(error).rstrip('.')}. Leave --device out to run on the CPU."
+        ) from error

@@ -1,0 +1,126 @@
+"""The commands on files: ``plot``, ``report``, ``info``, ``compare`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from convtap._cli.exit_status import DIFFERS, SAME
+from convtap._cli.model import load_model
+from convtap._cli.pictures import check_plot, drawing, write_picture, write_report
+from convtap._cli.run_folder import OUTPUTS, PICTURE, REPORT, Run
+from convtap._cli.saved import Saved, activations_of, open_saved
+from convtap._cli.terminal import Progress, complain, is_watched, say
+from convtap._debug.compare import compare
+from convtap._errors import InvalidValue
+from convtap._table import MOST
+
+
+def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
+    """Prints what has a table: its first and last rows, or with ``--all`` every one."""
+    table = found.summary(rows=None if args.all else MOST, **options)
+    table.whole = "--all"
+    say(table)
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    """Draws what a path holds."""
+    check_plot()
+    with Progress(2) as bar:
+        with bar.step("reading"):
+            saved = open_saved(args.path)
+        target = args.out or _beside(saved, PICTURE, ".png")
+        with bar.step("drawing"):
+            if saved.stats is not None:
+                figure = saved.stats.plot(args.layers)
+            else:
+                acts, number, which = activations_of(saved, args.sample)
+                _note(which)
+                figure = acts.plot(**drawing(acts, saved.run, number, args))
+            write_picture(target, figure)
+    say(f"wrote {target}")
+    return SAME
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes the report of what a path holds."""
+    with Progress(2) as bar:
+        with bar.step("reading"):
+            model = None if args.model is None else load_model(args.model)
+            saved = open_saved(args.path)
+        target = args.out or _beside(saved, REPORT, ".html")
+        with bar.step("writing the report"):
+            acts, number, which = activations_of(saved, args.sample)
+            _note(which)
+            write_report(target, acts, model, drawing(acts, saved.run, number, args))
+    say(f"wrote {target}")
+    return SAME
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Prints what a path holds."""
+    saved = open_saved(args.path)
+    if saved.store is not None:
+        show(saved.store, args)
+    elif saved.stats is not None:
+        show(saved.stats, args)
+    else:
+        for line in _of_run(saved.run):
+            say(line)
+        show(saved.acts, args, stats=args.stats)
+    return SAME
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compares what two paths hold."""
+    a, b = open_saved(args.a), open_saved(args.b)
+    if a.kind != b.kind or a.store is not None:
+        raise InvalidValue(
+            f"{args.a!r} is {a.kind}, and {args.b!r} is {b.kind}. Give two captures (of convtap run or acts.save), or the "
+            "statistics of two data sets (of convtap stats)."
+        )
+    sides: Any = (a.acts, b.acts) if a.stats is None else (a.stats, b.stats)
+    found: Any = compare(*sides, atol=args.atol, rtol=args.rtol, sqnr_db=args.sqnr)
+    show(found, args)
+    return SAME if getattr(found, "agrees", True) else DIFFERS
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Compares the bytes of a store with their checksums."""
+    from convtap._dataset.store import Store
+
+    bad = Store(args.path).verify(progress=is_watched())
+    if len(bad):
+        show(bad, args)
+        return DIFFERS
+    say(f"{args.path}: every shard is as it was written")
+    return SAME
+
+
+def _beside(saved: Saved, name: str, suffix: str) -> Path:
+    """The file to write where none is named: in the folder of a run or a store, or beside the file."""
+    if saved.store is not None:
+        return Path(f"{saved.path.name or 'store'}{suffix}")  # a store's folder holds nothing else
+    return saved.path.with_name(name) if saved.path.name == OUTPUTS else saved.path.with_suffix(suffix)
+
+
+def _note(text: str) -> None:
+    if text:
+        complain(f"note: {text}")
+
+
+def _of_run(run: Run) -> list[str]:
+    """Says how a capture was made, if ``convtap run`` made it."""
+    if not run.about:
+        return []
+    about = run.about
+    options = "".join(f" --{key} {value}" for key, value in about["options"].items())
+    lines = [
+        f"{about['class']} of {about['model']}{options}",
+        f"{about['date']}, convtap {about['convtap']}, torch {about['torch']}",
+    ]
+    for number, one in enumerate(about["inputs"][:MOST]):
+        rate = "" if one["sample_rate"] is None else f", {one['sample_rate']:g} samples a second"
+        lines.append(f"input {number}: {one['name']}, {one['described']}{rate}")
+    return [*lines, ""]

@@ -1,0 +1,77 @@
+"""Draws and reports for the command line: the options of pictures, and the files that they go to."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convtap._atomic_write import write_whole
+from convtap._cli.run_folder import Run
+from convtap._errors import InvalidValue, MissingExtra, StoreError, one_line
+from convtap._result.activations import Activations
+from convtap._result.file import unwritable
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that pictures and reports share."""
+    parser.add_argument(
+        "--sample", metavar="N", help="which input, numbered from 0; of a store, its id (default: the first)"
+    )
+    parser.add_argument("--layers", action="append", metavar="NAME", help="a name, key or glob; may be repeated")
+    parser.add_argument("--channels", type=int, default=64, metavar="N", help="the most rows of a map (%(default)s)")
+    parser.add_argument("--channels-last", action="store_true", help="the outputs are (B, T, C)")
+
+
+def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace | None = None) -> dict[str, Any]:
+    """Returns the arguments that ``acts.plot`` and ``acts.report`` share."""
+    found: dict[str, Any] = {"sample": sample, **run.drawn(acts, sample)}
+    if args is not None:
+        found.update(layers=args.layers, channels=args.channels, channels_last=True if args.channels_last else None)
+    return found
+
+
+def check_plot() -> None:
+    """Checks that matplotlib is there, before anything long runs.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra("pictures need matplotlib, which is not installed. Install it: pip install 'convtap[plot]'")
+
+
+def write_picture(path: Path, figure: Any) -> Path:
+    """Writes a figure in the form that the file's name says.
+
+    Raises:
+        InvalidValue: matplotlib does not write such files.
+        StoreError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    kind = path.suffix.removeprefix(".") or "png"
+    try:
+        figure.savefig(content, format=kind, bbox_inches="tight")
+    except ValueError as error:
+        if kind in figure.canvas.get_supported_filetypes():
+            raise
+        raise InvalidValue(f"{str(path)!r}: {one_line(error)}. Write for example --out maps.png") from None
+    try:
+        write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+    except OSError as error:
+        raise StoreError(unwritable(path, error)) from error
+    return path
+
+
+def write_report(path: Path, acts: Activations, model: nn.Module | None, options: dict[str, Any]) -> Path:
+    """Writes the report of a capture.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    acts.report(path, model, **options)
+    return path
