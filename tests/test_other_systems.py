@@ -130,9 +130,7 @@ def test_a_bad_shard_that_a_reader_has_mapped_is_not_left_in_the_store_silently(
     content[-1] ^= 1
     shard.write_bytes(content)
     BusyFiles(monkeypatch, shard.name, refusals=99)
-    with pytest.raises(
-        StoreError, match=r"is damaged and cannot be set aside: .*\. Close the stores that read it"
-    ):
+    with pytest.raises(StoreError, match=r"is damaged and cannot be set aside: .*\. Close the stores that read it"):
         run(tmp_path, length=30)
 
 

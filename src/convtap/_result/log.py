@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from convtap._result.call import Call, LayerRecord, record_of, separate
 from convtap._result.coverage import LayerCoverage
 from convtap._result.keys import stems
-from convtap._result.runs import Runs
 from convtap._result.origin import Origin
+from convtap._result.runs import Runs
 from convtap._select.module_tree import resolve_name
 
 _Made = TypeVar("_Made")
