@@ -137,6 +137,31 @@ def test_the_picture_of_a_folder_is_the_one_of_the_capture_itself(here, monkeypa
             np.testing.assert_array_equal(np.asarray(mine.get_array()), np.asarray(its.get_array()))
 
 
+def test_a_span_is_in_seconds_of_the_sound(here, drawn):
+    assert main(["plot", "build", "--span", "0.01:0.02", "--out", "made.png"]) == 0
+    ((_, options),) = drawn
+    assert options["span"] == (0.01, 0.02)
+
+
+def test_pages_are_numbered_files_behind_an_index(here, capsys, tmp_path):
+    (tmp_path / "many.py").write_text(
+        "from torch import nn\nbuild = lambda: nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(40)))\n"
+    )
+    assert main(["run", str(tmp_path / "many.py:build"), "--input", "a.wav", "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "out"), "--pages", "--out", str(tmp_path / "maps.png")]) == 0
+    written = [tmp_path / f"maps-{page}.png" for page in range(3)]
+    assert capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in written]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+
+
+def test_a_report_has_the_title_and_the_notes(here):
+    assert main(["report", "less", "--title", "Run <12>", "--notes", "tried\nagain", "--out", "titled.html"]) == 0
+    text = (here / "titled.html").read_text(encoding="utf-8")
+    assert "Run &lt;12&gt;" in text
+    assert "tried\nagain" in text or "tried<br" in text
+
+
 def test_without_a_name_the_files_go_into_the_folder(here, capsys):
     assert main(["plot", "less"]) == 0
     assert main(["report", "less", "--channels-last"]) == 0
@@ -283,6 +308,8 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         (["plot", "build", "--sample", "x"], "--sample x is not the number of an input. Write --sample 0"),
         (["plot", "build", "--layers", "3"], "no captured layer matches '3'"),
         (["plot", "build", "--channels", "0"], "channels"),
+        (["plot", "build", "--span", "1"], "'1' is not a part of the input. Write its start and its end: --span 1.5:3"),
+        (["plot", "build", "--span", "9:10"], "span=(9, 10) is not within the time axis"),
         (["plot", "build", "--out", "maps.xyz"], "Format 'xyz' is not supported"),
         (["plot", "build", "--out", "gone/maps.png"], "cannot write to 'gone/maps.png'"),
         (["report", "build", "--out", "gone/maps.html"], "cannot write to 'gone/maps.html'"),

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 from convtap._cli.commands import add_commands
 from convtap._cli.exit_status import INTERRUPTED, MEANING, SAME, TROUBLE
 from convtap._cli.model import own_path
-from convtap._cli.run_folder import own_version
 from convtap._cli.terminal import any_encoding, complain, flush, notes, say
 from convtap._errors import ConvtapError
+from convtap._result.origin import own_version
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convtap._cli import on_files, on_models
-from convtap._cli.pictures import add_picture_options
+from convtap._cli.pictures import add_picture_options, parse_span
 from convtap._table import MOST
 
 _MODEL = (
@@ -101,9 +101,18 @@ def _add_drawing(commands: Any) -> None:
         parser.add_argument("path", metavar="PATH", help=_SAVED + where)
         add_picture_options(parser)
     plot.add_argument(
+        "--span",
+        type=parse_span,
+        metavar="START:STOP",
+        help="the part of the input to show, in seconds (in samples if the sample rate is unknown)",
+    )
+    plot.add_argument("--pages", action="store_true", help="an index, and numbered files for many layers")
+    plot.add_argument(
         "--out", type=Path, metavar="FILE.png", help="the picture, also .pdf or .svg (default: in the folder)"
     )
     report.add_argument("--model", metavar="MODEL", help="the model, to show its whole layer tree, as in convtap run")
+    report.add_argument("--title", help="the heading of the page (default: the model's class)")
+    report.add_argument("--notes", help="free text below the heading")
     report.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: in the folder)")
     info = _command(
         commands,

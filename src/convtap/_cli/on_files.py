@@ -15,6 +15,7 @@ from convtap._cli.terminal import Progress, complain, is_watched, say
 from convtap._debug.compare import compare
 from convtap._errors import InvalidValue
 from convtap._table import MOST
+from convtap.plot import pages
 
 
 def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
@@ -32,15 +33,27 @@ def run_plot(args: argparse.Namespace) -> int:
             saved = open_saved(args.path)
         target = args.out or _beside(saved, PICTURE, ".png")
         with bar.step("drawing"):
-            if saved.stats is not None:
-                figure = saved.stats.plot(args.layers)
-            else:
-                acts, number, which = activations_of(saved, args.sample)
-                _note(which)
-                figure = acts.plot(**drawing(acts, saved.run, number, args))
-            write_picture(target, figure)
-    say(f"wrote {target}")
+            figures = _figures(saved, args)
+            targets = [target] if len(figures) == 1 else [_numbered(target, page) for page in range(len(figures))]
+            for path, figure in zip(targets, figures, strict=True):
+                write_picture(path, figure)
+    for path in targets:
+        say(f"wrote {path}")
     return SAME
+
+
+def _figures(saved: Saved, args: argparse.Namespace) -> list[Any]:
+    if saved.stats is not None:
+        return [saved.stats.plot(args.layers)]
+    acts, number, which = activations_of(saved, args.sample)
+    _note(which)
+    options = {**drawing(acts, saved.run, number, args), "span": args.span}
+    return pages(acts, **options) if args.pages else [acts.plot(**options)]
+
+
+def _numbered(path: Path, page: int) -> Path:
+    """The file of one page: ``maps-0.png`` is the index."""
+    return path.with_name(f"{path.stem}-{page}{path.suffix}")
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -53,7 +66,8 @@ def run_report(args: argparse.Namespace) -> int:
         with bar.step("writing the report"):
             acts, number, which = activations_of(saved, args.sample)
             _note(which)
-            write_report(target, acts, model, drawing(acts, saved.run, number, args))
+            options = {**drawing(acts, saved.run, number, args), "title": args.title, "notes": args.notes}
+            write_report(target, acts, model, options)
     say(f"wrote {target}")
     return SAME
 

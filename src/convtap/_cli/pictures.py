@@ -27,6 +27,21 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels-last", action="store_true", help="the outputs are (B, T, C)")
 
 
+def parse_span(text: str) -> tuple[float, float]:
+    """Parses the option ``--span``: two numbers and a colon between them.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    start, _, stop = text.partition(":")
+    try:
+        return float(start), float(stop)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a part of the input. Write its start and its end: --span 1.5:3"
+        ) from None
+
+
 def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace | None = None) -> dict[str, Any]:
     """Returns the arguments that ``acts.plot`` and ``acts.report`` share."""
     found: dict[str, Any] = {"sample": sample, **run.drawn(acts, sample)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import os
 from collections import Counter
@@ -21,6 +20,7 @@ from convtap._errors import ConvtapError, InvalidValue, StoreError
 from convtap._result.activations import Activations, log_of
 from convtap._result.file import unwritable
 from convtap._result.keys import numbered
+from convtap._result.origin import own_version
 from convtap._result.samples import Samples
 from convtap._time.signal import signal_of
 
@@ -104,11 +104,6 @@ class Run:
         )
         timeline = None if times is None else SavedTimeline(times, signal)
         return {"signal": signal, "sample_rate": rate, "timeline": timeline}
-
-
-def own_version() -> str:
-    """Returns the version of convtap."""
-    return str(importlib.import_module("convtap").__version__)
 
 
 def described(

@@ -138,11 +138,10 @@ def _id_of(store: Any, sample: str | None) -> Any:
 def _as_capture(store: Any, id: Any) -> Activations:
     """Returns one sample of a store as the outputs of one forward pass on it."""
     rows: Iterable[tuple[str, Tensor]] = store.sample(id).items()
-    log = Log(selected=tuple(store.layers))
+    log = Log(selected=dict.fromkeys(store.layers))
     for number, (name, row) in enumerate(rows):
         record = log.records[name] = LayerRecord(name, is_conv1d=False)
         record.layout = Layout(last=store[name].time_dim == -2)
         record.captured = record.ran = record.held = 1
         log.calls[number] = Call(record, 0, 0, "module", row.unsqueeze(0))
-    log.changes = len(log.calls)
     return Activations(log)

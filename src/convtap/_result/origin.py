@@ -17,9 +17,14 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def own_version() -> str:
+    """Returns the version of convtap."""
+    return str(sys.modules["convtap"].__version__)
+
+
 def versions() -> str:
     """Returns the versions of convtap and torch that run."""
-    return f"convtap {sys.modules['convtap'].__version__}, torch {torch.__version__}"
+    return f"convtap {own_version()}, torch {torch.__version__}"
 
 
 def class_name(model: nn.Module) -> str:
