@@ -109,7 +109,7 @@ def test_the_report_of_both_twins_has_the_same_dead_channels_and_maps(tmp_path):
         acts.report(tmp_path / f"{number}.html")
         pages.append((tmp_path / f"{number}.html").read_text())
     images = [re.findall(r'src="(data:image/png[^"]*)"', page) for page in pages]
-    assert len(images[0]) == 2
+    assert len(images[0]) == 4  # a thumbnail and a map each
     assert images[0] == images[1]
     for page in pages:
         assert "0 of 5" in page
