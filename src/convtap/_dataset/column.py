@@ -114,16 +114,15 @@ class ColumnReader:
 
         return torch.from_numpy(np.empty((count, *self._shape), self._dtype))
 
-    def fill(self, block: Tensor, places: Any, rows: Any) -> None:
+    def fill(self, block: Tensor, rows: Any) -> None:
         """Reads rows of one shape into a block.
 
         Args:
-            block: made by ``block`` of this reader, or of one of another shard.
-            places: an array of ints: where the rows go.
-            rows: an array of as many ints: which rows, in ascending order.
+            block: made by ``block`` of this reader, or of one of another shard; for as many rows.
+            rows: an array of ints: which rows, in ascending order.
         """
         self._check()
-        self._gather(self._rows, rows, block.numpy(), places)
+        self._gather(self._rows, rows, block.numpy())
 
     def restored(self, stored: Tensor) -> Tensor:
         """Returns a row, or a block of them, in the dtype and the shape of the layer's output."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,42 +63,44 @@ class LayerRows:
             positions: an array of ints, in any order.
         """
         found: list[Any] = [None] * len(positions)
-
-        def read(shard: int, places: Any, rows: Any) -> None:
+        order, parts = self._by_shard(positions)
+        places = iter(order.tolist())
+        for shard, rows in parts:
             column = self._reader.column(shard, self._key)
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                found[place] = column.row(row)
-
-        self._by_shard(positions, read)
+            for row in rows.tolist():
+                found[next(places)] = column.row(row)
         return found
 
     def together(self, positions: Any) -> list[Tensor]:
         """Returns the rows of many samples as ``each`` does, but those of one shape in one piece of memory."""
-        if self._are_alike and self._reader.copies:
-            return list(self.block(positions).unbind(0))
-        return self.each(positions)
+        if not self._are_alike or not self._reader.copies:
+            return self.each(positions)
+        found: list[Any] = [None] * len(positions)
+        order, parts = self._by_shard(positions)
+        for place, row in zip(order.tolist(), self._stacked(parts, len(positions)).unbind(0), strict=True):
+            found[place] = row
+        return found
 
     def block(self, positions: Any) -> Tensor:
         """Returns the rows of many samples as one tensor: a layer's whose rows have one shape and dtype."""
-        first: Any = None
-        block: Any = None
+        order, parts = self._by_shard(positions)
+        stacked = self._stacked(parts, len(positions))
+        return stacked if (order[1:] > order[:-1]).all() else stacked[torch.from_numpy(order.argsort())]
 
-        def read(shard: int, places: Any, rows: Any) -> None:
-            nonlocal first, block
-            column = self._reader.column(shard, self._key)
-            if first is None:
-                first, block = column, column.block(len(positions))
-            column.fill(block, places, rows)
-
-        self._by_shard(positions, read)
-        if first is None:
+    def _stacked(self, parts: list[tuple[int, Any]], count: int) -> Tensor:
+        """Reads the rows of shards one after another into one tensor."""
+        if not parts:
             shape: Any = self.about.shape
             return torch.empty((0, *shape), dtype=getattr(torch, self.about.dtype))
-        restored: Tensor = first.restored(block)
-        return restored
+        column = self._reader.column(parts[0][0], self._key)
+        block, first = column.block(count), 0
+        for shard, rows in parts:
+            self._reader.column(shard, self._key).fill(block[first : first + len(rows)], rows)
+            first += len(rows)
+        return column.restored(block)
 
-    def _by_shard(self, positions: Any, read: Callable[[int, Any, Any], None]) -> None:
-        """Calls ``read`` once for each shard: its number, places among the positions, and rows in ascending order."""
+    def _by_shard(self, positions: Any) -> tuple[Any, list[tuple[int, Any]]]:
+        """Returns the order in which to read, and for each shard its number and its rows, in ascending order."""
         import numpy as np
 
         starts, shards, begins = self._tables
@@ -107,9 +109,10 @@ class LayerRows:
             raise self._absent(int(positions[~self.here[lines]][0]))
         shards, rows = shards[lines], begins[lines] + positions - starts[lines]
         order = np.lexsort((rows, shards))
-        cuts = np.flatnonzero(np.diff(shards[order])) + 1
-        for places in np.split(order, cuts) if len(order) else ():
-            read(int(shards[places[0]]), places, rows[places])
+        shards, rows = shards[order], rows[order]
+        cuts = (np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist()
+        ends = pairwise([0, *cuts, len(order)] if len(order) else ())
+        return order, [(int(shards[first]), rows[first:end]) for first, end in ends]
 
     def _absent(self, position: int) -> NotCaptured:
         index = self._reader.index

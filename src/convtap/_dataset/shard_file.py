@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,6 @@ from convtap._errors import StoreError
 #   file system shards are read by calls, whose failures are all errors. Rows of ``copy=False`` are read by the user, with
 #   no look at the size; only they can still meet a file that was cut.
 # What is written into a row of ``copy=False`` stays in this process: its map is private.
-
-#: Rows up to this size are gathered by one call, which copies them twice; larger ones one by one.
-_SMALL_BYTES = 4096
 
 
 class MappedFile:
@@ -55,13 +53,9 @@ class MappedFile:
 
         return np.ndarray(shape, dtype, self._map, at)
 
-    def gather(self, array: Any, rows: Any, target: Any, places: Any) -> None:
-        """Copies rows of an array of this file to places in another array."""
-        if array.strides[0] <= _SMALL_BYTES:
-            target[places] = array[rows]
-            return
-        for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-            target[place] = array[row]
+    def gather(self, array: Any, rows: Any, target: Any) -> None:
+        """Copies rows of an array of this file into another array."""
+        array.take(rows, 0, target, "clip")  # the other modes copy twice
 
 
 class CalledFile:
@@ -90,14 +84,13 @@ class CalledFile:
         """Returns what reads an array when it is indexed on axis 0."""
         return _Unread(self, dtype, shape, at)
 
-    def gather(self, array: Any, rows: Any, target: Any, places: Any) -> None:
-        """Reads rows of an array of this file, in ascending order, to places in another array; neighbors by one call."""
+    def gather(self, array: Any, rows: Any, target: Any) -> None:
+        """Reads rows of an array of this file, in ascending order, into another array; neighbors by one call."""
         import numpy as np
 
-        cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-        for some, where in zip(np.split(rows, cuts), np.split(places, cuts), strict=True):
-            if len(some):
-                target[where] = array[int(some[0]) : int(some[-1]) + 1]
+        cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for first, end in pairwise(cuts):
+            array.read(int(rows[first]), target[first:end])
 
     def read(self, buffer: memoryview, at: int) -> None:
         """Fills a buffer.
@@ -136,8 +129,12 @@ class _Unread:
 
         first, shape = (key.start, (key.stop - key.start, *self._row)) if isinstance(key, slice) else (key, self._row)
         found = np.empty(shape, self._dtype)
-        self._file.read(memoryview(found.reshape(-1).view(np.uint8).data), self._at + first * self._step)
+        self.read(first, found)
         return found
+
+    def read(self, first: int, target: Any) -> None:
+        """Reads rows from one on into an array."""
+        self._file.read(target.reshape(-1).view("u1").data, self._at + first * self._step)
 
 
 def resized(name: str, found: int, expected: int) -> StoreError:

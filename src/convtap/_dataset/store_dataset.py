@@ -73,13 +73,20 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
         """
         import numpy as np
 
-        places = np.fromiter(map(self._checked, positions), np.int64, len(positions))
+        places = np.fromiter(map(operator.index, positions), np.int64, len(positions))
+        count = len(self)
+        wrong = (places < -count) | (places >= count)
+        if wrong.any():
+            self._checked(int(places[wrong][0]))
+        places = np.where(places < 0, places + count, places)
         if self._positions is not None:
             places = self._positions[places]
         ids = self._reader.index.ids[places].tolist()
-        names = [layer.name for layer in self._layers]
-        columns = [layer.together(places) for layer in self._layers]
-        outputs = [dict(zip(names, rows, strict=True)) for rows in zip(*columns, strict=True)]
+        outputs: list[dict[str, Tensor]] = [{} for _ in ids]
+        for layer in self._layers:
+            name = layer.name
+            for output, row in zip(outputs, layer.together(places), strict=True):
+                output[name] = row
         if self._stored is not None:
             return list(zip(ids, outputs, self._stored[torch.from_numpy(places)].unbind(0), strict=True))
         if self._labels is None:
