@@ -76,12 +76,12 @@ def on_two_nodes(example: ModuleType, folder: Path, name: str, kill: bool) -> tu
     import ray.data
     from ray.cluster_utils import Cluster
 
-    memory = 200 * 2**20
+    memory = 500 * 2**20
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": memory, "include_dashboard": False},
+        head_node_args={"num_cpus": 3, "object_store_memory": memory, "include_dashboard": False},
     )
-    other = cluster.add_node(num_cpus=2, object_store_memory=memory)
+    other = cluster.add_node(num_cpus=3, object_store_memory=memory)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
