@@ -40,9 +40,8 @@ def codes(cells: Array, limit: float, peak: float) -> Array:
     return found.astype(np.uint8)
 
 
-def colours() -> Array:
-    """Returns the colour of each code, as (n, 3) bytes."""
+def colours(side: int) -> Array:
+    """Returns the colour of each code, as (n, 3) bytes, on the scale of ``palette(side)``."""
     values = np.clip(np.arange(-_ZERO, _ZERO + 1) / LINEAR, -1, 1)
-    return np.concatenate([palette()[colour_indices(values, 1.0)], [NAN_COLOUR, INF_COLOUR, INF_COLOUR]]).astype(
-        np.uint8
-    )
+    finite = palette(side)[colour_indices(values, 1.0, side)]
+    return np.concatenate([finite, [NAN_COLOUR, INF_COLOUR, INF_COLOUR]]).astype(np.uint8)

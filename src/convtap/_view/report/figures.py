@@ -37,7 +37,8 @@ PAGE, LAYER, SIGN, CELL = 2_600_000, 3_600, 8, 1.31
 _EXPLANATION = (
     f"Each map has its own limit (colour ±): {PERCENTILE} % of its cells are within it, the others have the full colour. "
     "Where a bin of frames is one place, its minimum and its maximum stand side by side; where channels share a row, it has "
-    "the value furthest from zero. NaN is black, Inf is yellow."
+    "the value furthest from zero. A map without values below zero, or above it, has a scale of its own from zero. "
+    "NaN is black, Inf is yellow."
 )
 
 
@@ -127,7 +128,7 @@ def _plot(picture: Picture, axis: TimeAxis) -> str:
 
 def _map(picture: Picture, axis: TimeAxis) -> _Plot:
     cells, peak = picture.cells, peak_of(picture.cells)
-    data = base64.b64encode(png(codes(cells, picture.limit, peak), colours())).decode()
+    data = base64.b64encode(png(codes(cells, picture.limit, peak), colours(picture.side))).decode()
     alt = escape(f"map of {picture.key}, channels from top to bottom, time from left to right")
     image = f'<img loading="lazy" alt="{alt}" src="data:image/png;base64,{data}">'
     height = len(cells) * max(1, round(HEIGHT / len(cells)))

@@ -116,7 +116,7 @@ def bars_range(cells: Array) -> tuple[float, float]:
     return min(low, 0.0), max(high, 0.0)
 
 
-def thumbnail(cells: Array, is_map: bool) -> bytes:
+def thumbnail(cells: Array, is_map: bool, side: int = 0) -> bytes:
     """Encodes a map, or bars as one row, as a small PNG. Each of its cells has the value furthest from zero."""
     rows, columns, steps = _THUMBNAIL
     small = _furthest(_furthest(cells, edges(len(cells), rows if is_map else 1), 0), edges(cells.shape[1], columns), 1)
@@ -124,7 +124,7 @@ def thumbnail(cells: Array, is_map: bool) -> bytes:
     with np.errstate(invalid="ignore", over="ignore"):
         found = np.round(np.clip(np.nan_to_num(small.astype(np.float64)) / limit, -1, 1) * steps) + steps
     found[np.isnan(small)], found[np.isinf(small)] = 2 * steps + 1, 2 * steps + 2
-    colours = palette()[colour_indices(np.arange(-steps, steps + 1) / steps, 1.0)]
+    colours = palette(side)[colour_indices(np.arange(-steps, steps + 1) / steps, 1.0, side)]
     return png(found.astype(np.uint8), np.concatenate([colours, [NAN_COLOUR, INF_COLOUR]]).astype(np.uint8))
 
 

@@ -129,7 +129,7 @@ def _row(
 def _thumbnail(picture: Picture) -> str:
     if picture.kind not in ("map", "bars"):
         return ""
-    data = base64.b64encode(thumbnail(picture.cells, picture.kind == "map")).decode()
+    data = base64.b64encode(thumbnail(picture.cells, picture.kind == "map", picture.side)).decode()
     return f'<img class="thumbnail" loading="lazy" alt="" src="data:image/png;base64,{data}">'
 
 
