@@ -25,20 +25,7 @@ from convtap import AmbiguousCall, LayerNotFound, MissingExtra, NotCaptured, Uns
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
 from convtap._view.cells import shrink
 from convtap.plot import channels, distributions, plot
-
-
-class Entry:
-    """A layer on the time axis, as ``timeline`` describes it."""
-
-    def __init__(self, start, stride, receptive_field):
-        self.start, self.stride, self.receptive_field = start, stride, receptive_field
-
-    def centre(self, t):
-        return self.start + t * self.stride + Fraction(self.receptive_field - 1, 2)
-
-    def span(self, t):
-        first = self.start + t * self.stride
-        return first, first + self.receptive_field
+from tests.figures import Entry, captured, maps, texts
 
 
 class Unknown:
@@ -48,43 +35,6 @@ class Unknown:
 
     def centre(self, t):
         raise Unsupported("unknown")
-
-
-class Fixed(nn.Module):
-    """Gives the outputs that it was made with, one a layer, each through a convolution that copies its input."""
-
-    def __init__(self, *outputs):
-        super().__init__()
-        self.outputs = outputs
-        self.convs = nn.ModuleList(Given() for _ in outputs)
-
-    def forward(self, x):
-        for conv, output in zip(self.convs, self.outputs, strict=True):
-            conv(output)
-
-
-class Given(nn.Conv1d):
-    def __init__(self):
-        super().__init__(1, 1, 1)
-
-    def forward(self, x):
-        return x * 1
-
-
-def captured(*outputs, batch=1):
-    model = Fixed(*outputs)
-    with capture(model) as acts:
-        model(torch.zeros(batch, 1, 10))
-    return acts
-
-
-def texts(figure):
-    """Everything that is written in a figure, titles and footers."""
-    return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
-
-
-def maps(figure):
-    return [axes.images[0] for axes in figure.axes if axes.images and axes.get_ylabel() == "channel"]
 
 
 def pixels(figure):
