@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ class Column(NamedTuple):
     sizes: int = 0
     rows: int = 0
     axes: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the rows have together, as they are in the file."""
+        return self.length * math.prod(self.shape)
 
 
 def numpy_dtype(stored: str) -> Any:
