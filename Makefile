@@ -8,7 +8,7 @@ FILE ?=
 GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 TORCH ?= 2.6.0
 
-.PHONY: help demo test test-torch lint types pytest architecture soak overhead bench correctness gallery clean
+.PHONY: help demo test test-torch lint types pytest architecture docs soak overhead bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -41,6 +41,9 @@ pytest: $(VENV)/.test  ## the tests
 
 architecture: $(VENV)/.test  ## writes the picture and the lists of docs/architecture.md anew
 	$(BIN)/python -m docs.make_architecture
+
+docs: $(VENV)/.docs  ## the documentation as a site, in site/; a broken link or an undocumented public name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 soak: $(VENV)/.test  ## ten times as many random networks
 	CONVTAP_SOAK=20000 $(BIN)/python -m pytest tests/test_properties.py
@@ -90,5 +93,9 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.plain
 
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[docs]'
+	touch $@
+
 clean:  ## removes what these targets made beside the sources
-	rm -rf $(VENV) .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site $(VENV) .venv-bench .venv-torch-* .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
