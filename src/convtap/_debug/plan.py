@@ -12,7 +12,9 @@ from convtap._select.selection import FUNCTION
 
 
 class Plan:
-    """The runs to compare. A fused layer's partner is the last module that it replaces.
+    """The runs to compare.
+
+    The partner of a fused layer is the last module that it replaces.
 
     Attributes:
         pairs: the layers' partners, by name.
