@@ -313,7 +313,7 @@ def test_one_warning_names_the_first_layers_how_many_there_are_and_what_to_write
         acts.samples(lengths=[40, 20, 30, 20], timeline=times)
     assert len(messages) == 1
     text = str(messages[0].message)
-    assert text.startswith("the frames of 7 layers in padded batches are not those of each input alone")
+    assert text.startswith("the valid frames of 7 layers in padded batches differ from those of each input alone")
     assert "same padding: the last frame of '0'" in text
     assert "same padding: the last 2 frames of '1'" in text
     assert "batches of equal length, or one at a time (batch size 1)" in text

@@ -63,4 +63,4 @@ def check_script(options: CaptureOptions, scripted: list[str]) -> None:
         ("stop=True", options.stop, "which catches the exception that ends the pass. Remove stop=True"),
     ):
         if wanted and scripted:
-            raise Unsupported(f"{option} does not work for {listed(scripted)} inside TorchScript, {instead}.")
+            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}), {instead}.")

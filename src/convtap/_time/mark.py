@@ -94,7 +94,7 @@ class Mark:
         return replace(self, first=self.first.of(*first), last=self.last.of(*last), clear=(low, high), edge=edge)
 
     def spread(self, before: int, after: int) -> Mark:
-        """Returns the mark of frames that see ``before`` earlier frames to ``after`` later."""
+        """Returns the mark of frames t that see frames t - ``before`` to t + ``after``."""
         return self.seeing((1, -before, 1), (1, after, 1))
 
     def within(self, frames: int) -> Mark:

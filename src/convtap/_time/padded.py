@@ -55,8 +55,8 @@ def warn(layers: Mapping[str, str]) -> None:
         by_cause.setdefault(cause, []).append(name)
     causes = listed((f"{cause} of {listed(map(repr, names), 3)}" for cause, names in by_cause.items()), 4)
     text = (
-        f"the valid frames of {plural(len(layers), 'layer')} in padded batches differ from those of each input alone, by "
-        f"{causes}. {REMEDY}"
+        f"the valid frames of {plural(len(layers), 'layer')} in padded batches differ from those of each input alone "
+        f"({causes}). {REMEDY}"
     )
     warn_user(text)
 
@@ -135,8 +135,8 @@ def _checked(layer: LayerTime, call: Call, path: str, tensor: Tensor, padded: in
     if tuple(tensor.shape) != expected:
         raise InvalidValue(
             f"{call.key!r} has shape {tuple(tensor.shape)} for one input of {padded} samples, but by the timeline "
-            f"it has {expected}. Make the timeline from the model that ran, timeline(model, example), and capture without "
-            "reduce: reduce after samples."
+            f"it has {expected}. Make the timeline from the model that ran, timeline(model, example), and apply reduce after "
+            "samples, not in the capture."
         )
     return layer.row_dim
 
