@@ -573,7 +573,7 @@ def test_each_part_of_an_output_has_its_own_difference(tmp_path):
 
     model = prepared(nn.Sequential(Two()))
     x, options = batch_of(LENGTHS), {"types": Two, "lengths": lambda batch: LENGTHS, "progress": False}
-    with pytest.warns(CoverageWarning, match=re.escape("every frame of '0[far][0]'.")):
+    with pytest.warns(CoverageWarning, match=re.escape("every frame of '0[far][0]').")):
         store = extract(model, [x], tmp_path / "all", **options)
     assert store.padding == {"0[far][0]": "group_norm in '0.norm': every frame"}
     for row, length in enumerate(LENGTHS):
