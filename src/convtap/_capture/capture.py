@@ -26,8 +26,8 @@ class Capture:
     Open it in a ``with`` statement and run the model inside. The result is an ``Activations``, a mapping from each layer's
     name to its output.
 
-    The model does not change: its definition, weights, mode and results stay the same. All hooks are removed when the
-    ``with`` statement ends, also if the model raises.
+    The model does not change: its definition, weights, mode and results stay the same. convtap removes all hooks when the
+    ``with`` statement ends, even if the model raises.
 
     Examples:
         >>> import torch
@@ -41,23 +41,24 @@ class Capture:
 
     Args:
         model: any PyTorch model.
-        layers: the layers to capture; None for every 1-D convolution. A selector, or a list of them: an exact name, a glob
-            (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the model, an int (a position
-            among the layers of ``types``), or a function ``(name, module) -> bool``. An exact name or a module selects a
-            layer of any type; the other selectors choose among the layers of ``types``. After a name or a glob, ``[0]`` or
-            ``[hidden][1]`` selects a part of a tuple, dict or dataclass, as in ``"lstm[0]"``.
+        layers: the layers to capture; None for every 1-D convolution. Pass one selector or a list of selectors. A selector
+            is an exact name, a glob (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the
+            model, an int (a position among the layers of ``types``), or a function ``(name, module) -> bool``. An exact name
+            or a module selects a layer of any type. The other selectors choose among the layers of ``types``. After a name
+            or a glob, ``[0]`` or ``[hidden][1]`` selects a part of a tuple, dict or dataclass, as in ``"lstm[0]"``.
         types: the module types that selectors choose from; by default Conv1d and its quantized forms.
-        at: ``"output"`` or ``"input"`` of the layer, or ``"activation"`` for the output of the first activation that uses
-            the layer's output. Normalization, dropout, reshaping and an added bias may lie between them.
-        detach: whether to detach outputs from the autograd graph. With False, captured outputs lie in the graph, upstream of
+        at: what to capture: the layer's ``"output"`` or ``"input"``, or ``"activation"`` for the output of the first
+            activation that uses the layer's output. Normalization, dropout, reshaping and an added bias may lie between.
+        detach: whether to detach outputs from the autograd graph. If False, captured outputs lie in the graph, upstream of
             the loss, so that ``torch.autograd.grad(loss, acts[name])`` works.
-        copy: whether captured values survive later in-place operations. With False, convtap keeps an alias, and reading an
+        copy: whether captured values survive later in-place operations. If False, convtap keeps an alias, and reading an
             alias that the model has changed raises ``ModifiedInPlace``.
         offload: a device to move outputs to, such as ``"cpu"``. Copies from CUDA run while the model continues. Reading an
             output waits for its own copy, and leaving the ``with`` statement waits for all of them.
         dtype: the type to cast floating-point outputs to.
         reduce: a function to apply to each output, such as ``lambda t: t.mean(-1)``. It runs on the output's own device,
-            before anything else. Or a mapping from names and globs to functions: layers without an entry are kept as they are.
+            before anything else. A mapping from names and globs to functions reduces each layer in its own way, and keeps
+            layers without an entry as they are.
         keep: ``"all"`` to keep every call of a layer, ``"last"`` to keep only its last call.
         max_bytes: a limit on the memory of captured values, as an int or a string such as ``"2GB"``.
         grads: whether to also record d(loss)/d(output) of every call, as ``Call.grad``. The backward pass may run inside the
@@ -72,7 +73,7 @@ class Capture:
             captured.
         inputs: whether to also keep the input of each call, as ``Call.input`` and in ``acts.inputs``. All options apply to
             inputs too, including ``reduce`` and ``dtype``.
-        strict: whether a missing output raises ``NotCaptured`` on exit. With False, it is a warning.
+        strict: whether a missing output raises ``NotCaptured`` on exit. If False, convtap warns instead.
 
     Raises:
         LayerNotFound: a selector, or an entry of ``reduce``, matches no layer.

@@ -32,11 +32,12 @@ _PASSES = 64
 class StatisticsCapture:
     """Computes statistics of a model's 1-D convolutions while the model runs.
 
-    Open it in a ``with`` statement and run the model on any amount of data inside. The result is a ``Statistics``, a mapping
-    from each layer's name to the mean, standard deviation, range and quantiles of its channels.
+    Open it in a ``with`` statement and run the model inside, on one batch or on a whole data set. The result is a
+    ``Statistics``, a mapping from each layer's name to a ``LayerStatistics`` with the mean, the standard deviation, the range
+    and the quantiles of each channel.
 
-    Outputs are not kept, so memory does not grow with the data. On an accelerator the statistics stay on the layers' device
-    until they are read, and layers do not wait for them.
+    convtap does not keep the outputs, so memory does not grow with the data. On an accelerator the statistics stay on the
+    layers' device until they are read, and no layer waits for them.
 
     Examples:
         >>> import torch

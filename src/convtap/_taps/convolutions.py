@@ -188,7 +188,7 @@ class ConvolutionTap:
         name, via = plan
         try:
             if via == "compiled" and type(output) is Tensor:
-                self._recorder.emit(name, output.clone(), via)  # compiled code writes into its buffers without torch
+                self._recorder.emit(name, output.clone(), via)  # torch does not see when compiled code overwrites it
                 return None
             return self._recorder.emit(name, output, via, (args, kwargs))
         finally:
