@@ -10,7 +10,7 @@ GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 ROWS ?=
 ARGS ?=
 
-.PHONY: help demo test matrix dist lint types pytest architecture soak overhead growth ray-cluster bench correctness gallery clean
+.PHONY: help demo test matrix dist lint types pytest architecture docs soak overhead growth ray-cluster bench correctness gallery clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' Makefile | expand -t 14
@@ -51,6 +51,9 @@ pytest: $(VENV)/.test  ## the tests
 
 architecture: $(VENV)/.test  ## writes the picture and the lists of docs/architecture.md anew
 	$(BIN)/python -m docs.make_architecture
+
+docs: $(VENV)/.docs  ## the documentation as a site, in site/; a broken link or an undocumented public name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 soak: $(VENV)/.test  ## ten times as many random networks
 	CONVTAP_SOAK=20000 $(BIN)/python -m pytest tests/test_properties.py
@@ -107,5 +110,9 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.plain
 
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[docs]'
+	touch $@
+
 clean:  ## removes what these targets made beside the sources
-	rm -rf $(VENV) dist .venv-dist .venv-matrix .venv-bench .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site $(VENV) dist .venv-dist .venv-matrix .venv-bench .venv-gallery-* .mypy_cache .ruff_cache .pytest_cache

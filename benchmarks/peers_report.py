@@ -174,17 +174,23 @@ def draw() -> None:
     for axis, row in zip(axes.flat, rows, strict=False):
         panel(axis, row, bars(row, tables[TITLES[row][0]]))
     figure.suptitle(
-        "Less is better. Hatched: values that are wrong or missing. Some axes are logarithmic.", fontsize=10
+        "Less is better. Hatched: values that are wrong or missing. A bar with an arrow is cut: its length is the number.",
+        fontsize=10,
     )
     figure.savefig(CHART, dpi=110)
 
 
 def bars(row: str, text: str) -> dict[str, tuple[float, bool] | None]:
-    """Reads a table: by library, its figure and whether all values are right; None if it cannot do the row."""
+    """Reads a table: by library, its figure and whether all values are right; None if it fails.
+
+    A library that does not offer what the row measures is left out.
+    """
     head, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
     column = {"data-set": 1, "memory": 1}.get(row, 2)
     found: dict[str, tuple[float, bool] | None] = {}
     for cells in lines:
+        if cells[1].startswith("–"):
+            continue
         number = cells[column].partition(" ")[0].replace(",", "")
         got, _, wanted = cells[-1].partition(" of ") if head[-1] == "values" else ("", "", "")
         found[cells[0]] = (float(number), got == wanted) if number.replace(".", "").isdigit() else None
@@ -192,25 +198,25 @@ def bars(row: str, text: str) -> dict[str, tuple[float, bool] | None]:
 
 
 def panel(axis: Any, row: str, results: dict[str, tuple[float, bool] | None]) -> None:
-    """Draws one row; logarithmic (from 1 on, the plain forward) if the bars differ by more than ten times."""
-    figures = [result[0] for result in results.values() if result is not None]
-    if max(figures) > 10 * min(figures):
-        axis.set_xscale("log")
-        axis.set_xlim(1 if min(figures) >= 1 else 0.1, 4 * max(figures))
-    else:
-        axis.set_xlim(0, 1.2 * max(figures))
+    """Draws one row on a linear axis from 0; a bar that is far longer than the others is cut."""
+    figures = sorted(result[0] for result in results.values() if result is not None)
+    limit = 1.3 * max(value for value in figures if value <= 5 * figures[len(figures) // 2])
+    axis.set_xlim(0, limit)
     for place, (name, result) in enumerate(results.items()):
         if result is None:
-            axis.text(0.01, place, "cannot", va="center", fontsize=8, color="0.5", transform=axis.get_yaxis_transform())
+            axis.text(0.01, place, "fails", va="center", fontsize=8, color="0.5", transform=axis.get_yaxis_transform())
             continue
         value, right = result
         color = "tab:blue" if name.startswith("convtap") else "0.7"
-        axis.barh(place, value, color=color, hatch=None if right else "////", edgecolor="white")
-        shown = f" {value:,.2f}" if value < 10 else f" {value:,.0f}"
-        axis.text(value, place, shown if right else f"{shown}, wrong", va="center", fontsize=8)
+        axis.barh(place, min(value, limit), color=color, hatch=None if right else "////", edgecolor="white")
+        shown = f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
+        shown = shown if right else f"{shown}, wrong"
+        if value > limit:
+            axis.text(0.99 * limit, place, f"{shown} →", va="center", ha="right", fontsize=8)
+        else:
+            axis.text(value, place, f" {shown}", va="center", fontsize=8)
     axis.set_yticks(range(len(results)), list(results), fontsize=8)
     axis.set_ylim(len(results) - 0.4, -0.6)
-    axis.xaxis.set_minor_formatter("")
     axis.tick_params(axis="x", labelsize=8)
     title = TITLES[row][1]
     has_unit = row in ("data-set", "memory", "import")

@@ -226,13 +226,11 @@ def test_reduce_keep_and_samples_work_after_the_activation():
 
 def test_where_functions_are_not_seen_it_is_refused():
     model = FiveConvs()
-    with pytest.raises(Unsupported, match=r"at='activation' follows .*Leave functional out"):
+    with pytest.raises(Unsupported, match=r"at='activation' does not work with functional=False.*Pass functional=True"):
         capture(model, at="activation", functional=False).__enter__()
-    with pytest.raises(
-        ValueError, match=r"activations= says what counts as one with at='activation', and at is 'output'"
-    ):
+    with pytest.raises(ValueError, match=r"activations= has no effect with at='output'"):
         capture(model, activations=(nn.ReLU,))
-    with pytest.raises(TypeError, match=r"activations holds 'relu', which is no module type. Write activations="):
+    with pytest.raises(TypeError, match=r"activations holds 'relu', which is not a module type. Write activations="):
         capture(model, at="activation", activations="relu")
 
 

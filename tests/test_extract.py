@@ -382,7 +382,7 @@ def test_stop_needs_layers_and_a_pass_that_can_be_ended(tmp_path):
         extract(model, [X], tmp_path / "b", "0", stop=True, compile=True)
     with pytest.raises(Unsupported, match="stop=True does not work for layers inside TorchScript"):
         extract(torch.jit.script(model), [X], tmp_path / "c", "0", stop=True)
-    with pytest.raises(InvalidValue, match="stop='no' is none of True, False"):
+    with pytest.raises(InvalidValue, match="stop='no' is invalid. Pass one of True, False"):
         extract(model, [X], tmp_path / "d", "0", stop="no")
 
 

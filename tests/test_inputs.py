@@ -162,5 +162,5 @@ def test_a_capture_without_inputs_says_how_to_get_them(model):
 
 @pytest.mark.parametrize("at", ["input", "activation"])
 def test_inputs_beside_something_else_than_outputs_are_refused(model, at):
-    with pytest.raises(InvalidValue, match="inputs=True keeps the input beside each output.* Leave at= out"):
+    with pytest.raises(InvalidValue, match="inputs=True does not work with at=.* Remove at="):
         capture(model, inputs=True, at=at)

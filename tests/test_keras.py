@@ -391,7 +391,7 @@ def test_keras_models_are_compared_as_their_calls_say():
     same = compare(model, model, example=torch.from_numpy(X))
     assert same.agrees
     assert same.notes == []  # a flag of torch's that Keras does not read says nothing
-    with pytest.raises(Unsupported, match="side a is a Keras model.*'training': True"):
+    with pytest.raises(Unsupported, match="side a, a Keras model.*'training': True"):
         compare(model, model, example=torch.from_numpy(X), mode="train")
     trained = compare(model, model, example={"inputs": torch.from_numpy(X), "training": True})
     assert not any(row.over for row in trained if row.name == "conv")

@@ -313,7 +313,7 @@ def test_one_warning_names_the_first_layers_how_many_there_are_and_what_to_write
         acts.samples(lengths=[40, 20, 30, 20], timeline=times)
     assert len(messages) == 1
     text = str(messages[0].message)
-    assert text.startswith("the frames of 7 layers in padded batches are not those of each input alone")
+    assert text.startswith("the valid frames of 7 layers in padded batches differ from those of each input alone")
     assert "same padding: the last frame of '0'" in text
     assert "same padding: the last 2 frames of '1'" in text
     assert "batches of equal length, or one at a time (batch size 1)" in text
@@ -573,7 +573,7 @@ def test_each_part_of_an_output_has_its_own_difference(tmp_path):
 
     model = prepared(nn.Sequential(Two()))
     x, options = batch_of(LENGTHS), {"types": Two, "lengths": lambda batch: LENGTHS, "progress": False}
-    with pytest.warns(CoverageWarning, match=re.escape("every frame of '0[far][0]'.")):
+    with pytest.warns(CoverageWarning, match=re.escape("every frame of '0[far][0]').")):
         store = extract(model, [x], tmp_path / "all", **options)
     assert store.padding == {"0[far][0]": "group_norm in '0.norm': every frame"}
     for row, length in enumerate(LENGTHS):

@@ -424,7 +424,7 @@ def test_a_generator_of_names_selects_like_a_list():
 
 @pytest.mark.parametrize("option", ["copy", "detach", "strict", "functional", "stop"])
 def test_switches_take_true_and_false_only(option):
-    with pytest.raises(ValueError, match=f"{option}='no' is none of"):
+    with pytest.raises(ValueError, match=f"{option}='no' is invalid. Pass one of"):
         capture(nn.Conv1d(1, 1, 1), "(root)", **{option: "no"})
 
 

@@ -123,10 +123,10 @@ def test_a_python_model_with_scripted_parts_counts_each_convolution_once(functio
 def test_what_torchscript_makes_impossible_is_refused_by_name():
     script = torch.jit.script(Scriptable())
     with pytest.raises(
-        Unsupported, match=r"detach=False does not work for layers inside TorchScript \(a, b.0\): values there"
+        Unsupported, match=r"detach=False does not work for layers inside TorchScript \(a, b.0\), where values have"
     ):
         capture(script, detach=False).__enter__()
-    with pytest.raises(Unsupported, match="stop=True does not work for layers inside TorchScript .*leave stop out"):
+    with pytest.raises(Unsupported, match="stop=True does not work for layers inside TorchScript .*Remove stop=True"):
         capture(script, "a", stop=True).__enter__()
 
 

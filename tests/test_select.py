@@ -150,8 +150,8 @@ def test_one_bad_selector_among_good_ones_is_an_error():
         ((Nested(), int), {}, "layers: int is not a module type"),
         ((Nested(),), {"types": "Conv1d"}, "types holds 'Conv1d', which is no module type"),
         ((Nested(),), {"types": []}, "types is empty"),
-        ((Nested(),), {"at": "weights"}, "at='weights' is none of 'output', 'input'"),
-        ((Nested(),), {"keep": "first"}, "keep='first' is none of 'all', 'last'"),
+        ((Nested(),), {"at": "weights"}, "at='weights' is invalid. Pass one of 'output', 'input'"),
+        ((Nested(),), {"keep": "first"}, "keep='first' is invalid. Pass one of 'all', 'last'"),
         ((Nested(),), {"reduce": "mean"}, "reduce is a str, and it must be a function of a tensor: reduce=lambda t"),
         ((Nested(),), {"dtype": "float16"}, "dtype is 'float16', and it must be a torch.dtype such as torch.float16"),
         ((Nested(),), {"max_bytes": "2 bananas"}, "max_bytes='2 bananas' is no number of bytes. Write for example"),
@@ -196,14 +196,12 @@ def test_a_sample_that_is_no_number_is_refused():
 
 def test_an_unentered_capture_says_how_to_enter_it():
     block = capture(Nested())
-    with pytest.raises(TypeError, match=r"Run the model inside a block: with capture\(model\) as acts: model\(x\)"):
+    with pytest.raises(TypeError, match=r"Run the model inside the capture: with capture\(model\) as acts: model\(x\)"):
         block["encoder.conv1"]
-    with pytest.raises(
-        AttributeError, match=r"a capture has no attribute 'calls'. Activations have 'calls': with capture"
-    ):
+    with pytest.raises(AttributeError, match=r"a capture has no attribute 'calls'. Activations have it: with capture"):
         block.calls()
     assert not hasattr(block, "anything_else")
-    with pytest.raises(TypeError, match=r"a capture is not called; the model is, inside its block: with capture"):
+    with pytest.raises(TypeError, match=r"a capture is not callable. Call the model inside it: with capture"):
         capture(Nested())(X)
 
 

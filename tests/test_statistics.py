@@ -630,7 +630,7 @@ def test_frames_that_see_padding_are_named():
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"lengths": lambda x: [3]}, InvalidValue, "statistics needs timeline as well"),
+        ({"lengths": lambda x: [3]}, InvalidValue, "timeline= is missing. Pass lengths= and timeline="),
         ({"lengths": [3], "timeline": "t"}, InvalidType, "lengths is a list. Pass a function"),
         ({"lengths": lambda x: [3], "timeline": 3}, InvalidType, "timeline is a int. Pass what timeline"),
         ({"per": "row"}, InvalidValue, "per='row' is none of 'channel', 'layer'"),
@@ -639,7 +639,7 @@ def test_frames_that_see_padding_are_named():
         ({"every": 1.5}, InvalidType, "every is a float. Pass an int"),
         ({"quantiles": 2}, InvalidValue, "quantiles=2 is not a relative error. Pass a number"),
         ({"quantiles": True}, InvalidValue, "quantiles=True is not a relative error"),
-        ({"at": "weights"}, InvalidValue, "at='weights' is none of"),
+        ({"at": "weights"}, InvalidValue, "at='weights' is invalid. Pass one of"),
         ({"layers": "conv9"}, LayerNotFound, "no layer is named 'conv9'"),
     ],
 )
@@ -653,7 +653,7 @@ def test_wrong_lengths_are_an_error():
     x = torch.randn(3, 1, 60)
     axis = timeline(model, (x, None))
     with (
-        pytest.raises(InvalidValue, match="lengths returned 1 number for 3 inputs. Return the samples"),
+        pytest.raises(InvalidValue, match="lengths returned 1 number for 3 inputs. Return the number of samples"),
         statistics(model, lengths=lambda x, n: n, timeline=axis),
     ):
         model(x, [60])
@@ -726,11 +726,11 @@ def test_mistakes_name_what_to_write():
     collecting = statistics(model)
     with pytest.raises(InvalidType, match=r"Run the model inside: with statistics\(model\) as stats"):
         collecting["0"]
-    with pytest.raises(InvalidType, match="is not called"):
+    with pytest.raises(InvalidType, match="is not callable. Call the model"):
         collecting(batches()[0])
     with collecting as stats:
         model(batches()[0])
-        with pytest.raises(ConvtapError, match="being collected already. Open others"):
+        with pytest.raises(ConvtapError, match="already open.* Open a second one"):
             collecting.__enter__()
     with pytest.raises(LayerNotFound, match="no statistics are of '1'. Collected here: 0, 2."):
         stats["1"]
@@ -852,7 +852,7 @@ def test_statistics_that_cannot_be_compared_are_refused():
         compare(one, Statistics({"x": other["y"]}))
     with pytest.raises(InvalidValue, match="atol does not apply to statistics"):
         compare(one, one, atol=1.0)
-    with pytest.raises(InvalidType, match="compare takes two models, two captures or two statistics"):
+    with pytest.raises(InvalidType, match="which are not two models, two captures or two statistics"):
         compare(one, network())
 
 

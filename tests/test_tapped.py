@@ -206,7 +206,7 @@ def test_a_reduce_that_writes_in_place_does_not_change_the_model(x):
 def test_a_failing_reduce_names_the_layer_and_the_shape(x):
     with pytest.raises(ConvtapError, match=r"layer 'first': reduce failed on the value of shape \(2, 4, 16\): .*boom"):
         tapped(InplaceReluTwice(), reduce=_boom)(x)
-    with pytest.raises(InvalidType, match=r"layer 'first': reduce returned a float, and it must return a tensor"):
+    with pytest.raises(InvalidType, match=r"layer 'first': reduce returned a float, which is not a tensor"):
         tapped(InplaceReluTwice(), reduce=lambda t: 1.0)(x)
 
 

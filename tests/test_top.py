@@ -188,7 +188,7 @@ def test_the_model_is_left_as_it_was(model):
 def test_a_layer_that_gives_nan_is_named_with_the_input(model):
     x = torch.randn(4, 2, 60)
     x[3, 0, 10] = math.nan
-    with pytest.raises(NonFiniteOutput, match="'2' gives NaN for input 3"):
+    with pytest.raises(NonFiniteOutput, match="'2' produced NaN for input 3"):
         top(model, x.split(2), "2", 1)
 
 
@@ -383,7 +383,7 @@ def test_windows_of_data_that_inputs_turned_into_the_call(model, data):
 
 def test_hits_of_layers_with_other_windows_do_not_stack_and_the_message_says_what_to_write(model, data):
     both = [*top(model, data, "0", 1), *top(model, data, "2", 1)]
-    with pytest.raises(InvalidValue, match="are 4, 8 samples long, and a stack needs one length") as caught:
+    with pytest.raises(InvalidValue, match="differ in length: 4, 8 samples") as caught:
         windows(both, data)
     code = str(caught.value).split("of one length: ")[1].rstrip(".")
     assert eval(code, {"windows": windows, "hits": both, "x": data}).shape == (5, 2, 8)
@@ -392,17 +392,17 @@ def test_hits_of_layers_with_other_windows_do_not_stack_and_the_message_says_wha
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hits": []}, InvalidValue, "hits is empty, so there is no window to stack. Check it first"),
-        ({"hits": 3}, InvalidType, "hits is a int. Pass what top returned"),
-        ({"hits": [(1, 2)]}, InvalidType, r"hits holds \(1, 2\), a tuple. Pass what top returned"),
-        ({"x": torch.zeros(2, 60)}, InvalidType, r"x has shape \(2, 60\), which is one input.* x\[None\]"),
+        ({"hits": []}, InvalidValue, "hits is empty. Check for that"),
+        ({"hits": 3}, InvalidType, "hits is a int. Pass the result of top"),
+        ({"hits": [(1, 2)]}, InvalidType, r"hits holds \(1, 2\), which is a tuple. Pass the result of top"),
+        ({"x": torch.zeros(2, 60)}, InvalidType, r"x has shape \(2, 60\), which is a single input.* x\[None\]"),
         ({"x": torch.zeros(1, 2, 60)}, OutOfRange, "x holds 1 input. Pass the input"),
         ({"x": {}}, OutOfRange, "x holds 0 inputs"),
-        ({"x": DataLoader(torch.zeros(12, 2, 60))}, InvalidType, "x is a DataLoader, and one input has 2 axes"),
+        ({"x": DataLoader(torch.zeros(12, 2, 60))}, InvalidType, "x is a DataLoader, but one input has 2 axes"),
         (
             {"x": [{"id": 3, "audio": torch.zeros(2, 60)}] * 12},
             InvalidType,
-            r"x is a dict, and one input has 2 axes. Pass the signals alone: \[item\['audio'\] for item in x\].",
+            r"x is a dict, but one input has 2 axes. Pass the signals alone: \[item\['audio'\] for item in x\].",
         ),
         (
             {"x": [torch.zeros(1 + i % 2, 60) for i in range(12)]},
@@ -439,22 +439,22 @@ def test_a_hit_is_not_taken_for_several(hits, data):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k": 0}, InvalidValue, "k=0, and it must be at least 1"),
+        ({"k": 0}, InvalidValue, "k=0 is not a positive int. Pass at least 1"),
         ({"k": 1.5}, InvalidType, "k is a float"),
         ({"per_sample": 0}, InvalidValue, "per_sample=0"),
-        ({"min_distance": 0}, InvalidValue, "min_distance=0 keeps no hits apart. Pass at least 1 input sample"),
-        ({"min_distance": True}, InvalidValue, "min_distance=True keeps no hits apart"),
+        ({"min_distance": 0}, InvalidValue, "min_distance=0 is not a positive int. Pass at least 1 input sample"),
+        ({"min_distance": True}, InvalidValue, "min_distance=True is not a positive int"),
         ({"min_distance": 12.5}, InvalidType, "min_distance is a float. Pass a whole number of input samples"),
         ({"layer": "3"}, LayerNotFound, "no layer is named '3'"),
         ({"layer": 2}, InvalidType, "layer is a int"),
-        ({"channels": 5}, OutOfRange, "no channel 5: '2' has 5, numbered 0 to 4"),
+        ({"channels": 5}, OutOfRange, "channel 5 does not exist in '2', which has 5. Pass numbers from 0 to 4"),
         ({"channels": []}, InvalidValue, "channels is empty"),
         ({"channels": "all"}, InvalidType, "channels is 'all'"),
         ({"data": []}, InvalidValue, "data holds no batches"),
         ({"data": 3}, InvalidType, "data is a int"),
         ({"data": [3]}, InvalidType, "a batch is a int"),
         ({"data": TensorDataset(torch.zeros(3, 2, 60))}, InvalidType, r"DataLoader\(data, batch_size=32\)"),
-        ({"time_dim": 1}, InvalidValue, "makes time the channel axis of '0'"),
+        ({"time_dim": 1}, InvalidValue, "is the channel axis of '0'"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(model, change, error, message):
@@ -471,9 +471,9 @@ def test_a_layer_without_a_time_axis_is_refused():
 
 def test_a_window_of_an_input_that_is_not_there_is_refused(model):
     hit = max(top(model, torch.randn(5, 2, 60), "2", 5), key=lambda hit: hit.sample)
-    with pytest.raises(OutOfRange, match=f"sample {hit.sample}, and x holds 1 input"):
+    with pytest.raises(OutOfRange, match=f"sample {hit.sample}, but x holds 1 input"):
         hit.window(torch.zeros(1, 2, 60))
-    with pytest.raises(InvalidType, match=r"x has shape \(\), and one input has 2 axes"):
+    with pytest.raises(InvalidType, match=r"x has shape \(\), but one input has 2 axes"):
         hit.window(torch.zeros(60))
 
 

@@ -1,4 +1,4 @@
-"""Taps the 1-D convolutions of any PyTorch model during a normal forward pass."""
+"""Captures the output of every Conv1d layer of any PyTorch model."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ __all__ = [
     "windows",
 ]
 
-# Imported when they are first asked for: a capture needs none of them, and together they take as long as all the rest.
+# Imported on first use. A capture needs none of them, and together they take as long to import as all the rest.
 _WHEN_ASKED = {
     "Comparison": "_debug.comparison",
     "Difference": "_debug.metrics",

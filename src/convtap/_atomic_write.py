@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in one function."""
+"""Writes files atomically, so that a file is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ T = TypeVar("T")
 
 _IS_WINDOWS = os.name == "nt"
 
-#: What the temporary names match.
+#: The glob that temporary names match.
 TEMPORARY = ".*.part"
 
 # Note: [Whole files]
-# Assumption: a reader, or a resumed run, takes any file of the right name for a whole one.
-# Failure: a process that dies while it writes leaves half of a file; after a power cut a renamed file may be empty.
-# Choice: write under a temporary name in the same folder, force the content to the disk, rename, force the folder's entry.
-#   A temporary name matches ``TEMPORARY``, so that the next run in a store finds and removes what a killed one left.
+# Assumption: a reader, or a resumed run, treats any file with the right name as complete.
+# Failure: a process that dies while it writes leaves half a file. After a power cut, a renamed file may be empty.
+# Choice: write under a temporary name in the same folder, sync the content to the disk, rename, then sync the folder.
+#   Temporary names match ``TEMPORARY``, so that the next run in a store finds and removes those of a killed run.
 
 
 def write_whole(path: Path, write: Callable[[Path], T], *, replace: bool = True) -> T:
-    """Writes a file so that its name never stands for half of it. See Note: [Whole files].
+    """Writes a file atomically. See Note: [Whole files].
 
     Args:
         path: the file.
-        write: writes the content to the temporary path that it is called with.
-        replace: whether a file of this name is replaced.
+        write: a function that writes the content to the path that it receives, which is a temporary one.
+        replace: whether to replace an existing file.
 
     Returns:
-        What ``write`` returns.
+        The result of ``write``.
 
     Raises:
-        FileExistsError: ``replace`` is False, and there is a file of this name.
+        FileExistsError: ``replace`` is False and the file exists.
         OSError: the disk is full, or the file cannot be written.
     """
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.part"
     try:
-        # made here and not by ``write``: with the permissions that the user's mask allows
+        # created here, and not by ``write``, so that it has the permissions that the user's umask allows
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         permissions = temporary.stat().st_mode & 0o777
         result = write(temporary)
@@ -55,7 +55,7 @@ def write_whole(path: Path, write: Callable[[Path], T], *, replace: bool = True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to the disk, where the system can."""
+    """Syncs a folder's entries to the disk, if the system supports it."""
     with contextlib.suppress(OSError):
         _sync(folder, os.O_RDONLY)
 
@@ -95,12 +95,12 @@ def replace_file(old: Path, new: Path) -> None:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Gives a file its name, unless another process was first (FileExistsError)."""
+    """Renames a file, or raises FileExistsError if another process was first."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links: the moment between looking and renaming stays open
+    except OSError:  # without links in the file system, another process may be first between this check and the rename
         if path.exists():
             raise FileExistsError(str(path)) from None
         replace_file(temporary, path)

@@ -1,4 +1,7 @@
-"""The exceptions of convtap, and the phrases their messages share: lists of names, and the nearest name."""
+"""Defines convtap's exceptions and warnings.
+
+It also has the phrases that messages share, such as lists of names and the most similar name.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from convtap._public import public
 
 @public
 class ConvtapError(Exception):
-    """Base of every error that convtap raises on purpose."""
+    """The base of all errors that convtap raises on purpose."""
 
 
 class _MessageKeyError(ConvtapError, KeyError):
-    """A KeyError that shows its message as it was written (KeyError itself quotes it)."""
+    """A KeyError that shows its message without quotes."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
@@ -28,17 +31,17 @@ class _MessageKeyError(ConvtapError, KeyError):
 
 @public
 class LayerNotFound(_MessageKeyError):
-    """A selector or a key names no layer."""
+    """A selector or a key matches no layer (also a KeyError)."""
 
 
 @public
 class AmbiguousCall(_MessageKeyError):
-    """A layer ran several times, and its plain name was asked for."""
+    """A key is the plain name of a layer that ran several times (also a KeyError)."""
 
 
 @public
 class NotCaptured(ConvtapError):
-    """A block ended and something that was asked for is not in it."""
+    """A capture ended without an output that the user asked for."""
 
 
 @public
@@ -48,7 +51,7 @@ class ModifiedInPlace(ConvtapError):
 
 @public
 class MemoryLimitExceeded(ConvtapError):
-    """Storing one more output would go over ``max_bytes``."""
+    """One more output would exceed ``max_bytes``."""
 
 
 @public
@@ -58,63 +61,66 @@ class NonFiniteOutput(ConvtapError):
 
 @public
 class StoreError(ConvtapError):
-    """A file or a store directory cannot be read or written as asked."""
+    """A file or a store directory cannot be read or written."""
 
 
 @public
 class MissingExtra(ConvtapError, ImportError):
-    """An optional package is needed; the message holds the pip command."""
+    """An optional package is missing. The message has the pip command."""
 
 
 @public
 class Unsupported(ConvtapError):
-    """What was asked cannot be done right here, and the message says what can."""
+    """A request cannot be fulfilled. The message says what to write instead."""
 
 
 @public
 class OutOfRange(ConvtapError, IndexError):
-    """A position, such as a sample, that does not exist (also an IndexError)."""
+    """A position, such as a sample number, does not exist (also an IndexError)."""
 
 
 @public
 class InvalidType(ConvtapError, TypeError):
-    """An argument is of the wrong type (also a TypeError)."""
+    """An argument has the wrong type (also a TypeError)."""
 
 
 @public
 class InvalidValue(ConvtapError, ValueError):
-    """An argument has a value that cannot be used (also a ValueError)."""
+    """An argument has an invalid value (also a ValueError)."""
 
 
 @public
 class CoverageWarning(UserWarning):
-    """Something that was selected was not captured, or not as the input alone gives it."""
+    """A selected layer was not captured, or padding has changed its output."""
 
 
 @public
 class OffloadWarning(UserWarning):
-    """Outputs were offloaded in a slower way than meant; none of them is missing."""
+    """Outputs were offloaded more slowly than expected. None of them is missing."""
 
 
 class StopForward(BaseException):
-    """Ends a forward pass early. No Exception, so that a model's own ``except Exception`` lets it through."""
+    """Ends a forward pass early (``stop=True``).
+
+    It is not an Exception, so that a model's own ``except Exception`` does not catch it.
+    """
 
     def __init__(self, token: object) -> None:
         super().__init__("convtap ends this forward pass early (stop=True)")
         self.token = token
 
 
-#: Names that a message looks through for the nearest one, and characters of a value in it.
+#: How many names a message compares to find the most similar one, and how many characters of a value it shows.
 _MANY, _LONG = 2000, 200
 
 
 _PACKAGE = os.path.dirname(__file__)
-#: Files whose frames lie between the user's code and convtap's: of context managers, and of the calls of modules.
+#: Files whose frames lie between the user's code and convtap's: those of context managers and of module calls.
 _BETWEEN = (contextlib.__file__, os.path.join("torch", "nn", "modules", "module.py"))
 
 
 def warn_user(message: str, category: type[Warning] = CoverageWarning) -> None:
-    """Warns at the line outside of convtap that led here: the user's ``with`` statement or call."""
+    """Issues a warning at the user's own line, such as a ``with`` statement or a call."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and _is_inside(frame.f_code.co_filename):
@@ -127,7 +133,7 @@ def _is_inside(file: str) -> bool:
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Joins names for a message: the first ``limit`` of them, and how many there are."""
+    """Joins the first ``limit`` names for a message, with the total if there are more."""
     every = list(names)
     if not every:
         return "none"
@@ -136,28 +142,28 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def brief(value: object) -> str:
-    """Writes a value for a message: its repr, cut short if it is long."""
+    """Returns the repr of a value for a message, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Returns the name most like ``name``, or None if none is at all like it.
+    """Returns the name most similar to ``name``, or None if none is similar.
 
-    A name that has the same parts in a row, or parts that lie in ``name`` so, comes first: wrappers of models add parts
-    (``module.``, ``base_model.model.``), and some add one behind.
+    A name that contains all parts of ``name`` in a row comes first, and so does a name that ``name`` contains in this way.
+    The reason is that wrappers add parts in front (``module.``, ``base_model.model.``), and some add a part at the end.
     """
     inside = [other for other in names if other and (f".{name}." in f".{other}." or f".{other}." in f".{name}.")]
     if inside and name:
         return min(inside, key=lambda other: (abs(len(other) - len(name)), other))
-    if len(names) > _MANY:  # each comparison takes microseconds: of many names, those of about the same length
+    if len(names) > _MANY:  # a comparison takes microseconds, so compare only names of a similar length
         names = heapq.nsmallest(_MANY, names, key=lambda other: abs(len(other) - len(name)))
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return found[0] if found else None
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """Returns `` Did you mean 'x'?``, or nothing if no name is near."""
+    """Returns `` Did you mean 'x'?``, or an empty string if no name is similar."""
     near = nearest(name, names)
     return f" Did you mean {near!r}?" if near else ""
 
@@ -170,6 +176,6 @@ def plural(count: int, noun: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its class if it has none."""
+    """Returns the first line of an error's message, or its class name if it is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,7 @@
-"""Marks what users can name: its module is ``convtap``, in tracebacks, in pickles and in ``help``."""
+"""Gives public classes and functions the module name ``convtap``.
+
+Tracebacks, pickles and ``help`` then show ``convtap``, and not the private module of the definition.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,6 @@ Named = TypeVar("Named")
 
 
 def public(named: Named) -> Named:
-    """Decorates a class or function that ``convtap`` exports, wherever it is defined."""
+    """Sets the module of a public class or function to ``convtap``."""
     named.__module__ = "convtap"
     return named

@@ -1,1 +1,1 @@
-"""Opens and closes captures: the session that wires taps, recorder and log, and the functions built on it."""
+"""Capture sessions, and the public functions that open them."""

@@ -1,4 +1,4 @@
-"""The public context manager ``capture``: its options, and one session for each time it is entered."""
+"""The public context manager ``capture``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from convtap._torch import compile_stance
 
 @public
 class Capture:
-    """Collects the outputs of a model's 1-D convolutions while the block runs the model.
+    """Records the outputs of a model's 1-D convolutions while the model runs.
 
-    Nothing of the model changes: not its definition, weights, mode or results; and nothing stays on it afterwards.
+    Open it in a ``with`` statement and run the model inside. The result is an ``Activations``, a mapping from each layer's
+    name to its output.
 
-    Example:
+    The model does not change: its definition, weights, mode and results stay the same. convtap removes all hooks when the
+    ``with`` statement ends, even if the model raises.
+
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import capture
@@ -37,42 +41,46 @@ class Capture:
 
     Args:
         model: any PyTorch model.
-        layers: what to capture; None for every 1-D convolution. One of these, or several in a list: an exact name, a glob
-            (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the model, an int (position
-            among the layers of ``types``), a function ``(name, module) -> bool``. An exact name or a module selects
-            whatever type it has; the others choose among modules of ``types``. Behind a name or a glob, ``[0]`` or
-            ``[hidden][1]`` selects a part of a tuple, dict or dataclass: ``"lstm[0]"``.
-        types: the module types to choose from; Conv1d and its quantized forms by default.
-        at: ``"output"``; ``"input"`` for what the layer was given; or ``"activation"`` for the output of the first
-            activation that consumes the layer's output, through normalization, dropout, reshaping and an added bias.
-        detach: keep no autograd graph. With False the captured tensor is upstream of the loss, so that
-            ``torch.autograd.grad(loss, acts[name])`` works.
-        copy: the captured value survives later in-place operations. With False an alias is kept, and reading one that was
-            changed since raises ``ModifiedInPlace``.
-        offload: a device to move what is kept to, such as ``"cpu"``. From CUDA the copies run beside the model; reading an
-            output waits for its own copy, and leaving the block waits for all.
-        dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, run on its own device before anything else: ``lambda t: t.mean(-1)``. Or a mapping
-            from names and globs to functions; a layer without an entry is kept as it is.
-        keep: ``"all"`` calls of a layer, or only the ``"last"``.
-        max_bytes: a limit on the memory kept, as an int or ``"2GB"``.
-        grads: also collect d(loss)/d(output) of every call, as ``Call.grad``, when a backward pass runs, inside the block
-            or after it. ``dtype`` and ``offload`` apply to it, ``reduce`` does not; ``max_bytes`` counts it beforehand.
-        stop: end the forward pass once every selected layer has run once. Needs ``layers``; for the block's last statement.
-        activations: module types that count as activations, besides the ones that PyTorch brings.
-        functional: also capture convolutions that are called as functions (``F.conv1d``), under the name of their weight's
-            owner. None and True: yes; False: only calls of modules.
-        every: keep forward passes 0, n, 2n, … only, for training loops. The other passes keep nothing, and what runs
-            only in them is not captured.
-        inputs: also keep the input of each call, as ``Call.input`` and in ``acts.inputs``, under the same options; ``reduce``
-            and ``dtype`` apply to it too.
-        strict: leaving the block raises ``NotCaptured`` where something that was asked for is missing; False only warns.
+        layers: the layers to capture; None for every 1-D convolution. Pass one selector or a list of selectors. A selector
+            is an exact name, a glob (``"encoder.*.conv?"``), a ``re.Pattern`` (full match), a module type, a module of the
+            model, an int (a position among the layers of ``types``), or a function ``(name, module) -> bool``. An exact name
+            or a module selects a layer of any type. The other selectors choose among the layers of ``types``. After a name
+            or a glob, ``[0]`` or ``[hidden][1]`` selects a part of a tuple, dict or dataclass, as in ``"lstm[0]"``.
+        types: the module types that selectors choose from; by default Conv1d and its quantized forms.
+        at: what to capture: the layer's ``"output"`` or ``"input"``, or ``"activation"`` for the output of the first
+            activation that uses the layer's output. Normalization, dropout, reshaping and an added bias may lie between.
+        detach: whether to detach outputs from the autograd graph. If False, captured outputs lie in the graph, upstream of
+            the loss, so that ``torch.autograd.grad(loss, acts[name])`` works.
+        copy: whether captured values survive later in-place operations. If False, convtap keeps an alias, and reading an
+            alias that the model has changed raises ``ModifiedInPlace``.
+        offload: a device to move outputs to, such as ``"cpu"``. Copies from CUDA run while the model continues. Reading an
+            output waits for its own copy, and leaving the ``with`` statement waits for all of them.
+        dtype: the type to cast floating-point outputs to.
+        reduce: a function to apply to each output, such as ``lambda t: t.mean(-1)``. It runs on the output's own device,
+            before anything else. A mapping from names and globs to functions reduces each layer in its own way, and keeps
+            layers without an entry as they are.
+        keep: ``"all"`` to keep every call of a layer, ``"last"`` to keep only its last call.
+        max_bytes: a limit on the memory of captured values, as an int or a string such as ``"2GB"``.
+        grads: whether to also record d(loss)/d(output) of every call, as ``Call.grad``. The backward pass may run inside the
+            capture or after it. ``dtype`` and ``offload`` apply to gradients, and ``reduce`` does not. ``max_bytes`` counts
+            them in advance.
+        stop: whether to end the forward pass once every selected layer has run. Needs ``layers``. The call of the model has
+            to be the last statement inside the capture, since the statements after it do not run.
+        activations: module types that count as activations, in addition to those of PyTorch.
+        functional: whether to also capture convolutions that are called as functions (``F.conv1d``), named after the owner
+            of their weight. None means True. False captures only calls of modules.
+        every: record only forward passes 0, n, 2n, …, for training loops. A layer that runs only in other passes is not
+            captured.
+        inputs: whether to also keep the input of each call, as ``Call.input`` and in ``acts.inputs``. All options apply to
+            inputs too, including ``reduce`` and ``dtype``.
+        strict: whether a missing output raises ``NotCaptured`` on exit. If False, convtap warns instead.
 
     Raises:
-        LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
-        NotCaptured: on exit: nothing was captured, a layer asked for by exact name did not run, or one was bypassed.
-        MemoryLimitExceeded: in the forward pass: the next output would go over ``max_bytes``.
-        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well), or ``reduce`` failed.
+        LayerNotFound: a selector, or an entry of ``reduce``, matches no layer.
+        NotCaptured: on exit: nothing was captured, a layer selected by its exact name did not run, or a selected layer was
+            bypassed.
+        MemoryLimitExceeded: in the forward pass: the next output would exceed ``max_bytes``.
+        ConvtapError: an argument is invalid (also a TypeError or a ValueError), or ``reduce`` failed.
     """
 
     def __init__(
@@ -123,7 +131,7 @@ class Capture:
     def __enter__(self) -> Activations:
         if self._session is not None:
             raise ConvtapError(
-                "this capture is open already, and one object holds one block. Open a second one with capture(model)."
+                "this capture is already open, and it cannot be opened twice. Open a second one with capture(model)."
             )
         compile_stance.refuse_inside_compiled()
         self._session = session = Session(self._options)
@@ -140,7 +148,7 @@ class Capture:
     ) -> bool:
         session = self._session
         assert session is not None
-        try:  # and no call before it
+        try:  # without a call before it. See Note: [Interrupts]
             session.undo()
         finally:
             session.undo()  # nothing, unless an interrupt struck. See Note: [Interrupts]
@@ -149,19 +157,17 @@ class Capture:
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
-            f"this is the capture itself, not what it collects, so [{brief(key)}] means nothing here. "
-            "Run the model inside a block: with capture(model) as acts: model(x)"
+            f"[{brief(key)}] reads from the capture, which is not the mapping of outputs. "
+            "Run the model inside the capture: with capture(model) as acts: model(x)"
         )
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise InvalidType(
-            "a capture is not called; the model is, inside its block: with capture(model) as acts: model(x)"
-        )
+        raise InvalidType("a capture is not callable. Call the model inside it: with capture(model) as acts: model(x)")
 
     def __getattr__(self, name: str) -> NoReturn:
         hint = ""
         if hasattr(Activations, name):
-            hint = f" Activations have {name!r}: with capture(model) as acts: model(x), and then acts.{name}."
+            hint = f" Activations have it: with capture(model) as acts: model(x), then acts.{name}."
         raise AttributeError(f"a capture has no attribute {name!r}.{hint}")
 
 

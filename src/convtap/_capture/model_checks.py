@@ -1,4 +1,4 @@
-"""Checks what a model makes impossible for a capture, and why it may have to run eagerly."""
+"""Checks which options of a capture a model supports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convtap._torch import compile_stance
 
 
 def why_eager(options: CaptureOptions, selection: Selection, uses_key: bool) -> str | None:
-    """Returns why the compiled parts of a model have to run eagerly for this capture, or None if they need not."""
+    """Returns why the compiled parts of a model have to run eagerly, or None."""
     compiled = selection.tree.compiled
     if not compiled:
         return None
@@ -25,7 +25,7 @@ def why_eager(options: CaptureOptions, selection: Selection, uses_key: bool) -> 
         ("functional=False", options.functional is False),
         ("this torch has no convolution key", not uses_key),
         (f"the compiler's stance is {compile_stance.current()!r}", compile_stance.current() != "default"),
-        ("its graph is replayed by CUDA", any(map(compile_stance.uses_cuda_graphs, selection.tree.wrappers))),
+        ("CUDA replays its graph", any(map(compile_stance.uses_cuda_graphs, selection.tree.wrappers))),
     ):
         if wanted:
             return option
@@ -36,7 +36,7 @@ def why_eager(options: CaptureOptions, selection: Selection, uses_key: bool) -> 
             f"{listed(others)} is not a plain Conv1d" if len(others) == 1 else f"{listed(others)} are not plain Conv1d"
         )
     weights = [id(module.weight) for module in selected.values()]
-    return "two layers have one weight" if len(set(weights)) < len(weights) else None
+    return "two layers share one weight" if len(set(weights)) < len(weights) else None
 
 
 def _pads(module: nn.Module) -> bool:
@@ -44,23 +44,23 @@ def _pads(module: nn.Module) -> bool:
 
 
 def check_replicas(tree: ModuleTree) -> None:
-    """Refuses what runs copies of the model in threads of its own."""
+    """Raises Unsupported for a wrapper that runs copies of the model in threads."""
     for wrapper in tree.wrappers:
         if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
             raise Unsupported(
-                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which no hook follows. "
-                "Capture its module on one device: with capture(model.module) as acts: model.module(x); or use "
-                "DistributedDataParallel, one process a device."
+                f"nn.DataParallel on {len(wrapper.device_ids)} devices runs copies of the model, which hooks do not see. "
+                "Capture its module on one device, with capture(model.module) as acts: model.module(x), or use "
+                "DistributedDataParallel with one process per device."
             )
 
 
 def check_script(options: CaptureOptions, scripted: list[str]) -> None:
-    """Refuses what TorchScript makes impossible."""
+    """Raises Unsupported for options that do not work with TorchScript."""
     for option, wanted, instead in (
-        ("detach=False", not options.policy.detach, "values there carry no autograd graph: capture the Python model"),
-        ("at='activation'", options.at == "activation", "its functions are not seen: use at='output'"),
-        ("grads=True", options.grads, "values there carry no autograd graph: capture the Python model"),
-        ("stop=True", options.stop, "no exception passes through TorchScript: leave stop out"),
+        ("detach=False", not options.policy.detach, "where values have no autograd graph. Capture the Python model"),
+        ("at='activation'", options.at == "activation", "whose functions convtap does not see. Write at='output'"),
+        ("grads=True", options.grads, "where values have no autograd graph. Capture the Python model"),
+        ("stop=True", options.stop, "which catches the exception that ends the pass. Remove stop=True"),
     ):
         if wanted and scripted:
-            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}): {instead}.")
+            raise Unsupported(f"{option} does not work for layers inside TorchScript ({listed(scripted)}), {instead}.")

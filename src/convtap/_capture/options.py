@@ -1,4 +1,4 @@
-"""The options of a capture, checked, in one frozen object."""
+"""The checked options of a capture, as one frozen object."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from convtap._tensors.memory import parse_bytes
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """The options of a capture, checked.
+    """The checked options of a capture.
 
     Attributes:
-        last: keep only the last call of a layer.
-        strict: whether what is missing on exit is an error (True) or a warning (False). None: the caller looks itself.
+        last: whether to keep only the last call of a layer.
+        strict: whether a missing output on exit is an error (True) or a warning (False). None if the caller checks itself.
 
-    The others are the arguments of ``Capture``; ``policy`` holds ``detach``, ``copy``, ``reduce`` and ``dtype``.
+    The other attributes are the arguments of ``Capture``. ``policy`` holds ``detach``, ``copy``, ``reduce`` and ``dtype``.
     """
 
     model: nn.Module
@@ -53,11 +53,15 @@ class CaptureOptions:
         return isinstance(self.policy.reduce, Mapping)
 
     def reductions(self, selection: Selection) -> Reductions | None:
-        """Returns the function of each layer, if ``reduce`` is a mapping from layers to functions."""
+        """Returns the function of each layer if ``reduce`` is a mapping, else None."""
         return Reductions(self.policy.reduce, selection) if self.has_rules_by_layer else None
 
     def without_checks(self, policy: Policy | None = None) -> CaptureOptions:
-        """Returns these options for a caller that looks itself at what is missing, with another policy if it has one."""
+        """Returns these options for a caller that itself checks for missing outputs.
+
+        Args:
+            policy: replaces the policy; None to keep it.
+        """
         return dataclasses.replace(self, strict=None, policy=policy or self.policy)
 
 
@@ -82,11 +86,11 @@ def capture_options(
     every: int = 1,
     inputs: bool = False,
 ) -> CaptureOptions:
-    """Checks the arguments of ``Capture``, which describes them, and returns them as one object.
+    """Checks the arguments of ``Capture`` and returns them as one object.
 
     Raises:
-        LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
-        InvalidType, InvalidValue: an argument cannot be used.
+        LayerNotFound: a selector, or an entry of ``reduce``, matches no layer.
+        InvalidType, InvalidValue: an argument is invalid.
     """
     layers = as_selection(layers)
     types_asked = check_arguments(model, layers, types)
@@ -97,22 +101,22 @@ def capture_options(
     check_choice("keep", keep, ("all", "last"))
     if stop and layers is None:
         raise InvalidValue(
-            "stop=True needs layers: without them nobody can say which layer is the last. "
+            "stop=True needs layers, since convtap cannot know which of all layers runs last. "
             "Write for example capture(model, 'encoder.conv3', stop=True)."
         )
     check_choice("inputs", inputs, (True, False))
     if inputs and at != "output":
         raise InvalidValue(
-            f"inputs=True keeps the input beside each output, and at={at!r} captures no outputs of the layers. Leave at= out."
+            f"inputs=True does not work with at={at!r}, since it keeps an input with each layer's output. Remove at={at!r}."
         )
     if grads and at == "input":
         raise InvalidValue(
-            "grads=True collects gradients of outputs, and at='input' captures none. Leave at= out, or capture "
-            "with detach=False and take torch.autograd.grad(loss, acts[name])."
+            "grads=True does not work with at='input', since it records gradients of outputs. Remove at='input', or capture "
+            "with detach=False and call torch.autograd.grad(loss, acts[name])."
         )
     kinds = check_activations(activations)
     if kinds and at != "activation":
-        raise InvalidValue(f"activations= says what counts as one with at='activation', and at is {at!r}.")
+        raise InvalidValue(f"activations= has no effect with at={at!r}. Write at='activation'.")
     options = CaptureOptions(
         model=model,
         layers=layers,
@@ -130,19 +134,19 @@ def capture_options(
         every=check_every(every),
         inputs=inputs,
     )
-    if layers is not None or options.has_rules_by_layer:  # a wrong name is an error here, where it was written
+    if layers is not None or options.has_rules_by_layer:  # a wrong name fails here, at the user's line
         options.reductions(select(model, layers, types_asked))
     return options
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Checks that an argument is one of the values that it may have.
+    """Checks that an argument has one of its possible values.
 
     Raises:
-        InvalidValue: it is another one.
+        InvalidValue: it has another value.
     """
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
+        raise InvalidValue(f"{name}={value!r} is invalid. Pass one of {', '.join(map(repr, choices))}.")
 
 
 def check_every(every: Any) -> int:

@@ -1,4 +1,4 @@
-"""One entry into a capture: wires selection, taps, recorder and log together, and removes everything on exit."""
+"""One open capture: connects the selection, the taps, the recorder and the log."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ from convtap._torch.cleanup import Guard, Spent, undo
 
 
 class Session:
-    """One time that a capture is open, as a context manager: everything that is registered on the model and removed again.
+    """One open capture, as a context manager.
+
+    It registers hooks, shims and modes on entry, and removes them on exit.
 
     Attributes:
-        log: what the session collects.
-        selection: the layers that it was opened for.
-        recorder: what the taps emit to.
+        log: the recorded calls.
+        selection: the selected layers.
+        recorder: the object that the taps emit to.
     """
 
     def __init__(self, options: CaptureOptions) -> None:
@@ -86,7 +88,7 @@ class Session:
         self._steps: list[Callable[[], object]] = []
         self.parted = Parted(self.recorder, selection, log)
         self.convolutions: ConvolutionTap | None = None
-        self._parts = [*self._taps(options), passes]  # a pass is around what the taps see
+        self._parts = [*self._taps(options), passes]  # a pass encloses the calls that the taps see
 
     def _note(self) -> None:
         if self.selection.tree.compiled:
@@ -110,10 +112,10 @@ class Session:
         outside = modules
         if compiled:
             outside = {name: module for name, module in modules.items() if name not in compiled}
-        modules = modules if at == "output" else outside  # a hook would become part of what is compiled
+        modules = modules if at == "output" else outside  # a hook would be compiled with the model
         if follower is not None:
             taps.append(follower)
-        # what may be replaced by a snapshot is compared with the keyword arguments as well
+        # an output that a snapshot may replace is compared with the keyword arguments too
         alone = options.policy.detach and not options.grads
         plainly = alone and self_test.SHIM not in self.broken
         module_tap = ModuleTap(self.parted.others(modules), recorder, self.token, at=at, plainly=plainly)
@@ -143,8 +145,8 @@ class Session:
     def _follower(self, options: CaptureOptions, owners: Owners) -> Follower:
         if not self.functional:
             raise Unsupported(
-                "at='activation' follows the outputs through the functions that the model calls, and functional=False does "
-                "not watch those. Leave functional out."
+                "at='activation' does not work with functional=False, since it follows outputs through the functions that "
+                "the model calls. Pass functional=True."
             )
         follower = Follower(self.selection.tree.names, owners, self.recorder, options.activations)
         self.recorder.follow = follower.emit
@@ -154,7 +156,8 @@ class Session:
         token, steps = self.token, self._steps
         self._guard = Guard(steps)
         try:
-            steps.append(partial(_finish_transfers, self.offloader, self.recorder, self.log))  # not of self: a cycle
+            # without self, which would be a reference cycle
+            steps.append(partial(_finish_transfers, self.offloader, self.recorder, self.log))
             if self.eager is not None:
                 steps.append(lambda: compile_stance.leave(token))
                 compile_stance.enter(token)
@@ -178,13 +181,17 @@ class Session:
         return self.conclude(error)
 
     def undo(self) -> None:
-        """Removes everything from the model and the thread, also what was registered only in part; may be repeated."""
+        """Removes everything from the model and the thread.
+
+        It also removes what a failed entry registered. A second call does nothing.
+        """
         undo(self._steps)
 
     def conclude(self, error: BaseException | None) -> bool:
-        """Reports what is missing once everything was removed, and returns whether the body ended by ``stop``.
+        """Reports missing outputs. Returns whether ``stop`` ended the body.
 
-        If it ended well, what is missing is an error, a warning, or (``strict=None``) for the caller to see.
+        It is called after ``undo``. If the body did not raise, a missing output is an error, a warning, or
+        (``strict=None``) left to the caller.
         """
         self._guard.__class__ = Spent  # type: ignore[assignment]
         strict = self._strict
@@ -194,12 +201,12 @@ class Session:
         lacking = [name for name in log.lacking if name not in log.records]
         if lacking:
             log.notes.append(f"no such part: {listed(lacking)}")
-        # the names only: what was collected keeps no module alive
+        # only the names, so that the log keeps no module alive
         log.selected = dict.fromkeys(name for name in log.selected if name not in lacking)
         log.is_open = False
         stopped = isinstance(error, StopForward) and error.token is self.token
         if self.recorder.failure is not None and error is not None and selection.tree.has_script and strict is not None:
-            raise self.recorder.failure from error  # TorchScript has made a RuntimeError without a text of it
+            raise self.recorder.failure from error  # TorchScript replaced it by a RuntimeError without its text
         try:
             if strict is not None and (error is None or stopped):
                 self._warn()
@@ -214,18 +221,18 @@ class Session:
                         compiled=self._compiled(),
                     )
         finally:
-            self.recorder.failure = None  # its traceback leads back here: a cycle
-            self.recorder.follow = None  # which has the recorder: another one
+            self.recorder.failure = None  # its traceback refers to this frame, which is a reference cycle
+            self.recorder.follow = None  # it refers to the recorder, which is another one
         return stopped
 
     def check(self, *, needs_output: bool) -> None:
-        """Raises for what ran and was not captured, where the caller looks itself (``strict=None``).
+        """Raises if a layer ran and was not captured, for callers with ``strict=None``.
 
         Args:
-            needs_output: whether it is an error as well if nothing at all was captured.
+            needs_output: whether it is also an error if nothing was captured.
 
         Raises:
-            NotCaptured: a layer was bypassed, or ran in another thread, or nothing was captured.
+            NotCaptured: a layer was bypassed or ran in another thread, or nothing was captured.
         """
         recorder, log = self.recorder, self.log
         if recorder.failure is not None:
@@ -236,10 +243,16 @@ class Session:
             report_missing(log, recorder, self.passes, self.selection, strict=True, functional=self.functional)
         if recorder.elsewhere:
             where = listed([f"{name} in {thread}" for thread, name in recorder.elsewhere.items()])
-            raise NotCaptured(f"layers ran in threads that the model started, where they are not seen: {where}.")
+            raise NotCaptured(
+                f"layers ran in threads that the model started, which convtap does not see: {where}. Start these threads "
+                "with contextvars.copy_context().run, or run the layers in the thread of the model."
+            )
 
     def _compiled(self) -> Collection[str]:
-        """The selected layers that may have run in compiled code, where they are seen only if a convolution runs."""
+        """Returns the selected layers that may have run in compiled code.
+
+        There, convtap sees a layer only if a convolution runs.
+        """
         tap, tree = self.convolutions, self.selection.tree
         if self.eager is not None or tap is None:
             return ()
@@ -253,7 +266,7 @@ class Session:
             warn_user(message, OffloadWarning)
 
     def _is_complete(self) -> bool:
-        """Whether all is well, found out without a look at each layer."""
+        """Returns whether nothing is missing, without a look at each layer."""
         log, recorder = self.log, self.recorder
         everything = recorder.reached == len(log.selected) and bool(log.records)
         quiet = not (recorder.reads or recorder.elsewhere or recorder.outside or self.passes.elsewhere)
@@ -261,13 +274,19 @@ class Session:
 
 
 def _finish_transfers(offloader: Offloader | None, recorder: Recorder, log: Log) -> None:
-    """Waits for what is still being copied. A failed copy makes the capture fail, and raises whenever it is read."""
+    """Waits for the pending copies. A failed copy makes the capture fail.
+
+    Reading its output raises too.
+    """
     if offloader is not None and not offloader.drain():
         recorder.failure = recorder.failure or first_failure(log.calls.values())
 
 
 def _new_records(options: CaptureOptions, selection: Selection) -> Callable[[str], LayerRecord]:
-    """Returns what opens a layer's account: it knows the layer's type, and where its output has its channels."""
+    """Returns a function that makes a layer's record.
+
+    The record knows the layer's type and the channel axis of its output.
+    """
     layouts = LayerLayouts(selection.tree, options.at)
     reduce = Reductions(options.policy.reduce, selection)
     names, paths = selection.names, selection.paths

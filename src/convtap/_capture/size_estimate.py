@@ -1,4 +1,4 @@
-"""Estimates the bytes that a capture would keep, and keeps no output."""
+"""Estimates the bytes that a capture would keep, without keeping outputs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from convtap._torch.storage import storage_number
 
 # Note: [Shared memory in a forecast]
 # Assumption: outputs that would share memory count once (an nn.Identity, a Flatten, a Dropout in eval mode).
-# Failure: nothing is kept here, so the model's memory is freed and given out again: the same address can be another
-#   output. And without a snapshot in its way an in-place layer writes where its input was; a capture would have made it
-#   write elsewhere.
-# Choice: the same address is the same memory if the storage seen there still exists and its version is the same. A
-#   tensor of inference mode has no version, so each of those counts in full.
+# Failure: an estimate keeps nothing, so the model's memory is freed and reused, and one address can belong to several
+#   outputs. Also, an in-place layer writes into its input here, while the snapshot of a capture would make it write
+#   elsewhere.
+# Choice: one address is one memory if the storage seen there still exists and has the same version. A tensor of
+#   inference mode has no version, so each such tensor counts in full.
 
 
 class EstimatedSize(Held):
-    """What would be kept of one tensor: its shape and type, as a tensor without values, and its bytes."""
+    """The shape, type and bytes of a tensor that a capture would keep.
+
+    Attributes:
+        nbytes: the bytes.
+        tensor: a tensor without values that has the shape and the type.
+    """
 
     __slots__ = ("nbytes", "tensor")
 
@@ -40,18 +45,21 @@ class EstimatedSize(Held):
 
 @dataclass(frozen=True)
 class SizeEstimator(Policy):
-    """A policy that applies ``reduce`` and ``dtype`` as a capture does, and keeps bytes instead of values."""
+    """A policy that keeps sizes instead of values.
 
-    keeps_fakes = True  # what they would take
+    It applies ``reduce`` and ``dtype`` as a capture does.
+    """
+
+    keeps_fakes = True  # with the size that the real tensors would have
     seen: dict[Any, tuple[Any, int]] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
-        """No: the size of each output is estimated."""
+        """Always False, since the size of each output is estimated."""
         return False
 
     def keep_output(self, tensor: Tensor, fresh: bool = True) -> Any:
-        """Estimates the size of what would be kept of an output."""
+        """Estimates the size of the value that a capture would keep."""
         kept = super().keep_output(tensor, fresh)
         return EstimatedSize(_without_values(kept), self._bytes(tensor, kept))
 
@@ -62,13 +70,13 @@ class SizeEstimator(Policy):
         return sum(self._new(one, other) for one, other in zip(originals, copies, strict=True))
 
     def _new(self, part: Tensor, kept: Tensor) -> int:
-        """Returns the bytes of a kept part, unless its memory was counted before."""
+        """Returns the bytes of a kept part, or 0 if its memory was counted before."""
         memory = _memory(kept)
         if part.is_inference() or not memory:
             return sum(memory.values())
         ((place, size),) = memory.items()
         if has_no_values(part):
-            ((place, size),) = _memory(part).items()  # a snapshot would share the original's memory, were there any
+            ((place, size),) = _memory(part).items()  # a snapshot would share the original's memory, if it had any
         elif place not in memory_of(part):
             return size
         storage, version = self.seen.get(place, (None, -1))
@@ -79,22 +87,25 @@ class SizeEstimator(Policy):
 
 
 def _memory(part: Tensor) -> dict[tuple[str, int], int]:
-    """Returns what ``memory_of`` does; for a tensor without values, what the real one that it stands for would have."""
+    """Returns ``memory_of`` a tensor, or of the real tensor that a fake represents."""
     if not has_no_values(part):
         return memory_of(part)
     return {("meta", storage_number(part)): part.untyped_storage().nbytes()}
 
 
 def _without_values(tensor: Tensor) -> Any:
-    """Returns a tensor of the same shape and type on meta, or (for a nested one) a tuple of them."""
+    """Returns a tensor of the same shape and type on the meta device.
+
+    A nested tensor becomes a tuple of such tensors.
+    """
     if tensor.is_quantized:
         return tensor
     if tensor.is_nested and tensor.layout is torch.strided:
         return tuple(_without_values(row) for row in tensor.unbind())
-    if tensor.is_nested:  # jagged: no other tensor has such a shape
+    if tensor.is_nested:  # jagged, a shape that other tensors cannot have
         try:
             return torch.empty_like(tensor, device="meta")
-        except AssertionError:  # torch 2.6 has none on meta
+        except AssertionError:  # torch 2.6 has no jagged tensors on meta
             return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -104,7 +115,7 @@ def _weak(tensor: Tensor) -> Any:
 
 
 def estimated_bytes(call: Call) -> int:
-    """Returns the estimated bytes that a call would add to what is kept."""
+    """Returns the estimated bytes that a call would add."""
     found: list[Any] = []
     map_leaves(found.append, held_value(call), EstimatedSize)
     return sum(size.nbytes for size in found)

@@ -1,4 +1,4 @@
-"""The public ``statistics``: a context manager like ``capture`` that keeps no outputs, only running statistics."""
+"""The public context manager ``statistics``."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from convtap._result.statistics import Statistics
 from convtap._select.selection import CONV1D, Layers, Types
 from convtap._torch import compile_stance
 
-#: Of so many passes, the shapes of their inputs stay in memory.
+#: The number of passes whose input shapes stay in memory.
 _PASSES = 64
 
 
 @public
 class StatisticsCapture:
-    """Collects statistics of the outputs of a model's 1-D convolutions while the model runs, and keeps no output.
+    """Computes statistics of a model's 1-D convolutions while the model runs.
 
-    Memory does not grow with the data. On an accelerator the statistics stay beside the layers until they are read, and no
-    layer waits for them.
+    Open it in a ``with`` statement and run the model inside, on one batch or on a whole data set. The result is a
+    ``Statistics``, a mapping from each layer's name to a ``LayerStatistics`` with the mean, the standard deviation, the range
+    and the quantiles of each channel.
 
-    Example:
+    convtap does not keep the outputs, so memory does not grow with the data. On an accelerator the statistics stay on the
+    layers' device until they are read, and no layer waits for them.
+
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import statistics
@@ -48,31 +52,32 @@ class StatisticsCapture:
 
     Args:
         model: any PyTorch model.
-        layers: what to collect statistics of, as in ``capture``; None for every 1-D convolution.
-        types: the module types to choose from.
-        at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
-        every: look at forward passes 0, n, 2n, … only.
-        per: ``"channel"`` for one number a channel, or ``"layer"`` for one number a layer. The channels are axis 1, or the
-            last axis of layers that are known to have them there (LayerNorm, Linear, attention, Keras).
-        calls: what to do with a layer that runs several times in one forward pass: ``"join"`` adds all of its runs to one
-            row, ``"keys"`` has a row for each, named ``conv#0``, ``conv#1``.
-        quantiles: the relative error of quantiles, which decides the memory that they take: 16 KiB a channel at 0.01. None
-            for no quantiles.
-        lengths: leaves out padding: a function of the model's arguments that returns the (B,) samples of each input before
-            it was padded, ``lambda x, mask: mask.sum(-1)``. Needs ``timeline``. On exit a warning names the layers whose
-            frames are still not those of each input alone.
-        timeline: ``convtap.timeline(model, example)``, which knows how many frames of each layer those are.
-        activations: module types that count as activations, besides the ones that PyTorch brings.
+        layers: the layers to compute statistics of, as in ``capture``; None for every 1-D convolution.
+        types: the module types that selectors choose from.
+        at: ``"output"``, ``"input"`` or ``"activation"``, as in ``capture``.
+        every: count only forward passes 0, n, 2n, ….
+        per: ``"channel"`` for one value per channel, ``"layer"`` for one value per layer. The channel axis is axis 1, or the
+            last axis for layers that are known to have channels there (LayerNorm, Linear, attention, Keras).
+        calls: how to treat a layer that runs several times in one forward pass: ``"join"`` adds all of its calls to one row,
+            ``"keys"`` makes a row for each call, named ``conv#0``, ``conv#1``.
+        quantiles: the relative error of quantiles, or None for no quantiles. Smaller errors take more memory: 16 KiB per
+            channel at 0.01.
+        lengths: a function of the model's arguments that returns the number of samples of each input without its padding,
+            (B,), such as ``lambda x, mask: mask.sum(-1)``. Statistics then skip padding. Needs ``timeline``. On exit, a
+            warning names the layers whose remaining frames differ from those of each input alone.
+        timeline: the result of ``convtap.timeline(model, example)``, which tells how many frames those samples make.
+        activations: module types that count as activations, in addition to those of PyTorch.
         functional: as in ``capture``.
         strict: as in ``capture``.
-        all_reduce: under ``torch.distributed``, merge the statistics of all ranks on exit, so that every rank has the whole.
-            Then every rank has to collect. False if only some do.
+        all_reduce: whether to merge the statistics of all ranks on exit, under ``torch.distributed``. Every rank then has the
+            statistics of all data. Pass False if only some ranks compute statistics, since the merge waits for all ranks.
 
     Raises:
-        LayerNotFound: a selector matches nothing.
-        NotCaptured: on exit: no layer ran on any rank, a layer asked for by exact name did not run, or one was bypassed.
-        Unsupported: in the forward pass: a layer's output has no ordinary values, or other channels than before.
-        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
+        LayerNotFound: a selector matches no layer.
+        NotCaptured: on exit: no layer ran on any rank, a layer selected by its exact name did not run, or a selected layer
+            was bypassed.
+        Unsupported: in the forward pass: an output has no ordinary values, or its number of channels has changed.
+        ConvtapError: an argument is invalid (also a TypeError or a ValueError).
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class StatisticsCapture:
         check_choice("all_reduce", all_reduce, (True, False))
         self._rows = row_options(per, calls, quantiles)
         asked: dict[str, Any] = {"types": types, "at": at, "activations": activations}
-        # What follows an output to its activation may take one back, so the newest of each layer has to keep its value.
+        # The search for an activation may withdraw a call, so the newest call of each layer has to keep its value.
         copy = at == "activation"
         self._options = capture_options(
             model, layers, **asked, functional=functional, strict=strict, copy=copy, every=every
@@ -108,7 +113,10 @@ class StatisticsCapture:
 
     def __enter__(self) -> Statistics:
         if self._session is not None:
-            raise ConvtapError("these statistics are being collected already. Open others with statistics(model).")
+            raise ConvtapError(
+                "this statistics(model) is already open, and it cannot be opened twice. Open a second one with "
+                "statistics(model)."
+            )
         compile_stance.refuse_inside_compiled()
         self._layers: dict[str, LayerStatistics] = {}
         self._session = session = Session(self._options)
@@ -130,7 +138,7 @@ class StatisticsCapture:
     ) -> bool:
         session = self._session
         assert session is not None
-        try:  # and no call before it
+        try:  # without a call before it. See Note: [Interrupts]
             session.undo()
         finally:
             self._close(session)
@@ -157,13 +165,13 @@ class StatisticsCapture:
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InvalidType(
-            f"this collects statistics and is not their mapping, so [{brief(key)}] has no meaning here. "
+            f"[{brief(key)}] reads from statistics(model), which is not the mapping of statistics. "
             "Run the model inside: with statistics(model) as stats: model(x)"
         )
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise InvalidType(
-            "statistics(model) is not called. Run the model inside: with statistics(model) as stats: model(x)"
+            "statistics(model) is not callable. Call the model inside it: with statistics(model) as stats: model(x)"
         )
 
 
@@ -171,9 +179,9 @@ statistics = StatisticsCapture
 
 
 class _Added(dict[Any, Call]):
-    """Stands where a capture keeps its calls, and adds each to the statistics instead of keeping it.
+    """Replaces the calls of a log, and adds each call to the statistics.
 
-    With ``delays``, the newest call of each layer is kept until the next one, since it may be taken back.
+    With ``delays``, it keeps the newest call of each layer until the next one, since the call may be withdrawn.
     """
 
     def __init__(self, accumulator: Accumulator, recorder: Recorder, log: Log, delays: bool) -> None:
@@ -183,7 +191,7 @@ class _Added(dict[Any, Call]):
         self._log = log
         self._delays = delays
         self._newest: dict[str, Any] = {}
-        self._lock = threading.RLock()  # torch runs branches of a model in threads of its own
+        self._lock = threading.RLock()  # torch may run branches of a model in its own threads
 
     def __setitem__(self, key: Any, call: Call) -> None:
         with self._lock:
@@ -198,7 +206,7 @@ class _Added(dict[Any, Call]):
             super().__setitem__(key, call)
 
     def add_rest(self) -> None:
-        """Adds the calls that cannot be taken back any more."""
+        """Adds the remaining calls, which can no longer be withdrawn."""
         with self._lock:
             while self:
                 self._add(self.pop(next(iter(self))))
@@ -206,16 +214,16 @@ class _Added(dict[Any, Call]):
     def _add(self, call: Call) -> None:
         try:
             self._accumulator.add(call)
-        except ConvtapError as error:  # remembered, since a model may swallow it
+        except ConvtapError as error:  # remembered, since a model may catch it
             self._recorder.failure = error
             raise
         except (RuntimeError, TypeError, ValueError) as error:
-            what = f"layer {call.name!r}: its statistics failed: {type(error).__name__}: {error}"
+            what = f"the statistics of layer {call.name!r} failed: {type(error).__name__}: {error}"
             self._recorder.failure = ConvtapError(what)
             raise self._recorder.failure from error
 
     def _trim(self) -> None:
-        """Forgets the inputs of all but the newest passes."""
+        """Forgets the inputs of all passes except the newest ones."""
         for known in (self._log.inputs, self._log.unclear):
             while len(known) > _PASSES:
                 del known[next(iter(known))]

@@ -1,4 +1,4 @@
-"""Sees the convolutions that a tapped model calls as functions, with a function mode that torch can trace."""
+"""Records the functional convolutions of a tapped model in a traceable way."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from convtap._select.selection import FUNCTION, Selection
 from convtap._torch.convolution_key import FUNCTIONS
 
 # Note: [Functions in a trace]
-# Assumption: Dynamo and exporters trace a function mode with the model, and a weight stays one object while they do.
+# Assumption: Dynamo and exporters trace a function mode with the model, and a weight stays the same object meanwhile.
 # Failure: the kernels that ``capture`` uses lie below Python, where Dynamo does not look. A mode switches off the fast path
-#   of ``nn.TransformerEncoder`` and its parts, so that values differ in the last digits. And a layer's own call shows the
-#   mode a convolution too.
-# Choice: the mode is on while a tapped model's own forward runs. If the model has such a fast path, it is on only if a
-#   selected kernel belongs to no module of torch. Layers note that they run, and their convolutions are theirs.
+#   of ``nn.TransformerEncoder`` and its parts, so that values differ in the last digits. The mode also sees the
+#   convolution in a layer's own call.
+# Choice: the mode is on while a tapped model's own forward runs. If the model has such a fast path, the mode is on only if
+#   a selected kernel belongs to a module that is not torch's. A layer notes that it runs, and owns its convolution.
 
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A tensor that a convolution may have as its weight, known by where it is kept.
+    """A tensor that may be a convolution's weight, known by its place in a module.
 
     Attributes:
-        module: the module that has it.
-        kept: where: ``"_parameters"``, ``"_buffers"``, or ``"__dict__"`` for a plain attribute.
-        key: its name there.
+        module: the module that holds it.
+        kept: the module's dictionary that holds it: ``"_parameters"``, ``"_buffers"``, or ``"__dict__"`` for a plain
+            attribute.
+        key: its key in that dictionary.
         name: the name of its convolution.
-        wanted: whether that is selected.
+        wanted: whether that convolution is selected.
     """
 
     module: nn.Module
@@ -47,25 +48,25 @@ class Kernel:
     wanted: bool
 
     def tensor(self) -> Any:
-        """Returns what is kept there now."""
+        """Returns the tensor that the module holds there now."""
         if self.kept == "__dict__":
             return getattr(self.module, self.key, None)
         tensors = self.module._parameters if self.kept == "_parameters" else self.module._buffers
         return tensors.get(self.key)
 
     def is_now(self, weight: Any) -> bool:
-        """Whether a tensor is this kernel."""
+        """Returns whether a tensor is this kernel."""
         return self.tensor() is weight
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the convolutions of a model may have as weights.
+    """The tensors that may be weights of a model's convolutions.
 
     Attributes:
         known: the kernels.
         takes_others: whether convolutions with other weights are selected.
-        layers: the convolution layers that are not told by their weight: it is computed, or another layer's.
+        layers: the convolution layers that their weight does not identify, since it is computed or belongs to another layer.
     """
 
     known: tuple[Kernel, ...]
@@ -73,11 +74,11 @@ class Kernels:
     layers: dict[str, nn.Module]
 
     def by_identity(self) -> dict[int, Kernel]:
-        """Returns the kernels by the identity of the tensors that they are now; the first one of those that share one."""
+        """Returns the kernels by their tensor's identity, the first of those that share a tensor."""
         return {id(kernel.tensor()): kernel for kernel in reversed(self.known)}
 
     def name_of(self, weight: Any, likely: Kernel | None = None) -> str | None:
-        """Returns the name of a convolution with this weight, or None if it is not selected.
+        """Returns the name of a convolution with this weight; None if not selected.
 
         Args:
             weight: the tensor.
@@ -90,7 +91,10 @@ class Kernels:
 
 
 def kernels_of(selection: Selection) -> Kernels | None:
-    """Lists the kernels of a model, or returns None if the mode is to stay off. See Note: [Functions in a trace]"""
+    """Returns the kernels of a model, or None if the mode has to stay off.
+
+    See Note: [Functions in a trace].
+    """
     tree = selection.tree
     known = [
         Kernel(module, kept, key, (name := parameter_name(owner, key)), selection.wants(name))
@@ -132,7 +136,7 @@ def _is_told_by_weight(module: nn.Module, owners: dict[int, Kernel]) -> bool:
 
 
 class FunctionalTap(TorchFunctionMode):
-    """Keeps the outputs, or inputs, of convolutions that are called as functions."""
+    """Records the outputs or inputs of convolutions that are called as functions."""
 
     def __init__(self, sink: Sink, kernels: Kernels, policies: Mapping[str, Policy], at: str) -> None:
         super().__init__()
@@ -143,7 +147,7 @@ class FunctionalTap(TorchFunctionMode):
         self._by_identity: dict[int, Kernel] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs a torch function."""
+        """Runs a torch function and records it if it is a selected convolution."""
         kwargs = {} if kwargs is None else kwargs
         name = self._name(FUNCTIONS[func], args, kwargs) if func in FUNCTIONS else None
         if name is None:
@@ -156,7 +160,10 @@ class FunctionalTap(TorchFunctionMode):
         return output
 
     def _name(self, transposed: int | None, args: Any, kwargs: Any) -> str | None:
-        """Returns what to keep a convolution under; None if it is not one-dimensional, not selected, or a layer's own."""
+        """Returns the name to record a convolution under, or None to skip it.
+
+        It is skipped if it is not one-dimensional, not selected, or part of a layer's own call.
+        """
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if transposed is not None and (args[transposed] if len(args) > transposed else kwargs.get("transposed", False)):
             return None

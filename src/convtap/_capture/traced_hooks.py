@@ -1,4 +1,4 @@
-"""The hooks of a tapped module and what they write: clones, reduced and cast, all of it traceable."""
+"""The traceable hooks of a tapped module, which clone, reduce and cast values."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from convtap._select.selection import CONV1D
 from convtap._taps.modules import as_input
 from convtap._tensors.nested import MISSING, map_leaves, part_of
 
-#: The paths of the parts that are kept of a layer (empty for all of it), and what to do with each.
+#: The paths of the parts to keep of a layer's value (empty for the whole value), each with its policy.
 Parts: TypeAlias = "tuple[tuple[str, Policy], ...]"
 
 
 class Sink(threading.local):
-    """What the layers gave so far in the forward that runs in this thread, in order; None while none runs.
+    """The values that this thread's forward pass has recorded so far.
 
-    ``running`` holds the name and the module of each watched layer that is being called, outermost first.
+    Attributes:
+        calls: the name, the part and the value of each record, in order; None outside of a forward pass.
+        running: the name and the module of each watched layer that is being called, outermost first.
     """
 
-    # As a class attribute, Dynamo would guard that no thread has it yet, and then fail on its own guard.
+    # With class attributes, Dynamo would guard that no thread has set them, and then fail on its own guard.
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, Any]] | None = None
         self.running: list[tuple[str, nn.Module]] = []
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a 1-D convolution, so that the convolution in its call is its own."""
+    """Returns whether a module is a 1-D convolution, which owns the one in its call."""
     return is_kind(module, CONV1D)
 
 
 def enter(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: notes that the layer runs, and keeps parts of its input."""
+    """Notes that a layer runs and records parts of its input. A forward pre-hook."""
     calls = sink.calls
     if calls is not None:
         sink.running.append((name, module))
@@ -49,7 +51,7 @@ def enter(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, kwa
 
 
 def leave(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: notes that the layer has run, and keeps parts of its output.
+    """Notes that a layer has run and records parts of its output. A forward hook.
 
     A convolution that raised has the output None.
     """
@@ -65,17 +67,17 @@ def leave(sink: Sink, name: str, parts: Parts, module: nn.Module, args: Any, out
 def _keep(calls: list[tuple[str, str, Any]], name: str, parts: Parts, value: Any) -> None:
     for part, policy in parts:
         found = part_of(value, part)
-        if found is not MISSING:  # what does not come out is an error of the whole forward
+        if found is not MISSING:  # a missing part is an error of the whole forward pass
             calls.append((name, part, keep_value(found, name + part, policy)))
 
 
 def keep_value(value: Any, name: str, policy: Policy) -> Any:
-    """Applies the policy to what a layer gave or is given; an error in it names the layer."""
+    """Applies the policy to a layer's output or input. Errors name the layer."""
     if not policy.transforms or torch.compiler.is_compiling():
         return map_leaves(lambda tensor: _transformed(tensor, policy), value)
     try:
-        # Activation checkpointing counts the tensors saved for backward through its own hooks, and its recomputation
-        # does not reduce: what ``reduce`` saves must not go through them.
+        # Activation checkpointing counts the tensors that its own hooks save for backward, and its recomputation does not
+        # run ``reduce``. Tensors that ``reduce`` saves must therefore not pass through these hooks.
         with saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
             return map_leaves(lambda tensor: _transformed(tensor, policy), value)
     except Exception as error:
@@ -86,13 +88,16 @@ def keep_value(value: Any, name: str, policy: Policy) -> Any:
 
 
 def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
-    """Clones, reduces and casts. Plain clones, which a compiler fuses; see Note: [Copy-on-write snapshots]."""
+    """Clones, reduces and casts a tensor.
+
+    A compiler fuses plain clones. See Note: [Copy-on-write snapshots].
+    """
     value = tensor.clone()
     if policy.reduce is not None:
         value = policy.reduce(value)
         if not isinstance(value, Tensor):
             raise InvalidType(
-                f"reduce returned a {type(value).__name__}, and it must return a tensor. "
+                f"reduce returned a {type(value).__name__}, which is not a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
     value = cast(value, policy.dtype)
@@ -100,7 +105,10 @@ def _transformed(tensor: Tensor, policy: Policy) -> Tensor:
 
 
 def keyed(calls: list[tuple[str, str, Any]], separators: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the values by key: the layer's name, with the number of the call if it ran several times, then the part."""
+    """Returns the values by key.
+
+    A key is the layer's name, the number of the call if the layer ran several times, and the part.
+    """
     found: dict[str, Any] = {}
     for (name, part, value), position in zip(calls, positions([name + part for name, part, _ in calls]), strict=True):
         found[numbered(name, *position, separators[name], part)] = value

@@ -1,4 +1,4 @@
-"""Leaves the padding of a batch out of statistics: the frames of each input that the model's timeline calls valid."""
+"""Removes the padding of a batch from statistics, by the model's timeline."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from convtap._torch.modes import open_tokens, outside_modes
 
 
 class _Here(threading.local):
-    """The lengths of the pass that this thread is in."""
+    """The lengths of the inputs of this thread's current pass."""
 
     lengths: list[int] | None = None
     depth = 0
 
 
 class ValidFrames:
-    """Which frames of an output are valid: those that the lengths of the model's inputs give.
+    """Cuts outputs to their valid frames, by the lengths of the model's inputs.
 
     Args:
         model: the model.
-        lengths: a function of its arguments that returns the samples of each input; None to take all frames.
+        lengths: a function of the model's arguments that returns the samples of each input; None for all frames.
         timeline: the model's timeline.
 
     Raises:
-        InvalidValue: only one of the two is given.
-        InvalidType: one of them is something else.
+        InvalidValue: only one of ``lengths`` and ``timeline`` is passed.
+        InvalidType: one of them has the wrong type.
     """
 
     def __init__(self, model: nn.Module, lengths: Any, timeline: Any) -> None:
         if (lengths is None) != (timeline is None):
             missing = "lengths" if lengths is None else "timeline"
             raise InvalidValue(
-                f"statistics needs {missing} as well. Write: statistics(model, lengths=lambda x, mask: mask.sum(-1), "
-                "timeline=timeline(model, example))."
+                f"{missing}= is missing. Pass lengths= and timeline= together: statistics(model, "
+                "lengths=lambda x, mask: mask.sum(-1), timeline=timeline(model, example))."
             )
         if lengths is not None and not callable(lengths):
             raise InvalidType(
@@ -57,7 +57,7 @@ class ValidFrames:
                 f"timeline is a {type(timeline).__name__}. Pass what timeline(model, example) returns: timeline=axis."
             )
         if lengths is not None and is_keras(type(model)):
-            raise Unsupported("lengths= does not work for a Keras model. Collect its unpadded inputs one by one.")
+            raise Unsupported("lengths= does not work for a Keras model. Run its unpadded inputs one by one.")
         self._model = model
         self._lengths = lengths
         self._timeline = timeline
@@ -66,11 +66,11 @@ class ValidFrames:
 
     @property
     def are_known(self) -> bool:
-        """Whether there are lengths."""
+        """Whether lengths were passed."""
         return self._lengths is not None
 
     def open(self, session: Session) -> None:
-        """Begins to listen to the calls of the model."""
+        """Starts to listen to the calls of the model."""
         if not self.are_known:
             return
         self._inputs, self._token, self._recorder = session.log.inputs, session.token, session.recorder
@@ -79,13 +79,13 @@ class ValidFrames:
         call_shim.listen(self._model, self._heard)
 
     def close(self) -> None:
-        """Ends that; again does nothing."""
+        """Stops listening. A second call does nothing."""
         if self._is_open:
             call_shim.leave([self._model], self._heard)
             self._is_open = False
 
     def warn(self) -> None:
-        """Warns of the layers whose valid frames are not those of each input alone."""
+        """Warns about layers whose valid frames differ from those of each input alone."""
         if self.are_known:
             self._cutter.warn()
 
@@ -112,24 +112,24 @@ class ValidFrames:
             return whole_numbers(found, "lengths")
 
     def choose(self, call: Call, path: str, tensor: Tensor) -> tuple[Tensor, int | None]:
-        """Returns the valid frames of all inputs, joined along the time axis, and which axis is the channels.
+        """Returns the valid frames of all inputs, joined over time, with the channel axis.
 
         Raises:
-            Unsupported: the layer ran outside of a call of the model, or its rows are not the inputs.
-            InvalidValue: there are not as many lengths as inputs.
+            Unsupported: the layer ran outside of a call of the model, or the rows of its output are not the inputs.
+            InvalidValue: the number of lengths is not the number of inputs.
         """
         lengths, shape = self._here.lengths, self._inputs.get(call.forward)
         if lengths is None:
             raise Unsupported(
                 f"{call.name!r} ran outside of a call of the model, so its lengths are not known. Call the model itself, or "
-                "leave lengths= out."
+                "remove lengths=."
             )
         layout = layout_of(call, path)
         rows = Pass([call], shape)
         if len(lengths) != rows.size:
             raise InvalidValue(
-                f"lengths returned {plural(len(lengths), 'number')} for {plural(rows.size, 'input')}. Return the samples of "
-                "each input."
+                f"lengths returned {plural(len(lengths), 'number')} for {plural(rows.size, 'input')}. Return the number of "
+                "samples of each input."
             )
         cut = self._cutter.of(lengths, shape)
         batch = axes_of(tensor.shape, layout).batch

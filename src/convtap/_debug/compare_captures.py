@@ -17,13 +17,13 @@ from convtap._tensors.statistics import shapes
 def compare_captures(
     a: Activations | Mapping[str, Any], b: Activations | Mapping[str, Any], map: Any, tolerance: Tolerance, calls: str
 ) -> Comparison:
-    """Compares two captures, or a capture with arrays; see ``compare``."""
+    """Compares two captures, or a capture with arrays. See ``compare``."""
     ours, theirs, notes = outputs_of(a, b), outputs_of(b, a), []
     if calls == "cat":
         several = several_per_pass(ours) | several_per_pass(theirs)
         (ours, ours_timeless), (theirs, theirs_timeless) = joined(ours, several), joined(theirs, several)
         timeless = dict.fromkeys([*ours_timeless, *theirs_timeless])
-        notes = [f"without a time axis, so of the last call: {listed(timeless)}"] if timeless else []
+        notes = [f"of the last call, without a time axis to join: {listed(timeless)}"] if timeless else []
     pairs, note = match(_structure(ours), _structure(theirs), map)
     partners = {(output.run.name, output.run.number): output for output in theirs}
     ledger = Ledger(tolerance)

@@ -1,4 +1,7 @@
-"""Compares two models on one example while both run: ``b`` runs until it comes to the partner of each call of ``a``."""
+"""Compares two models on one example while both run.
+
+For each call of ``a``, ``b`` runs until it reaches the partner of that call.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from convtap._tensors.nested import MISSING, part_of
 def compare_models(
     a: nn.Module, b: nn.Module, example: Any, map: Any, layers: Any, types: Any, tolerance: Tolerance, mode: str | None
 ) -> Comparison:
-    """Compares two models; see ``compare``."""
+    """Compares two models. See ``compare``."""
     kinds = check_arguments(a, layers, types)
     check_arguments(b, None, types)
     modes = _modes_text({"a": a, "b": b}, mode)
@@ -44,17 +47,17 @@ def compare_models(
         ledger.compare(Run(OUTPUT), Run(OUTPUT), one.output, two.output)
     compiled = [side.label for side in sides if side.is_compiled]
     return ledger.close(
-        [note, modes, f"compiled: {listed(compiled)}; {OUTPUT} is of the runs without taps" if compiled else ""]
+        [note, modes, f"compiled: {listed(compiled)} ({OUTPUT} is of the runs without taps)" if compiled else ""]
     )
 
 
 def _modes_text(sides: dict[str, nn.Module], mode: str | None) -> str:
-    """Describes the modes in which two models run, if those are not the ones that they are in or not the same."""
+    """Describes the modes of both runs, if a model was or ran in train mode."""
     keras = [label for label, model in sides.items() if is_keras(type(model))]
     if keras and mode == "train":
         raise Unsupported(
-            f"side {keras[0]} is a Keras model, whose calls say whether it trains. Leave mode= out, and say it in the example: "
-            "example={'inputs': x, 'training': True}."
+            f"mode='train' does not work for side {keras[0]}, a Keras model, whose calls choose the mode. Remove mode= and "
+            "pass it in the example: example={'inputs': x, 'training': True}."
         )
     training = [
         label
@@ -71,15 +74,15 @@ def _modes_text(sides: dict[str, nn.Module], mode: str | None) -> str:
     which = [label if sides[label].training else f"parts of {label}" for label in training]
     were = "was" if which in (["a"], ["b"]) else "were"
     return (
-        f"both ran in eval mode, and {' and '.join(which)} {were} in train mode: mode='train' compares both in train mode, "
-        "mode=None as they are"
+        f"both ran in eval mode, but {' and '.join(which)} {were} in train mode. Pass mode='train' to compare both in train "
+        "mode, or mode=None to compare them as they are"
     )
 
 
 def _run(one: Side, two: Side, plan: Plan, ledger: Ledger, layers: Any, stack: ExitStack) -> None:
     calls = two.calls(plan.taps(1, layers), plan.modules(1), stack)
     if two.is_compiled:
-        calls = iter(list(calls))  # before a capture of the other side opens, in which nothing runs compiled
+        calls = iter(list(calls))  # before the other side's capture opens, inside which compiled code runs eagerly
     waiting: dict[Run, Any] = {}
     unpaired = two.layers.keys() - plan.partners(1)
     for run, output in one.calls(plan.taps(0, layers), plan.modules(0), stack):
@@ -112,7 +115,7 @@ def _note_lone(ledger: Ledger, plan: Plan, side: int, run: Run) -> None:
 def _find(
     wanted: Run, waiting: dict[Run, Any], calls: Iterator[tuple[Run, Any]], unpaired: Collection[str]
 ) -> tuple[Any] | None:
-    """Returns the output of a call (in a tuple), after running up to it; None if it does not come."""
+    """Runs up to a call. Returns its output in a tuple, or None if it does not run."""
     if wanted in waiting:
         return (waiting.pop(wanted),)
     for run, output in calls:

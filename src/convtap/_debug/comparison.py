@@ -1,4 +1,4 @@
-"""The result of a comparison: its rows, the first one over the tolerance, and calls without a partner."""
+"""The result of ``compare`` for models and captures."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ class Run(NamedTuple):
 
 @public
 class Comparison:
-    """What ``compare`` found, in the execution order of ``a``. Print it, iterate over it, or read ``first``.
+    """The result of ``compare`` for models and captures.
+
+    Its rows are in the execution order of ``a``. Print it, iterate over it, or read ``first``.
 
     Attributes:
         rows: one ``Difference`` for each output that has a partner.
-        only_a: the keys of calls of ``a`` that have none.
-        only_b: those of ``b``.
-        notes: how layers were paired, and what else is to say.
+        only_a: the keys of calls of ``a`` without a partner.
+        only_b: the keys of calls of ``b`` without a partner.
+        notes: remarks, for example on how layers were paired.
     """
 
     def __init__(
@@ -52,12 +54,12 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first row over the tolerance, or None if there is none."""
+        """The first row over the tolerance, or None."""
         return next((row for row in self.rows if row.over), None)
 
     @property
     def agrees(self) -> bool:
-        """Whether no row is over the tolerance, and every call of a compared layer has a partner."""
+        """Whether no row is over the tolerance and every compared call has a partner."""
         return self.first is None and not self.only_a and not self.only_b
 
     def __iter__(self) -> Iterator[Difference]:
@@ -67,7 +69,7 @@ class Comparison:
         return len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain Python values; infinite ones stay ``float("inf")``."""
+        """Returns the comparison as plain Python values, with Inf as ``float("inf")``."""
         return {
             "rows": [row.to_dict() for row in self.rows],
             "first": None if self.first is None else self.first.name,
@@ -79,10 +81,11 @@ class Comparison:
         }
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line an output.
+        """Returns a table with one line per output.
 
         Args:
-            rows: the most outputs to print: the first and the last, and the first over the tolerance; None for all.
+            rows: the maximum number of outputs to print; None for all. A shortened table has the first and the last outputs,
+                and always the first one over the tolerance.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -116,7 +119,10 @@ class Comparison:
 
 
 class Ledger:
-    """Collects the rows of a comparison. The keys of calls are known at its end only, when all calls are counted."""
+    """Collects the rows of a comparison.
+
+    The keys of calls are known only at the end, when all calls are counted.
+    """
 
     def __init__(self, tolerance: Tolerance) -> None:
         self._tolerance = tolerance
@@ -127,11 +133,11 @@ class Ledger:
         self._stems: tuple[set[str], ...] = ()
 
     def saw(self, side: int) -> bool:
-        """Whether there was any call on a side."""
+        """Returns whether a side had any call."""
         return bool(self._counts[side])
 
     def skip(self, side: int, name: str) -> None:
-        """Counts a call that is not compared, so that the others of its layer keep their numbers."""
+        """Counts a call that is not compared, so that later calls keep their numbers."""
         self._counts[side][name] += 1
 
     def lone(self, side: int, run: Run) -> None:
@@ -146,9 +152,9 @@ class Ledger:
             mine: the call of ``a``.
             theirs: the call of ``b``.
             a: the output of ``a``.
-            b: that of ``b``.
+            b: the output of ``b``.
             note: a text for each row.
-            floor: the step of a layer that computes more coarsely than the type of its output.
+            floor: the step of a layer that computes more coarsely than its output's type.
         """
         self._counts[0][mine.name] += 1
         self._counts[1][theirs.name] += 1
@@ -166,14 +172,14 @@ class Ledger:
         """Ends the comparison.
 
         Raises:
-            InvalidValue: there is nothing in it.
+            InvalidValue: no layer has a partner.
         """
         self._stems = tuple(stems(counts) for counts in self._counts)
         lone = [[self._key(side, run) + path for run, path in self._lone[side]] for side in (0, 1)]
         if not any(mine.layer != OUTPUT for mine, *_ in self._rows):
             raise InvalidValue(
-                f"no layer of a has a partner in b. a ran {listed(lone[0])}; b ran {listed(lone[1])}. Say which belong "
-                "together with map={name in a: name in b}."
+                f"no layer of a has a partner in b: a ran {listed(lone[0])}, and b ran {listed(lone[1])}. Pair them by name: "
+                "map={'name in a': 'name in b'}."
             )
         rows = [
             replace(found, name=self._key(0, mine) + path, partner=self._key(1, theirs) + path)

@@ -1,4 +1,4 @@
-"""Compares two statistics of one model: how far each layer's channels have moved from one data set to the other."""
+"""Compares two statistics of one model, channel by channel."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from convtap._table import MOST, Rows, Table
 @public
 @dataclass(frozen=True)
 class LayerDrift:
-    """One layer in two data sets: how far the channel that moved furthest has moved.
+    """How far the channels of one layer have moved from one data set to the other.
+
+    Each number is that of the channel that has moved furthest.
 
     Attributes:
         name: the layer.
         shift: the greatest |mean of b − mean of a| / standard deviation of a.
-        shift_channel: the channel that has it.
+        shift_channel: the channel with this shift.
         scale: the ratio of standard deviations, b / a, that is furthest from 1.
-        scale_channel: the channel that has it.
-        distance: the greatest Kolmogorov-Smirnov distance, from 0 to 1: the difference of the two shares of values up to some
-            value. None without quantiles.
-        distance_channel: the channel that has it.
+        scale_channel: the channel with this ratio.
+        distance: the greatest Kolmogorov-Smirnov distance, from 0 to 1. It is the maximum difference of the two cumulative
+            distributions. None without quantiles.
+        distance_channel: the channel with this distance.
         died: the channels that are dead in ``b`` only.
         revived: the channels that are dead in ``a`` only.
     """
@@ -45,13 +47,15 @@ class LayerDrift:
     revived: list[int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain Python values."""
+        """Returns the row as plain Python values."""
         return asdict(self)
 
 
 @public
 class Drift(Sequence[LayerDrift]):
-    """What ``compare`` found between two statistics, in the order of ``a``. Print it, iterate over it, or read ``worst``.
+    """The result of ``compare`` for two statistics, in the order of ``a``.
+
+    Print it, iterate over it, or read ``worst``.
 
     Attributes:
         only_a: the layers that ``b`` lacks.
@@ -65,7 +69,7 @@ class Drift(Sequence[LayerDrift]):
 
     @property
     def worst(self) -> LayerDrift:
-        """The layer with the greatest distance, or without quantiles with the greatest shift."""
+        """The layer with the greatest distance, or shift if it has no quantiles."""
         return max(self._rows, key=lambda row: row.shift if row.distance is None else row.distance)
 
     def __getitem__(self, index: Any) -> Any:
@@ -78,10 +82,10 @@ class Drift(Sequence[LayerDrift]):
         return len(self._rows)
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a layer.
+        """Returns a table with one line per layer.
 
         Args:
-            rows: the most layers to print, the first and the last; None for all.
+            rows: the maximum number of layers to print, the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -109,14 +113,14 @@ def drift_of(a: Statistics, b: Statistics, asked: Sequence[str]) -> Drift:
 
     Args:
         a: the reference.
-        b: what to compare with it.
-        asked: options that do not apply here.
+        b: the statistics to compare with it.
+        asked: the names of options that do not apply to statistics.
 
     Raises:
-        InvalidValue: an option was given, no layer is in both, or one has other channels.
+        InvalidValue: an option was passed, the two have no layer in common, or a layer's number of channels differs.
     """
     if asked:
-        raise InvalidValue(f"{listed(asked)} does not apply to statistics. Write: compare(stats_a, stats_b)")
+        raise InvalidValue(f"{listed(asked)} does not apply to statistics. Write compare(stats_a, stats_b).")
     both = [name for name in a if name in b]
     if not both:
         raise InvalidValue(
@@ -148,13 +152,13 @@ def _drift(a: LayerStatistics, b: LayerStatistics) -> LayerDrift:
 
 
 def _ratio(over: Tensor, under: Tensor, otherwise: float) -> Tensor:
-    """A quotient; 0 for 0 / 0, and ``otherwise`` for any other division by zero."""
+    """Returns a quotient: 0 for 0 / 0, and ``otherwise`` for other divisions by zero."""
     zero = torch.where(over == 0, 0.0, otherwise)
     return torch.where(under == 0, zero, over / under)
 
 
 def _furthest(values: Tensor) -> tuple[float, int]:
-    """The greatest value and its channel; channels without values count least."""
+    """Returns the greatest value and its channel. Channels without values count least."""
     values = values.reshape(-1)
     channel = int(values.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())
     return float(values[channel]), channel

@@ -1,4 +1,4 @@
-"""The result of ``finite``: the layer that produced a NaN or an Inf, its position, and the ranges of the inputs."""
+"""The result of ``finite``: which module produced a NaN or an Inf, and where."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ModuleRun:
 
     Attributes:
         parent: the watched run around it, or None.
-        index: how many times the module had run before; -1 if that is not counted.
-        last: the name of the part that ended last in it.
-        inputs: its inputs that could be looked at.
-        method: the method that runs, if it was entered by another one than ``forward``; its arguments were not looked at.
+        index: the number of earlier runs of the module; -1 if they are not counted.
+        last: the name of its submodule that returned last.
+        inputs: the probes of its inputs.
+        method: the method that runs, if it is not ``forward``. Its arguments are not probed.
         before: the name of the layer that ran before it, if code outside of the model calls the layers.
     """
 
@@ -41,7 +41,7 @@ class ModuleRun:
     before: str | None = None
 
     def is_inside(self, other: ModuleRun) -> bool:
-        """Whether this run is part of another one."""
+        """Returns whether this run is part of another one."""
         run = self.parent
         while run is not None and run is not other:
             run = run.parent
@@ -50,7 +50,10 @@ class ModuleRun:
 
 @dataclass(eq=False, slots=True)
 class SeenTensor:
-    """A tensor on its way between modules: the runs that returned it, and those that took it as input."""
+    """A tensor that passes between modules.
+
+    ``sources`` are the runs that returned it, and ``targets`` are the runs that took it as input.
+    """
 
     reference: weakref.ref[Tensor]
     version: int
@@ -60,13 +63,13 @@ class SeenTensor:
     listened: bool = False
 
     def innermost_targets(self) -> list[ModuleRun]:
-        """Returns the runs that took the tensor, without those that only handed it to a part of theirs."""
+        """Returns the runs that took the tensor, without runs around another of them."""
         return [run for run in self.targets if not any(other.is_inside(run) for other in self.targets)]
 
 
 @dataclass
 class Event:
-    """A tensor that holds NaN or Inf, or may do so: where it was seen, and whose it is."""
+    """A tensor that may hold NaN or Inf, with the place where it was seen."""
 
     where: str
     found: Probe
@@ -78,24 +81,24 @@ class Event:
 @public
 @dataclass(frozen=True)
 class Finding:
-    """The first NaN or Inf of a block. Print it for all of it in words.
+    """The first NaN or Inf that ``finite`` found. Print it for a description.
 
     Attributes:
-        layer: the module that made it. Where nobody in the model did, the outermost one.
+        layer: the module that produced it. If the model did not produce it, the outermost module.
         type: the class of that module.
-        where: ``"output"``: the module's output. ``"code"``: a tensor that the module's own forward made, between two of its
-            parts. ``"input"``: what the model was given. ``"gradient"``: what the module's backward made, and ``"loss"``:
-            the gradient that the loss gave to the model's output.
+        where: ``"output"`` for the module's output, ``"code"`` for a tensor that the module's own forward made between two
+            of its submodules, ``"input"`` for the model's input, ``"gradient"`` for a gradient that the module's backward
+            made, or ``"loss"`` for the gradient that the loss passed to the model's output.
         what: ``"NaN"``, ``"Inf"`` or ``"-Inf"``.
-        index: how many times the module had run before, in this block.
+        index: the number of earlier runs of the module inside this ``finite``.
         forward: the number of the forward pass.
         position: the index of a bad element, such as (sample, channel, time), or None if it is not known.
-        count: how many elements are bad, or None if they were not counted (on an accelerator).
+        count: the number of bad elements, or None if they were not counted (on an accelerator).
         shape: the shape of the tensor that holds them.
-        dtype: its type.
-        inputs: the ranges of the module's inputs: of their finite values, with the numbers of NaN and Inf.
-        weights: the ranges of its own parameters and buffers, in the same way.
-        message: all of it in words.
+        dtype: the type of that tensor.
+        inputs: the ranges of the module's inputs: their finite values, and the counts of NaN and Inf.
+        weights: the ranges of the module's own parameters and buffers.
+        message: the description.
     """
 
     layer: str
@@ -117,10 +120,13 @@ class Finding:
 
 
 def judge(event: Event, hint: str) -> Finding:
-    """Says who made the tensor of the first bad event; see Note: [The first bad tensor].
+    """Finds the module that produced the tensor of the first bad event.
+
+    See Note: [The first bad tensor].
 
     Args:
-        hint: what could not be watched, as a sentence, or nothing.
+        event: the event.
+        hint: a sentence about modules that were not watched, or an empty string.
     """
     found = event.found
     if event.where == "gradient":
@@ -136,7 +142,7 @@ def judge(event: Event, hint: str) -> Finding:
     if where != "input":
         sentences += _ranges(inputs, weights, spoilt)
     if found.kind == "-Inf":
-        sentences.append("If it is a mask, it is meant: pass inf=False.")
+        sentences.append("If it belongs to a mask, pass inf=False.")
     return Finding(
         layer=run.name,
         type=type(run.module).__name__,
@@ -155,12 +161,12 @@ def judge(event: Event, hint: str) -> Finding:
 
 
 def _ranges(inputs: list[Range], weights: list[Range], spoilt: list[str]) -> list[str]:
-    """Says in sentences what went into a module, what its weights are, and which of them are bad themselves."""
+    """Describes the ranges of a module's inputs and weights, and its bad weights."""
     ranges = [f"its input: {listed(map(str, inputs))}"] if inputs else []
     ranges += [f"its {weight}" for weight in weights]
     text = f"{listed(ranges)}."
     found = [text[0].upper() + text[1:]] if ranges else []
-    return found + ([f"The cause is its {listed(spoilt)}: that holds NaN or Inf itself."] if spoilt else [])
+    return found + ([f"The cause: its {listed(spoilt)} already holds NaN or Inf."] if spoilt else [])
 
 
 def _forward_cause(event: Event) -> tuple[str, ModuleRun, str]:
@@ -170,10 +176,8 @@ def _forward_cause(event: Event) -> tuple[str, ModuleRun, str]:
         after = "" if run.last is None else f", in its own code after {run.last!r}"
         return "output", run, f"{{layer}} produces {{what}} from finite inputs{after}"
     if run.parent is None or (run.parent.method and run.parent.last is None):
-        when = (
-            "before any layer ran" if run.before is None else f"though {run.before!r}, the layer before it, is finite"
-        )
-        return "input", run, f"the input given to {{layer}} holds {{what}} already, {when}"
+        when = "before any layer ran" if run.before is None else f"but the output of {run.before!r} before it is finite"
+        return "input", run, f"the input of {{layer}} already holds {{what}}, {when}"
     after = "" if run.parent.last is None else f"after {run.parent.last!r} and "
     return "code", run.parent, f"{{layer}} produces {{what}} in its own code, {after}before {run.name!r}"
 
@@ -181,7 +185,7 @@ def _forward_cause(event: Event) -> tuple[str, ModuleRun, str]:
 def _gradient_cause(event: Event) -> tuple[str, ModuleRun, str]:
     if event.parameter:
         assert event.run is not None
-        cause = f"the backward pass of {{layer}} makes {{what}} in the gradient of its {event.parameter}"
+        cause = f"the backward pass of {{layer}} produces {{what}} in the gradient of its {event.parameter}"
         return "gradient", event.run, cause
     assert event.seen is not None
     takers = event.seen.innermost_targets()
@@ -191,18 +195,22 @@ def _gradient_cause(event: Event) -> tuple[str, ModuleRun, str]:
         return (
             "gradient",
             takers[-1],
-            f"the backward pass of {{layer}}{either} makes {{what}} in the gradient of its input",
+            f"the backward pass of {{layer}}{either} produces {{what}} in the gradient of its input",
         )
     source = event.seen.sources[0]
     outermost = event.seen.sources[-1]
     if outermost.parent is None:
-        return "loss", outermost, "the loss gives {what} as the gradient of the output of {layer}; no layer made it"
+        return "loss", outermost, "the loss produces {what} in the gradient of the output of {layer}"
     inside = outermost.parent
-    return "gradient", inside, f"the backward pass of {{layer}} makes {{what}} in its own code, after {source.name!r}"
+    return (
+        "gradient",
+        inside,
+        f"the backward pass of {{layer}} produces {{what}} in its own code, after {source.name!r}",
+    )
 
 
 def _weights(module: nn.Module) -> tuple[list[Range], list[str]]:
-    """The ranges of a module's own parameters and buffers, and the names of those that are bad themselves."""
+    """Returns the ranges of a module's own parameters and buffers, and the bad names."""
     ranges, spoilt = [], []
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter):
@@ -217,7 +225,7 @@ def _weights(module: nn.Module) -> tuple[list[Range], list[str]]:
 
 
 def _place(found: Probe, run: ModuleRun, where: str) -> str:
-    """Says how much of a tensor is bad, and where."""
+    """Describes how many elements of a tensor are bad and where they are."""
     size = math.prod(found.shape)
     of = f"shape {found.shape}, {dtype_text(found.dtype)}"
     of += f", {found.path!r} in its structure" if found.path else ""

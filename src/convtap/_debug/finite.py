@@ -1,4 +1,4 @@
-"""Finds the first module that produces NaN or Inf: the context manager, with its error and its warnings."""
+"""The public context manager ``finite``."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from convtap._select.selection import Layers, Types, select
 from convtap._torch import compile_stance, modes
 from convtap._torch.cleanup import Guard, Spent, undo
 
-# Hooks on these, even ones that do nothing, switch their fast path off, and padded positions then come out different.
+# A hook on these, even one that does nothing, switches off their fast path, and padded positions then get other values.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 # Note: [Hooks on fast paths]
 # Assumption: ``nn.TransformerEncoder`` and its parts leave their fast path when they, or modules in them, have hooks.
-# Failure: padded positions then come out different, so the block would change what the model computes.
-# Choice: in eval mode (in training there is no fast path) they are not watched, unless ``layers`` has their exact name. A
-#   NaN that one of them makes is then put down to the code of the module around it, and the message names them.
+# Failure: padded positions then get other values, so watching would change the model's results.
+# Choice: in eval mode they are not watched, unless ``layers`` has their exact name. (Train mode has no fast path.) A NaN
+#   that one of them produces is then attributed to the code of the module around it, and the message names them.
 
 _RAISE_AT = ("exit", "layer", "never")
 
 
 @public
 class Finite:
-    """Finds the first module that produces NaN or Inf from finite inputs, and not the ones that pass it on.
+    """Finds the first module that produces NaN or Inf from finite inputs.
 
-    Every tensor that goes into a module or comes out of one is looked at, and nothing of it is kept but its extremes. On the
-    CPU each is judged at once; on an accelerator without waiting for it, and all are read together when the block ends.
+    Open it in a ``with`` statement and run the model inside. Modules that only pass on a NaN or Inf are not reported.
 
-    Example:
+    convtap probes every tensor that a module takes or returns, and keeps only its extremes. On the CPU it judges each tensor
+    at once. On an accelerator it does not wait, and reads all extremes together when the ``with`` statement ends.
+
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import finite
@@ -50,18 +52,18 @@ class Finite:
 
     Args:
         model: any PyTorch model.
-        layers: which modules to watch, as in ``capture``; None for all of ``types``. The model itself is always watched.
-        types: the module types to choose from.
-        raise_at: ``"exit"``: raise at the end of the block. ``"layer"``: where the layer runs, so that a debugger stops
-            there (on an accelerator this waits for every layer). ``"never"``: only fill ``first``.
-        backward: also look at the gradients of a backward pass in the block: of what modules take and return, and of their
+        layers: the modules to watch, as in ``capture``; None for all of ``types``. The model itself is always watched.
+        types: the module types that selectors choose from.
+        raise_at: when to raise: at the ``"exit"`` of the ``with`` statement; in the ``"layer"`` that produced the value, so
+            that a debugger stops there (on an accelerator this waits for every layer); or ``"never"``, to read ``first``.
+        backward: whether to also probe the gradients of a backward pass inside: those of modules' inputs and outputs, and of
             parameters.
-        inf: whether Inf counts; False for models that mask with −inf.
+        inf: whether Inf counts. Pass False for models that mask with −inf.
 
     Raises:
-        NonFiniteOutput: a NaN or Inf was found; where is said by ``raise_at``.
-        LayerNotFound: a selector matches nothing.
-        Unsupported: the model runs none of its parts as Python modules, so nothing could be told.
+        NonFiniteOutput: a NaN or Inf was found, unless ``raise_at="never"``.
+        LayerNotFound: a selector matches no module.
+        Unsupported: the model has no Python modules that can be watched.
     """
 
     def __init__(
@@ -76,11 +78,11 @@ class Finite:
     ) -> None:
         self._types = check_arguments(model, layers, types, "run the model inside: with finite(model): model(x)")
         if raise_at not in _RAISE_AT:
-            raise InvalidValue(f"raise_at={raise_at!r} is none of {', '.join(map(repr, _RAISE_AT))}.")
+            raise InvalidValue(f"raise_at={raise_at!r} is invalid. Pass one of {', '.join(map(repr, _RAISE_AT))}.")
         if isinstance(model, torch.jit.ScriptModule):
             raise Unsupported(
-                f"this {type(model).__name__} is TorchScript, whose parts call no hooks, so no layer could be named. Pass the "
-                "Python model that it was made from."
+                f"this {type(model).__name__} is TorchScript, whose submodules call no hooks. Pass the Python model that it "
+                "was made from."
             )
         self._model = model
         self._layers = layers
@@ -89,10 +91,10 @@ class Finite:
         self._inf = inf
         self._watch: Watch | None = None
         self._steps: list[Callable[[], object]] | None = None
-        self._chosen()  # a wrong name is an error here, where it was written
+        self._chosen()  # a wrong name fails here, at the user's line
 
     def _chosen(self) -> tuple[ModuleTree, dict[str, nn.Module], str]:
-        """Returns the model's tree, the modules to watch, and a text about what is not watched."""
+        """Returns the model's tree, the modules to watch and a text about the others."""
         selection = select(self._model, self._layers, self._types)
         tree, modules = selection.tree, dict(selection.modules)
         if ROOT in tree.names:
@@ -100,7 +102,7 @@ class Finite:
         hints = []
         if self._layers is not None or not issubclass(nn.Module, self._types):
             hints.append(
-                "Modules that layers= and types= leave out were not watched: their doings count as this code's."
+                "Modules that layers= and types= exclude were not watched, so they count as code of the module around them."
             )
         skipped = [name for name in tree.instances(_FAST_PATHS) if not tree.names[name].training]
         for name in skipped:
@@ -111,28 +113,28 @@ class Finite:
                 if id(module) not in inside or other in selection.exact
             }
         if skipped:
-            hints.append(f"Not watched, since hooks would change how they compute: {listed(skipped)}.")
+            hints.append(f"Not watched, since hooks would change their results: {listed(skipped)}.")
         if not modules:
             raise Unsupported(
-                f"in eval mode this {type(self._model).__name__} computes on a fast path, which hooks would switch off, so "
-                "nothing of it can be watched. Call model.train() first, or give the exact names of what to watch in layers=."
+                f"this {type(self._model).__name__} runs on a fast path in eval mode, which hooks would switch off. Call "
+                "model.train() first, or pass the exact names of the modules to watch: layers=['name']."
             )
         scripted = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
         if scripted:
             hints.append(
-                f"TorchScript calls no hooks, so the parts of these count as their own code: {listed(scripted)}."
+                f"TorchScript calls no hooks, so the submodules of these count as their own code: {listed(scripted)}."
             )
         if tree.compiled:
             hints.append(
-                "The compiled model ran eagerly in this block; a NaN that only compiled code makes does not show in it: run "
-                "torch.compile(tapped(model, reduce=lambda t: t.isfinite().all())) for that."
+                "The compiled model ran eagerly here, so a NaN that only compiled code produces does not show. To find such "
+                "a NaN, run torch.compile(tapped(model, reduce=lambda t: t.isfinite().all()))."
             )
         return tree, modules, " ".join(hints)
 
     def __enter__(self) -> Finite:
         if self._steps is not None:
             raise ConvtapError(
-                "this block is open already, and one object holds one. Open a second one with finite(model)."
+                "this finite(model) is already open, and it cannot be opened twice. Open a second one with finite(model)."
             )
         tree, modules, hint = self._chosen()
         token = modes.Token()
@@ -162,7 +164,7 @@ class Finite:
         steps = self._steps
         assert steps is not None
         assert self._watch is not None
-        try:  # and no call before it
+        try:  # without a call before it. See Note: [Interrupts]
             undo(steps)
         finally:
             undo(steps)  # nothing, unless an interrupt struck. See Note: [Interrupts]
@@ -178,20 +180,20 @@ class Finite:
 
     @property
     def first(self) -> Finding | None:
-        """The first NaN or Inf, or None. Reading it inside the block waits for an accelerator."""
+        """The first NaN or Inf, or None. Inside, reading it waits for an accelerator."""
         return None if self._watch is None else self._watch.first()
 
     def _warn(self, watch: Watch) -> None:
-        """Warns of what could not be seen; not if nothing ran at all."""
+        """Warns if the model ran in another thread, or if no gradient was seen."""
         if not watch.calls and watch.elsewhere:
             text = (
-                f"nothing was watched: the model ran in another thread, where this block is not open: "
-                f"{listed(watch.elsewhere)}. Enter the block in the thread that runs the model."
+                f"finite(model) watched nothing, since the model ran in another thread, where it is not open: "
+                f"{listed(watch.elsewhere)}. Open it in the thread that runs the model."
             )
         elif self._backward and watch.calls and not watch.gradients:
             text = (
-                "backward=True, but no gradient of a layer came in this block. Put loss.backward() inside the block, and run "
-                "the model with gradients."
+                "backward=True, but finite(model) saw no gradient of a layer. Call loss.backward() inside it, and run the "
+                "model with gradients."
             )
         else:
             return

@@ -1,4 +1,4 @@
-"""How far two outputs are apart: largest error, relative error, signal to quantization noise in dB, cosine."""
+"""Measures how far two outputs are apart: errors, SQNR in dB and cosine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _QUANTIZED_STEP = 2.0**-8  # of the range that eight bits cover
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as equal. What is not None must hold; if all are None, half the digits of the coarser type must.
+    """The limits within which two outputs count as equal.
+
+    Each limit that is not None must hold. If all are None, half the digits of the coarsest type must agree.
 
     Attributes:
         atol: with ``rtol``: every element must have |a − b| ≤ atol + rtol · |a|.
-        rtol: see ``atol``; either is 0 if only the other is given.
-        sqnr_db: the least signal to noise ratio, in dB.
+        rtol: see ``atol``. If only one of the two is not None, the other is 0.
+        sqnr_db: the minimum signal to quantization noise ratio, in dB.
     """
 
     atol: float | None = None
@@ -31,7 +33,7 @@ class Tolerance:
 
     @property
     def text(self) -> str:
-        """Says it in words."""
+        """The limits in words."""
         parts = []
         if self.atol is not None or self.rtol is not None:
             parts.append(f"|a − b| ≤ {self.atol or 0:g} + {self.rtol or 0:g} · |a|")
@@ -43,11 +45,12 @@ class Tolerance:
 @public
 @dataclass(frozen=True)
 class Difference:
-    """One output of ``a`` against its partner in ``b``.
+    """The difference of one output of ``a`` from its partner in ``b``.
 
-    With d = a − b over all elements, in float64: ``max_abs`` is max |d|, ``relative`` ‖d‖₂ / ‖a‖₂, ``sqnr_db``
-    20 · log₁₀(‖a‖₂ / ‖d‖₂), and ``cosine`` a · b / (‖a‖₂ ‖b‖₂). A NaN or an Inf in the same place on both sides is no
-    difference; in one side only it makes ``max_abs`` infinite, and the rest is of the elements that are finite in both.
+    With d = a − b over all elements, in float64: ``max_abs`` is max |d|, ``relative`` is ‖d‖₂ / ‖a‖₂, ``sqnr_db`` is
+    20 · log₁₀(‖a‖₂ / ‖d‖₂), and ``cosine`` is a · b / (‖a‖₂ ‖b‖₂). A NaN or an Inf at the same place on both sides does not
+    count as a difference. On one side only, it makes ``max_abs`` infinite, and the other measures are of the elements that
+    are finite on both sides.
 
     Attributes:
         name: the call's key in ``a``.
@@ -56,10 +59,10 @@ class Difference:
         dtypes: the types in ``a`` and ``b``.
         max_abs: the largest absolute error, or None if the shapes differ.
         relative: the relative error.
-        sqnr_db: the signal to noise ratio in dB; infinite if nothing differs.
+        sqnr_db: the signal to quantization noise ratio in dB; infinite if nothing differs.
         cosine: the cosine of the angle between them; None if one is zero everywhere.
         over: whether it is over the tolerance.
-        note: what else is to say.
+        note: a remark, or an empty string.
     """
 
     name: str
@@ -74,12 +77,15 @@ class Difference:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as plain Python values."""
+        """Returns the difference as plain Python values."""
         return {**asdict(self), "shape": list(self.shape), "dtypes": list(self.dtypes)}
 
 
 def step(tensor: Tensor) -> float:
-    """Returns the relative step of a tensor's type: ε of a floating type, 2⁻⁸ of a quantized one, 0 of an exact one."""
+    """Returns the relative step of a tensor's type.
+
+    It is ε for a floating-point type, 2⁻⁸ for a quantized type and 0 for an exact type.
+    """
     if tensor.is_quantized:
         return _QUANTIZED_STEP
     if tensor.is_floating_point() or tensor.is_complex():
@@ -88,10 +94,10 @@ def step(tensor: Tensor) -> float:
 
 
 def difference(name: str, partner: str, a: Tensor, b: Tensor, tolerance: Tolerance, coarsest: float) -> Difference:
-    """Measures two outputs.
+    """Measures how far two outputs are apart.
 
     Args:
-        coarsest: the coarsest step of a type on the way here, for the default tolerance.
+        coarsest: the coarsest step of the types so far, for the default tolerance.
     """
     dtypes = (dtype_text(a.dtype), dtype_text(b.dtype))
     shape = tuple(a.shape)
@@ -124,7 +130,10 @@ def difference(name: str, partner: str, a: Tensor, b: Tensor, tolerance: Toleran
 
 
 def _numbers(tensor: Tensor, pairs: bool) -> Tensor:
-    """The numbers of a tensor as float64 (float32 on a device that has none); as ``pairs`` of real and imaginary part."""
+    """Returns a tensor's numbers as float64, or as float32 on MPS.
+
+    With ``pairs``, each number is a pair of its real and imaginary part.
+    """
     tensor = tensor.detach()
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor

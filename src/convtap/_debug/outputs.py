@@ -1,4 +1,4 @@
-"""The outputs of a side that ran before the comparison: the calls of a capture, or arrays by name."""
+"""Reads the outputs of a side: the calls of a capture, or arrays by name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from convtap._tensors.layout import axes_of
 from convtap._tensors.nested import MISSING, map_leaves, part_of, walk_tensors, with_part
 
 # Note: [Joined calls]
-# Assumption: a layer that ran several times in one forward pass, in a capture with one pass, ran once for each chunk. In a
-#   capture with several passes, each pass is a chunk, and a layer that ran twice in each of them has two outputs.
-# Choice: the calls of a layer are joined on the axis that is time by ``axes_of``, in the order in which they ran; in the
-#   second case, the first calls of all passes and the second ones. Tensors without a time axis, such as the state of an LSTM,
-#   are those of the last call.
+# Assumption: in a capture with one pass, a layer that ran several times ran once for each chunk. In a capture with several
+#   passes, each pass is a chunk, and a layer that ran twice in each pass has two outputs.
+# Choice: the calls of a layer are joined in execution order, on the axis that ``axes_of`` calls time. In the second case,
+#   the first calls of all passes are joined, and then the second calls. Tensors without a time axis, such as the state of
+#   an LSTM, are those of the last call.
 
 
 class Output(NamedTuple):
-    """One output: of a call, or an array."""
+    """One output: that of a call, or an array."""
 
     run: Run
     value: Any
     call: Call | None = None
 
     def time_axis(self, path: str, tensor: Tensor) -> int | None:
-        """Returns the axis of a tensor of this output that is time, counted from the end, or None."""
+        """Returns the time axis of one of its tensors, counted from the end, or None."""
         part = "" if self.call is None or self.call.part else self.run.part
         layout = None if self.call is None else layout_of(self.call, part + path)
         if layout is None and self.run.part + path:
@@ -44,11 +44,13 @@ class Output(NamedTuple):
 
 
 def outputs_of(side: Activations | Mapping[str, Any], other: Activations | Mapping[str, Any]) -> list[Output]:
-    """Returns the outputs of a side; of an output that the other side has in part, the same parts.
+    """Returns the outputs of a side.
+
+    If the other side has only parts of an output, the same parts are returned.
 
     Raises:
-        InvalidType: an array has no numbers, or a name is not a str.
-        InvalidValue: there are no arrays, or one is masked.
+        InvalidType: an array is not numeric, or a name is not a str.
+        InvalidValue: the mapping is empty, or an array is masked.
     """
     if not isinstance(side, Activations):
         return _of_arrays(side, other)
@@ -73,7 +75,7 @@ def _runs(side: Activations | Mapping[str, Any], other: Any) -> list[Run]:
     for name in side:
         if not isinstance(name, str):
             raise InvalidType(
-                f"the name {name!r} of an array is of type {type(name).__name__}. Pass {{'conv1': array}}."
+                f"the name {name!r} of an array is a {type(name).__name__}, not a str. Pass {{'conv1': array}}."
             )
         layer, number, part = split_key(name, layers)
         found.append(Run(layer, number or 0, part))
@@ -114,7 +116,10 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def several_per_pass(outputs: list[Output]) -> set[str]:
-    """Returns the names of layers that ran several times in each of several passes. See Note: [Joined calls]."""
+    """Returns the names of layers that ran several times in each of several passes.
+
+    See Note: [Joined calls].
+    """
     runs = Counter((output.run.name, output.call.forward) for output in outputs if output.call is not None)
     passes = Counter(name for name, _ in runs)
     return {name for (name, _), count in runs.items() if count > 1 and passes[name] > 1}

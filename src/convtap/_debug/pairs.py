@@ -1,4 +1,4 @@
-"""Which layer is compared with which: by a map, by name, by order; and a fused layer with the last one it replaces."""
+"""Pairs the layers of two sides: by a map, by name or by order."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from convtap._select.module_tree import ModuleTree
 from convtap._torch.hooks import Hooks
 
 # Note: [Fused layers]
-# Assumption: fusing folds a BatchNorm, and a ReLU, into the convolution before it; what is left of them is an Identity, or
-#   nothing. The fused layer's output is then that of the last one that went into it.
-# Failure: compared with the convolution of the model before, a right fusion looks wrong at every layer.
-# Choice: one pass of each model says which BatchNorm and ReLU modules follow a convolution (by the identity of the tensors
-#   that they pass on; not by their order in the definition, which need not be that of execution). Those that follow in one
-#   model and not in the other were folded, and the last of them is the partner. A plain Conv1d can hold a BatchNorm only.
+# Assumption: fusion folds a BatchNorm, and perhaps a ReLU, into the convolution before it, and leaves an Identity or
+#   nothing in its place. The fused layer's output is then that of the last folded module.
+# Failure: compared with the convolution of the original model, a correct fusion looks wrong at every layer.
+# Choice: one pass of each model shows which BatchNorm and ReLU modules follow a convolution, by the identity of the tensors
+#   that they pass on. (The order of definition need not be that of execution.) Modules that follow in one model and not in
+#   the other were folded, and the last of them is the partner. A plain Conv1d can hold only a BatchNorm.
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _RELUS = (nn.ReLU, nn.ReLU6)
@@ -30,12 +30,12 @@ _RELUS = (nn.ReLU, nn.ReLU6)
 
 @dataclass
 class Flow:
-    """How one model runs: which layers, and what follows each of them.
+    """How one model runs: its layers, and the modules that follow each of them.
 
     Attributes:
-        counts: by name, how often each module ran, in execution order of the first time.
-        followers: by run of a layer, the runs and kinds (``"norm"``, ``"relu"``) of the modules that its output goes through.
-        kinds: by name, the class of the module.
+        counts: the number of runs of each module by name, in the order of their first runs.
+        followers: by run of a layer, the runs and kinds (``"norm"``, ``"relu"``) of the modules that process its output.
+        kinds: the class of each module, by name.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Flow:
 
 
 def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: Any, mode: str | None) -> Flow:
-    """Runs a model once, and follows the outputs of each layer through normalization and activation modules."""
+    """Runs a model once and follows each layer's output through BatchNorm and ReLU."""
     flow = Flow()
     heads: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
     hooks = Hooks()
@@ -80,7 +80,10 @@ def _follow(
 
 
 def folded(layer: Run, flow: Flow, partner: Run, other: Flow) -> Run:
-    """Returns the run whose output a fused ``partner`` gives: the layer's own, or that of the last one folded in."""
+    """Returns the run whose output a fused ``partner`` reproduces.
+
+    This is the layer's own run, or that of the last module that was folded into the partner.
+    """
     mine, theirs = flow.followers.get(layer, []), other.followers.get(partner, [])
     gone = len(mine) - len(theirs)
     if gone <= 0 or [kind for _, kind in mine[gone:]] != [kind for _, kind in theirs]:
@@ -94,18 +97,18 @@ def folded(layer: Run, flow: Flow, partner: Run, other: Flow) -> Run:
 def match(a: Mapping[str, Any], b: Mapping[str, Any], given: Mapping[str, str] | None) -> tuple[dict[str, str], str]:
     """Pairs the layers of two sides.
 
-    By ``given``; then by name, if all names are the same or the structures are not; else by order.
+    ``given`` takes precedence. Other layers are paired by name if all names agree or the structures differ, else by order.
 
     Args:
-        a: the layers of one side in order, with what must be equal for their structures to match.
-        b: those of the other side.
-        given: partners by the caller's word: names in ``a`` to names in ``b``.
+        a: the layers of one side in order, each with a value that must be equal for the structures to match.
+        b: the layers of the other side.
+        given: the user's pairs: names in ``a`` to names in ``b``.
 
     Returns:
-        The pairs, and a note if names did not decide.
+        The pairs, and a note if layers were paired by order.
 
     Raises:
-        InvalidType: ``given`` is no dict.
+        InvalidType: ``given`` is not a dict.
         LayerNotFound: ``given`` has a name that a side does not have.
     """
     pairs = _checked(a, b, given)
@@ -124,20 +127,23 @@ def _checked(a: Mapping[str, Any], b: Mapping[str, Any], given: Any) -> dict[str
         return {}
     if not isinstance(given, Mapping):
         raise InvalidType(
-            f"map is a {type(given).__name__}, and it must be a dict from names in a to names in b: "
-            "map={'conv1': 'stem.conv'}."
+            f"map is a {type(given).__name__}. Pass a dict from names in a to names in b: map={{'conv1': 'stem.conv'}}."
         )
     for side, names, known in (("a", list(given), a), ("b", list(given.values()), b)):
         for name in names:
             if name not in known:
                 raise LayerNotFound(
-                    f"map: side {side} has no layer {name!r}. It has {listed(known)}.{did_you_mean(str(name), list(known))}"
+                    f"map names {name!r}, and side {side} has no such layer. It has {listed(known)}."
+                    f"{did_you_mean(str(name), list(known))}"
                 )
     return dict(given)
 
 
 def signature(module: nn.Module) -> Any:
-    """What two layers must have in common to be paired by order: kind of operation, channels and kernel."""
+    """Returns the values that must be equal for two layers to be paired by order.
+
+    They are the kind of operation, the channels, the kernel and the stride.
+    """
     shape = tuple(str(getattr(module, key, None)) for key in ("in_channels", "out_channels", "kernel_size", "stride"))
     kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _KINDS), type(module).__name__)
     return (kind, *shape)

@@ -1,4 +1,4 @@
-"""Which runs of two models are compared: the layers' by name, and fused ones with the last module that they replace."""
+"""Plans which runs of two models are compared."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from convtap._select.selection import FUNCTION
 
 
 class Plan:
-    """Which runs are compared, after fused layers were given the last module that they replace as their partner.
+    """The runs to compare.
+
+    The partner of a fused layer is the last module that it replaces.
 
     Attributes:
-        pairs: the layers' partners by name.
-        runs: the partners of single runs, where flows are known: they come before ``pairs``.
-        notes: what to say of a run of ``a``.
+        pairs: the layers' partners, by name.
+        runs: the partners of single runs, if flows are known. They take precedence over ``pairs``.
+        notes: the remarks on runs of ``a``.
         inside: on each side, the runs that are part of a fused one.
-        only_partners: on each side, the modules that are there as partners, and not compared themselves.
+        only_partners: on each side, the modules that serve only as partners.
     """
 
     def __init__(self, one: Side, two: Side, pairs: dict[str, str]) -> None:
@@ -57,11 +59,11 @@ class Plan:
             self.notes[left] = f"a fuses {theirs.layer} … {right.layer}"
 
     def passes_by(self, side: int, run: Run) -> bool:
-        """Whether a run is not to be compared by itself."""
+        """Returns whether a run is not compared by itself."""
         return run in self.inside[side] or run.layer in self._within[side]
 
     def partner(self, run: Run) -> Run | None:
-        """The run of ``b`` to compare a run of ``a`` with."""
+        """Returns the run of ``b`` to compare with a run of ``a``, or None."""
         if run in self.runs:
             return self.runs[run]
         if run.layer in self.only_partners[0]:
@@ -70,7 +72,7 @@ class Plan:
         return None if partner is None else Run(partner, run.number)
 
     def partners(self, side: int) -> set[str]:
-        """The names of the modules on one side that are compared."""
+        """Returns the names of the modules of one side that are compared."""
         return self._partners[side]
 
     def _extra(self, side: int) -> list[str]:
@@ -78,7 +80,10 @@ class Plan:
         return [name for name in self.sides[side].selection.tree.names if name in wanted]
 
     def taps(self, side: int, layers: Any) -> Any:
-        """What to capture on one side: the layers asked for, every other that might have a partner, and the partners."""
+        """Returns the layers to capture on one side.
+
+        They are the selected layers, all others that may have a partner, and the partners.
+        """
         known = self.sides[side].layers
         extra = self._extra(side)
         functions = self.sides[0].selection.function_names
@@ -89,12 +94,12 @@ class Plan:
         return [*extra, re.compile(".*", re.DOTALL)] if extra else None
 
     def modules(self, side: int) -> list[str]:
-        """The modules that a compiled side is tapped at."""
+        """Returns the modules to tap on a compiled side."""
         fused = {run.layer for run in self.inside[side]} | self._within[side]
         return [*(name for name in self.sides[side].layers if name not in fused), *self._extra(side)]
 
 
 def _same_name(name: str, other: Side, wanted: set[str]) -> str | None:
-    """The partner of a convolution that ran as a function: its weight's owner in the other model, if it has one."""
+    """Returns the name of a functional convolution if the other model has its weight."""
     known = name == FUNCTION or name in other.selection.tree.names or other.selection.has_parameter(name)
     return name if known and name not in wanted else None

@@ -1,4 +1,4 @@
-"""Finds NaN and Inf in one tensor: its extremes and their positions, as tensors on its own device."""
+"""Finds NaN and Inf in one tensor, from its extremes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from convtap._torch.modes import outside_function_modes
 from convtap._torch.transforms import unwrapped
 
 # Note: [One pass over a tensor]
-# Assumption: ``aminmax`` gives NaN for both ends where any element is NaN, in one pass and without a temporary; and
-#   ``argmax`` and ``argmin`` give the place of a NaN before any other.
+# Assumption: ``aminmax`` returns NaN for both extremes if any element is NaN, in one pass and without a temporary.
+#   ``argmax`` and ``argmin`` return the place of a NaN before any other.
 # Failure: ``isfinite().all()`` writes a mask first (ten times slower on the CPU), and a sum overflows on finite values.
-# Choice: the two extremes say whether there is a NaN or an Inf, and are the range to show. On the CPU they are read at
-#   once. On another device reading would wait for it, so the extremes and their places stay there until the block reads
-#   all of them together.
+# Choice: the two extremes show whether the tensor holds NaN or Inf, and are the range to print. On the CPU they are read at
+#   once. On another device reading would wait for it, so the extremes and their places stay there until all of them are
+#   read together.
 
-#: The kinds of devices whose numbers can be read at once; on any other, reading waits for all work in flight.
+#: The types of devices whose numbers can be read at once. On other devices, reading waits for all pending work.
 READ_AT_ONCE = {"cpu"}
 
 
 @public
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest finite value of a tensor, and how many of its elements are not finite.
+    """The range of a tensor's finite values, with the counts of NaN and Inf.
 
     Attributes:
-        name: what the tensor is; ``""`` for a module's only input.
-        low: the least finite value; NaN if there is none, or on an accelerator if the tensor holds NaN or Inf.
-        high: the greatest one.
-        nan: how many elements are NaN; None where low and high are not known.
-        inf: how many are Inf or -Inf.
+        name: the name of the tensor; ``""`` for a module's only input.
+        low: the least finite value. NaN if no value is finite, or on an accelerator if the tensor holds NaN or Inf.
+        high: the greatest finite value, in the same way.
+        nan: the number of NaN elements; None if ``low`` and ``high`` are not known.
+        inf: the number of Inf and -Inf elements, in the same way.
     """
 
     name: str
@@ -61,15 +61,15 @@ class Probe:
     """The extremes of one tensor.
 
     Attributes:
-        path: where the tensor is in a structure; ``""`` if it is no part of one.
+        path: the place of the tensor in a structure; ``""`` outside of a structure.
         shape: its shape.
         dtype: its type.
         device: its device.
-        extremes: its least and its greatest value, as tensors (``here``: as numbers).
-        places: on another device than the CPU, the flat positions of the greatest and of the least value.
+        extremes: its least and its greatest value, as numbers if ``here``, else as tensors.
+        places: on devices other than the CPU, the flat positions of the greatest and of the least value.
         here: whether the extremes are numbers already.
-        finite: the range of the finite values, if there are others; None on another device than the CPU.
-        count: how many elements are NaN or Inf, where that was counted.
+        finite: the range of the finite values, if others exist; None on devices other than the CPU.
+        count: the number of NaN and Inf elements, or None if they were not counted.
     """
 
     __slots__ = ("count", "device", "dtype", "extremes", "finite", "here", "path", "places", "shape")
@@ -96,13 +96,13 @@ class Probe:
         return all(map(math.isfinite, self.extremes))
 
     def range(self) -> Range:
-        """Returns the range of the finite values and the counts of the others, once ``extremes`` are numbers."""
+        """Returns the range of the finite values, once ``extremes`` are numbers."""
         if self.is_finite:
             return Range(self.path, *self.extremes)
         return self.finite or Range(self.path, math.nan, math.nan, None, None)
 
     def is_bad(self, inf: bool) -> bool:
-        """Whether the tensor holds a NaN, or (``inf``) an infinity."""
+        """Returns whether the tensor holds a NaN, or (``inf``) an infinity."""
         return not self.is_finite and (inf or math.isnan(self.extremes[0]))
 
     @property
@@ -114,12 +114,12 @@ class Probe:
         return "Inf" if high == math.inf else "-Inf"
 
     def position(self) -> tuple[int, ...] | None:
-        """The index of one bad element, or None if it is not known."""
+        """Returns the index of one bad element, or None if it is not known."""
         if self.places is None:
             return None
         flat = int(self.places[0] if self.kind != "-Inf" else self.places[1])
         size = math.prod(self.shape)
-        if flat >= size:  # the two numbers of a complex one
+        if flat >= size:  # a complex number counts as two
             flat //= 2
         return unravel(flat, self.shape)
 
@@ -127,7 +127,7 @@ class Probe:
 def unravel(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     """Turns a position in the flattened tensor into an index.
 
-    Example:
+    Examples:
         >>> unravel(7, (2, 5))
         (1, 2)
     """
@@ -139,7 +139,7 @@ def unravel(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def values_of(tensor: Tensor) -> Tensor | None:
-    """Returns the numbers of a tensor, flat, in a type that can be compared; None if none of them can be NaN."""
+    """Returns a tensor's numbers in a comparable type, or None if none can be NaN."""
     tensor = unwrapped(tensor)
     tensor = getattr(tensor, "_local_tensor", tensor)
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_quantized or tensor.device.type == "meta":
@@ -155,27 +155,30 @@ def values_of(tensor: Tensor) -> Tensor | None:
 
 
 def probe(tensor: Tensor, path: str = "") -> Probe | None:
-    """Looks at a tensor; None if it cannot hold NaN or Inf."""
+    """Probes a tensor. Returns None if it cannot hold NaN or Inf."""
     with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         return None if values is None else Probe(tensor, values, path)
 
 
 def finite_range(tensor: Tensor, name: str) -> Range:
-    """Returns the range of the finite values of a tensor, and counts the others. On an accelerator this waits."""
+    """Returns the range of a tensor's finite values, with the counts of the others.
+
+    On an accelerator this waits.
+    """
     with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         assert values is not None
         nan, inf = values.isnan(), values.isinf()
         finite = values[~(nan | inf)]
-        if tensor.is_complex():  # its numbers are in pairs
+        if tensor.is_complex():  # numbers in pairs
             nan, inf = nan.any(-1), inf.any(-1)
         low, high = map(float, torch.aminmax(finite)) if finite.numel() else (math.nan, math.nan)
         return Range(name, low, high, int(nan.sum()), int((inf & ~nan).sum()))
 
 
 def locate(found: Probe, tensor: Tensor, inf: bool) -> None:
-    """Counts the bad elements of a tensor that was probed on the CPU, and finds the first of them."""
+    """Counts the bad elements of a tensor on the CPU and finds the first of them."""
     with torch.no_grad(), outside_function_modes():
         values = values_of(tensor)
         assert values is not None

@@ -1,4 +1,4 @@
-"""One of two models that are compared: which of its layers run, and their calls one by one."""
+"""One of two compared models: its layers that run, and their calls one by one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from convtap._torch.call_shim import compiled_call
 _EIGHT_BITS = 2.0**-8
 
 # Note: [Compiled sides]
-# Assumption: compiled code does not contain hooks that are registered later, and an eager run is not what was asked about.
-# Choice: a compiled side is the same compiler (its backend, mode and options) on ``tapped(model)``, whose taps are traced
-#   with the model. Taps can change what is fused, so the outputs of the model itself are compared as well. If the compiler
-#   compiles nothing, or must not, that is an error.
+# Assumption: compiled code does not contain hooks that are registered later, and the user does not ask about an eager run.
+# Choice: a compiled side uses the same compiler (its backend, mode and options) on ``tapped(model)``, whose taps are traced
+#   with the model. Taps can change which operations are fused, so the outputs of the model itself are compared as well. It
+#   is an error if the compiler compiles nothing, or must not compile.
 
 
 class Side:
@@ -33,8 +33,8 @@ class Side:
 
     Attributes:
         flow: how it runs.
-        layers: the layers that ran, with what must be equal for two structures to match.
-        output: what the model returned, once its calls were compared.
+        layers: the layers that ran, each with a value that must be equal for two structures to match.
+        output: the model's output, once its calls were compared.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Side:
         self.output: Any = None
 
     def candidates(self, *more: Iterable[str] | None) -> dict[str, Any]:
-        """Returns the layers, and modules of other types that are asked for by name."""
+        """Returns the layers, and the modules of other types that the user names."""
         tree = self.selection.tree
         extra = [name for names in more for name in names or () if name in tree.names and name not in self.layers]
         return {**self.layers, **{name: signature(tree.names[name]) for name in extra}}
@@ -63,12 +63,12 @@ class Side:
         return self._python is not self.model
 
     def calls(self, layers: Any, modules: list[str], stack: ExitStack) -> Iterator[tuple[Run, Any]]:
-        """Runs the model, and yields the output of each call.
+        """Runs the model and yields the output of each call.
 
         Args:
-            layers: what to capture of a model that runs eagerly.
-            modules: the modules to tap of a compiled one.
-            stack: ends the run if it is left before its end.
+            layers: the layers to capture of an eager model.
+            modules: the modules to tap of a compiled model.
+            stack: ends the run if the caller leaves early.
         """
         if self.is_compiled:  # a compiled graph returns all of its outputs at once
             outputs = self._run_compiled(modules) if modules else {}
@@ -83,7 +83,7 @@ class Side:
         self.output = stream.output
 
     def run_alone(self) -> None:
-        """Sets ``output`` to that of the model without taps, if it is not known yet."""
+        """Sets ``output`` by a run without taps, if it is not known yet."""
         if self.output is None:
             self.output = run_once(self.model, self._example, self._mode)
 
@@ -92,8 +92,8 @@ class Side:
 
         if dynamo.eval_frame._stance.stance != "default":
             raise Unsupported(
-                f"side {self.label} is compiled, and compiled models run eagerly now (inside a capture, or under "
-                "torch.compiler.set_stance), so this would compare something else. Call compare outside of that."
+                f"side {self.label} is compiled, but compiled models run eagerly here (inside a capture, or under "
+                "torch.compiler.set_stance). Call compare outside of it."
             )
         args, kwargs = arguments(own_tensors(self._example))
         before = dynamo.utils.counters["frames"]["ok"]
@@ -103,14 +103,14 @@ class Side:
             _, outputs = self.model.dynamo_ctx(taps)(*args, **kwargs)  # type: ignore[operator]
         if dynamo.utils.counters["frames"]["ok"] == before:
             raise Unsupported(
-                f"side {self.label} is compiled, but its compiler compiled nothing of it with taps, so it would have run "
-                "eagerly. Compare the model that it was made from, or compile it with fullgraph=True to see why."
+                f"side {self.label} is compiled, but its compiler compiled nothing of it with taps. Compare the model that "
+                "it was made from, or compile it with fullgraph=True to see why."
             )
         self.run_alone()
         return dict(outputs)
 
     def floor(self, name: str) -> float:
-        """Returns the step of a layer with weights of eight bits, whatever type it returns; else 0."""
+        """Returns the step of a layer with eight-bit weights, or 0 for other layers."""
         module = self.selection.tree.names.get(name)
         return _EIGHT_BITS if module is not None and ".quantized" in type(module).__module__ else 0.0
 
@@ -126,8 +126,8 @@ def _python_model(label: str, model: nn.Module) -> nn.Module:
     ]
     if parts:
         raise Unsupported(
-            f"in side {label} parts are compiled by themselves: {listed(parts)}. They would have to run eagerly to be seen. "
-            "Compile the whole model with torch.compile(model), or compare the model before it was compiled."
+            f"side {label} has parts that are compiled by themselves, which compare cannot see: {listed(parts)}. Compile the "
+            "whole model with torch.compile(model), or compare the model before it is compiled."
         )
     if isinstance(found, torch.jit.ScriptModule):
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""Runs a model in a thread that stops at each captured call until its caller asks for the next one."""
+"""Runs a model in a thread that pauses at each captured call."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from convtap._result.call import Call
 from convtap._select.example import called, looking, own_tensors
 
 # Note: [Two runs side by side]
-# Assumption: a forward pass is one call, which cannot be left half way and resumed.
-# Failure: to compare two models without threads, one of them runs first and its outputs are held. With 24 layers of 39 MiB
-#   that takes 1.3 GiB, and more with every layer; a file for each output takes twice the time. Runs of both models for each
-#   group of 4 layers take six times the time.
+# Assumption: a forward pass is one call, which cannot be left halfway and resumed.
+# Failure: without threads, one model runs first and all of its outputs are held. With 24 layers of 39 MiB that takes
+#   1.3 GiB, and more with every layer. Writing each output to a file takes twice the time. Running both models again for
+#   each group of 4 layers takes six times the time.
 # Choice: each run has a thread that waits in the capture until its caller asks for the next call, so that two outputs are
 #   held at any depth (0.5 GiB in this example, most of it to compute the differences in float64). Only one thread runs at
-#   any time. What torch keeps per thread (autocast, the CUDA stream) is copied, and each run has random numbers of its own.
+#   any time. The settings that torch keeps per thread (autocast, the CUDA stream) are copied, and each run has its own
+#   random numbers.
 
 
 class _Abandoned(BaseException):
@@ -31,7 +32,7 @@ class _Abandoned(BaseException):
 
 
 class _Handover(dict[Any, Call]):
-    """Takes the place of a log's calls, and hands each call on instead of keeping it."""
+    """Replaces the calls of a log, and hands each call to the caller."""
 
     def __init__(self, hand_over: Callable[[Call], None]) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Stream:
 
 
 def _thread_settings() -> list[Any]:
-    """Returns the settings that torch keeps per thread, as contexts to enter in another thread."""
+    """Returns this thread's settings of torch, as contexts to enter in another thread."""
     settings: list[Any] = [
         torch.autocast(device, dtype=torch.get_autocast_dtype(device))
         for device in ("cpu", "cuda")

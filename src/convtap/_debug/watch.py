@@ -1,4 +1,4 @@
-"""Watches modules run: probes every tensor that a module takes or returns, until the first NaN or Inf."""
+"""Probes every tensor that a module takes or returns, until the first NaN or Inf."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, backward_task, open_tokens
 
 # Note: [The first bad tensor]
-# Assumption: whatever goes into a watched module and whatever comes out of it is looked at, in the order in which it runs.
-# Choice: the first bad tensor says who made it. Going into the outermost module: the caller. Going into a part: the code
-#   of the module around it, after the part before. Coming out of a module: that module, since what went into it and what
-#   came out of its parts was fine. No tensor after it needs to be looked at.
+# Assumption: every tensor that a watched module takes or returns is probed, in execution order.
+# Choice: the first bad tensor shows where it was made. If the outermost module takes it, the caller made it. If a submodule
+#   takes it, the code of the module around it made it, after the previous submodule. If a module returns it, that module
+#   made it, since its inputs and its submodules' outputs were finite. Later tensors need no probe.
 #
 # Note: [Gradients by tensor hooks]
-# Assumption: a full backward hook on a module makes an in-place activation after it raise; a hook on a tensor does not.
-# Choice: the tensors that go in and come out get a hook each. The gradient of a tensor that a module took was made by that
-#   module's backward; that of one that no module took, by the code around it, or by the loss. Parameters get hooks for the
-#   time of the block, and count only in backward passes that came through this block's tensors.
+# Assumption: after a full backward hook on a module, an in-place activation raises. After a hook on a tensor it does not.
+# Choice: each tensor that a module takes or returns has a hook. If a module took the tensor, that module's backward made
+#   its gradient. If not, the code around it made the gradient, or the loss. Parameters have hooks while the watch is open,
+#   and count only in backward passes through the watched tensors.
 
-_READ_AFTER = 2048  # tensors waiting on an accelerator to be read: few enough to hold, many enough to wait rarely
-_KNOWN = 512  # tensors remembered, so that what one module returns and the next takes is looked at once
+_READ_AFTER = 2048  # unread tensors on an accelerator: few enough to hold, many enough to wait rarely
+_KNOWN = 512  # remembered tensors, so that one that passes between two modules is probed once
 
 
 class _Here(threading.local):
@@ -45,12 +45,12 @@ class _Here(threading.local):
 
 
 class Watch:
-    """Looks at what modules take and return, within one block.
+    """Probes the tensors that modules take and return.
 
     Attributes:
-        calls: how many runs of modules were watched.
-        gradients: how many gradients were looked at.
-        elsewhere: threads in which the model ran that the block was not open in.
+        calls: the number of watched runs of modules.
+        gradients: the number of probed gradients.
+        elsewhere: the names of threads in which the model ran and ``finite`` was not open.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Watch:
         self._marks = Marks()
 
     def open(self) -> None:
-        """Puts the hooks on."""
+        """Registers the hooks."""
         for name, module in self._modules.items():
             self._hooks.before(module, self._entered, name, module)
             self._hooks.after(module, self._left, module, always=True)
@@ -99,7 +99,10 @@ class Watch:
                     self._listen_to_parameter(name, module, key, parameter)
 
     def close(self) -> None:
-        """Takes them off, and forgets which tensors were seen. Hooks on tensors of a graph that lives on do nothing."""
+        """Removes the hooks and forgets the tensors.
+
+        Hooks on tensors of a graph that is still alive do nothing from then on.
+        """
         self._closed = True
         self._marks.clear()
         if self._members is not None:
@@ -111,7 +114,7 @@ class Watch:
         self._known.clear()
 
     def first(self) -> Finding | None:
-        """Returns the first finding, after reading what waits on an accelerator."""
+        """Returns the first finding, after reading the pending tensors."""
         pending, self._pending = self._pending, []
         read_all([event.found for event in pending])
         for event in pending:
@@ -125,12 +128,12 @@ class Watch:
     def _entered(self, name: str, watched: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not watched or self._first is not None or not self._is_here():
             return
-        repeated = backward_task() != -1  # activation checkpointing: what runs was looked at before
+        repeated = backward_task() != -1  # activation checkpointing repeats a run that was probed before
         if repeated and not self._backward:
             return
         stack = self._here.stack
         if module is self._model:
-            stack.clear()  # whatever an interrupted pass left
+            stack.clear()  # the rest of an interrupted pass
         parent = stack[-1] if stack else None
         if not stack and not repeated:
             parent = self._method(module)
@@ -157,7 +160,7 @@ class Watch:
             self._here.last = run.name
 
     def _method(self, module: nn.Module) -> ModuleRun | None:
-        """Returns the run of the method that calls a layer outside of any call of a module, if there is one."""
+        """Returns the run of a method that calls a layer outside of module calls, or None."""
         if module is self._model:
             return None
         if self._members is None:
@@ -201,7 +204,7 @@ class Watch:
                 tensor.register_hook(partial(self._gradient, seen))  # type: ignore[no-untyped-call]
 
     def _seen(self, where: str, run: ModuleRun, path: str, tensor: Tensor, repeated: bool) -> SeenTensor:
-        """Returns what is known about a tensor, after looking at it if it, or this version of it, is new."""
+        """Returns the record of a tensor. Probes the tensor if its version is new."""
         version = -1 if tensor.is_inference() else tensor._version
         seen = self._known.get(id(tensor))
         if seen is not None and seen.version == version >= 0 and seen.reference() is tensor:
@@ -215,7 +218,7 @@ class Watch:
         return seen
 
     def _judge_or_defer(self, event: Event, tensor: Tensor) -> None:
-        """Judges a tensor that can be read at once, and puts another one off."""
+        """Judges a tensor that can be read at once, or defers it."""
         if not event.found.here:
             self._pending.append(event)
             if self._now or len(self._pending) >= _READ_AFTER:

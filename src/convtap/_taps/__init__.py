@@ -1,1 +1,1 @@
-"""Where outputs are seen, one class for each place: modules, parts, convolutions, Keras layers, activations."""
+"""Taps, which see outputs: one class for each place where outputs appear."""

@@ -1,4 +1,4 @@
-"""Taps activations: follows an emitted output to the first activation that consumes it."""
+"""Follows a convolution's output to the first activation that consumes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convtap._select.weight_owners import Owners
 from convtap._tensors.nested import walk_tensors
 from convtap._torch.hooks import Hooks
 
-#: Functions that are activations, by name: ``F.relu``, ``torch.relu``, ``Tensor.relu_`` and ``aten.relu`` are one.
+#: The names of functions that are activations. ``F.relu``, ``torch.relu``, ``Tensor.relu_`` and ``aten.relu`` share one.
 ACTIVATIONS = frozenset(
     (  # noqa: SIM905 (forty quoted words read worse)
         "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish glu hardtanh hardswish hardsigmoid hardshrink "
@@ -23,7 +23,7 @@ ACTIVATIONS = frozenset(
     ).split()
 )
 
-#: Functions that leave a convolution's output what it is: normalized, thinned out, reshaped, cut, cast.
+#: Functions whose result still counts as the convolution's output: normalization, dropout, reshapes, slices and casts.
 TRANSPARENT = frozenset(
     (  # noqa: SIM905
         "batch_norm layer_norm group_norm instance_norm rms_norm normalize local_response_norm native_batch_norm "
@@ -33,24 +33,24 @@ TRANSPARENT = frozenset(
         "narrow slice pad constant_pad_nd unbind chunk split requires_grad mT T"
     ).split()
 )
-#: Functions that are an activation if they cut at zero (``clamp(min=0)`` is a ReLU), and else keep values in a safe range.
+#: Functions that are an activation if they clamp at zero (``clamp(min=0)`` is a ReLU). Else they limit values to a range.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max", "clip"))
 _PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__", "__imul__"))
 _ADDITIONS = frozenset(("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__isub__"))
 
-#: Where Keras defines its activation layers, and the layers that thin out or normalize.
+#: The modules of Keras that define activation layers, and those that define normalization and dropout.
 _KERAS_ACTIVATIONS = ("keras.src.layers.activations.",)
 _KERAS_TRANSPARENT = ("keras.src.layers.normalization.", "keras.src.layers.regularization.")
 
 # Note: [Following a tensor]
-# Assumption: a tensor goes from one call to the next as the same Python object, and every call shows its arguments to the
-#   function mode; modules that are named as activations, and modules without parts of a type called ...Norm, show theirs
-#   to hooks. Keras writes normalization, and some activations, as sums and products, so its layers of those kinds show
-#   theirs to a shim.
-# Failure: identity is a number that Python uses again, and what consumes a tensor need not be an activation.
-# Choice: tensors are known by identity for as long as a weak reference to them lives. What consumes one makes its result
-#   another name of it (TRANSPARENT, an added parameter or number), ends the search (an activation), or is a branch that
-#   goes elsewhere. A call that no activation ends is counted as such.
+# Assumption: a tensor passes from one call to the next as the same Python object, and the function mode sees the arguments
+#   of every call. Hooks see the arguments of modules that count as activations, and of modules without submodules whose
+#   type is called ...Norm. Keras computes normalization, and some activations, as sums and products, so a shim sees the
+#   arguments of its layers of those kinds.
+# Failure: Python reuses the number that identifies an object, and a call that consumes a tensor need not be an activation.
+# Choice: a tensor is identified by its number as long as a weak reference to it lives. A call that consumes the tensor
+#   continues the search with its result (TRANSPARENT, an added parameter or number), ends the search (an activation), or
+#   is a branch that leads elsewhere. convtap counts a search that no activation ends.
 
 
 class _Search:
@@ -62,7 +62,7 @@ class _Search:
         self.name = name
         self.via = via
         self.done = False
-        self.gate: Callable[[], Any] = _nothing  # what an activation made of it, which may be its own factor
+        self.gate: Callable[[], Any] = _nothing  # the result of an activation, which may multiply its own input
 
 
 def _nothing() -> None:
@@ -70,7 +70,7 @@ def _nothing() -> None:
 
 
 class Follower:
-    """Ends each search that a tap begins, or leaves it open: then no activation followed."""
+    """Follows the outputs that a tap emits, each until an activation consumes it."""
 
     def __init__(
         self,
@@ -88,7 +88,10 @@ class Follower:
         self._inside = 0
 
     def open(self) -> None:
-        """Puts hooks on the modules that are followed as a whole (Keras layers have shims of their own tap)."""
+        """Registers hooks on the modules that are followed as a whole.
+
+        Keras layers have the shims of ``KerasTap`` instead.
+        """
         for module in self._modules.values():
             is_activation = isinstance(module, self._activations)
             kind = type(module)
@@ -98,19 +101,19 @@ class Follower:
                 self._hooks.after(module, self._leave, is_activation, always=True)
 
     def close(self) -> None:
-        """Takes them off."""
+        """Removes the hooks."""
         self._hooks.remove()
         self._followed.clear()
 
     def emit(self, name: str, output: Any, via: str) -> None:
-        """Begins to follow the output of a convolution (of a structure, its first tensor)."""
+        """Starts to follow a convolution's output, or the first tensor in a structure."""
         search = _Search(name, via)
         for _, tensor in walk_tensors(output):
             self._follow(tensor, search)
             break
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """Looks at one torch call. Returns what its caller is to get instead of its result, or None."""
+        """Inspects a torch call. Returns a replacement for its result, or None."""
         given = (*args, *kwargs.values()) if kwargs else args
         if self._inside or self._followed.keys().isdisjoint(map(id, given)):
             return None
@@ -137,13 +140,13 @@ class Follower:
         return self._recorder.record(search.name, output, search.via, inputs)
 
     def _remember(self, search: _Search, gate: Any) -> None:
-        """Follows what an activation made, for the product with its own input: ``y * sigmoid(y)``."""
+        """Follows an activation's result, to see products such as ``y * sigmoid(y)``."""
         if isinstance(gate, Tensor):
             search.gate = weakref.ref(gate)
             self._follow(gate, search)
 
     def _gated(self, name: str, given: tuple[Any, ...], result: Any, inputs: Any) -> Any:
-        """Records the product of a layer's output and of what an activation made of it, in place of that."""
+        """Records a product such as ``y * sigmoid(y)`` in place of the sigmoid."""
         entries = [(arg, self._followed[id(arg)][1]) for arg in given if id(arg) in self._followed]
         gates = [(arg, search) for arg, search in entries if search.gate() is arg]
         if not gates:
@@ -179,7 +182,7 @@ class Follower:
         followed[key] = (weakref.ref(tensor, forget), search)
 
     def _is_bias(self, args: tuple[Any, ...]) -> bool:
-        """Whether what is added is a number or a parameter."""
+        """Returns whether the added value is a number or a parameter."""
         others = [arg for arg in args[:2] if id(arg) not in self._followed]
         return all(not isinstance(other, Tensor) or self._owners.find(other) is not None for other in others) and bool(
             others
@@ -188,7 +191,7 @@ class Follower:
     # -- modules that are followed as a whole
 
     def keras_layers(self) -> list[tuple[nn.Module, bool]]:
-        """Returns the Keras layers that are followed as a whole, and whether each is an activation."""
+        """Returns the Keras layers to follow as a whole, and which are activations."""
         layers = [module for module in self._modules.values() if is_keras(type(module))]
         roles = [(layer, self._is_keras_activation(layer)) for layer in layers]
         return [(layer, is_activation) for layer, is_activation in roles if is_activation or _is_transparent(layer)]
@@ -199,7 +202,7 @@ class Follower:
     def around(
         self, is_activation: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Runs a layer that is followed as a whole, and returns what its caller is to get."""
+        """Runs a layer that is followed as a whole. Returns its output or a replacement."""
         self._inside += 1
         try:
             output = call(*args, **kwargs)
@@ -216,7 +219,7 @@ class Follower:
         return self._consumed(is_activation, args, output)
 
     def _consumed(self, is_activation: bool, args: tuple[Any, ...], output: Any) -> Any:
-        """Goes on with what a module made of its inputs, if one of them is followed."""
+        """Continues a search with a module's output, if the module took a followed tensor."""
         search = self._search(args)
         if search is None:
             return None
@@ -231,31 +234,34 @@ def _is_of(layer: nn.Module, places: tuple[str, ...]) -> bool:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether a Keras layer has the activation ``linear``, which returns its input."""
+    """Returns whether a Keras layer has the activation ``linear``, the identity."""
     return getattr(getattr(layer, "activation", None), "__name__", "") == "linear"
 
 
 def _is_transparent(layer: nn.Module) -> bool:
-    """Whether a Keras layer does what TRANSPARENT lists. A layer with layers in it is followed inside."""
+    """Returns whether a Keras layer does the same as a function of TRANSPARENT.
+
+    A layer that contains layers is followed inside instead.
+    """
     if getattr(layer, "_layers", ()):
         return False
     return "Norm" in type(layer).__name__ or _is_of(layer, (*_KERAS_TRANSPARENT, *_KERAS_ACTIVATIONS))
 
 
 def _cuts_at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of ``clamp(x, min, max)`` or ``clamp_min(x, min)`` has a least value of zero."""
+    """Returns whether a call of ``clamp`` or ``clamp_min`` has a minimum of zero."""
     least = args[1] if len(args) > 1 else kwargs.get("min")
     return isinstance(least, (int, float)) and least == 0
 
 
 def check_activations(activations: Any) -> tuple[type[nn.Module], ...]:
-    """Returns the module types that a user names as activations.
+    """Returns the module types that the user lists as activations.
 
     Raises:
-        InvalidType: one of them is no module type.
+        InvalidType: one of them is not a module type.
     """
     types = tuple(activations) if isinstance(activations, (list, tuple, set, frozenset)) else (activations,)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidType(f"activations holds {kind!r}, which is no module type. Write activations=(Snake1d,).")
+            raise InvalidType(f"activations holds {kind!r}, which is not a module type. Write activations=(Snake1d,).")
     return types

@@ -1,4 +1,4 @@
-"""Taps convolutions as they run: in plain modules, functions, TorchScript and compiled code."""
+"""Taps convolutions that run in functions, TorchScript and compiled code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ from convtap._torch.weight_reads import WeightReads
 
 # Note: [Once each]
 # Assumption: a convolution inside a module whose own tap emits it is not a second call.
-# Failure: the kernel sees both, and a weight's owner does not say which of the two it is.
-# Choice: a weight whose owner is being called belongs to that call, and so does whatever a convolution that is being called
-#   computes its weight for. Plain layers run with the key excluded (see ``_taps.modules``), so that costs them nothing.
+# Failure: the kernel sees every convolution, and the owner of the weight does not tell whether the module's tap emits it.
+# Choice: a convolution belongs to the call of its weight's owner while that call runs. A convolution that computes a
+#   layer's weight belongs to that layer's call. Plain layers run with the key excluded (see ``_taps.modules``), so the
+#   check costs them nothing.
 
 
 class ConvolutionTap:
-    """Emits the convolutions that no module's own tap emits, named after the owner of their weight.
+    """Emits the convolutions that no module tap emits.
+
+    Each is named after the owner of its weight.
 
     Attributes:
         compiled_code_ran: whether compiled code ran in a thread of this capture.
@@ -75,18 +78,18 @@ class ConvolutionTap:
         self._uses_key = uses_key
 
     def open(self) -> None:
-        """Begins to watch this thread's convolutions, and the weights of the selected layers."""
+        """Starts to watch this thread's convolutions and the selected layers' weights."""
         self._passes.companion = self
         self._token.tap = self
         if self._uses_key:
             compiled_regions.watch(self._token)
-        if self._uses_key or "torch._dynamo" not in sys.modules:  # which cannot trace a watched weight
+        if self._uses_key or "torch._dynamo" not in sys.modules:  # Dynamo cannot trace a watched weight
             self._reads.open(self, self._watched_layers())
         self._home = self.here()
         self.visit(self._home)
 
     def close(self) -> None:
-        """Ends it."""
+        """Stops watching."""
         self._passes.companion = None
         self._token.tap = None
         if self._home is not None:
@@ -101,7 +104,7 @@ class ConvolutionTap:
 
     @skip_in_dynamo
     def visit(self, here: Any) -> None:
-        """Begins to watch this thread, in which a pass of this capture runs."""
+        """Starts to watch this thread, in which a pass of this capture runs."""
         key, mode = here
         if self._uses_key:
             convolution_key.begin(self._token, key)
@@ -111,7 +114,7 @@ class ConvolutionTap:
 
     @skip_in_dynamo
     def leave(self, here: Any) -> None:
-        """Ends a pass, and ``visit`` if that was in another thread."""
+        """Ends a pass. Also ends ``visit``, if that was in another thread."""
         self._reads.release()
         if here is not None:
             self._end(here)
@@ -122,7 +125,7 @@ class ConvolutionTap:
         convolution_key.end(self._token, key)
 
     def _watched_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules whose parameters are weights of selected convolutions, with the layers' names."""
+        """Yields the modules that hold weights of selected layers, with the layers' names."""
         for name, module in self._watched.items():
             if not isinstance(module, CONV1D):
                 continue
@@ -137,18 +140,21 @@ class ConvolutionTap:
                 yield name, module
 
     def pause(self) -> None:
-        """Leaves the model's weights alone until ``resume``: compiled code runs."""
+        """Stops watching the weights until ``resume``, while compiled code runs."""
         self._reads.pause()
 
     def resume(self) -> None:
-        """Watches them again."""
+        """Watches the weights again."""
         if self._token.tap is self:
             self._reads.open(self, self._watched_layers())
 
     # -- convolutions
 
     def before(self, transposed: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
-        """Returns the name to record a convolution under and how it was seen, or None if it is not this capture's."""
+        """Returns the name to record a convolution under and how it was seen, or None.
+
+        None means that this tap does not record the convolution.
+        """
         recorder = self._recorder
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if recorder.muted or is_claimed() or compiled_regions.is_tracing() or self._passes.skips():
@@ -156,7 +162,7 @@ class ConvolutionTap:
         if not _is_one_dimensional(transposed, weight, args, kwargs):
             return None
         if self._selection.tree.has_keras and isinstance(weight, Tensor) and weight.device.type == "meta":
-            return None  # Keras asks for shapes
+            return None  # Keras only infers shapes
         innermost = next(self._around(), None)
         name = self._owners.find(weight, self._passes.current_of_model, self._around)
         is_script = isinstance(innermost, torch.jit.ScriptModule) or (innermost is None and is_inherited())
@@ -179,23 +185,26 @@ class ConvolutionTap:
         return name, via
 
     def after(self, plan: tuple[str, str], output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Records the output of a convolution. Returns what the model is to go on with instead, or None."""
+        """Records a convolution's output. Returns a replacement for it, or None."""
         name, via = plan
         try:
             if via == "compiled" and type(output) is Tensor:
-                self._recorder.emit(name, output.clone(), via)  # compiled code writes into its buffers past torch
+                self._recorder.emit(name, output.clone(), via)  # torch does not see when compiled code overwrites it
                 return None
             return self._recorder.emit(name, output, via, (args, kwargs))
         finally:
             self._recorder.inputs.forget(name)
 
     def _is_whole(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a compiled convolution adds the bias that its layer has."""
+        """Returns whether a compiled convolution adds its layer's bias."""
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return getattr(self._selection.tree.names.get(name), "bias", None) is None or bias is not None
 
     def _is_a_modules_own(self, name: str, weight: Any, innermost: Any) -> bool:
-        """Whether a module is being called that this convolution belongs to: it has a tap of its own, or is not selected."""
+        """Returns whether a convolution belongs to a module that is being called.
+
+        That module has its own tap, or it is not selected.
+        """
         is_parameter = name not in self._selection.tree.names
         owner = name.rpartition(".")[0] if is_parameter else name
         layer = self._tapped.get(owner)
@@ -216,10 +225,13 @@ class ConvolutionTap:
         return False
 
     def _name_without_owner(self, weight: Any, innermost: Any, via: str) -> tuple[str | None, str]:
-        """Names a convolution whose weight is nobody's: predicted, computed, or of a module outside of the model."""
+        """Names a convolution whose weight belongs to no module of the model.
+
+        The weight is predicted or computed, or it belongs to a module outside of the model.
+        """
         members = self._selection.tree.identities
         if any(isinstance(module, CONV1D) and id(module) in members for module in self._around()):
-            return None, via  # what a convolution computes its weight for is its own affair
+            return None, via  # it belongs to that convolution, for example because it computes the weight
         if not self._passes.in_method():
             return None, via
         if isinstance(innermost, CONV1D):
@@ -238,7 +250,10 @@ class ConvolutionTap:
         return wanted
 
     def _watch(self, call: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Sees a torch function, if the outputs are followed to their activations, or if there is no convolution key."""
+        """Runs a torch function and inspects it.
+
+        This is used if outputs are followed to their activations, or if torch has no convolution key.
+        """
         if not self._uses_key and func in convolution_key.FUNCTIONS:
             result = modes.observe(call, (self._token,), convolution_key.FUNCTIONS[func], args, kwargs)
         else:
@@ -251,7 +266,10 @@ class ConvolutionTap:
     # -- reads
 
     def may_read(self, name: str) -> bool:
-        """Says whether a fetch of a layer's weight is to be followed: not by the layer itself, nor outside of a pass."""
+        """Returns whether to follow a read of a layer's weight.
+
+        A read by the layer itself, or outside of a pass, is not followed.
+        """
         recorder = self._recorder
         if not recorder.is_open_here() or not self._passes.in_forward():
             return False
@@ -265,7 +283,10 @@ class ConvolutionTap:
 
 
 def _peels_biases(x: Tensor) -> bool:
-    """Whether a compiler takes biases out of convolutions, for inputs like this one: inductor does, except on CPUs."""
+    """Returns whether a compiler takes biases out of convolutions on this device.
+
+    Inductor does so on all devices except the CPU.
+    """
     return x.device.type != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Taps Keras 3 layers on the torch backend, whose calls do not run PyTorch's hooks."""
+"""Taps Keras 3 layers on the torch backend, which do not run PyTorch's hooks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from convtap._taps.activations import Follower
 from convtap._taps.parts import Parted
 
 # Note: [Keras layers]
-# Assumption: Keras calls ``layer.call``, also in a functional model and in ``predict``, and finds one that is set in the
-#   layer's ``__dict__`` first (set there directly, since Keras tracks what is assigned to a layer).
-# Failure: blocks may overlap, and each would restore what it found.
-# Choice: one shim a layer, with a list of the blocks that listen; the last one to leave removes it.
+# Assumption: Keras calls ``layer.call``, also in a functional model and in ``predict``, and an entry in the layer's
+#   ``__dict__`` takes precedence. (The shim is set there directly, since Keras tracks the attributes of a layer.)
+# Failure: captures may overlap, and each would restore the ``call`` that it found.
+# Choice: each layer has one shim with a list of listeners, and the last listener to leave removes it.
 
 
 class _Shim:
-    """Stands in for a layer's ``call`` while blocks are open."""
+    """Replaces a layer's ``call`` while captures are open."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
@@ -41,7 +41,10 @@ def _pass(listener: Callable[..., Any], call: Callable[..., Any], *args: Any, **
 
 
 class KerasTap:
-    """Emits what Keras layers return from ``call``: after their activation, channels last where the layer is."""
+    """Emits the results of Keras layers' ``call``.
+
+    They include the layer's own activation, and have channels last if the layer does.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class KerasTap:
         self._placed: list[tuple[nn.Module, Any]] = []
 
     def open(self) -> None:
-        """Puts a shim on every layer, and one on the root that counts passes."""
+        """Places a shim on every layer and one on the root, which counts passes."""
         for name, layer in self._layers.items():
             self._place(layer, functools.partial(self._emit, name))
         if self._follower is not None:
@@ -73,17 +76,17 @@ class KerasTap:
             self._place(self._root, self._count)
 
     def close(self) -> None:
-        """Takes them off."""
+        """Removes the shims."""
         for layer, listener in reversed(self._placed):
             shim = layer.__dict__.get("call")
             if not isinstance(shim, _Shim):
-                continue  # an interrupted close took it off
+                continue  # an interrupted close removed it
             if listener in shim.listeners:
                 shim.listeners.remove(listener)
             if not shim.listeners:
                 del layer.__dict__["call"]
                 if shim.original is not getattr(layer, "call", None) and not hasattr(shim.original, "__self__"):
-                    layer.__dict__["call"] = shim.original  # somebody's own, set on this one layer
+                    layer.__dict__["call"] = shim.original  # the user's own, set on this one layer
         self._placed.clear()
 
     def _place(self, layer: nn.Module, listener: Any) -> None:
@@ -108,7 +111,7 @@ class KerasTap:
         recorder.inputs.note(name, args[0] if len(args) == 1 else args)
         try:
             output = _claiming(call, args, kwargs)
-            # A layer with an activation of its own returns what comes after it.
+            # A layer with its own activation returns the activation's result.
             record = recorder.record if self._at == "activation" and self._is_activated[name] else recorder.emit
             replacement = record(name, output, "keras", (args, kwargs))
             return output if replacement is None else replacement
@@ -123,14 +126,14 @@ def _follow(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Runs a layer that is followed as a whole, unless Keras only asks for shapes."""
+    """Runs a layer that is followed as a whole, unless Keras only infers shapes."""
     if _is_symbolic((*args, *kwargs.values())):
         return call(*args, **kwargs)
     return follower.around(is_activation, call, args, kwargs)
 
 
 class _Claims(threading.local):
-    """How many layers are running in this thread whose own tap emits them."""
+    """Counts this thread's running layers that have their own tap."""
 
     now = 0
 
@@ -139,7 +142,10 @@ _claims = _Claims()
 
 
 def is_claimed() -> bool:
-    """Whether a layer is running in this thread whose own tap emits it: the convolution in it is not a second one."""
+    """Returns whether a layer with its own tap is running in this thread.
+
+    The convolution inside is then not a second call.
+    """
     return _claims.now > 0
 
 
@@ -157,6 +163,6 @@ def _has_activation(layer: nn.Module) -> bool:
 
 
 def _is_symbolic(args: tuple[Any, ...]) -> bool:
-    """Whether Keras only asks for shapes (it calls layers on the meta device for that)."""
+    """Returns whether Keras only infers shapes, for which it uses the meta device."""
     device = getattr(args[0], "device", None) if args else None
     return getattr(device, "type", None) == "meta"

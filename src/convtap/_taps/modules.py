@@ -1,4 +1,4 @@
-"""Taps modules: hooks and shims that emit their outputs or inputs."""
+"""Taps modules with hooks and shims that emit their outputs or inputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from convtap._torch.hooks import Hooks, has_global_hooks
 from convtap._torch.modes import Token, open_tokens
 
 # Note: [Plain layers]
-# Assumption: what a plain Conv1d returns is new memory that its caller alone has, and the only convolution in its call is
-#   its own.
+# Assumption: a plain Conv1d returns new memory that only its caller holds, and its call contains only one convolution.
 # Failure: a hook on each layer costs as much as the rest of the tap, and so does a kernel that sees each convolution.
-# Choice: a plain layer has a shim around its calls instead of a hook. It excludes the convolution key for the time of the
-#   call, unless somebody's hooks run in it, and emits what the caller gets.
+# Choice: a plain layer has a shim around its calls instead of a hook. The shim excludes the convolution key during the
+#   call, unless the user's hooks run in it, and emits the result.
 
 
 class ModuleTap:
-    """Emits what modules return, or what they are given.
+    """Emits the outputs or inputs of modules.
 
     Attributes:
         shimmed: the plain layers, by name.
@@ -46,16 +45,16 @@ class ModuleTap:
         self._hooks = Hooks()
 
     def open(self) -> None:
-        """Puts a shim or a hook on every module."""
+        """Registers a shim or a hook on every module."""
         call_shim.listen_to_all(self.shimmed.values(), self._called)
         for name, module in self._others.items():
             if self._at == "input":
                 self._hooks.before(module, self._emit_input, name, module)
-            else:  # what may be a view of something else, or may be swapped, is looked at more closely
+            else:  # an output that may be a view, or that convtap may replace, needs a closer look
                 self._hooks.after(module, self._recorder.emit_shared, name, module, kwargs=True)
 
     def close(self) -> None:
-        """Takes them off."""
+        """Removes the shims and hooks."""
         call_shim.leave(self.shimmed.values(), self._called)
         self._hooks.remove()
 
@@ -78,7 +77,10 @@ class ModuleTap:
 
 
 class InputTap:
-    """Keeps the inputs of modules beside their outputs; opened after the taps that emit those."""
+    """Keeps the inputs of modules with their outputs.
+
+    It is opened after the taps that emit the outputs.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], recorder: Recorder) -> None:
         self._modules = modules
@@ -86,13 +88,13 @@ class InputTap:
         self._hooks = Hooks()
 
     def open(self) -> None:
-        """Puts a hook before and after every module."""
+        """Registers a hook before and after every module."""
         for name, module in self._modules.items():
             self._hooks.before(module, self._note, name, module)
             self._hooks.after(module, self._forget, name, module, always=True)
 
     def close(self) -> None:
-        """Takes them off."""
+        """Removes the hooks."""
         self._hooks.remove()
 
     def _note(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -106,13 +108,16 @@ class InputTap:
 
 @skip_in_dynamo
 def runs_alone(module: nn.Module) -> bool:
-    """Whether no hooks run in the calls of a module, which may run convolutions of their own."""
+    """Returns whether no hooks run in a module's calls.
+
+    A hook may run a convolution of its own.
+    """
     own = module.__dict__
     return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or has_global_hooks())
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose forward is PyTorch's own, on parameters of its own."""
+    """Returns whether a module is a Conv1d with PyTorch's own forward and parameter."""
     own, kind = module.__dict__, type(module)
     return (
         _runs_conv1d(kind)  # type: ignore[arg-type]
@@ -129,7 +134,11 @@ def _runs_conv1d(kind: Any) -> bool:
 
 
 def as_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A single argument as itself, several as a tuple, named ones as a dict, both as a dict with ``args``."""
+    """Returns the arguments of a call as one value.
+
+    A single argument is returned as it is, several as a tuple, keyword arguments as a dict, and both kinds as a dict with
+    ``args``.
+    """
     if not kwargs:
         return args[0] if len(args) == 1 else args
     if not args:

@@ -1,4 +1,4 @@
-"""Taps parts of outputs and inputs, for selections of parts such as ``lstm[0]``."""
+"""Taps selected parts of outputs and inputs, such as ``lstm[0]``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from convtap._torch.storage import is_copy_on_write
 
 
 class Parted:
-    """Passes outputs on to a recorder: of some layers only parts, each under a name of its own such as ``lstm[0]``.
+    """Passes outputs, or selected parts of them, to a recorder.
+
+    Each part has its own name, such as ``lstm[0]``.
 
     Attributes:
-        parts: by the name of a layer of which only parts are recorded, their paths.
+        parts: the paths of the parts to record, by layer name. Other layers are recorded whole.
     """
 
     def __init__(self, recorder: Recorder, selection: Selection, log: Log) -> None:
@@ -43,7 +45,7 @@ class Parted:
         return {name: module for name, module in modules.items() if name not in self.parts}
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = (), alone: bool = False) -> Any:
-        """Takes what a layer returned. Returns what the model is to go on with instead, or None."""
+        """Handles a layer's output. Returns a replacement for it, or None."""
         if name not in self.parts:
             return self._recorder.emit(name, output, via, inputs)
         if self._recorder.follow is not None:
@@ -53,7 +55,7 @@ class Parted:
         return self.record(name, output, via, inputs, alone=alone)
 
     def record(self, name: str, output: Any, via: str, inputs: Any = (), alone: bool = False) -> Any:
-        """Records what a layer returned; returns as ``emit`` does."""
+        """Records a layer's output. Returns as ``emit`` does."""
         if name not in self.parts:
             return self._recorder.record(name, output, via, inputs)
         module = self._modules.get(name)
@@ -62,7 +64,7 @@ class Parted:
         alone, replaced = alone and is_plain_structure(output), False
         for part, found in self._found(name, output):
             fresh = is_copy_on_write(found) or not shares_memory((tensor for _, tensor in walk_tensors(found)), known)
-            # what the rest of the output shares with the part must stay shared
+            # memory that the rest of the output shares with the part must stay shared
             rest = [tensor for path, tensor in walk_tensors(output) if not path.startswith(part)]
             instead = self._recorder.record(name + part, found, via, (inputs, rest), fresh=fresh, alone=alone)
             if instead is not None:
@@ -70,7 +72,7 @@ class Parted:
         return output if replaced else None
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
-        """Records what a layer is given, before it runs."""
+        """Records a layer's input before the layer runs."""
         if name not in self.parts:
             self._recorder.emit_input(name, value, via)
             return
@@ -78,10 +80,10 @@ class Parted:
             self._recorder.emit_input(name + part, found, via)
 
     def _found(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """Yields the parts that are there.
+        """Yields the selected parts that exist.
 
         Raises:
-            LayerNotFound: one that was asked for by name is not.
+            LayerNotFound: a part that is selected by its exact name does not exist.
         """
         for part in self.parts[name]:
             found = part_of(value, part)
@@ -95,7 +97,7 @@ class Parted:
 
 
 class PartTap:
-    """Emits parts of what modules return, or of what they are given."""
+    """Emits parts of modules' outputs or inputs."""
 
     def __init__(self, modules: Mapping[str, nn.Module], parted: Parted, *, at: str) -> None:
         self._modules = {name: modules[name] for name in parted.parts if name in modules}
@@ -104,7 +106,7 @@ class PartTap:
         self._hooks = Hooks()
 
     def open(self) -> None:
-        """Puts a hook on every module."""
+        """Registers a hook on every module."""
         for name, module in self._modules.items():
             if self._at == "input":
                 self._hooks.before(module, self._emit_input, name, module)
@@ -112,7 +114,7 @@ class PartTap:
                 self._hooks.after(module, self._emit, name, module, kwargs=True)
 
     def close(self) -> None:
-        """Takes them off."""
+        """Removes the hooks."""
         self._hooks.remove()
 
     def _emit(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What time is to a layer: which input samples a frame sees, which frames are real, which windows drive a channel."""
+"""The time axis: which input samples each frame of a layer's output sees."""

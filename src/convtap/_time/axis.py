@@ -10,10 +10,10 @@ from functools import cached_property
 
 # Note: [Exact intervals]
 # Assumption: along time, a frame reaches an interval of samples whose ends grow with the frame at a constant rate.
-# Failure: a rate and an offset alone are not exact. A transposed convolution of stride 2 gives frames 0, 1, 2, 3 the first
-#   samples 0, 0, 1, 1: half a sample a frame, and never a half sample.
+# Failure: a rate and an offset alone are not exact. After a transposed convolution of stride 2, the first samples of frames
+#   0, 1, 2, 3 are 0, 0, 1, 1: half a sample per frame, and never a half sample.
 # Choice: each end is a whole-number function that repeats itself after ``period`` frames, ``rise`` samples later. Such
-#   functions are closed under everything that is done here: shift, floor division, minimum and maximum.
+#   functions are closed under all operations here: shift, floor division, minimum and maximum.
 
 #: The function t ↦ ⌊(times·t + plus) / over⌋, as its three numbers.
 Floor = tuple[int, int, int]
@@ -23,16 +23,18 @@ LONGEST = 1 << 16
 
 
 class TooFine(Exception):
-    """A rate of frames needs a longer period than is followed."""
+    """A rate of frames needs a longer period than ``LONGEST``."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A whole-number function with ``f(t + period) = f(t) + rise``. See Note: [Exact intervals].
+    """A whole-number function with ``f(t + period) = f(t) + rise``.
+
+    See Note: [Exact intervals].
 
     Attributes:
         values: f(0), …, f(period - 1).
-        rise: what a period adds.
+        rise: the increase over one period.
     """
 
     values: tuple[int, ...]
@@ -40,17 +42,17 @@ class Line:
 
     @property
     def period(self) -> int:
-        """After how many frames it repeats itself."""
+        """The number of frames after which the function repeats itself."""
         return len(self.values)
 
     @property
     def slope(self) -> Fraction:
-        """Samples a frame, on average."""
+        """Samples per frame, on average."""
         return Fraction(self.rise, self.period)
 
     @cached_property
     def grows(self) -> bool:
-        """Whether it never falls."""
+        """Whether the function never falls."""
         ahead = (*self.values[1:], self.values[0] + self.rise)
         return all(a <= b for a, b in zip(self.values, ahead, strict=True))
 
@@ -88,7 +90,7 @@ class Line:
 
 
 def line(values: list[int], rise: int) -> Line:
-    """Makes a Line with the shortest period."""
+    """Returns a Line with the shortest period."""
     size = len(values)
     for period in range(1, size):
         step, rest = divmod(rise * period, size)

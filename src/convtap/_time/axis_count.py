@@ -1,4 +1,4 @@
-"""Exact arithmetic on one axis: how many frames n samples make, and which of several ways of counting is the right one."""
+"""Exact arithmetic on one axis: how many frames n samples make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Affine:
 
 @dataclass(frozen=True)
 class CeilPool:
-    """The step of a pooling with ``ceil_mode``: a last window that would begin in the right padding is left out."""
+    """The step of a pooling with ``ceil_mode``.
+
+    A last window that would begin in the right padding is skipped.
+    """
 
     kernel: int
     stride: int
@@ -36,7 +39,7 @@ class CeilPool:
 
 @dataclass(frozen=True)
 class Window:
-    """The step of a slice whose ends do not move with the length: frames ``start`` to ``stop``, every ``step``-th."""
+    """The step of a slice ``start:stop:step`` whose ends do not move with the length."""
 
     start: int
     stop: int
@@ -58,7 +61,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The step of a padding by ``base``, and by as much more as makes a whole number of windows."""
+    """The step of a padding by ``base``, then up to a whole number of windows."""
 
     base: int
     extent: int
@@ -70,7 +73,7 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Multiple:
-    """The step of a cut down to a multiple of a number of frames."""
+    """The step of a cut to a multiple of a number of frames."""
 
     of: int
 
@@ -80,7 +83,7 @@ class Multiple:
 
 @dataclass(frozen=True)
 class Sum:
-    """The first step of a count that is the sum of others, such as that of chunks joined again."""
+    """The first step of a count that is a sum, such as that of joined chunks."""
 
     parts: tuple[Count, ...]
 
@@ -90,16 +93,16 @@ class Sum:
 
 @dataclass(frozen=True)
 class Count:
-    """How many frames an input of n samples makes: a chain of steps, in the order in which the operations ran.
+    """The number of frames of an input of n samples, as a chain of steps.
 
     Attributes:
-        steps: each takes a number of frames and gives the next one.
+        steps: functions from a number of frames to the next number, in the order of the operations.
     """
 
     steps: tuple[Any, ...] = ()
 
     def __call__(self, n: int) -> int:
-        """Returns the number of frames; 0 if a step on the way has none."""
+        """Returns the number of frames, or 0 if a step has none."""
         samples = n
         for step in self.steps:
             n = samples if getattr(step, "is_input", False) else step(n)
@@ -118,7 +121,7 @@ class Count:
         return Count((*self.steps, step))
 
     def guesses(self) -> list[Guess]:
-        """Returns the steps that were read off one length only, and so may be wrong at another."""
+        """Returns the steps that one length shows and that may be wrong at another."""
         found: list[Guess] = []
         for step in self.steps:
             if isinstance(step, Guess):
@@ -132,16 +135,16 @@ class Count:
 class Digit:
     """One axis of a tensor, or a part of one, that counts frames.
 
-    Cutting time into segments gives two of them: the segment and the frame in it. Frame numbers are sums: position on
-    the axis times ``weight``, over all digits.
+    Time that is cut into segments has two digits: the segment, and the frame in it. The number of a frame is the sum of
+    position times ``weight`` over all digits.
 
     Attributes:
         dim: the tensor's axis.
-        size: how many positions.
-        inner: the size of what varies faster within the same axis (1 unless axes were merged).
+        size: the number of positions.
+        inner: the size of the axes that were merged into this one and vary faster (1 unless axes were merged).
         weight: frames from one position to the next.
-        count: positions for a given number of input samples.
-        stacked: whether the positions are tensors that were stacked, each with frames that see other samples.
+        count: the number of positions for a given number of input samples.
+        stacked: whether the positions are stacked tensors whose frames see different samples.
     """
 
     dim: int
@@ -152,33 +155,33 @@ class Digit:
     stacked: bool = False
 
     def frames(self, n: int) -> int:
-        """How many frames the axis ends after, for an input of n samples."""
+        """Returns the number of frames on the axis for an input of n samples."""
         return self.count(n) * self.weight
 
     @property
     def is_open(self) -> bool:
-        """Whether the frames at other lengths than the example's are not known, so that nothing can be excluded."""
+        """Whether the number of frames is known for the example's length only."""
         return any(guess.is_open for guess in self.count.guesses())
 
 
-#: In how many passes the plain step must explain what was seen, if others explain it too.
+#: The number of passes that the plain step must explain to be chosen, if other steps explain them too.
 _CONVINCING = 4
 
 
 class Guess:
-    """A step with numbers in it that the program may have computed, so that they may move with the length.
+    """A step whose numbers the model may compute from the input's length.
 
-    ``x[..., 2:98]`` of 100 frames either drops the last two or takes a window of 96. Passes over other lengths tell.
+    ``x[..., 2:98]`` of 100 frames either drops the last two or takes a window of 96. Passes over other lengths show which.
 
     Attributes:
         what: the operation, for a message.
-        n: the frames it had.
-        frames: the frames it made.
+        n: the number of frames before it.
+        frames: the number of frames after it.
         moving: the step if its numbers move with the length.
-        still: the step if they do not; by default, to the number of frames it made.
-        given: the numbers as they were written, if there are any.
-        chosen: the step that was found to be right, or None.
-        is_input: whether it was found to make as many frames as the input has samples.
+        still: the step if they do not move; by default, a fixed number of frames.
+        given: the numbers in the operation's arguments, or None.
+        chosen: the step that explains all passes, or None.
+        is_input: whether the operation makes as many frames as the input has samples.
     """
 
     def __init__(
@@ -198,7 +201,7 @@ class Guess:
         self._window: tuple[int, int] | None = None
 
     def aligns(self, extent: int, stride: int) -> None:
-        """Notes that a window slides over the frames next, which a padding may have filled up for."""
+        """Notes the window that comes next, since a padding may have filled up for it."""
         if self._pads and stride > 1:
             self._window = (extent, stride)
 
@@ -208,23 +211,26 @@ class Guess:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing is known yet that explains all passes."""
+        """Whether no step explains all passes yet."""
         return self.chosen is None and not self.is_input
 
     def settle(self, other: Guess, samples: int, others: int) -> None:
-        """Adds what the same operation did in a pass over another length, and chooses what explains all passes.
+        """Adds the same operation of another pass, and chooses a step that explains all.
 
         Args:
             other: the same operation in the other pass.
             samples: the length of the input in this pass.
-            others: the length in the other one.
+            others: the length of the input in the other pass.
         """
         self._seen.add((other.n, other.frames))
         self._inputs.update({samples: self.frames, others: other.frames})
         self._choose(is_sure=len(self._seen) >= _CONVINCING)
 
     def conclude(self) -> None:
-        """Takes the plain step if it explains all passes, though others do too: no length at hand tells them apart."""
+        """Chooses the plain step if it explains all passes.
+
+        Other steps may explain them too, but no length of the passes tells them apart.
+        """
         if self.is_open:
             self._choose(is_sure=True)
 
@@ -240,7 +246,7 @@ class Guess:
         return all(step(n) == frames for n, frames in self._seen)
 
     def _fits(self) -> list[Any]:
-        """The fillings up to whole windows, and the cuts down to a multiple, that may explain the passes."""
+        """Returns the steps to whole windows or to a multiple that may explain all passes."""
         if self._window is not None:
             extent, stride = self._window
             bases = {frames - n - i for n, frames in self._seen for i in range(stride)}

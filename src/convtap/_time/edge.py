@@ -1,4 +1,4 @@
-"""Which frames of a padded input are those of the input alone, and what makes the others differ."""
+"""Finds the frames of a padded input that differ from those of the input alone."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from convtap._time.axis_count import Digit, Guess
 
 # Note: [Padded inputs]
 # Assumption: an input of n samples is padded on the right to N samples, and runs in a batch with others.
-# Failure: alone, a layer finds its own padding after the last frame; in the batch it finds what earlier layers made of
-#   the padding. A statistic over time counts the padding in. So frames differ though each of them is "real".
-# Choice: every tensor has an edge: the first frame that may differ, as a chain of steps that is evaluated for given n and
-#   N after the pass, when the frame counts are settled. It never lies behind the first frame that really differs.
+# Failure: for the input alone, a layer sees its own padding after the last frame. In the batch it sees values that earlier
+#   layers computed from the padding. A statistic over time includes the padding. So valid frames may differ too.
+# Choice: every tensor has an edge, which is the first frame that may differ. It is a chain of steps that is evaluated for
+#   given n and N after the pass, when the frame counts are settled. It never lies after the first frame that differs.
 
 #: The edge of a tensor in which no frame differs.
 NEVER = 1 << 62
 
 
 class State(NamedTuple):
-    """The first frame of a padded input that differs from those of the input alone, and why.
+    """The first frame of a padded input that differs, and the cause.
 
     Attributes:
         at: the frame.
         what: the operation, such as ``"native_group_norm in 'norm'"``, or the kind of padding.
-        mixes: whether that changes every frame, and not only those near the end.
+        mixes: whether the operation changes every frame, and not only those near the end.
     """
 
     at: int
@@ -57,11 +57,13 @@ class Moved:
 
 @dataclass(frozen=True)
 class PastEnd:
-    """An operation may look past the last frame: alone there is padding, and in a batch there are frames of padding.
+    """The step of an operation that may look past the last frame.
+
+    For the input alone, the layer's own padding lies there. In a batch, frames of padding lie there.
 
     Attributes:
         axis: the axis that it looks along.
-        zeros: whether alone there are zeros, and in the batch a mask has set the frames of padding to zero.
+        zeros: whether the layer's own padding is zeros, and a mask has set the frames of padding to zero.
     """
 
     axis: Digit
@@ -84,7 +86,7 @@ class PastEnd:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Every frame gets something of every other one.
+    """The step of an operation in which every frame depends on all frames.
 
     Attributes:
         masked: the axis that is mixed, if its frames of padding are masked.
@@ -110,7 +112,7 @@ class First:
 
 
 class Edge:
-    """One step of the chain, and the edges that it starts from."""
+    """One step of a chain, with the edges that it starts from."""
 
     __slots__ = ("before", "step")
 
@@ -128,10 +130,12 @@ def earliest(edges: Iterable[Edge | None]) -> Edge | None:
 
 
 class Edges:
-    """The edges of a whole pass as one flat list, so that it can be pickled, and evaluated in one go.
+    """The edges of a whole pass as one flat list.
+
+    The list can be pickled, and evaluated in one loop.
 
     Attributes:
-        places: by number of the record, where its edge is in the list; None if it has none.
+        places: for each record, the place of its edge in the list, or None.
     """
 
     def __init__(self, edges: Sequence[Edge | None]) -> None:
@@ -153,12 +157,12 @@ class Edges:
         self._cache: dict[tuple[int, int], list[State]] = {}
 
     def guesses(self) -> list[Guess]:
-        """Returns the guessed steps of the counts that the edges rest on, in the order of the operations."""
+        """Returns the guesses that the edges rest on, in the order of the operations."""
         axes = (getattr(step, "axis", None) or getattr(step, "masked", None) for step, _ in self._steps)
         return [guess for axis in axes if axis is not None for guess in axis.count.guesses()]
 
     def at(self, place: int, n: int, padded: int) -> State:
-        """Returns the first frame that differs for an input of n samples, padded to ``padded``, and why."""
+        """Returns the state for an input of n samples that is padded to ``padded``."""
         found = self._cache.get((n, padded))
         if found is None:
             if len(self._cache) > 64:
@@ -177,8 +181,8 @@ class Difference:
     """How an output of a padded input differs from that of the input alone.
 
     Attributes:
-        last: how many frames at the end differ; None if all of them do, or there are no frames.
-        what: what makes them differ.
+        last: the number of frames at the end that differ; None if all of them differ, or the output has no frames.
+        what: the cause.
     """
 
     last: int | None

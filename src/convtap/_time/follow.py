@@ -1,4 +1,4 @@
-"""Follows the time axis through one pass of a model: what is known of each tensor, and of each layer's output."""
+"""Follows the time axis through one forward pass of a model."""
 
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ from convtap._torch.hooks import Hooks
 
 # Note: [Two modes]
 # Assumption: a dispatch mode sees every operation of a pass in about a hundred low-level forms, inside TorchScript as well.
-# Failure: a recurrence then is a loop over single frames, and circular padding a handful of writes into an empty tensor.
-# Choice: follow the low-level forms, and let a function mode take these few calls as one operation each.
+# Failure: a recurrence is then a loop over single frames, and circular padding is several writes into an empty tensor.
+# Choice: follow the low-level forms, and let a function mode treat each of these few calls as one operation.
 _CALLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention")
 
 _CONVOLUTIONS = ("convolution", "_convolution")
 
-#: What ``tensor.data`` calls: no operation, and yet a view.
+#: The function behind ``tensor.data``, which makes a view without an operation.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Follower:
-    """Follows one pass.
+    """Follows the time axis through one forward pass.
 
     Args:
-        inputs: the tensors of the example, by their paths in it.
+        tree: the model's modules.
+        how: the settings of the pass.
+        inputs: the tensors of the example, by path.
         trains: the modules that are in train mode outside of this pass.
 
     Attributes:
-        records: the layers' runs in order.
+        records: the records of the layers' runs, in order.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Follower:
         self._origins = Origins(tree.names.values(), inputs)
         self._nodes = Nodes()
         signal, time_dim = inputs[how.path], how.axis
-        # of (B, T) no other axis can be meant
+        # in (B, T) only one axis can be time
         self._time_dim: int | None = time_dim if signal.dim() > 2 or time_dim == 0 else None
         samples = int(signal.shape[time_dim])
         start = Mark((Digit(time_dim, samples),), clear=(0, samples), edge=Edge(Start()))
@@ -73,7 +75,7 @@ class Follower:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches what runs in this thread, and which module it runs in."""
+        """Watches the operations of this thread and the modules in which they run."""
         hooks = Hooks()
         with ExitStack() as stack:
             stack.callback(hooks.remove)
@@ -98,7 +100,7 @@ class Follower:
             self._look_at(name, module, output)
 
     def _look_at(self, name: str, module: nn.Module, value: Any) -> None:
-        """Records what is known of the tensors in a module's output or input."""
+        """Records the marks of the tensors in a module's output or input."""
         is_layer, kind = isinstance(module, (nn.modules.conv._ConvNd, *CONV1D)), type(module).__name__
         tensors, depends = list(walk_tensors(value)), False
         for path, tensor in tensors:
@@ -113,15 +115,18 @@ class Follower:
             self._record_elsewhere(name, kind, *tensors[0])
 
     def _record_elsewhere(self, name: str, kind: str, path: str, tensor: Tensor) -> None:
-        """Records a layer's tensor that does not depend on the signal: the mark says what else it depends on."""
+        """Records a layer's tensor that does not depend on the signal.
+
+        The mark says which other inputs it depends on.
+        """
         why = self._origins.instead_of(self._path, tensor)
         self._record(name, kind, True, Mark(unknown=why), tensor, path, depends=False)
 
     def _adopt(self, *given: Any) -> None:
-        """Marks tensors that came from outside of torch after values of the signal went there."""
+        """Marks tensors from outside of torch, once values of the signal have left torch."""
         for tensor in self._origins.strangers(*given):
             self._origins.note(tensor)
-            why = f"values of the signal left torch by {self._origins.left}, and what came back is not followed"
+            why = f"values of the signal left torch in {self._origins.left}, and convtap does not follow them there"
             self._nodes.set(tensor, unknown(why))
 
     def _record(
@@ -135,7 +140,7 @@ class Follower:
     # -- calls of torch functions
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs one call of a torch function, and takes some as one operation. See Note: [Two modes]."""
+        """Runs a torch function, some of them as one operation. See Note: [Two modes]."""
         name = getattr(func, "__name__", "")
         if name in LEAVES and args and self._nodes.mark(args[0]) is not None and self._origins.left is None:
             self._origins.left = self._op(func, name, args, kwargs, None).what
@@ -154,7 +159,7 @@ class Follower:
         return func(*args, **kwargs)
 
     def _as_one(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Runs a call without looking at its operations, and takes it as one."""
+        """Runs a call and treats it as one operation."""
         self._is_muted = True
         try:
             out = func(*args, **kwargs)
@@ -167,7 +172,10 @@ class Follower:
         return out
 
     def _indexed(self, func: Any, args: Any) -> Any:
-        """Takes ``x[..., :n]`` where n is all there is: torch leaves it out, and at another length it may cut."""
+        """Notes ``x[..., :n]`` as a slice if it takes all frames.
+
+        torch runs no operation for it, but at another length it may cut.
+        """
         out = func(*args)
         tensor, index = args
         if isinstance(out, Tensor) and out.shape == tensor.shape and self._nodes.mark(tensor) is not None:
@@ -178,7 +186,7 @@ class Follower:
     # -- low-level operations
 
     def _operation(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs one low-level operation, and notes what is known of its results."""
+        """Runs a low-level operation and notes the marks of its results."""
         if self._is_muted:
             return func(*args, **kwargs)
         schema = func._schema
@@ -228,7 +236,7 @@ class Follower:
             self._convolved(args, out, mark)
 
     def _assign(self, out: Any, mark: Mark | None, op: Op) -> None:
-        """Notes what is known of the results of an operation."""
+        """Notes the mark of an operation's results."""
         if mark is None:
             return
         results = [value for value in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(value, Tensor)]
@@ -240,7 +248,10 @@ class Follower:
             self._nodes.set(tensor, known)
 
     def _view(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, before: Shape | None = None) -> None:
-        """Notes that a tensor, or several, are views of the first argument (in place, of what it was before)."""
+        """Notes that the results are views of the first argument.
+
+        An operation in place makes a view of the argument as it was ``before``.
+        """
         base, *others = args
         op = Op(func, name, (before or Shape(base), *others), kwargs, out, self._stack[-1][0])
         self._nodes.view(op, base)

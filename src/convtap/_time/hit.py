@@ -1,4 +1,4 @@
-"""One frame that drove a channel high, and the input windows of many of them, stacked."""
+"""The frames with the highest outputs, and the input windows that they saw."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from convtap._select.example import is_array
 
 @public
 class Window(NamedTuple):
-    """A piece of an input that a frame saw.
+    """The piece of an input that a frame saw.
 
     Attributes:
-        values: the piece, such as (C, W); zeros where it leaves the signal.
-        inside: (W,) of bool: which of its samples are in the signal.
+        values: the piece, such as (C, W), with zeros outside of the signal.
+        inside: a (W,) tensor of bool, True for samples in the signal.
     """
 
     values: Tensor
@@ -32,15 +32,15 @@ class Window(NamedTuple):
 @public
 @dataclass(frozen=True)
 class Hit:
-    """One frame that drove a channel high.
+    """A frame with a high value in one channel.
 
     Attributes:
-        sample: which input of the data set, from 0.
-        channel: which channel of the layer.
-        start: the first input sample that the frame saw; below 0 if it saw padding.
-        stop: the one after the last.
-        value: the layer's output there.
-        frame: which frame.
+        sample: the number of the input in the data set, from 0.
+        channel: the channel of the layer.
+        start: the first input sample that the frame saw; negative if it saw padding.
+        stop: the input sample after the last one that the frame saw.
+        value: the layer's output.
+        frame: the number of the frame.
     """
 
     sample: int
@@ -53,14 +53,14 @@ class Hit:
     _time_dim: int = field(default=-1, repr=False, compare=False)
 
     def window(self, x: Any) -> Window:
-        """Cuts out what the frame saw, with zeros where it saw padding.
+        """Returns the piece of the input that the frame saw, with zeros for padding.
 
         Args:
             x: the input of this sample, such as (C, T); or all inputs, such as (N, C, T) or a data set.
 
         Raises:
-            OutOfRange: ``x`` holds all inputs, and not this one.
-            InvalidType: it is neither a tensor nor an array, and ``x[sample]`` is none either.
+            OutOfRange: ``x`` has no input with this number.
+            InvalidType: neither ``x`` nor ``x[sample]`` is a tensor or an array.
         """
         return self._cut(_tensor(x) if self._is_one(x) else self._input(x), 0)
 
@@ -74,20 +74,20 @@ class Hit:
         return Window(values.movedim(-1, self._time_dim), inside)
 
     def _is_one(self, x: Any) -> bool:
-        """Whether ``x`` is a single input, not all of them."""
+        """Returns whether ``x`` is a single input, not all of them."""
         return (isinstance(x, Tensor) or is_array(x)) and x.ndim == self._rank
 
     def _input(self, x: Any) -> Tensor:
-        """Returns the input of this sample, out of all of them."""
+        """Returns the input of this sample from all inputs."""
         try:
             found = x[self.sample]
         except (IndexError, KeyError):
             holds = f"x holds {plural(len(x), 'input')}" if hasattr(x, "__len__") else "x has no such input"
             raise OutOfRange(
-                f"this hit is in sample {self.sample}, and {holds}. Pass the input of that sample, or all inputs of the "
+                f"this hit is in sample {self.sample}, but {holds}. Pass the input of that sample, or all inputs of the "
                 "data set."
             ) from None
-        except (TypeError, NotImplementedError):  # not by number: a DataLoader, an iterable data set
+        except (TypeError, NotImplementedError):  # not indexed by number: a DataLoader, an iterable data set
             found = x
         found = _tensor(found[0] if isinstance(found, (tuple, list)) and found else found)
         if not isinstance(found, Tensor) or found.dim() != self._rank:
@@ -96,32 +96,33 @@ class Hit:
             if isinstance(found, Mapping):
                 key = next((key for key, value in found.items() if self._is_one(value)), "x")
                 write = f"Pass the signals alone: [item[{key!r}] for item in x]."
-            raise InvalidType(f"x {shape}, and one input has {self._rank} axes. {write}")
+            raise InvalidType(f"x {shape}, but one input has {self._rank} axes. {write}")
         return found
 
 
 @public
 def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tensor:
-    """Cuts the input windows of hits out of the data, and stacks them.
+    """Stacks the input windows of hits.
 
-    Each input is read once, however many hits are in it.
+    Each input is read only once, also if it has several hits.
 
     Args:
-        hits: what ``top`` returned, or some of it.
-        x: all inputs of the data set, in the order that ``top`` read them: a tensor or array such as (N, C, T), a list of
-            tensors or arrays (C, T), or a ``Dataset`` that is indexed by sample number. Of a tuple, such as (x, label), the
-            first element is the input.
-        padding_value: what a window has where it leaves the signal.
+        hits: the result of ``top``, or some of its hits.
+        x: all inputs of the data set, in the order in which ``top`` read them: a tensor or array such as (N, C, T), a list of
+            tensors or arrays (C, T), or a ``Dataset`` that is indexed by sample number. If an item is a tuple, such as
+            (x, label), its first element is the input.
+        padding_value: the value of samples outside of the signal.
 
     Returns:
-        (hits, C, W), in the order of the hits. W is ``stop - start`` of each hit, and the other axes are those of an input.
+        A tensor (hits, C, W), in the order of the hits. W is ``stop - start`` of each hit. The other axes are those of an
+        input.
 
     Raises:
-        InvalidValue: there are no hits, or their windows differ in length or in channels.
+        InvalidValue: ``hits`` is empty, or the windows differ in length or in channels.
         OutOfRange: ``x`` does not hold the input of a hit.
-        InvalidType: ``hits`` holds something else, or ``x`` is a single input or is not indexed by sample number.
+        InvalidType: ``hits`` holds other objects, or ``x`` is a single input or is not indexed by sample number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import top, windows
@@ -152,8 +153,8 @@ def cut_windows(hits: Iterable[Hit], x: Any, padding_value: float = 0.0) -> list
         raise InvalidType(f"padding_value is a {type(padding_value).__name__}. Pass a number: padding_value=0.0.")
     if every[0]._is_one(x):
         raise InvalidType(
-            f"x has shape {tuple(x.shape)}, which is one input, and a hit has a sample number. Pass all inputs of the data "
-            "set; if this is the only one, x[None]."
+            f"x has shape {tuple(x.shape)}, which is a single input. Pass all inputs of the data set, or x[None] if this is "
+            "the only one."
         )
     pieces: dict[int, Window] = {}
     for _, places in groupby(sorted(range(len(every)), key=lambda i: every[i].sample), lambda i: every[i].sample):
@@ -170,24 +171,24 @@ def by_channel(hit: Hit, window: Window) -> Tensor:
 
 
 def _checked(hits: Any) -> list[Hit]:
-    """Returns the hits as a list, if their windows are of one length."""
+    """Returns the hits as a list. Raises if their windows differ in length."""
     if isinstance(hits, Hit) or not isinstance(hits, Iterable):
         raise InvalidType(
-            f"hits is a {type(hits).__name__}. Pass what top returned, or a list of hits: windows([hit], x)."
+            f"hits is a {type(hits).__name__}. Pass the result of top, or a list of hits: windows([hit], x)."
         )
     every = list(hits)
     wrong = next((one for one in every if not isinstance(one, Hit)), None)
     if wrong is not None:
         raise InvalidType(
-            f"hits holds {brief(wrong)}, a {type(wrong).__name__}. Pass what top returned: windows(hits, x)."
+            f"hits holds {brief(wrong)}, which is a {type(wrong).__name__}. Pass the result of top: windows(hits, x)."
         )
     if not every:
-        raise InvalidValue("hits is empty, so there is no window to stack. Check it first, or lower top's threshold.")
+        raise InvalidValue("hits is empty. Check for that before windows(hits, x), or lower the threshold of top.")
     lengths = sorted({hit.stop - hit.start for hit in every})
     if len(lengths) > 1:
         raise InvalidValue(
-            f"the windows of these hits are {listed(map(str, lengths))} samples long, and a stack needs one length. Pass the "
-            f"hits of one layer, or of one length: windows([h for h in hits if h.stop - h.start == {lengths[-1]}], x)."
+            f"the windows of these hits differ in length: {listed(map(str, lengths))} samples. Pass the hits of one layer, "
+            f"or of one length: windows([h for h in hits if h.stop - h.start == {lengths[-1]}], x)."
         )
     return every
 
@@ -199,14 +200,14 @@ def _fitting(value: float, dtype: torch.dtype) -> float:
     whole = torch.tensor(float(value), dtype=torch.float64).to(dtype).item()
     if whole != value:
         raise InvalidValue(
-            f"padding_value={value!r} is not a value of the inputs' type, {dtype}. Pass one that is, or inputs of floating "
-            "point: x.float()."
+            f"padding_value={value!r} is not a value of the inputs' type {dtype}. Pass one of that type, or floating-point "
+            "inputs: x.float()."
         )
     return whole
 
 
 def _tensor(value: Any) -> Any:
-    """Returns an array as a tensor with its values; anything else as it is."""
+    """Converts an array to a tensor. Returns other values unchanged."""
     if not is_array(value):
         return value
     import numpy

@@ -1,4 +1,4 @@
-"""What joining tensors does to the time axis: element by element, piece after piece, and one axis against another."""
+"""Rules of the time axis for operations that join tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convtap._time.operation import Op
 
 
 def joined(marks: Sequence[Mark], what: str) -> Mark | None:
-    """Returns the mark of frames that are computed from the frames of several tensors at the same place."""
+    """Returns the mark of tensors that are combined element by element."""
     found: Mark | None = None
     for mark in marks:
         found = mark if found is None else _pair(found, mark, what)
@@ -30,9 +30,9 @@ def _pair(a: Mark, b: Mark, what: str) -> Mark:
         a, b = normal(collapsed(a, what)), normal(collapsed(b, what))
     places = [[(digit.dim, digit.size, digit.inner, digit.weight) for digit in mark.digits] for mark in (a, b)]
     if places[0] != places[1]:
-        return unknown(f"{what}: the time axes of its operands do not lie on each other")
+        return unknown(f"{what}: the time axes of its operands do not align")
     if a.first.slope != b.first.slope:
-        return unknown(f"{what}: its operands have {a.first.slope} and {b.first.slope} samples a frame")
+        return unknown(f"{what}: its operands have {a.first.slope} and {b.first.slope} samples per frame")
     return replace(
         a.with_reasons(b),
         digits=tuple(_surer(x, y) for x, y in zip(a.digits, b.digits, strict=True)),
@@ -43,12 +43,12 @@ def _pair(a: Mark, b: Mark, what: str) -> Mark:
 
 
 def _surer(a: Digit, b: Digit) -> Digit:
-    """The digit with the count that was less guessed."""
+    """Returns the digit whose count has fewer guesses."""
     return b if len(b.count.guesses()) < len(a.count.guesses()) else a
 
 
 def plain_axis(mark: Mark, shape: Sequence[int], what: str) -> Mark:
-    """Numbers the frames of an axis that repeats them, so that they compare with another operand's."""
+    """Renumbers an axis that repeats its frames, to compare it with another operand's."""
     digit = mark.digits[0] if len(mark.digits) == 1 else None
     if digit is None or digit.inner == 1:
         return mark
@@ -57,7 +57,10 @@ def plain_axis(mark: Mark, shape: Sequence[int], what: str) -> Mark:
 
 
 def longer(a: Mark, b: Mark) -> Mark:
-    """Adds a piece's clear frames: to those before, if they go on there, or instead of them, if they are more."""
+    """Returns ``a`` with the clear frames of ``b`` added.
+
+    If the two ranges do not touch, the longer one is kept.
+    """
     if a.clear[1] >= b.clear[0]:
         return replace(a, clear=(a.clear[0], max(a.clear[1], b.clear[1])))
     return a if a.clear[1] - a.clear[0] >= b.clear[1] - b.clear[0] else replace(a, clear=b.clear)
@@ -66,8 +69,8 @@ def longer(a: Mark, b: Mark) -> Mark:
 def stacked(marks: Sequence[Mark | None], dim: int, what: str) -> Mark | None:
     """Returns the mark of tensors stacked along a new axis ``dim``.
 
-    If their frames see different samples, the new axis counts frames too: stacking two of them and merging the axes is an
-    upsampling, whose even and odd frames come from one tensor each.
+    If their frames see different samples, the new axis counts frames too. Stacking two tensors and merging the axes is an
+    upsampling whose even frames come from one tensor and whose odd frames come from the other.
     """
     found = joined([mark for mark in marks if mark is not None], what)
     if found is None or found.unknown:
@@ -92,7 +95,10 @@ def stacked(marks: Sequence[Mark | None], dim: int, what: str) -> Mark | None:
 
 
 def _interleaved(lines: Sequence[Line | None], *, ahead: bool) -> Line:
-    """Returns t ↦ lines[t mod k](⌊t / k⌋). For what is constant, the next one that is not, or the one before."""
+    """Returns t ↦ lines[t mod k](⌊t / k⌋).
+
+    A constant (None) takes the next line (``ahead``), or the previous one.
+    """
     times = len(lines)
     known = [one for one in lines if one is not None]
     period = math.lcm(*(one.period for one in known))
@@ -111,7 +117,10 @@ def _interleaved(lines: Sequence[Line | None], *, ahead: bool) -> Line:
 
 
 def cat(op: Op) -> Mark | None:
-    """``cat(tensors, dim)``: along time, a constant piece counts as padding, and the others must continue each other."""
+    """The rule of ``cat(tensors, dim)``.
+
+    Along time, a constant piece counts as padding, and the others must continue each other.
+    """
     tensors = [tensor for tensor in op.args[0] if tensor.dim() > 1 or tensor.numel()]
     dim = int(op.arg(1, "dim", 0)) % tensors[0].dim()
     marks = [(mark := op.mark(tensor)) and plain_axis(mark, tensor.shape, op.what) for tensor in tensors]
@@ -140,8 +149,9 @@ class _Piece:
 
     Attributes:
         mark: its mark in the numbering of the whole; None for a constant.
-        count: its own frames for a number of samples.
-        offset: where it begins.
+        count: its number of frames for a number of samples.
+        size: its number of frames for the example.
+        offset: its first frame in the whole.
     """
 
     mark: Mark | None
@@ -151,7 +161,7 @@ class _Piece:
 
 
 def _placed(mark: Mark | None, dim: int, size: int, offset: int, total: int) -> _Piece:
-    """Puts a piece into the numbering of the whole."""
+    """Renumbers the frames of a piece as frames of the whole."""
     if mark is None:
         return _Piece(None, Count((Fixed(size),)), size, offset)
     count = mark.digits[0].count
@@ -160,7 +170,10 @@ def _placed(mark: Mark | None, dim: int, size: int, offset: int, total: int) -> 
 
 
 def _continued(pieces: Sequence[_Piece], what: str) -> Mark:
-    """The mark of pieces that continue each other; a short copy of frames of the longest one counts as padding."""
+    """Returns the mark of pieces that continue each other.
+
+    A short copy of frames of the longest piece counts as padding.
+    """
     known = [i for i, piece in enumerate(pieces) if piece.mark is not None]
     body = max(known, key=lambda i: pieces[i].size)
     whole = pieces[body].mark or Mark()
@@ -178,7 +191,7 @@ def _continued(pieces: Sequence[_Piece], what: str) -> Mark:
 
 
 def _copied_from(piece: _Piece, body: _Piece) -> int | None:
-    """From which frame of the longest piece on a piece copies, or None if it does not."""
+    """Returns the frame of the longest piece that a copy starts with, or None."""
     if piece.mark is None or body.mark is None:
         return None
     a, b = piece.mark.first.of(1, piece.offset), body.mark.first.of(1, body.offset)
@@ -194,7 +207,7 @@ def _copied_from(piece: _Piece, body: _Piece) -> int | None:
 
 
 def _count(pieces: Sequence[_Piece]) -> Count:
-    """How many frames the pieces make together."""
+    """Returns the number of frames of all pieces together."""
     known = [piece for piece in pieces if piece.mark is not None]
     if len(known) == 1:
         constant = sum(piece.size for piece in pieces if piece.mark is None)
@@ -204,7 +217,10 @@ def _count(pieces: Sequence[_Piece]) -> Count:
 
 
 def _tiled(counts: list[Count]) -> Count | None:
-    """The count of slices that together are all frames of one tensor, in order: that of the tensor. None for others."""
+    """Returns a tensor's count if the pieces are slices that make up the tensor.
+
+    Returns None for other pieces.
+    """
     before = counts[0].steps[:-1]
     at: int | None = 0
     frames = 0
@@ -222,18 +238,18 @@ def _tiled(counts: list[Count]) -> Count | None:
 
 # Note: [Frames against frames]
 # Assumption: a tensor has one time axis.
-# Failure: the scores of an attention have two, queries and keys. Which of them is summed away next decides on whose frames
-#   the result has, and a mask over the other one on what these see.
+# Failure: the scores of an attention have two, queries and keys. The next operation sums over one of them, so the result
+#   has the frames of the other one, and a mask decides what these see.
 # Choice: such a mark has a second one, ``across``. A rule looks at one of the two at a time, as if the other axis were not
-#   time, and the results are put together again.
+#   time, and the results are combined.
 
 
 def paired(a: Mark, b: Mark, what: str) -> Mark:
-    """Returns the mark of frames against frames, each on its own axis, or of what is left of them."""
+    """Returns the mark of a product of two tensors, whose time axes may differ."""
     if a.unknown or b.unknown:
         return a if a.unknown else b
     if a.across or b.across:
-        return unknown(f"{what}: frames against frames against frames")
+        return unknown(f"{what}: its result has frames on three axes")
     if not a.digits or not b.digits or a.dims == b.dims:
         return _pair(a, b, what)
     if a.dims < b.dims or b.dims < a.dims:
@@ -245,13 +261,13 @@ def paired(a: Mark, b: Mark, what: str) -> Mark:
 
 
 def halves(mark: Mark) -> tuple[Mark, Mark]:
-    """Returns the two axes of a mark of frames against frames, each as a mark of its own."""
+    """Returns the two axes of a mark of frames against frames, as two marks."""
     assert mark.across is not None
     return replace(mark, across=None), mark.across
 
 
 def each_axis(rule: Callable[[int], Mark | None], what: str) -> Mark | None:
-    """Runs a rule for the first axis and for the second one, and puts the results together."""
+    """Runs a rule for each of the two axes and combines the results."""
     first, second = rule(0), rule(1)
     if first is None or second is None:
         return second if first is None else first

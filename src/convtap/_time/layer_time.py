@@ -1,4 +1,4 @@
-"""The time axis of one layer's output: stride, receptive field, and from frames to input samples and back."""
+"""The time axis of one layer's output: stride, receptive field, spans and lengths."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from convtap._time.record import Record
 class LayerTime:
     """The time axis of one layer's output, in samples of the model's input.
 
-    Frame t sees the input samples ``first`` to ``stop - 1`` of ``span(t)``; the count goes on below 0 and past the end
-    where a frame sees padding (and the samples that fill it, if it reflects or goes round). Where a recurrence or
-    an attention has mixed the frames, ``receptive_field`` is infinite and ``span`` is the whole input, while
-    ``stride`` and ``centre`` still say where a frame has its place. If the time axis is unknown or gone, asking for any of
-    these raises ``Unsupported``.
+    Frame t sees the input samples ``first`` to ``stop - 1``, where ``first, stop = span(t)``. Numbers below 0 and past the
+    end are padding, also if samples of the signal fill it (reflect or circular padding). If a recurrence or an attention
+    has mixed the frames, ``receptive_field`` is infinite and ``span`` is the whole input, while ``stride`` and ``centre``
+    still locate a frame. If the time axis is unknown or was reduced, reading any of these raises ``Unsupported``.
 
     Attributes:
         name: the layer.
         key: its key in the timeline: the name, or ``name#1`` for one of several calls.
-        dim: which axis of the output is time, counted from the end (-1 for the last); None if there is none (any more).
-        path: which tensor of a structured output it is about, such as ``"[0]"``; empty if the output is a tensor.
-        frames: how many frames the example made, or None.
-        input_length: how many samples the example had.
-        whole: what makes every frame see the whole input, such as ``"lstm in 'encoder'"``.
-        statistics: what gave the frames a statistic over all of them, such as a GroupNorm's mean. It is not part of the
-            receptive field.
-        unknown: why nothing is known, or None.
-        notes: what holds for the example's length only.
+        dim: the axis of the output that is time, counted from the end (-1 for the last); None without a time axis.
+        path: the place of the tensor in a structured output, such as ``"[0]"``; empty if the output is a tensor.
+        frames: the number of frames for the example, or None.
+        input_length: the number of samples of the example.
+        whole: the operations that make every frame see the whole input, such as ``"lstm in 'encoder'"``.
+        statistics: the operations that use a statistic over all frames, such as a GroupNorm's mean. It does not count as
+            part of the receptive field.
+        unknown: why the time axis is unknown, or None.
+        notes: facts that hold for the example's length only.
     """
 
-    _place: int | None = None  # what pickles of version 0.1.0 lack
+    _place: int | None = None  # missing in pickles of version 0.1.0
 
     def __init__(self, record: Record, key: str, input_length: int, edges: Edges, place: int | None) -> None:
         mark = record.mark
@@ -71,12 +70,15 @@ class LayerTime:
 
     @property
     def stride(self) -> int | Fraction:
-        """Input samples from one frame to the next; a Fraction where a transposed convolution makes it one."""
+        """Input samples from one frame to the next (a Fraction after some upsampling)."""
         return _exact(self._step)
 
     @property
     def receptive_field(self) -> int | float:
-        """The most input samples that one frame sees, holes of a dilation included; ``math.inf`` for the whole input."""
+        """The largest number of input samples that one frame spans.
+
+        It includes the gaps of a dilation, and is ``math.inf`` for the whole input.
+        """
         self._known()
         if self.whole:
             return math.inf
@@ -85,25 +87,25 @@ class LayerTime:
 
     @property
     def start(self) -> int:
-        """The first input sample that frame 0 sees; negative in padding."""
+        """The first input sample that frame 0 sees; negative if it is padding."""
         return self.span(0)[0]
 
     @property
     def unpadded(self) -> range:
-        """The frames of the example that see no padding (of a segment's frames, if time is cut into segments)."""
+        """The frames of the example, or of a segment, that see no padding."""
         digit = self._known()
         first, stop = (-(-end // digit.weight) for end in self._mark.clear)
         return range(max(0, first), max(0, first, min(stop, digit.size)))
 
     @property
     def segments(self) -> int:
-        """How many segments the time axis is cut into where the layer runs (1 if it is not)."""
+        """The number of segments that the time axis is cut into (1 if it is not cut)."""
         return math.prod(digit.size for digit in self._mark.digits[:-1])
 
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns the input samples that frame t sees, as ``(first, stop)``, ``stop`` not included.
+        """Returns the input samples that frame t sees: ``first`` to ``stop - 1``.
 
         Raises:
             OutOfRange: t is negative.
@@ -115,10 +117,10 @@ class LayerTime:
         return self._mark.first(frame), self._mark.last(frame) + 1
 
     def centre(self, t: int) -> int | Fraction:
-        """Returns the place of frame t on the input's axis, in samples: evenly spaced by ``stride``.
+        """Returns the place of frame t on the input's axis, in samples.
 
-        It is the middle of ``span(t)``, and where a transposed convolution gives several frames one span, the middle on
-        average.
+        Places are ``stride`` apart. The place is the middle of ``span(t)``, or the middle on average if several frames have
+        the same span, as after a transposed convolution.
 
         Raises:
             OutOfRange: t is negative.
@@ -126,10 +128,10 @@ class LayerTime:
         return _exact(self._step * self._frame(t) + self._middle())
 
     def seconds(self, sample_rate: float) -> Tensor:
-        """Returns the place of every frame of the example in seconds, as a (T,) tensor of float64.
+        """Returns the place of each frame in seconds, as a (T,) float64 tensor.
 
         Args:
-            sample_rate: input samples a second.
+            sample_rate: input samples per second.
 
         Raises:
             InvalidValue: the rate is not positive.
@@ -138,7 +140,7 @@ class LayerTime:
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
             raise InvalidType(f"sample_rate is a {type(sample_rate).__name__}. Pass a number: seconds(16000).")
         if not (sample_rate > 0 and math.isfinite(sample_rate)):
-            raise InvalidValue(f"sample_rate={sample_rate!r} is no number of samples a second: seconds(16000).")
+            raise InvalidValue(f"sample_rate={sample_rate!r} is not positive. Pass samples per second: seconds(16000).")
         places = torch.arange(self._known().size, dtype=torch.float64) * step + float(self._middle())
         return places / sample_rate
 
@@ -147,7 +149,7 @@ class LayerTime:
         return self._mark.first.slope * self._known().weight
 
     def _middle(self) -> Fraction:
-        """The middle of frame 0, averaged over the frames until the spans repeat themselves."""
+        """Returns the middle of frame 0, averaged over the period of the spans."""
         first, last = self._mark.first, self._mark.last
         period = math.lcm(first.period, last.period)
         return sum((Fraction(first(t) + last(t), 2) - first.slope * t for t in range(period)), Fraction(0)) / period
@@ -156,39 +158,39 @@ class LayerTime:
         try:
             frame = operator.index(t)
         except TypeError:
-            raise InvalidType(f"a frame is an int, and {t!r} is a {type(t).__name__}.") from None
+            raise InvalidType(f"frame {t!r} is a {type(t).__name__}. Pass an int, counted from 0.") from None
         if frame < 0:
-            raise OutOfRange(f"there is no frame {frame}: frames are counted from 0.")
+            raise OutOfRange(f"frame {frame} does not exist. Pass an int, counted from 0.")
         return frame
 
     # -- lengths
 
     def valid_lengths(self, lengths: Any, length: int | None = None) -> Tensor:
-        """Returns how many frames inputs of these lengths make, as a (B,) tensor of int64.
+        """Returns the number of frames of inputs of these lengths, as a (B,) int64 tensor.
 
-        It is what the model makes of each input alone, by the operations' own formulas, so the lengths need not be the
-        example's. An input too short for the model makes 0.
+        It is the number of frames of each input alone, by the formulas of the operations, so the lengths may differ from
+        the example's. An input that is too short for the model has 0 frames.
 
         Args:
-            lengths: samples of each input, (B,).
-            length: the samples of the input they were padded to, if they are to be checked against it.
+            lengths: the number of samples of each input, (B,).
+            length: the number of samples that the inputs were padded to, to check the lengths against it.
 
         Raises:
             InvalidValue: a length is negative, or longer than ``length``.
-            Unsupported: the time axis is unknown or gone, or a number in the model moves with the length in a way that
-                was not found out.
+            Unsupported: the time axis is unknown or was reduced, or a number in the model depends on the length in an
+                unknown way.
         """
         digit = self._known()
         samples = whole_numbers(lengths, "lengths")
         if length is not None and any(one > length for one in samples):
             raise InvalidValue(
-                f"lengths holds {max(samples)}, and the input has {length} samples on its time axis. Lengths count samples "
-                "of the input, not frames."
+                f"lengths holds {max(samples)}, but the input has {length} samples on its time axis. Pass samples of the "
+                "input, not frames."
             )
         if self.segments > 1:
             raise Unsupported(
-                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so there is no one number of valid "
-                "frames for an input. Ask a layer before the time axis is cut."
+                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so its valid frames are not one "
+                "number. Ask a layer before the time axis is cut."
             )
         self._trusted(digit, samples)
         counts = {one: digit.count(one) for one in set(samples)}
@@ -198,8 +200,8 @@ class LayerTime:
         """Returns which frames are valid, as a (B, T) tensor of bool.
 
         Args:
-            lengths: samples of each input, (B,).
-            length: the samples of the input they were padded to; None for the longest of them.
+            lengths: the number of samples of each input, (B,).
+            length: the number of samples that the inputs were padded to; None for that of the longest input.
 
         Raises:
             InvalidValue, Unsupported: as ``valid_lengths``.
@@ -211,11 +213,11 @@ class LayerTime:
         return torch.arange(frames) < valid[:, None]
 
     def frames_of(self, length: int) -> int:
-        """Returns how many frames one input of so many samples makes; see ``valid_lengths``."""
+        """Returns the number of frames of one input. See ``valid_lengths``."""
         return int(self.valid_lengths([length])[0])
 
     def shape_of_one(self, length: int) -> tuple[int, ...]:
-        """Returns the shape of the output for one input of so many samples, without the batch axis.
+        """Returns the shape of the output for one input, without the batch axis.
 
         Raises:
             Unsupported: as ``valid_lengths``.
@@ -231,24 +233,24 @@ class LayerTime:
 
     @property
     def is_time_first(self) -> bool:
-        """Whether the time is axis 0, as in (T, B, C), so that axis 1 is the inputs."""
+        """Whether time is axis 0 and the batch is axis 1, as in (T, B, C)."""
         return self.dim is not None and len(self._shape) > 2 and self.dim == -len(self._shape)
 
     @property
     def row_dim(self) -> int | None:
-        """Which axis of one input's output is time, counted from the end; None if there is none."""
+        """The time axis of one input's output, counted from the end, or None."""
         return None if self.dim is None else self.dim + self.is_time_first
 
     def _trusted(self, digit: Digit, samples: list[int]) -> None:
-        """Raises if frame counts at other lengths than the example's rest on something that was not found out."""
+        """Raises if the number of frames is not known for these lengths."""
         others = [one for one in samples if one != self.input_length]
         doubts = [guess.what for guess in digit.count.guesses() if guess.is_open]
         if self._doubt is not None:
             doubts.append(self._doubt)
         if others and doubts:
             raise Unsupported(
-                f"how many frames of {self.key!r} an input of {others[0]} samples makes is not known: the model computes "
-                f"a number itself in {listed(dict.fromkeys(doubts), 3)}, and only {self.input_length} samples were seen. "
+                f"the number of frames of {self.key!r} for {others[0]} samples is not known: the model computes a number in "
+                f"{listed(dict.fromkeys(doubts), 3)}, and the timeline is of {self.input_length} samples. "
                 f"Make the timeline with an example of {others[0]} samples."
             )
 
@@ -268,7 +270,7 @@ class LayerTime:
 
 
 def cells_of(layer: LayerTime) -> tuple[Any, ...]:
-    """Returns a layer's stride, receptive field, start and frames, as a table shows them."""
+    """Returns a layer's stride, receptive field, start and frames for a table."""
     if layer.unknown is not None or layer._digit is None:
         return ("no time axis" if layer.unknown is None else "unknown", None, None, None)
     field = "whole input" if layer.whole else layer.receptive_field
@@ -277,7 +279,7 @@ def cells_of(layer: LayerTime) -> tuple[Any, ...]:
 
 
 def difference_of(layer: LayerTime, length: int, padded: int) -> Difference | None:
-    """Returns how the frames of ``length`` samples, padded to ``padded``, differ from those of the samples alone."""
+    """Returns how the frames of padded samples differ from those of the samples alone."""
     frames = None if layer._digit is None else layer._digit.count(length)
     if length >= padded or layer._place is None or frames == 0:
         return None

@@ -1,4 +1,4 @@
-"""Runs the passes that follow the time axis: the example's own, and others over other lengths if one is not enough."""
+"""Runs the passes that follow the time axis, over other lengths too if necessary."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
 
 # Note: [Numbers that the model computes]
-# Assumption: a pass shows the numbers that operations were given, and not where a model had them from.
+# Assumption: a pass shows the numbers that operations receive, and not where the model has them from.
 # Failure: ``x[..., :98]`` of 100 frames drops two frames, or keeps 98. The frames of another length depend on which.
-# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer and on one a
-#   third longer (on others, if it refuses these); what explains every pass is taken, and if nothing does, it is an error
-#   to ask for the frames of another length.
+# Choice: such a step is a Guess. If there is any, the model also runs on an input that is one sample longer and on one that
+#   is a third longer (on others, if it does not accept these). The step that explains every pass is chosen. If none does,
+#   asking for the frames of another length is an error.
 
-#: How many further passes are made at most.
+#: The maximum number of further passes.
 _ENOUGH = 8
 
 
 def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
-    """Follows the time axis of an example through a model, in as many passes as that takes; leaves the model as it was."""
+    """Follows the time axis of an example through a model, in one or more passes.
+
+    The model is unchanged afterwards.
+    """
     records, tree = _run(how, example)
     guesses = _guesses(records)
-    # where all frames were mixed, an axis may have come back that is not known to be time: another length tells
+    # after all frames were mixed, an axis may be time again, unknown to the marks; another length shows that
     mixed = any(record.mark.whole or not (record.mark.digits or record.mark.unknown) for record in records)
     if not mixed and not guesses:
         return records, tree
@@ -48,7 +51,7 @@ def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
             break
         try:
             others, _ = _run(how, _resized(example, how.path, how.axis, change))
-        except Exception:  # the model refuses this length, which is its right; what is open then stays open
+        except Exception:  # the model does not accept this length, so open guesses stay open
             continue
         passes.append((length + change, others))
         _compare(records, others, length, length + change)
@@ -69,7 +72,7 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     opened = object()
     try:
         compile_stance.enter(opened)
-        # In inference mode, operations are not taken apart into those that have rules.
+        # In inference mode, operations are not decomposed into those that have rules.
         with torch.inference_mode(False), looking(how.model):
             if any(isinstance(parameter, UninitializedParameter) for parameter in how.model.parameters()):
                 called(how.model, own_tensors(example), how.method)
@@ -86,14 +89,20 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
 
 
 def _changes(records: Sequence[Record], length: int) -> list[int]:
-    """By how many samples to change the input: one more, a third more, a frame more of each stride there is, and so on."""
+    """Returns by how many samples to change the input, in the order to try.
+
+    The first are one sample, a third of the length, and one frame of each stride.
+    """
     strides = {math.ceil(one.mark.first.slope) for one in records if one.mark.digits}
     hops = sorted(strides, reverse=True)[:4]
     return list(dict.fromkeys((1, length // 3 | 1, *hops, 2, 3, 5, 7, *(3 * hop for hop in hops[:1]), -1)))
 
 
 def _resized(example: Any, path: str, axis: int, change: int) -> Any:
-    """Returns an example with some samples more, or fewer; other tensors with an axis of that length go along."""
+    """Returns an example with more or fewer samples.
+
+    Other tensors with an axis of the same length are changed too.
+    """
     tensors = dict(walk_tensors(example))
     length = tensors[path].shape[axis]
     for other, tensor in tensors.items():
@@ -104,7 +113,7 @@ def _resized(example: Any, path: str, axis: int, change: int) -> Any:
 
 
 def _stretched(tensor: Tensor, axis: int, change: int) -> Tensor:
-    """Repeats the last sample, or leaves samples out."""
+    """Repeats the last sample, or removes samples."""
     size = tensor.shape[axis]
     index = torch.arange(size + change, device=tensor.device).clamp(max=size - 1)
     return tensor.index_select(axis, index)
@@ -114,7 +123,7 @@ def _with(value: Any, path: str, tensor: Tensor) -> Any:
     """Returns an example with the tensor at a path replaced."""
     found = with_part(value, path, tensor)
     if found is MISSING:
-        raise InvalidType(f"the example's signal lies in a {type(value).__name__}. Pass it in a tuple or a dict.")
+        raise InvalidType(f"the example's signal is in a {type(value).__name__}. Pass it in a tuple or a dict.")
     return found
 
 
@@ -126,7 +135,7 @@ def _counted(records: Sequence[Record]) -> list[Guess]:
 
 
 def _edge_guesses(records: Sequence[Record]) -> list[Guess]:
-    """The guesses on which only the edges rest: see Note: [Padded inputs]."""
+    """Returns the guesses that edges rest on. See Note: [Padded inputs]."""
     return Edges([record.mark.edge for record in records]).guesses()
 
 
@@ -139,7 +148,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 
 def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, length: int) -> None:
-    """Shows each guess, once, the same operation in another pass."""
+    """Settles each guess once, with the same operation in another pass."""
     pairs: list[tuple[list[Guess], list[Guess]]] = []
     if _names(records) == _names(others):
         pairs = [(_counted([one]), _counted([other])) for one, other in zip(records, others, strict=True)]
@@ -155,7 +164,7 @@ def _compare(records: Sequence[Record], others: Sequence[Record], samples: int, 
 
 
 def _doubted(one: Record, others: Sequence[tuple[int, Record]]) -> Record:
-    """Returns a run's record with what the same run over other lengths has against it."""
+    """Returns a run's record with the doubts that runs over other lengths raise."""
     mark, axis, place, doubt = one.mark, one.mark.unknown, None, None
     for samples, other in others:
         if not mark.unknown and not other.mark.unknown and _other_axes(one) != _other_axes(other):
@@ -166,7 +175,7 @@ def _doubted(one: Record, others: Sequence[tuple[int, Record]]) -> Record:
             continue
         seen = other.mark.digits[-1].size
         if mark.digits[-1].count(samples) != seen:
-            doubt = doubt or f"what comes before {one.name!r} ({samples} samples made {seen} frames)"
+            doubt = doubt or f"the operations before {one.name!r} ({samples} samples made {seen} frames)"
         if (mark.first, mark.last) != (other.mark.first, other.mark.last):
             place = place or f"the frames of {one.name!r} lie elsewhere for {samples} samples"
     fixed = mark.fixed if place is None else (*mark.fixed, place)
@@ -174,5 +183,5 @@ def _doubted(one: Record, others: Sequence[tuple[int, Record]]) -> Record:
 
 
 def _other_axes(record: Record) -> list[int]:
-    """The sizes of the axes of an output that are neither the batch nor time."""
+    """Returns the sizes of an output's axes that are neither the batch nor time."""
     return [size for dim, size in enumerate(record.shape) if dim and dim not in record.mark.dims]

@@ -1,4 +1,4 @@
-"""What is known of the time axis of one tensor: where it lies, and which input samples each of its frames reaches."""
+"""The mark of a tensor: where its time axis lies and which samples its frames see."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Mark:
     """The time axis of one tensor.
 
     Attributes:
-        digits: where time lies, slowest first; none if there is no time axis (any more).
+        digits: the axes that count frames, slowest first; empty without a time axis.
         first: the first input sample of frame t.
-        last: the last one.
+        last: the last input sample of frame t.
         clear: the frames that see no padding, from the first to the one after the last.
-        whole: what mixes all frames, such as an attention: the receptive field is the whole input then.
-        statistics: what gave every frame a statistic over all frames, such as a GroupNorm.
+        whole: the operations that mix all frames, such as an attention. The receptive field is then the whole input.
+        statistics: the operations that use a statistic over all frames, such as a GroupNorm.
         fixed: why the places of the frames hold for this input length only.
-        unknown: why nothing is known, or None.
-        edge: which frames of a padded input differ from those of the input alone; see Note: [Padded inputs].
+        unknown: why the time axis is unknown, or None.
+        edge: the first frame of a padded input that may differ from the input alone. See Note: [Padded inputs].
         across: the second time axis of a matrix of frames against frames, such as attention scores, or None.
         paired: whether it is one of the two axes of such a matrix.
-        zeroed: the edge of the mark when a mask set the padding to zero, and nothing has changed that since.
-        hides: what the weights along such an axis leave out: ``"later"`` frames, or the ``"padding"``; or None.
+        zeroed: the edge when a mask set the padding to zero, if no operation has changed that since; else None.
+        hides: the frames that the weights along such an axis hide: ``"later"`` ones, the ``"padding"``, or None.
     """
 
     digits: tuple[Digit, ...] = ()
@@ -47,7 +47,7 @@ class Mark:
 
     @property
     def dims(self) -> set[int]:
-        """The axes that time lies on."""
+        """The axes of the tensor that count frames."""
         return {digit.dim for digit in self.digits}
 
     @property
@@ -66,12 +66,12 @@ class Mark:
         return replace(self, digits=tuple(replace(digit, dim=where(digit.dim)) for digit in self.digits), across=across)
 
     def swapped(self, digit: Digit, *new: Digit) -> Mark:
-        """Returns the mark with one digit replaced by others, or left out."""
+        """Returns the mark with one digit replaced by others, or removed."""
         at = next(i for i, one in enumerate(self.digits) if one is digit)
         return replace(self, digits=(*self.digits[:at], *new, *self.digits[at + 1 :]))
 
     def with_reasons(self, other: Mark) -> Mark:
-        """Returns the mark with another's remarks added."""
+        """Returns the mark with the remarks of another one added."""
         return replace(
             self,
             whole=_union(self.whole, other.whole),
@@ -83,7 +83,10 @@ class Mark:
     # -- what the frames see
 
     def seeing(self, first: Floor, last: Floor) -> Mark:
-        """Returns the mark of frames t that see frames ⌊first(t)⌋ to ⌊last(t)⌋, each (times·t + plus) / over."""
+        """Returns the mark of frames t that see frames ⌊first(t)⌋ to ⌊last(t)⌋.
+
+        Both are (times·t + plus) / over.
+        """
         # the first t whose window begins at a clear frame, and the first whose window ends past them
         low = -((first[1] - self.clear[0] * first[2]) // first[0])
         high = -((last[1] - self.clear[1] * last[2]) // last[0])
@@ -91,18 +94,18 @@ class Mark:
         return replace(self, first=self.first.of(*first), last=self.last.of(*last), clear=(low, high), edge=edge)
 
     def spread(self, before: int, after: int) -> Mark:
-        """Returns the mark of frames that each reach from ``before`` frames earlier to ``after`` later."""
+        """Returns the mark of frames t that see frames t - ``before`` to t + ``after``."""
         return self.seeing((1, -before, 1), (1, after, 1))
 
     def within(self, frames: int) -> Mark:
-        """Returns the mark of a tensor that has frames 0 to ``frames`` - 1, and so no others to see."""
+        """Returns the mark of a tensor that has only the frames 0 to ``frames`` - 1."""
         low, high = max(0, self.clear[0]), min(frames, self.clear[1])
         return replace(self, clear=(low, max(low, high)))
 
     def mixes(self, what: str, dims: Sequence[int] | None = None, *, sums: bool = False) -> Mark:
-        """Returns the mark with an edge at the first frame: the operation ``what`` mixes the frames on some axes.
+        """Returns the mark after the operation ``what`` has mixed the frames on some axes.
 
-        A sum (``sums=True``) gets nothing of padding that was set to zero.
+        Its edge is the first frame. A sum (``sums=True``) does not depend on padding that was set to zero.
         """
         edge = self.edge
         if edge is None or self.hides == "later":
@@ -115,7 +118,10 @@ class Mark:
         return replace(self, edge=Edge(Mixed(what), edge))
 
     def looks(self, dim: int, what: str, *, zeros: bool = False) -> Mark:
-        """Returns the mark for an operation that may look past the last frame of an axis, where alone there are zeros."""
+        """Returns the mark after an operation that may look past an axis's last frame.
+
+        With ``zeros``, the operation's own padding is zeros.
+        """
         digit = self.on(dim)
         if self.edge is None or digit is None:
             return self
@@ -124,7 +130,7 @@ class Mark:
 
 
 def unknown(why: str) -> Mark:
-    """Returns the mark of a tensor that depends on the input in a way that is not followed."""
+    """Returns the mark of a tensor that depends on the input in an unknown way."""
     return Mark(unknown=why)
 
 
@@ -133,7 +139,10 @@ def _union(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def normal(mark: Mark) -> Mark:
-    """Writes a mark on one axis so that positions are frames, which makes equal marks compare equal."""
+    """Renumbers the frames of a mark on one axis, so that equal marks compare equal.
+
+    Positions on the axis are then frames.
+    """
     if len(mark.digits) != 1 or mark.digits[0].weight == 1:
         return mark
     (digit,) = mark.digits
@@ -142,7 +151,7 @@ def normal(mark: Mark) -> Mark:
 
 
 def as_axis(mark: Mark, dim: int, size: int, what: str) -> Mark:
-    """Returns the mark with an axis of that size counting frames and nothing else, or an unknown one if it does not.
+    """Returns the mark with an axis that counts only frames, or an unknown mark.
 
     An axis that holds each frame several times over (a repetition, or a sub-pixel shuffle) has finer frames.
     """
@@ -156,12 +165,12 @@ def as_axis(mark: Mark, dim: int, size: int, what: str) -> Mark:
     return resampled(whole, dim, (1, 0, times), (1, 0, times), size, Affine(times, 0, 1))
 
 
-#: Over how many frames a hull is computed one by one.
+#: The maximum number of frames whose hull is computed one by one.
 _MOST = 256
 
 
 def hull(mark: Mark, places: Sequence[int]) -> Mark:
-    """Returns the mark of frames t that each see the frames t + ``places``, given in order."""
+    """Returns the mark of frames t that see the frames t + ``places``, in order."""
     wide = mark.spread(-places[0], places[-1])
     if len(places) == 1 or mark.grows:
         return wide
@@ -186,7 +195,10 @@ def windowed(
     what: str = "same padding",
     zeros: bool = False,
 ) -> Mark:
-    """Returns the mark after a window slides over an axis: frame x sees x·stride - before + dilation·(0, …, taps - 1)."""
+    """Returns the mark after a window has slid over an axis.
+
+    Frame x sees x·stride - before + dilation·(0, …, taps - 1).
+    """
     mark = mark.looks(dim, what, zeros=zeros)
     digit = mark.on(dim)
     assert digit is not None
@@ -198,13 +210,16 @@ def windowed(
     found = normal(moved.swapped(digit, new))
     if len(mark.digits) == 1:
         return found.within(size)
-    # of segments that are padded each, no frame is known to see no padding
+    # if each segment is padded, every frame may see padding
     inside = before <= 0 and (size - 1) * stride - before + dilation * (taps - 1) < digit.size
     return found if inside else replace(found, clear=(0, 0))
 
 
 def resampled(mark: Mark, dim: int, first: Floor, last: Floor, size: int, step: Any) -> Mark:
-    """Returns the mark after an axis is resampled: frame x sees frames ⌊first(x)⌋ to ⌊last(x)⌋."""
+    """Returns the mark after an axis was resampled.
+
+    Frame x sees frames ⌊first(x)⌋ to ⌊last(x)⌋.
+    """
     mark = normal(mark)
     digit = mark.on(dim)
     if digit is None or len(mark.digits) > 1:
@@ -216,10 +231,10 @@ def resampled(mark: Mark, dim: int, first: Floor, last: Floor, size: int, step: 
 
 
 def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: bool = False) -> Mark:
-    """Returns the mark after axes were reduced, the axes themselves kept.
+    """Returns the mark after a reduction over axes that keeps the axes.
 
-    If time is left on other axes, each frame sees the frames that were reduced into it. If none is left, the result sees
-    the whole input: as a statistic (``mixes=False``), or as something that mixes frames; ``sums`` says that it is a sum.
+    If other axes still count frames, each frame sees the frames that were reduced into it. If none does, the result sees
+    the whole input, as a statistic (``mixes=False``) or as a mix of frames. ``sums`` says that it is a sum.
     """
     gone = [digit for digit in mark.digits if digit.dim in dims]
     left = tuple(digit for digit in mark.digits if digit.dim not in dims)
@@ -231,7 +246,7 @@ def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: boo
         return replace(found, digits=(), paired=False, hides=None)
     places = [0]
     for digit in gone:
-        # the last position is enough where spans grow with the frames
+        # the last position is enough if spans grow with the frames
         ends = (0, digit.size - 1) if mark.grows else range(digit.size)
         places = sorted({at + i * digit.weight for at in places for i in ends})
     found = hull(mark, places)
@@ -239,7 +254,10 @@ def reduced(mark: Mark, dims: Sequence[int], why: str, *, mixes: bool, sums: boo
 
 
 def collapsed(mark: Mark, what: str) -> Mark:
-    """Returns the mark with stacked tensors seen as one whose frames see what any of them sees."""
+    """Returns the mark with stacked tensors merged into one.
+
+    Its frames see the samples that a frame of any of them sees.
+    """
     dims = [digit.dim for digit in mark.digits if digit.stacked]
     return reduced(mark, dims, what, mixes=False) if dims and len(dims) < len(mark.digits) else mark
 

@@ -1,4 +1,4 @@
-"""The two modes through which a pass is followed, and how the calls that they see are read."""
+"""The function mode and the dispatch mode that follow a pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[Any, Any, dict[str, Any]], Any]
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands every low-level operation to a function that runs it."""
+    """Passes every low-level operation to a function, which runs it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -31,7 +31,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Functions(TorchFunctionMode):
-    """Hands every call of a torch function to a function that runs it."""
+    """Passes every call of a torch function to a function, which runs it."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -42,7 +42,10 @@ class Functions(TorchFunctionMode):
 
 
 def is_composite(func: Any) -> bool:
-    """Whether an operation is made of others, which is how it is followed if it has no rule of its own."""
+    """Returns whether an operation is composed of others.
+
+    It is then followed through these, if it does not have a rule of its own.
+    """
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
@@ -57,19 +60,22 @@ def written(schema: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def is_view(schema: Any) -> bool:
-    """Whether an operation returns a view of an argument."""
+    """Returns whether an operation returns a view of an argument."""
     return any(result.alias_info is not None for result in schema.returns)
 
 
 def quantized_arguments(module: nnq.Conv1d, value: Tensor) -> tuple[Any, ...]:
-    """Returns the arguments of the plain convolution that a quantized one stands for; of the weight only the shape."""
+    """Returns the arguments of the plain convolution that a quantized one represents.
+
+    Its weight has a shape and no values.
+    """
     weight = torch.empty(module.out_channels, 1, *module.kernel_size, device="meta")
     padding = (0,) if module.padding_mode != "zeros" else module.padding
     return (value, weight, None, module.stride, padding, module.dilation, False, (0,), 1)
 
 
 def whole_slices(tensor: Tensor, index: Any) -> list[tuple[int, int]]:
-    """Returns the axes that an index such as ``[..., :n]`` takes all of, n being all there is or more; with each its n."""
+    """Returns the axes that an index such as ``[..., :n]`` takes whole, with each n."""
     parts = index if isinstance(index, tuple) else (index,)
     if not all(part is ... or isinstance(part, slice) for part in parts):
         return []

@@ -1,4 +1,4 @@
-"""What is known of the tensors of a pass, shared between a tensor and its views."""
+"""The marks of the tensors of a pass, shared between a tensor and its views."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from convtap._time.views import COVERING, MANY, base_after, pieces
 
 
 class Node:
-    """What is known of one tensor. A view asks its base, so that a write through either is seen by both."""
+    """The mark of one tensor.
+
+    A view asks its base, so that both see a write through either of them.
+    """
 
     __slots__ = ("_mark", "_op", "_parent")
 
@@ -42,25 +45,25 @@ class Node:
 
 
 class Nodes:
-    """The tensors of a pass of which something is known, for as long as they live."""
+    """The marks of the tensors of a pass, as long as these live."""
 
     def __init__(self) -> None:
         self._nodes: Any = WeakTensorKeyDictionary()
 
     def mark(self, value: Any) -> Mark | None:
-        """Returns what is known of a tensor; None if it does not depend on the input."""
+        """Returns the mark of a tensor, or None if it does not depend on the input."""
         node = self._nodes.get(value) if isinstance(value, Tensor) else None
         return None if node is None else node.get()
 
     def touches(self, values: Any) -> bool:
-        """Whether any of the values depends on the input, those in lists included."""
+        """Returns whether any value, or one in a list, depends on the input."""
         return any(
             self.touches(value) if isinstance(value, (list, tuple)) else self.mark(value) is not None
             for value in values
         )
 
     def set(self, tensor: Tensor, mark: Mark | None) -> None:
-        """Notes what is known of a new tensor."""
+        """Sets the mark of a new tensor."""
         self._nodes[tensor] = Node(mark)
 
     def write(self, tensor: Tensor, mark: Mark | None) -> None:
@@ -70,7 +73,7 @@ class Nodes:
             node.put(mark)
 
     def view(self, op: Op, base: Tensor) -> None:
-        """Notes that the result of an operation, a tensor or several, is a view of another tensor."""
+        """Notes that the results of an operation are views of another tensor."""
         parent = self._node(base)
         for one in pieces(op) if op.name in MANY else [op]:
             self._nodes[one.out] = Node(parent=parent, op=replace(one, out=Shape(one.out)))

@@ -1,4 +1,4 @@
-"""One operation of a pass, as the rules of the time axis see it: its arguments, its result, and what is known of them."""
+"""One operation of a pass, as the rules of the time axis see it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from convtap._time.mark import Mark, unknown
 
 
 class Shape:
-    """Stands for a tensor where only its shape matters, and keeps none of its memory."""
+    """The shape and strides of a tensor, without its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
@@ -33,18 +33,18 @@ class Op:
     """One operation that ran.
 
     Attributes:
-        func: what ran.
-        name: its name without overload and without the mark of an in-place form: ``add``.
+        func: the function or operation.
+        name: its name, such as ``add``, without the overload and without the underscore of an in-place form.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        out: its result; of an in-place form, the tensor that it wrote.
+        out: its result. For an in-place form, the tensor that it wrote.
         module: the module in whose forward it ran.
-        mark: returns what is known of a tensor; None if it does not depend on the input, or is no tensor.
-        time_dim: which axis of the model's input is time, until a convolution has run over it; None afterwards.
-        settled: whether its numbers are those of a layer, and so do not depend on the input's length.
+        mark: returns the mark of a tensor. Returns None if the tensor does not depend on the input, and for other objects.
+        time_dim: the axis of the model's input that is time, until a convolution has run over it; None afterwards.
+        settled: whether its numbers are settings of a layer, which do not depend on the input's length.
         trains: whether the module was in train mode before the pass.
         partner: the other time axis, if the rule looks at one axis of frames against frames.
-        label: what to call it in a remark, if not by its name.
+        label: its name in remarks, if that differs from ``name``.
     """
 
     func: Any
@@ -62,7 +62,7 @@ class Op:
 
     @property
     def what(self) -> str:
-        """Names the operation in a remark: ``roll in 'encoder.shift'``."""
+        """The operation in a remark, such as ``roll in 'encoder.shift'``."""
         name = self.label or self.name
         return f"{name} in {self.module!r}" if self.module else name
 
@@ -71,11 +71,11 @@ class Op:
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def flags(self, start: int) -> list[bool]:
-        """Returns the positional arguments from ``start`` on that are True or False, in order."""
+        """Returns the positional arguments from ``start`` on that are bools, in order."""
         return [value for value in self.args[start:] if isinstance(value, bool)]
 
     def tensors(self) -> list[Any]:
-        """Returns the tensors among the arguments, those in lists included."""
+        """Returns the tensors among the arguments, including those in lists."""
         values = (*self.args, *self.kwargs.values())
         found = (one for value in values for one in (value if isinstance(value, (list, tuple)) else [value]))
         return [one for one in found if hasattr(one, "dim")]  # a tensor, or the shape of one
@@ -95,19 +95,22 @@ class Op:
         return int(self.arg(position, "dim", default)) % max(1, self.rank)
 
     def dims(self, value: Any) -> list[int]:
-        """Reads an argument that names axes of the first tensor: an int, several, or None for all."""
+        """Reads an argument that names axes: an int, several ints, or None for all."""
         if value is None or (isinstance(value, (list, tuple)) and not value):
             return list(range(self.rank))
         several = value if isinstance(value, (list, tuple)) else [value]
         return [int(dim) % max(1, self.rank) for dim in several]
 
 
-#: Returns what is known of an operation's result; None if it does not depend on the input.
+#: Returns the mark of an operation's result, or None if it does not depend on the input.
 Rule = Callable[[Op], "Mark | None"]
 
 
 def of_input(rule: Callable[[Op, Mark], Mark]) -> Rule:
-    """Makes a rule of a function of an operation and the mark of its first argument, if that has a time axis."""
+    """Makes a rule from a function of an operation and its first argument's mark.
+
+    The function is called only if that mark has a time axis.
+    """
 
     def guarded(op: Op) -> Mark | None:
         mark = op.mark(op.args[0])
@@ -117,7 +120,10 @@ def of_input(rule: Callable[[Op, Mark], Mark]) -> Rule:
 
 
 def not_along(position: int, default: Any, why: str) -> Callable[[Op, Mark], Mark]:
-    """Makes a rule for what is followed along other axes than time only; the axes are the argument at ``position``."""
+    """Makes a rule for an operation that is followed only along axes other than time.
+
+    The argument at ``position`` names the axes.
+    """
 
     def followed(op: Op, mark: Mark) -> Mark:
         along = mark.dims.intersection(op.dims(op.arg(position, "dim", default)))

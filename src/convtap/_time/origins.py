@@ -1,4 +1,4 @@
-"""Where tensors come from that do not depend on the signal: another input, or Python and NumPy in between."""
+"""Tracks tensors that come from other inputs, or from outside of torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from convtap._errors import listed
 from convtap._time.signal import argument_of
 
-#: Functions with which values leave torch: what is made of them comes back as a tensor that nothing is known of.
+#: Functions through which values leave torch. Tensors that are made from such values have an unknown origin.
 LEAVES = {"numpy", "__array__", "tolist", "__dlpack__", "to_dlpack"}
 
 
 class Origins:
-    """Follows the inputs that are not the signal, and notices tensors that come from outside of torch.
+    """Tracks the inputs other than the signal, and tensors from outside of torch.
 
     Attributes:
         left: the first operation through which values of the signal left torch, such as ``"numpy in 'mel'"``, or None.
@@ -45,22 +45,25 @@ class Origins:
             self._from[tensor] = found | self._from.get(tensor, frozenset())
 
     def instead_of(self, signal: str, tensor: Tensor) -> str | None:
-        """Says which inputs a tensor depends on that does not depend on the signal; None if it depends on none."""
+        """Describes what a tensor depends on instead of the signal, or returns None."""
         signal = argument_of(signal) or "0"
         inputs = sorted(name for name in self._from.get(tensor, ()) if name != signal)
         if not inputs and (self.left or self.numbers):
             out = self.left or self.numbers[0]
-            return f"values of the signal left torch by {out}, and its input may have been made of them"
+            return f"values of the signal left torch in {out}, and its input may have been computed from them"
         if not inputs:
             return None
         first = int(inputs[0]) if inputs[0].isdigit() else inputs[0]
         return (
-            f"it does not depend on the signal {signal!r}, but on the input {listed(map(repr, inputs), 3)}: follow that "
-            f"with timeline(model, example, signal={first!r}), and capture the layers of one input at a time"
+            f"it does not depend on the signal {signal!r}, but on the input {listed(map(repr, inputs), 3)}. Follow that "
+            f"input with timeline(model, example, signal={first!r}), and capture the layers of one input at a time"
         )
 
     def strangers(self, *given: Any) -> list[Tensor]:
-        """Returns those tensors that no operation of the pass made and the model does not hold, if values left torch."""
+        """Returns the tensors of unknown origin, if values of the signal have left torch.
+
+        The model does not hold such a tensor, and no operation of the pass made it.
+        """
         if self.left is None:
             return []
         return [tensor for value in given for tensor in _tensors(value) if tensor.dim() and tensor not in self._from]
@@ -72,7 +75,10 @@ class Origins:
 
 
 def _tensors(value: Any, depth: int = 8) -> Iterable[Tensor]:
-    """Yields the tensors of nested lists, tuples and dicts, to a depth (a list may hold itself)."""
+    """Yields the tensors of nested lists, tuples and dicts, down to a depth.
+
+    The depth is limited because a list may hold itself.
+    """
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)) and depth:

@@ -1,4 +1,7 @@
-"""Cuts the rows of a padded batch to their valid frames, and finds which of these are not those of the input alone."""
+"""Cuts the outputs of padded batches to their valid frames.
+
+It also finds the valid frames that differ from those of each input alone.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from convtap._tensors.layout import axes_of
 from convtap._time.edge import Difference
 from convtap._time.layer_time import LayerTime, difference_of
 
-#: What to write instead, at the end of every message.
+#: The fix at the end of every message.
 REMEDY = "Run the inputs in batches of equal length, or one at a time (batch size 1), for the values that each input has alone."
 
 
 class Differences:
-    """What was found about the layers of padded batches: by layer, the worst of it."""
+    """The greatest difference of each layer in padded batches."""
 
     def __init__(self) -> None:
         self.found: dict[str, Difference] = {}
 
     def add(self, name: str, difference: Difference | None) -> None:
-        """Notes what was found for one input."""
+        """Adds the difference for one input, or None."""
         before = self.found.get(name)
         if difference is None or (before is not None and before.last is None):
             return
@@ -32,7 +35,7 @@ class Differences:
             self.found[name] = difference
 
     def described(self) -> dict[str, str]:
-        """Returns a text for each layer: ``same padding: the last 3 frames``, or ``group_norm in 'norm': every frame``."""
+        """Returns a text for each layer, such as ``same padding: the last 3 frames``."""
         return {name: _described(one) for name, one in self.found.items()}
 
 
@@ -44,7 +47,7 @@ def _described(difference: Difference) -> str:
 
 
 def warn(layers: Mapping[str, str]) -> None:
-    """Warns once of all layers, if there are any, with the cause of each and what to write."""
+    """Issues one warning about all layers, with the causes and the fix."""
     if not layers:
         return
     by_cause: dict[str, list[str]] = {}
@@ -52,19 +55,19 @@ def warn(layers: Mapping[str, str]) -> None:
         by_cause.setdefault(cause, []).append(name)
     causes = listed((f"{cause} of {listed(map(repr, names), 3)}" for cause, names in by_cause.items()), 4)
     text = (
-        f"the frames of {plural(len(layers), 'layer')} in padded batches are not those of each input alone, though cut to "
-        f"its length. They differ by {causes}. {REMEDY}"
+        f"the valid frames of {plural(len(layers), 'layer')} in padded batches differ from those of each input alone "
+        f"({causes}). {REMEDY}"
     )
     warn_user(text)
 
 
 class Cutter:
-    """Cuts the outputs of the inputs of a capture to their valid frames, and collects how they differ.
+    """Cuts outputs to their valid frames and collects how these differ.
 
     Args:
         runs: by layer, the time axis of each of its runs.
         names: the layers, for a message.
-        time_dim: which axis of a pass's first input is time; None if the signal is another input.
+        time_dim: the time axis of a pass's first input; None if the signal is another input.
     """
 
     def __init__(self, runs: Mapping[str, Sequence[LayerTime]], names: Iterable[str], time_dim: int | None) -> None:
@@ -74,10 +77,10 @@ class Cutter:
         self._differences = Differences()
 
     def of(self, lengths: Sequence[int], shape: tuple[int, ...] | None) -> Cut:
-        """Returns what cuts one input's output to its valid frames, for the inputs of one pass.
+        """Returns a function that cuts the output of one of a pass's inputs.
 
         Args:
-            lengths: the samples of each input.
+            lengths: the number of samples of each input.
             shape: the shape of the pass's first input.
         """
         given = self._samples_of(shape)
@@ -95,51 +98,51 @@ class Cutter:
         return cut
 
     def _samples_of(self, shape: tuple[int, ...] | None) -> int | None:
-        """How many samples the inputs of a pass were padded to; None if the signal is not what the shape is of."""
+        """Returns the samples that inputs were padded to, or None if unknown."""
         if self._time_dim is None:
             return None
         if shape is None or len(shape) < -self._time_dim:
             raise InvalidValue(
-                f"the timeline's input has its time on axis {self._time_dim}, and the model was given shape {shape}. Make the "
-                "timeline with an example like the inputs."
+                f"the input has shape {shape}, but the timeline's input has time on axis {self._time_dim}. Make the timeline "
+                "with an example like the inputs."
             )
         return int(shape[self._time_dim])
 
     def _layer_of(self, call: Call) -> LayerTime:
-        """The run of a layer that a call is, in every pass anew."""
+        """Returns the time axis of the run that a call is, counted anew in each pass."""
         runs = self._runs.get(call.layer)
         if runs is None:
             raise InvalidValue(
-                f"the timeline has no layer {call.layer!r}; it has {listed(self._names)}. It is of another model: take "
-                "timeline(model, example) of the model that ran."
+                f"the timeline has no layer {call.layer!r}, only {listed(self._names)}. Make it from the model that ran: "
+                "timeline(model, example)."
             )
         return runs[call.index % len(runs)]
 
     def warn(self) -> None:
-        """Warns of what was found, once."""
+        """Issues one warning about the differences."""
         warn(self._differences.described())
 
 
 def _checked(layer: LayerTime, call: Call, path: str, tensor: Tensor, padded: int) -> int:
-    """Returns which axis of one input's output is time, if the output has the shape that the timeline says."""
+    """Returns the time axis of one input's output. Raises if its shape is another one."""
     assert layer.row_dim is not None
     if layer.is_time_first and axes_of(call.shape, layout_of(call, path)).batch == 0:
         raise Unsupported(
             f"{call.key!r} has the shape {tuple(call.shape)} with time on axis 0, so axis 0 is not the inputs. Read "
-            f"it whole with acts[{call.key!r}], or leave it out of the selection."
+            f"it whole with acts[{call.key!r}], or do not select it."
         )
     expected = layer.shape_of_one(padded)
     if tuple(tensor.shape) != expected:
         raise InvalidValue(
-            f"{call.key!r} has shape {tuple(tensor.shape)} for one input of {padded} samples, and by the timeline "
-            f"it has {expected}. The timeline is of another model, or the output was reduced: take "
-            "timeline(model, example) of the model that ran, and reduce after samples."
+            f"{call.key!r} has shape {tuple(tensor.shape)} for one input of {padded} samples, but by the timeline "
+            f"it has {expected}. Make the timeline from the model that ran, timeline(model, example), and apply reduce after "
+            "samples, not in the capture."
         )
     return layer.row_dim
 
 
 def _padded(layer: LayerTime, tensor: Tensor, least: int) -> int:
-    """How many samples an input was padded to that the shape of the first input does not show: as the frames say."""
+    """Returns the samples that an input was padded to, as its number of frames shows."""
     padded = least
     if layer.row_dim is not None and layer.unknown is None:
         while layer.frames_of(padded) < tensor.shape[layer.row_dim]:

@@ -1,4 +1,4 @@
-"""What products do to the time axis: matrices, attention, softmax, recurrence; and what a mask hides from a frame."""
+"""Rules of the time axis for products, attention, softmax and recurrence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ AHEAD = {"addmm": 1, "baddbmm": 1, "addmv": 1, "addbmm": 1, "_addmm_activation":
 
 
 def product(op: Op) -> Mark | None:
-    """``mm``, ``bmm``, ``addmm``, ``mv``, …: the last axis of the first factor is summed with one of the second."""
+    """The rule of ``mm``, ``bmm``, ``addmm``, ``mv``, ….
+
+    They sum over the last axis of the first factor and an axis of the second.
+    """
     ahead = AHEAD.get(op.name, 0)
     a, b = op.args[ahead], op.args[ahead + 1]
     factors = [(op.mark(a), a.dim() - 1), (op.mark(b), max(0, b.dim() - 2))]
@@ -37,7 +40,7 @@ def _summed(mark: Mark, dim: int, hides: str | None, what: str) -> Mark:
 
 
 def linear(op: Op) -> Mark | None:
-    """``linear(input, weight, bias)``: over the last axis."""
+    """The rule of ``linear(input, weight, bias)``, which sums over the last axis."""
     mark = op.mark(op.args[0])
     if op.mark(op.args[1]) is not None:
         return unknown(f"{op.what}: its weight depends on the input")
@@ -45,7 +48,7 @@ def linear(op: Op) -> Mark | None:
 
 
 def attention(op: Op) -> Mark | None:
-    """Scaled dot-product attention: ``(query, key, value, …)``, time on the last axis but one."""
+    """The rule of scaled dot-product attention, with time on the second to last axis."""
     query, key, value = (op.mark(tensor) for tensor in op.args[:3])
     broken = next((mark for mark in (query, key, value) if mark is not None and mark.unknown), None)
     if broken is not None:
@@ -65,14 +68,16 @@ def attention(op: Op) -> Mark | None:
     return None if found is None else replace(found, paired=False, hides=None)
 
 
-#: A score that is added to, or set, so that a softmax makes nothing of it: minus infinity, or what models write for it.
+#: Scores up to this value count as masked, since a softmax makes them 0: minus infinity, or a number that stands for it.
 _BLOCKED = -9e3
 
 
 def _hidden_by_mask(op: Op) -> str | None:
-    """What the arguments of an attention hide from each frame: ``"later"`` frames, the ``"padding"``, or nothing."""
+    """Returns the frames that an attention hides: ``"later"``, ``"padding"`` or None."""
     flags = op.flags(3)
-    place = 1 if "efficient" in op.name or "cudnn" in op.name else 0  # these say first whether to compute a logarithm
+    place = (
+        1 if "efficient" in op.name or "cudnn" in op.name else 0
+    )  # their first flag says whether to compute a logarithm
     causal = bool(op.kwargs.get("is_causal", flags[place] if len(flags) > place else False))
     if causal:
         return "later"
@@ -84,7 +89,12 @@ def _hidden_by_mask(op: Op) -> str | None:
 
 
 def hidden(blocked: Tensor, *, square: bool) -> str | None:
-    """Reads what is blocked, (…, queries, keys): all ``"later"`` keys, the last keys of a row as ``"padding"``, or nothing."""
+    """Returns the keys that a mask hides: ``"later"`` ones, the ``"padding"`` or None.
+
+    Args:
+        blocked: the mask, (…, queries, keys).
+        square: whether queries and keys are the same frames.
+    """
     queries, keys = int(blocked.shape[-2]), int(blocked.shape[-1])
     if square and queries == keys > 1:
         later = torch.ones(queries, keys, dtype=torch.bool, device=blocked.device).triu(1)
@@ -95,7 +105,7 @@ def hidden(blocked: Tensor, *, square: bool) -> str | None:
 
 
 def recurrence(op: Op, mark: Mark) -> Mark:
-    """``lstm``, ``gru``, ``rnn_tanh``: every frame after every other; features change, time stays where it is."""
+    """The rule of ``lstm``, ``gru`` and ``rnn_tanh``, which run frame by frame."""
     flags = op.flags(2)
     if len(flags) != 4:
         return unknown(f"{op.what}: a packed sequence")
@@ -109,7 +119,7 @@ def recurrence(op: Op, mark: Mark) -> Mark:
 
 
 def softmax(op: Op, mark: Mark) -> Mark:
-    """Softmax and the like: each value is scaled by the values that share the axis with it."""
+    """The rule of softmax, which scales each value by the others on its axis."""
     dims = op.dims(op.arg(1, "dim"))
     if not mark.dims.intersection(dims):
         return mark

@@ -1,4 +1,4 @@
-"""A pass that follows the time axis, and the runs of layers that it notes."""
+"""The settings of a pass that follows the time axis, and its records of layers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from convtap._time.mark import Mark
 
 @dataclass(frozen=True)
 class Pass:
-    """What is run, and what is followed in it.
+    """The settings of a pass.
 
     Attributes:
         model: the model.
-        path: where in an example the signal is.
+        path: the place of the signal in an example.
         axis: the axis of the signal that is time.
         method: the method that is called instead of the model itself, or None.
         zeros: whether the signal is known to be padded with zeros.
-        every: ``"output"`` or ``"input"`` to record every tensor that modules return, or accept; None for the first one
-            that they return.
+        every: ``"output"`` to record every tensor that modules return, ``"input"`` to record every tensor that they take,
+            or None for the first tensor that they return.
     """
 
     model: nn.Module
@@ -39,10 +39,10 @@ class Record:
         name: the layer.
         kind: the class of the module, or ``"function"``.
         is_layer: whether it is a convolution, and so has a line in the table.
-        mark: what is known of its output's time axis.
+        mark: the mark of its output.
         shape: the shape of the output.
-        path: which tensor of the output it is about; empty if the output is one.
-        numbers: what had read a value of the signal as a Python number by then.
+        path: the place of the tensor in the output; empty if the output is a tensor.
+        numbers: the operations so far that read a value of the signal as a Python number.
         depends: whether it depends on the signal at all.
         doubt: why its frame counts at other lengths are not known, or None.
     """

@@ -1,4 +1,4 @@
-"""How reshaping and slicing move the time axis, and what a write into a slice does to the whole."""
+"""Rules of the time axis for reshapes, slices and writes into slices."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from convtap._time.axis_count import Affine, Digit, Fixed, Guess, Window
 from convtap._time.join import joined, longer
 from convtap._time.mark import Mark, as_axis, normal, unknown, windowed
 
-#: How a slice without an end is written.
+#: The end of a slice that has no end.
 _END = (1 << 63) - 1
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
-    """How many elements lie between neighbours on each axis, in reading order."""
+    """Returns the strides of a contiguous tensor, in elements."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def reshaped(mark: Mark, old: Sequence[int], new: Sequence[int], what: str = "view") -> Mark:
-    """Returns the mark after a tensor was reshaped, elements in reading order."""
+    """Returns the mark after a tensor was reshaped in row-major order."""
     if mark.unknown or not mark.digits:
         return mark
     strides = _strides(old)
@@ -34,11 +34,15 @@ def reshaped(mark: Mark, old: Sequence[int], new: Sequence[int], what: str = "vi
 
 
 def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
-    """The parts of a digit on the axes of a shape; ``low`` elements lie between its neighbours."""
+    """Returns the parts of a digit on the axes of a shape, or None.
+
+    Args:
+        low: the number of elements between neighbouring positions.
+    """
     high = low * digit.size
     strides = _strides(shape)
     if digit.size == 1:
-        # A single frame lies on every axis of size one; the one nearest to where it was keeps it.
+        # A single frame lies on every axis of size one. It stays on the one that is nearest to its old axis.
         ones = [dim for dim, size in enumerate(shape) if size == 1 and strides[dim] == low]
         here = ones or [dim for dim, stride in enumerate(strides) if stride <= low < stride * shape[dim]]
         dim = min(here, key=lambda one: abs(one - digit.dim), default=None)
@@ -59,7 +63,7 @@ def _split(digit: Digit, low: int, shape: Sequence[int]) -> list[Digit] | None:
 
 
 def _share(digit: Digit, faster: int, size: int, *, slowest: bool) -> object:
-    """The count of a part: the slowest one grows with the length, if the sizes of the others do not."""
+    """Returns the count of a part. The slowest part grows if the others do not."""
     if not slowest:
         return Guess("a view into segments", digit.size, Fixed(size), Affine(size, 0, digit.size))
     return Guess("a view into segments", digit.size, Affine(1, 0, faster))
@@ -79,7 +83,7 @@ def _merged(digits: list[Digit]) -> tuple[Digit, ...]:
 
 
 def permuted(mark: Mark, order: Sequence[int]) -> Mark:
-    """Returns the mark after axes were permuted: axis i of the result was axis ``order[i]``."""
+    """Returns the mark after a permutation: axis i of the result was ``order[i]``."""
     return mark.moved([dim % len(order) for dim in order].index)
 
 
@@ -94,7 +98,7 @@ def inserted(mark: Mark, dim: int) -> Mark:
 
 
 def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None, step: int, what: str) -> Mark:
-    """Returns the mark after a slice of an axis of that size, the ends as they were written."""
+    """Returns the mark after a slice of an axis that had ``size`` frames."""
     if dim not in mark.dims:
         return mark
     mark = as_axis(mark, dim, size, what)
@@ -119,7 +123,10 @@ def sliced(mark: Mark, dim: int, size: int, start: int | None, stop: int | None,
 def written_into(
     base: Mark | None, part: Mark, dim: int, size: int, start: int, step: int, *, selects: bool, what: str
 ) -> Mark:
-    """Returns the mark of a tensor after ``part`` was written into a slice (or one position) of its axis ``dim``."""
+    """Returns the mark of a tensor after ``part`` was written into a slice of an axis.
+
+    With ``selects``, the part was written to a single position.
+    """
     part = inserted(part, dim) if selects else part
     if dim not in part.dims:
         if base is not None and dim in base.dims:

@@ -1,4 +1,4 @@
-"""What elementwise operations, normalization and reduction do to the time axis."""
+"""Rules of the time axis for elementwise operations, normalization and reduction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEEP_ZEROS = {
 
 
 def elementwise(op: Op) -> Mark | None:
-    """Any operation whose result at a place comes from its operands at that place; they are broadcast."""
+    """The rule of elementwise operations, whose operands are broadcast."""
     values = [value for value in op.args if hasattr(value, "dim")]
     rank = max((value.dim() for value in values), default=0)
     marks = []
@@ -36,7 +36,7 @@ def elementwise(op: Op) -> Mark | None:
             place = digit.dim - value.dim()
             size = max(one.shape[place] for one in values if one.dim() >= -place)
             if value.shape[digit.dim] == 1 and size > 1:
-                return unknown(f"{op.what}: one frame is given to {size}")
+                return unknown(f"{op.what}: one frame is broadcast to {size}")
         mark = plain_axis(mark, value.shape, op.what)
         marks.append(mark.moved(lambda dim, ahead=ahead: dim + ahead) if ahead else mark)  # type: ignore[misc]
     found = joined(marks, op.what)
@@ -47,7 +47,7 @@ def elementwise(op: Op) -> Mark | None:
 
 
 def _blocked(op: Op) -> Tensor | None:
-    """Where a product with a mask, or a fill of it, sets zero; None if it does not."""
+    """Returns where a product with a mask, or a fill of a mask, sets zeros, or None."""
     a, b = (*op.args, None)[:2]
     if op.name == "masked_fill":
         return b if isinstance(b, Tensor) and not op.args[2] else None
@@ -58,7 +58,7 @@ def _blocked(op: Op) -> Tensor | None:
 
 
 def zeroed(mark: Mark, blocked: Tensor) -> Mark:
-    """Returns the mark after values were set to zero, which may be those of the padding of some rows."""
+    """Returns the mark after values were set to zero, perhaps those of the padding."""
     digit = mark.digits[0] if len(mark.digits) == 1 else None
     if digit is None or mark.edge is None or not digit.dim or digit.inner > 1 or blocked.dim() <= digit.dim:
         return mark
@@ -67,26 +67,26 @@ def zeroed(mark: Mark, blocked: Tensor) -> Mark:
 
 
 def stack(op: Op) -> Mark | None:
-    """``stack(tensors, dim)``."""
+    """The rule of ``stack(tensors, dim)``."""
     dim = int(op.arg(1, "dim", 0)) % (op.args[0][0].dim() + 1)
     plain = [(mark := op.mark(tensor)) and plain_axis(mark, tensor.shape, op.what) for tensor in op.args[0]]
     return stacked(plain, dim, op.what)
 
 
 def scatter(op: Op) -> Mark | None:
-    """``scatter(input, dim, index, source)``: values are put somewhere along an axis that is not time."""
+    """The rule of ``scatter(input, dim, index, source)``, not along time."""
     marks = [mark for mark in map(op.mark, op.args) if mark is not None]
     dim = int(op.args[1]) % op.rank
     if any(dim in mark.dims for mark in marks):
-        return unknown(f"{op.what}: frames were put elsewhere")
+        return unknown(f"{op.what}: frames were moved")
     return joined(marks, op.what)
 
 
 def index_put(op: Op) -> Mark | None:
-    """``index_put(input, indices, values)``: of constants, nothing moves."""
+    """The rule of ``index_put(input, indices, values)`` with constant values."""
     mark, (mask, *others), value = op.mark(op.args[0]), op.args[1], op.args[2]
     if any(op.mark(one) is not None for one in (value, mask, *others)):
-        return unknown(f"{op.what}: frames were put by number")
+        return unknown(f"{op.what}: frames were written by index")
     is_mask = not others and mask is not None and mask.dtype == torch.bool and value.numel() == 1
     return mark if mark is None or mark.unknown or not is_mask or bool(value != 0) else zeroed(mark, mask)
 
@@ -95,7 +95,7 @@ def index_put(op: Op) -> Mark | None:
 
 
 def scan(op: Op, mark: Mark) -> Mark:
-    """Cumulative sums and the like: each frame after all before it."""
+    """The rule of cumulative sums, where a frame depends on all frames before it."""
     along = mark.dims.intersection(op.dims(op.arg(1, "dim")))
     return mark.with_reasons(Mark(whole=(op.what,))) if along else mark
 
@@ -118,19 +118,22 @@ _batch_norm = normalized(lambda op: [dim for dim in range(op.rank) if dim != 1])
 
 
 def batch_norm(op: Op) -> Mark | None:
-    """``native_batch_norm(input, weight, bias, mean, variance, training, …)``: statistics only while training."""
+    """The rule of ``native_batch_norm``, which uses statistics in train mode only.
+
+    Its arguments are ``input, weight, bias, mean, variance, training, …``.
+    """
     training = op.flags(3)[:1] == [True]
     mark = op.mark(op.args[0])
     if mark is None or mark.unknown or not (training or op.trains):
         return mark
     if training:
         return _batch_norm(op, mark)
-    # in train mode, which the model was in before this pass, it takes the statistics of its batch
+    # in train mode, in which the model was before this pass, it uses the statistics of the batch
     return mark.mixes(f"{op.what}, in train mode", [dim for dim in mark.dims if dim != 1])
 
 
 def reduction(op: Op, mark: Mark) -> Mark:
-    """Means, sums, maxima, norms: axes are reduced to nothing, or to size one."""
+    """The rule of means, sums, maxima and norms, which remove axes or keep size one."""
     out = op.out[0] if isinstance(op.out, (tuple, list)) else op.out
     is_norm = op.name in ("norm", "linalg_vector_norm")
     value = op.arg(2 if is_norm else 1, "dim")
@@ -142,7 +145,7 @@ def reduction(op: Op, mark: Mark) -> Mark:
 
 
 def fourier(op: Op) -> Mark | None:
-    """``_fft_r2c(input, dims, …)``: over time, frames become frequencies."""
+    """The rule of ``_fft_r2c(input, dims, …)``. Over time, frames become frequencies."""
     mark = op.mark(op.args[0])
     if mark is None or mark.unknown or mark.digits:
         return mark and reduced(normal(mark), op.dims(op.arg(1)), op.what, mixes=True)

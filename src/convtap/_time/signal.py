@@ -1,4 +1,4 @@
-"""Which input of a model is the signal, and which of its axes is time."""
+"""Finds the input of a model that is the signal, and the axis that is time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from convtap._tensors.nested import walk_tensors
 
 
 def signal_of(example: Any, signal: str | int | None = None, forward: Any = None) -> tuple[str, Tensor]:
-    """Returns the tensor of an example whose time axis is followed, and its path in it.
+    """Returns the path and the tensor of an example's signal.
 
     Args:
         signal: the name or the position of an argument, or None for the first floating-point tensor.
-        forward: what is called with the example, to find the position of a name.
+        forward: the function that takes the example, to find the position of a name.
 
     Raises:
         InvalidType: ``signal`` is neither a str nor an int.
-        InvalidValue: the example has no tensor, or none at ``signal``.
+        InvalidValue: the example has no tensor, or ``signal`` names none of its tensors.
     """
     tensors = list(walk_tensors(example))
     if signal is not None:
@@ -31,18 +31,18 @@ def signal_of(example: Any, signal: str | int | None = None, forward: Any = None
     for pairs in (floating, others, tensors):
         if pairs:
             return pairs[0]
-    raise InvalidValue("the example holds no tensor, so it has no time axis. Pass what the model is called with.")
+    raise InvalidValue("the example holds no tensor, so it has no time axis. Pass the arguments of the model.")
 
 
 def likely_signals(example: Any, longest: int, time_dim: int, forward: Any) -> list[str]:
-    """Returns the paths of the tensors that lengths can count samples of, the likeliest first.
+    """Returns the paths of the tensors that may be the signal, the likeliest first.
 
-    Those come first whose time axis is as long as the longest row, then those that are longer; of these, numbers of
-    floating point, and what is not called a mask.
+    Tensors whose time axis is as long as the longest row come first, then longer ones. Among these, tensors that are called
+    a mask, or are not floating-point, come last.
 
     Raises:
-        InvalidValue: there is none.
-        OutOfRange: those there are have no such axis.
+        InvalidValue: no tensor has two axes.
+        OutOfRange: no tensor has the axis ``time_dim``.
     """
     found, failure = [], None
     names = {path: " ".join(names) for names, path in _arguments(example, forward)}
@@ -59,13 +59,13 @@ def likely_signals(example: Any, longest: int, time_dim: int, forward: Any) -> l
         found.append((size, mask, not (tensor.is_floating_point() or tensor.is_complex()), number, path))
     if not found:
         raise failure or InvalidValue(
-            "lengths= needs an input tensor (B, T) or (B, C, T), and the model is given none."
+            "lengths= needs an input tensor (B, T) or (B, C, T), and the batch has none. Pass the signal as a tensor."
         )
     return [path for *_, path in sorted(found)]
 
 
 def argument_of(path: str) -> str:
-    """Returns a path in an example as the argument and what follows it: ``audio[0]`` for ``[audio][0]``."""
+    """Returns a path as the user writes it: ``audio[0]`` instead of ``[audio][0]``."""
     head, _, rest = path.removeprefix("[").partition("]")
     return head + rest
 
@@ -90,13 +90,13 @@ def _chosen(tensors: list[tuple[str, Tensor]], example: Any, signal: Any, forwar
             return path, tensor
     shown = [f"{argument_of(path) or 'the example'} {tuple(tensor.shape)}" for path, tensor in tensors]
     raise InvalidValue(
-        f"signal={signal!r} names no tensor of the example, which has: {listed(shown)}."
+        f"signal={signal!r} names no tensor of the example. Pass one of: {listed(shown)}."
         f"{did_you_mean(str(signal), [argument_of(path) for path, _ in tensors])}"
     )
 
 
 def _arguments(example: Any, forward: Any) -> list[tuple[list[str], str]]:
-    """Returns the arguments in an example: how each may be called, and its path."""
+    """Returns the arguments in an example: the names of each, and its path."""
     if isinstance(example, Mapping):
         return [([str(key)], f"[{key}]") for key in example]
     try:
@@ -110,18 +110,18 @@ def _arguments(example: Any, forward: Any) -> list[tuple[list[str], str]]:
 
 
 def checked_time_dim(time_dim: Any) -> int:
-    """Returns the axis of an input that is time, if it is an int.
+    """Checks that ``time_dim`` is an int and returns it.
 
     Raises:
         InvalidType: it is not an int.
     """
     if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise InvalidType(f"time_dim is a {type(time_dim).__name__}, and it must be an int, such as -1 or 1.")
+        raise InvalidType(f"time_dim is a {type(time_dim).__name__}. Pass an int, such as -1 or 1.")
     return int(time_dim)
 
 
 def time_axis(signal: Tensor, time_dim: Any) -> int:
-    """Returns which axis of the signal is time, counted from the front.
+    """Returns the axis of the signal that is time, counted from the front.
 
     Raises:
         InvalidType: ``time_dim`` is not an int.
@@ -131,10 +131,12 @@ def time_axis(signal: Tensor, time_dim: Any) -> int:
     time_dim = checked_time_dim(time_dim)
     if not -signal.dim() <= time_dim < signal.dim():
         raise OutOfRange(
-            f"time_dim={time_dim} is no axis of the input, which has shape {tuple(signal.shape)}. "
-            "For (B, C, T) it is -1, for (B, T, C) it is 1."
+            f"time_dim={time_dim} is not an axis of the input, which has shape {tuple(signal.shape)}. "
+            "Pass time_dim=-1 for (B, C, T), or time_dim=1 for (B, T, C)."
         )
     axis: int = time_dim % signal.dim()
     if not signal.shape[axis]:
-        raise InvalidValue(f"axis {time_dim} of the input has no samples: its shape is {tuple(signal.shape)}.")
+        raise InvalidValue(
+            f"axis {time_dim} of the input with shape {tuple(signal.shape)} has no samples. Pass an input with samples."
+        )
     return axis

@@ -1,4 +1,4 @@
-"""Which rule of the time axis each operation follows, by its name; what is in no list is not followed."""
+"""The rule of each operation by name. Operations without a rule are not followed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convtap._time.mark import Mark, unknown
 from convtap._time.operation import Op, Rule, not_along, of_input
 from convtap._time.views import VIEWS
 
-#: The operations with one input that counts: each rule is a function of the operation and the mark of its input.
+#: The operations with one relevant input. Each rule is a function of the operation and the mark of that input.
 _OF_INPUT = {
     windows.convolution: "convolution _convolution convolution_overrideable mkldnn_convolution",
     windows.pool: "max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d_with_indices "
@@ -34,12 +34,12 @@ _OF_INPUT = {
     rules.group_norm: "native_group_norm",
     rules.reduction: "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod any all "
     "argmax argmin logsumexp nansum nanmean median count_nonzero aminmax",
-    not_along(1, -1, "frames were put in another order"): "sort argsort",
-    not_along(2, -1, "frames were put in another order"): "topk kthvalue",
+    not_along(1, -1, "frames were reordered"): "sort argsort",
+    not_along(2, -1, "frames were reordered"): "topk kthvalue",
     not_along(1, -1, "one half of the frames gates the other"): "glu",
 }
 
-#: The others: each rule is a function of the operation alone.
+#: The other operations. Each rule is a function of the operation alone.
 _OF_ALL: dict[Rule, str] = {
     cat: "cat concat",
     rules.stack: "stack",
@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {
     **VIEWS,
 }
 
-#: What these write does not depend on what was there, nor on the input.
+#: Operations that write values which depend neither on the old values nor on the input.
 CONSTANT = {"fill", "zero", "uniform", "normal", "random", "exponential"}
 
 
@@ -82,7 +82,7 @@ def rule_for(func: Any, name: str) -> Rule | None:
 
 
 def apply(op: Op) -> Mark | None:
-    """Returns what is known of the result of an operation, from what is known of its arguments."""
+    """Returns the mark of an operation's result."""
     rule = rule_for(op.func, op.name)
     if rule is None:
         return unknown(f"{op.what} is not followed")
@@ -96,7 +96,10 @@ def apply(op: Op) -> Mark | None:
 
 
 def _by_axis(rule: Rule, op: Op) -> Mark | None:
-    """Runs a rule; of frames against frames for each of the two axes. See Note: [Frames against frames]."""
+    """Runs a rule, for each of two time axes if a mark has two.
+
+    See Note: [Frames against frames].
+    """
     marked = [(tensor.dim(), mark) for tensor in op.tensors() if (mark := op.mark(tensor)) is not None]
     matrices = [(rank, halves(mark)) for rank, mark in marked if mark.across]
     if not matrices:
@@ -104,7 +107,7 @@ def _by_axis(rule: Rule, op: Op) -> Mark | None:
     rank, pair = matrices[0]
 
     def number_of(mark: Mark, value: Any) -> int:
-        """To which of the two axes the time axis of another argument belongs."""
+        """Returns to which of the two axes the time axis of another argument belongs."""
         dims = {dim - value.dim() for dim in mark.dims}
         if RULES.get(op.name) is products.product:  # the matrix's axis that is summed over
             dims = {-2} if value is op.args[products.AHEAD.get(op.name, 0)] else {-1}

@@ -1,4 +1,4 @@
-"""Where the frames of each layer lie on the input's time axis: ``timeline(model, example)``."""
+"""The public ``timeline``, which finds the time axis of each layer's output."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def timeline(
     signal: str | int | None = None,
     method: str | None = None,
 ) -> Timeline:
-    """Follows the time axis of an input through a model, and says for each layer which input samples its frames see.
+    """Finds the input samples that each frame of each layer sees.
 
-    The model runs once on the example, in eval mode and without gradients. (Where it computes numbers such as the end of
-    a slice itself, it runs once or twice more on other lengths, to see whether they move with the length.) The model stays as
-    it is: caches, statistics and random numbers are put back after each run.
+    The model runs once on the example, in eval mode and without gradients. If it computes numbers itself, such as the end of
+    a slice, it runs a few more times on other lengths, to see whether the numbers move with the length. The model does not
+    change: caches, statistics and random numbers are restored after each run.
 
     Args:
         model: any PyTorch model.
         example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Its first floating-point
-            tensor, or else its first tensor that is no mask, is the signal.
+            tensor is the signal, or else its first tensor that is not a mask.
         time_dim: the axis of the signal that is time.
-        signal: which input is the signal, by the name or the position of the argument. Layers that depend only on other
-            inputs have a line that names these.
+        signal: the input that is the signal, by the name or the position of the argument. Layers that depend only on other
+            inputs have a line that names these inputs.
         method: the name of the method to run, such as ``"encode"``; None to call the model itself.
 
     Raises:
-        InvalidType: the example is no tensor, array, tuple or mapping, or the model does not take it.
-        InvalidValue: it has no tensor, no such axis, no such input, or the axis turns out to be no time to a convolution;
-            or the model has no such method.
+        InvalidType: the example is not a tensor, array, tuple or mapping, or the model does not accept it.
+        InvalidValue: the example has no tensor, no such axis or no such input; the axis is the batch or the channels of the
+            first convolution; or the model has no such method.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import timeline
@@ -77,17 +77,17 @@ def timeline(
 
 @public
 class Timeline(Mapping[str, LayerTime]):
-    """The layers of a model on the time axis of its input, by name, in the order in which they ran.
+    """The time axis of each layer's output, by name, in execution order.
 
-    Iterating goes over the convolutions; any other module that gave out a time axis can be asked for by its name.
+    Iteration yields the convolutions. Every other module whose output has a time axis can be read by its name.
 
     Attributes:
-        input_length: how many samples the example had.
-        time_dim: which axis of the signal is time, counted from the end.
-        signal: where the signal is in the example, such as ``"0"`` or ``"audio"``; empty if the example is a tensor.
+        input_length: the number of samples of the example.
+        time_dim: the axis of the signal that is time, counted from the end.
+        signal: the place of the signal in the example, such as ``"0"`` or ``"audio"``; empty if the example is a tensor.
     """
 
-    signal = ""  # as in pickles of version 0.1.0, which have neither of these
+    signal = ""  # for pickles of version 0.1.0, which have neither of these
     _is_first = True
 
     def __init__(
@@ -110,11 +110,11 @@ class Timeline(Mapping[str, LayerTime]):
         """Returns the time axis of a layer's output.
 
         Raises:
-            LayerNotFound: no such layer gave out a time axis.
-            AmbiguousCall: it ran several times.
+            LayerNotFound: no layer of this name has a time axis.
+            AmbiguousCall: the layer ran several times.
         """
         if not isinstance(key, str):
-            raise LayerNotFound(f"timeline[{brief(key)}]: keys are names, and these are here: {listed(self._layers)}.")
+            raise LayerNotFound(f"{brief(key)} is not a layer's name. Pass one of: {listed(self._layers)}.")
         found = self._all.get(key)
         if found is not None:
             return found
@@ -128,8 +128,8 @@ class Timeline(Mapping[str, LayerTime]):
         calls = self._calls[name]
         if len(calls) > 1:
             raise AmbiguousCall(
-                f"{name!r} ran {len(calls)} times, so its plain name does not say which run is meant. Take all of them "
-                f"with timeline.calls({name!r}), or one with timeline[{calls[1].key!r}]."
+                f"{name!r} ran {len(calls)} times, so its plain name is ambiguous. Read all runs with "
+                f"timeline.calls({name!r}), or one with timeline[{calls[1].key!r}]."
             )
         return calls[0]
 
@@ -137,7 +137,7 @@ class Timeline(Mapping[str, LayerTime]):
         """Returns the time axis of each run of a layer, in order.
 
         Raises:
-            LayerNotFound: no such layer gave out a time axis.
+            LayerNotFound: no layer of this name has a time axis.
         """
         found = resolve_name(name, self._calls, self._aliases)
         if found is None:
@@ -145,15 +145,15 @@ class Timeline(Mapping[str, LayerTime]):
         return list(self._calls[found])
 
     def __cutter__(self) -> Cutter:
-        """Returns what cuts the outputs of a capture to their valid frames."""
+        """Returns an object that cuts captured outputs to their valid frames."""
         return Cutter(self._calls, self._layers, self.time_dim if self._is_first else None)
 
     def _missing(self, key: str) -> LayerNotFound:
         if resolve_name(key, self._names, self._aliases) is not None:
-            why = f"{key!r} gave out nothing that depends on the input in this pass, or did not run. With a time axis"
-            return LayerNotFound(f"{why}: {listed(self._layers)}.")
+            why = f"{key!r} did not run, or its output does not depend on the input"
+            return LayerNotFound(f"{why}. Pass a layer with a time axis: {listed(self._layers)}.")
         like = did_you_mean(key, list(self._calls))
-        return LayerNotFound(f"no layer is named {key!r}. Here: {listed(self._layers)}.{like}")
+        return LayerNotFound(f"no layer is named {key!r}. The timeline has {listed(self._layers)}.{like}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -165,17 +165,17 @@ class Timeline(Mapping[str, LayerTime]):
         return isinstance(key, str) and (key in self._all or resolve_name(key, self._calls, self._aliases) is not None)
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a convolution, whose items are their ``LayerTime``.
+        """Returns a table with one line per convolution. Its items are ``LayerTime``.
 
         Args:
-            rows: the most layers to print, the first and the last; None for all.
+            rows: the maximum number of layers to print, the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
         """
         layers = list(self._layers.values())
         columns = ("layer", "stride", "receptive field", "start", "frames")
-        title = "" if layers else "no convolution gave out anything that depends on the input"
+        title = "" if layers else "no convolution's output depends on the input"
         found = Rows(layers, lambda layer: (layer.key, *cells_of(layer)))
         whole = "print(times.summary(rows=None))"
         return Table(columns, found, title, self._notes(), layers, most=rows, whole=whole)

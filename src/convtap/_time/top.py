@@ -1,4 +1,4 @@
-"""Which input windows drive a layer's channels most, over a whole data set: ``top(model, data, layer, k)``."""
+"""The public ``top``, which finds the input windows with the highest outputs."""
 
 from __future__ import annotations
 
@@ -41,40 +41,40 @@ def top(
     example: Example | None = None,
     time_dim: int = -1,
 ) -> Table:
-    """Finds the k highest values of each channel of a layer over a data set, and the input window that each frame saw.
+    """Finds the input windows of a data set that excite each channel of a layer most.
 
-    One pass over the data, in eval mode and without gradients; what is kept is k values a channel, however long the data.
-    Of equal values the earlier one is kept. The model stays as it is: what the pass changes in it, such as the caches of a
-    streaming model, is put back at the end.
+    They are the windows of the k highest values of each channel. ``top`` makes one pass over the data, in eval mode and
+    without gradients, and keeps only k values per channel. Of equal values it keeps the earlier one. The model does not
+    change: state that the pass changes, such as the caches of a streaming model, is restored at the end.
 
     Args:
         model: any PyTorch model.
         data: batches, as a ``DataLoader`` or any iterable yields them, or one batch as a tensor or array.
         layer: the layer's name.
-        k: how many hits a channel.
-        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
-            passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
-        channels: which channels; None for all.
-        per_sample: how many hits a channel may have in one input. None means 1 (frames side by side see nearly the same
-            window), or k with ``min_distance``.
-        min_distance: the least distance, in input samples, between the centres of two hits of a channel in one input. Of
-            hits that are closer, only the highest is kept (non-maximum suppression). None for no limit.
-        threshold: the least value of a hit; None for no limit.
-        example: what to make the timeline with; None for the first input of the data.
+        k: the number of hits per channel.
+        inputs: a function that turns a batch into ``(args, kwargs)`` for the model. By default, a tensor or array is passed
+            as it is, a mapping as keyword arguments, and of a tuple or list, such as (x, labels), the first element.
+        channels: the channels to search; None for all.
+        per_sample: the maximum number of hits of a channel in one input. None means 1 (neighbouring frames see nearly the
+            same window), or k with ``min_distance``.
+        min_distance: the minimum distance, in input samples, between the centres of two hits of a channel in one input. Of
+            closer hits, only the highest is kept (non-maximum suppression). None for no limit.
+        threshold: the minimum value of a hit; None for no limit.
+        example: the example to make the timeline with; None for the first input of the data.
         time_dim: the axis of the input that is time, as in ``timeline``.
 
     Returns:
         A table of ``Hit``, by channel and then from the highest value down.
 
     Raises:
-        LayerNotFound: there is no such layer.
-        AmbiguousCall: it runs several times (``name#1`` is one of its runs).
-        Unsupported: its time axis is unknown or gone, or its rows are not the inputs.
-        NonFiniteOutput: it gave NaN.
-        InvalidType: the model refuses a batch as it is passed by default.
-        InvalidValue: there are no batches, or a number makes no sense.
+        LayerNotFound: the model has no such layer.
+        AmbiguousCall: the layer runs several times (``name#1`` is one of its runs).
+        Unsupported: the layer's time axis is unknown or was reduced, or the rows of its output are not the inputs.
+        NonFiniteOutput: the layer produced NaN.
+        InvalidType: the model does not accept a batch as it is passed by default.
+        InvalidValue: the data has no batches, or a number is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import top
@@ -101,7 +101,7 @@ def top(
 
 @dataclass
 class _Search:
-    """The best frames so far, and what they are searched with."""
+    """The settings of a search and the best frames so far."""
 
     model: nn.Module
     name: str
@@ -120,7 +120,7 @@ class _Search:
     _rank: int = 2
 
     def add(self, batch: Any) -> None:
-        """Runs one batch and keeps the best of it and of what there was."""
+        """Runs one batch and updates the best frames."""
         args, kwargs = called_with(self.inputs, batch, self.model)
         tensors = [*self.model.parameters(), *self.model.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -131,12 +131,15 @@ class _Search:
         if self._best is None:
             self._numbers = _chosen(self.channels, channels, self.name)
         if channels <= max(self._numbers):
-            raise Unsupported(f"{self.name!r} had {max(self._numbers) + 1} channels or more, and now {channels}.")
+            raise Unsupported(
+                f"{self.name!r} had {max(self._numbers) + 1} channels or more before, and now has {channels}. Pass channels= "
+                "that it always has."
+            )
         self._keep(values[:, self._numbers])
         self._seen += len(values)
 
     def _found(self, call: Any) -> LayerTime:
-        """Makes the timeline, with the first input of a batch if there is no example."""
+        """Makes the timeline, by default with the first input of a batch."""
         signal = signal_of(call)[1]
 
         def cut(value: Any) -> Any:
@@ -149,13 +152,13 @@ class _Search:
         return self._layer
 
     def _values(self, layer: LayerTime, call: Any) -> Tensor:
-        """The layer's output as (B, C, T)."""
+        """Returns the layer's output as (B, C, T)."""
         signal = signal_of(call)[1]
         samples = int(signal.shape[self.time_dim])
         if samples != layer.input_length and (layer.whole or layer.notes):
             raise Unsupported(
-                f"{layer.key!r} sees windows that hold for {layer.input_length} samples only "
-                f"({listed([*layer.whole, *layer.notes], 2)}), and an input has {samples}. Pass inputs of one length."
+                f"the windows of {layer.key!r} hold for inputs of {layer.input_length} samples only "
+                f"({listed([*layer.whole, *layer.notes], 2)}), but an input has {samples}. Pass inputs of one length."
             )
         with Capture(self.model, layer.name, functional=True) as acts:  # whole passes: a model may keep state
             called(self.model, call)
@@ -165,19 +168,21 @@ class _Search:
         inputs = 1 if layer.is_time_first else 0
         if output.dim() < 2 or output.shape[inputs] != rows or output.shape[layer.dim] != frames:
             raise Unsupported(
-                f"{layer.key!r} has shape {tuple(output.shape)} for {plural(rows, 'input')} of {samples} samples, and by "
+                f"{layer.key!r} has shape {tuple(output.shape)} for {plural(rows, 'input')} of {samples} samples, but by "
                 f"the timeline axis {inputs} is the inputs and axis {layer.dim} has {frames} frames. "
-                "Pass an example of the data's length."
+                "Pass an example that is as long as the data: example=x."
             )
         # of complex numbers the magnitudes, as in pictures and statistics
         output = real_values(output.movedim(layer.dim, -1).reshape(rows, -1, frames))
         if bool(output.isnan().any()):
             row = int(output.isnan().flatten(1).any(1).nonzero()[0])
-            raise NonFiniteOutput(f"{layer.key!r} gives NaN for input {self._seen + row}, so nothing is highest there.")
+            raise NonFiniteOutput(
+                f"{layer.key!r} produced NaN for input {self._seen + row}. Find the cause: with finite(model): model(x)."
+            )
         return output
 
     def _highest(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the hits that each channel may have in each input, (B, C, hits), and their frames."""
+        """Returns the highest values (B, C, hits) that may be hits, and their frames."""
         if self.per_sample == 1:
             best, where = values.max(-1, keepdim=True)
             return best, where
@@ -188,7 +193,7 @@ class _Search:
         return best[..., : self.per_sample], where[..., : self.per_sample]
 
     def _close(self) -> int:
-        """Returns how many frames on each side of a hit are too close to it: centres are a stride apart."""
+        """Returns how many frames on each side of a hit are too close to it."""
         if self.min_distance is None or self._layer is None:
             return 0
         return math.ceil(Fraction(self.min_distance) / self._layer.stride) - 1
@@ -209,7 +214,7 @@ class _Search:
     def table(self) -> Table:
         """Returns the hits."""
         if self._best is None or self._layer is None:
-            raise InvalidValue("data holds no batches. Pass data again: a generator is empty once it was read.")
+            raise InvalidValue("data holds no batches. Pass a new iterable, since a generator is empty after one pass.")
         hits = [
             Hit(sample, channel, *self._layer.span(frame), value, frame, self._rank, self.time_dim)
             for channel, *best in zip(self._numbers, *(part.tolist() for part in self._best), strict=True)
@@ -223,7 +228,10 @@ class _Search:
 
 
 def _peaks(values: Tensor, count: int, close: int) -> tuple[Tensor, Tensor]:
-    """Returns the highest frames of (B, C, T) that are more than ``close`` frames apart, and their values, first."""
+    """Returns the highest values of (B, C, T) and their frames.
+
+    Any two of the frames are more than ``close`` frames apart.
+    """
     frames = values.shape[-1]
     close = min(close, frames - 1)
     left, around = values.clone(), torch.arange(-close, close + 1, device=values.device)
@@ -240,9 +248,9 @@ def _positive(value: Any, name: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise InvalidType(f"{name} is a {type(value).__name__}, and it must be an int such as 10.") from None
+        raise InvalidType(f"{name} is a {type(value).__name__}. Pass an int: {name}=10.") from None
     if isinstance(value, bool) or number < 1:
-        raise InvalidValue(f"{name}={value!r}, and it must be at least 1.")
+        raise InvalidValue(f"{name}={value!r} is not a positive int. Pass at least 1: {name}=10.")
     return number
 
 
@@ -257,7 +265,7 @@ def _distance(value: Any) -> int | None:
         ) from None
     if isinstance(value, bool) or number < 1:
         raise InvalidValue(
-            f"min_distance={value!r} keeps no hits apart. Pass at least 1 input sample, or leave it out."
+            f"min_distance={value!r} is not a positive int. Pass at least 1 input sample, or remove min_distance=."
         )
     return number
 
@@ -265,7 +273,7 @@ def _distance(value: Any) -> int | None:
 def _iterable(data: Any) -> Iterable[Any]:
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise InvalidType(
-            f"data is a {type(data).__name__}, which gives single inputs. Pass batches: DataLoader(data, batch_size=32)."
+            f"data is a {type(data).__name__}, which yields single inputs. Pass batches: DataLoader(data, batch_size=32)."
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
         raise InvalidType(f"data is a {type(data).__name__}. Pass a DataLoader, an iterable of batches, or one tensor.")
@@ -273,7 +281,7 @@ def _iterable(data: Any) -> Iterable[Any]:
 
 
 def _chosen(channels: Any, count: int, name: str) -> list[int]:
-    """Reads which channels are asked for."""
+    """Returns the numbers of the channels to search."""
     if channels is None:
         return list(range(count))
     try:
@@ -282,7 +290,9 @@ def _chosen(channels: Any, count: int, name: str) -> list[int]:
         raise InvalidType(f"channels is {brief(channels)}. Pass an int or several: channels=[0, 3].") from None
     for number in numbers:
         if not -count <= number < count:
-            raise OutOfRange(f"there is no channel {number}: {name!r} has {count}, numbered 0 to {count - 1}.")
+            raise OutOfRange(
+                f"channel {number} does not exist in {name!r}, which has {count}. Pass numbers from 0 to {count - 1}."
+            )
     if not numbers:
-        raise InvalidValue("channels is empty, so nothing would be searched. Leave it out for all channels.")
+        raise InvalidValue("channels is empty. Pass at least one, or remove channels= to search all of them.")
     return [number % count for number in numbers]

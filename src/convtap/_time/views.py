@@ -1,4 +1,4 @@
-"""The operations that rearrange a tensor, as rules of the time axis; and what a write into a view does to its base."""
+"""Rules of the time axis for operations that rearrange a tensor."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def _select(op: Op, mark: Mark) -> Mark:
     if dim not in mark.dims:
         return dropped(mark, [dim])
     if len(mark.digits) == 1 or digit is None:
-        return unknown(f"{op.what}: a single frame was taken")
+        return unknown(f"{op.what}: a single frame was selected")
     at = int(op.args[2]) % op.shape[dim] * digit.weight
     return dropped(normal(mark.swapped(digit).spread(-at, at)), [dim])
 
 
 def _repeated(op: Op, mark: Mark) -> Mark:
-    """``expand`` and ``repeat``: axes are repeated, and axes added in front."""
+    """The rule of ``expand`` and ``repeat``, which may add axes in front."""
     new = _out_shape(op)
     ahead = len(new) - op.rank
     if any(new[dim + ahead] != op.shape[dim] for dim in mark.dims):
@@ -62,7 +62,10 @@ def _repeated(op: Op, mark: Mark) -> Mark:
 
 
 def _unfold(op: Op, mark: Mark) -> Mark:
-    """``unfold(dim, size, step)``: windows, with the place in the window on a new last axis."""
+    """The rule of ``unfold(dim, size, step)``.
+
+    It makes windows, and the place in the window is a new last axis.
+    """
     dim, size, step = int(op.args[1]) % op.rank, int(op.args[2]), int(op.args[3])
     if dim not in mark.dims:
         return mark
@@ -77,7 +80,10 @@ def _unfold(op: Op, mark: Mark) -> Mark:
 
 
 def _as_strided(op: Op, mark: Mark) -> Mark:
-    """Overlapping windows over the last axis (as ``stft`` makes them); any other use is not followed."""
+    """The rule of ``as_strided`` for overlapping windows, as ``stft`` makes them.
+
+    Any other use is not followed.
+    """
     sizes, strides, tensor = list(op.args[1]), list(op.args[2]), op.args[0]
     old, steps = list(op.shape), list(tensor.strides)
     if (sizes, strides) == (old, steps):
@@ -89,15 +95,18 @@ def _as_strided(op: Op, mark: Mark) -> Mark:
 
 
 def _index(op: Op, mark: Mark) -> Mark:
-    """``x[:, index]``: one index of one axis that is not time; anything else is not followed."""
+    """The rule of ``x[:, index]`` on one axis that is not time.
+
+    Any other index is not followed.
+    """
     given = [dim for dim, index in enumerate(op.args[1]) if index is not None]
     if len(given) == 1 and given[0] not in mark.dims and op.args[1][given[0]].dim() == 1:
         return mark
-    return unknown(f"{op.what}: frames were picked by number")
+    return unknown(f"{op.what}: frames were selected by index")
 
 
 def pieces(op: Op) -> list[Op]:
-    """Returns each result of ``split``, ``chunk`` or ``unbind`` as a slice or a selection of its own."""
+    """Returns each result of ``split``, ``chunk`` or ``unbind`` as an operation."""
     if op.name == "unbind":
         named: list[tuple[str, tuple[Any, ...]]] = [("select", (op.args[0], op.dim(1), i)) for i in range(len(op.out))]
     else:
@@ -114,7 +123,7 @@ def pieces(op: Op) -> list[Op]:
 
 
 class _Windows(NamedTuple):
-    """The settings of ``fold`` and ``unfold`` along the one of the two axes that has several windows."""
+    """The settings of ``fold`` and ``unfold`` along the axis with several windows."""
 
     axis: int  # 0 or 1
     kernel: int
@@ -141,12 +150,15 @@ def _windows(sizes: Any, settings: Any) -> _Windows | None:
 
 
 def fold(op: Op, mark: Mark) -> Mark:
-    """``col2im(input, sizes, kernel, dilation, padding, stride)``: windows (B, C·kernel, windows) are added up."""
+    """The rule of ``col2im``, which adds up windows (B, C·kernel, windows).
+
+    Its arguments are ``input, sizes, kernel, dilation, padding, stride``.
+    """
     last, channel, batch = op.rank - 1, op.rank - 2, op.rank - 3
     one = _windows(op.args[1], op.args[2:6])
     windows, places = mark.on(last), mark.on(channel)
     if one is None or windows is None or windows.inner > 1 or len(mark.digits) > 1 + (places is not None):
-        return unknown(f"{op.what}: windows along two axes, or along another one than time")
+        return unknown(f"{op.what}: windows along two axes, or along an axis other than time")
     size = int(op.args[1][one.axis])
     step = Guess(op.what, one.total, Affine(one.stride, size - one.stride * one.total, 1))
     dim = batch + 2 + one.axis
@@ -159,19 +171,22 @@ def fold(op: Op, mark: Mark) -> Mark:
     unit = places.weight // one.dilation
     even = (places.weight, windows.weight) == (unit * one.dilation, unit * one.stride)
     if not even or (places.inner, places.size) != (one.inner, one.kernel):
-        return unknown(f"{op.what}: frames are added to others than those they came from")
+        return unknown(f"{op.what}: frames are added up at other places than they came from")
     whole = Digit(dim, size, 1, unit, windows.count.then(step))
     return normal(replace(mark.spread(-one.padding * unit, one.padding * unit), digits=(whole,))).within(size)
 
 
 def unfold(op: Op, mark: Mark) -> Mark:
-    """``im2col(input, kernel, dilation, padding, stride)``: windows of (B, C, H, W) as (B, C·kernel, windows)."""
+    """The rule of ``im2col``, which makes windows (B, C·kernel, windows).
+
+    Its arguments are ``input, kernel, dilation, padding, stride``, where the input is (B, C, H, W).
+    """
     batch = op.rank - 4
     one = _windows(op.shape[-2:], op.args[1:5])
     dim = -1 if one is None else batch + 2 + one.axis
     axis = as_axis(mark, dim, op.shape[dim], op.what)
     if one is None or axis.unknown or len(axis.digits) > 1:
-        return unknown(f"{op.what}: windows along two axes, or along another one than time")
+        return unknown(f"{op.what}: windows along two axes, or along an axis other than time")
     axis = normal(axis.looks(dim, "padding"))
     step = Affine(1, 2 * one.padding - one.extent + one.stride, one.stride)
     windows = Digit(batch + 2, one.total, 1, one.stride, axis.digits[0].count.then(step))
@@ -180,7 +195,7 @@ def unfold(op: Op, mark: Mark) -> Mark:
 
 
 def shuffle(op: Op, mark: Mark) -> Mark:
-    """``pixel_shuffle(input, factor)`` and its inverse, as the views that they are made of."""
+    """The rule of ``pixel_shuffle(input, factor)`` and its inverse, as views."""
     factor = int(op.args[1])
     *batch, channels, height, width = op.shape
     if op.name == "pixel_shuffle":
@@ -199,7 +214,7 @@ def shuffle(op: Op, mark: Mark) -> Mark:
 _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze")
 _PERMUTES = ("permute", "transpose", "t")
 
-#: The views, each with what it does to a mark.
+#: The rule of each view.
 _RULES: dict[str, Callable[[Op, Mark], Mark]] = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"),
@@ -216,7 +231,7 @@ _RULES: dict[str, Callable[[Op, Mark], Mark]] = {
     **dict.fromkeys(("detach", "alias", "view_as_real"), lambda op, mark: mark),
     "view_as_complex": lambda op, mark: reduced(mark, [op.rank - 1], op.what, mixes=False),  # the last axis, of two
     "index": _index,
-    **dict.fromkeys(("index_select", "gather"), not_along(1, 0, "frames were picked by number")),
+    **dict.fromkeys(("index_select", "gather"), not_along(1, 0, "frames were selected by index")),
     "flip": not_along(1, None, "the frames were reordered"),
 }
 VIEWS: dict[str, Rule] = {name: of_input(rule) for name, rule in _RULES.items()}
@@ -228,7 +243,7 @@ COVERING = {*_RESHAPES, *_PERMUTES, "detach", "alias"}
 
 
 def base_after(op: Op, base: Mark | None, part: Mark) -> Mark:
-    """Returns the mark of a base after a view of it, which ``op`` made, was written to.
+    """Returns the mark of a base after a write into a view of it, which ``op`` made.
 
     Args:
         base: the mark of the base before.

@@ -1,4 +1,4 @@
-"""What windows do to the time axis: convolution, pooling, padding, rolling and resampling."""
+"""Rules of the time axis for convolution, pooling, padding, roll and resampling."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from convtap._time.operation import Op
 
 
 def _one(value: Any, index: int, default: int = 0) -> int:
-    """Reads a setting that is given once for all axes, or once an axis."""
+    """Reads the setting of one axis, from one value for all axes or one per axis."""
     if isinstance(value, (list, tuple)):
         return int(value[index] if len(value) > 1 else value[0]) if value else default
     return default if value is None else int(value)
 
 
 def _spatial(op: Op, mark: Mark, axes: int, each: Callable[[Mark, int, int, int], Mark]) -> Mark:
-    """Applies a rule of mark, axis, size and place in settings along each of the last ``axes`` axes that time lies on."""
+    """Applies a rule along each of the last ``axes`` axes that count frames.
+
+    Args:
+        each: a rule of the mark, the axis, its size and its place in the settings.
+    """
     shape = op.shape
     for dim in sorted(mark.dims):
         index = dim - (len(shape) - axes)
@@ -40,7 +44,10 @@ def _axes_in_name(op: Op) -> int:
 
 
 def convolution(op: Op, mark: Mark) -> Mark:
-    """``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``."""
+    """The rule of ``convolution``.
+
+    Its arguments are ``input, weight, bias, stride, padding, dilation, transposed, output_padding, groups``.
+    """
     weight = op.args[1]
     axes = weight.dim() - 2
     channel = op.rank - axes - 1
@@ -61,22 +68,25 @@ def convolution(op: Op, mark: Mark) -> Mark:
 
 
 def _is_signal(op: Op, mark: Mark) -> bool:
-    """Whether a tensor has the frames of the model's input as they are, each a sample, on one axis."""
+    """Returns whether a tensor's frames still are the samples of the model's input."""
     return op.time_dim is not None and len(mark.digits) == 1 and mark.first == mark.last == IDENTITY
 
 
 def _off_axis(op: Op, dim: int, channel: int) -> InvalidValue:
-    """A first convolution to which the time axis is not time."""
+    """Returns the error of a first convolution whose time axis is another one."""
     kind = "channel" if dim == channel else "batch"
     other = "time_dim=1 for (B, T, C)" if op.time_dim == op.rank - 1 else "time_dim=-1 for (B, C, T)"
     return InvalidValue(
-        f"time_dim says that axis {op.time_dim} of the model's input is time, and that makes time the {kind} axis of "
-        f"{op.module!r}, whose input is {op.shape}. Pass the axis that is time: {other}."
+        f"time_dim selects axis {op.time_dim} of the model's input, which is the {kind} axis of {op.module!r} with input "
+        f"shape {op.shape}. Pass the axis that is time: {other}."
     )
 
 
 def _from_channels(op: Op, mark: Mark, channel: int) -> Mark:
-    """The mark of a convolution's sum over channels that hold frames, as after framing or a fold into patches."""
+    """Returns the mark of a convolution over channels that hold frames.
+
+    Channels hold frames after framing, or after a fold into patches.
+    """
     groups, channels, out = int(op.arg(8, default=1)), op.shape[channel], int(op.out.shape[channel])
     if groups == 1:
         return reduced(mark, [channel], op.what, mixes=True)
@@ -114,11 +124,14 @@ def _slide(
 def _transposed(
     op: Op, mark: Mark, dim: int, size: int, kernel: int, stride: int, padding: int, dilation: int, extra: int
 ) -> Mark:
-    """Output frame y comes from input frame i where y + padding - i·stride is one of 0, dilation, … (kernel - 1)·dilation."""
+    """Returns the mark after a transposed convolution.
+
+    Output frame y depends on input frame i if y + padding - i·stride is one of 0, dilation, …, (kernel - 1)·dilation.
+    """
     if dilation > 1 and stride > 1:
         return unknown(f"{op.what}: a transposed convolution with stride {stride} and dilation {dilation}")
     if kernel < stride:
-        what = f"a transposed convolution with kernel {kernel} under its stride {stride}"
+        what = f"a transposed convolution with kernel {kernel} and a larger stride {stride}"
         return unknown(f"{op.what}: {what} leaves gaps")
     reach = dilation * (kernel - 1)
     step = Affine(stride, reach + extra + 1 - stride - 2 * padding, 1)
@@ -127,7 +140,10 @@ def _transposed(
 
 
 def pool(op: Op, mark: Mark) -> Mark:
-    """``max_pool(input, kernel, stride, padding, dilation, ceil_mode)``; ``avg_pool`` has no dilation."""
+    """The rule of ``max_pool`` and ``avg_pool``.
+
+    Their arguments are ``input, kernel, stride, padding, dilation, ceil_mode``; ``avg_pool`` has no dilation.
+    """
     kernels, strides, paddings = op.arg(1), op.arg(2), op.arg(3, default=0)
     is_max = "max" in op.name
     dilations = op.arg(4, default=1) if is_max else 1
@@ -142,7 +158,10 @@ def pool(op: Op, mark: Mark) -> Mark:
 
 
 def adaptive_pool(op: Op, mark: Mark) -> Mark:
-    """``adaptive_avg_pool(input, frames)``: frame i sees ⌊i·n / frames⌋ to ⌈(i + 1)·n / frames⌉ - 1."""
+    """The rule of ``adaptive_avg_pool(input, frames)``.
+
+    Frame i sees ⌊i·n / frames⌋ to ⌈(i + 1)·n / frames⌉ - 1.
+    """
 
     def each(mark: Mark, dim: int, size: int, index: int) -> Mark:
         frames = _one(op.arg(1), index)
@@ -161,7 +180,10 @@ def adaptive_pool(op: Op, mark: Mark) -> Mark:
 
 
 def pad(op: Op, mark: Mark) -> Mark:
-    """``constant_pad_nd(input, [left, right, …])`` and the reflecting, repeating and circular ones: last axis first."""
+    """The rule of ``constant_pad_nd(input, [left, right, …])`` and other paddings.
+
+    The amounts begin with the last axis. Other paddings are reflect, replicate and circular padding.
+    """
     amounts = op.arg(1)
 
     def each(mark: Mark, dim: int, size: int, index: int) -> Mark:
@@ -170,7 +192,7 @@ def pad(op: Op, mark: Mark) -> Mark:
         step: Any = Affine(1, left + right, 1)
         if not op.settled:
             step = Guess(op.what, size, step, given=(left, right), pads=True)
-        if op.name == "pad":  # the circular one: what is put in front comes from the end
+        if op.name == "pad":  # circular: the frames in front come from the end
             mark = mark.mixes(f"circular padding in {op.module!r}" if op.module else "circular padding", [dim])
         return windowed(mark, dim, step, before=left, what="padding")
 
@@ -178,7 +200,10 @@ def pad(op: Op, mark: Mark) -> Mark:
 
 
 def roll(op: Op, mark: Mark) -> Mark:
-    """``roll(input, shifts, dims)``: the frames that come round from the other end count as padding."""
+    """The rule of ``roll(input, shifts, dims)``.
+
+    Frames that wrap around count as padding.
+    """
     given = op.arg(2, "dims")
     dims = op.dims(given)
     if not mark.dims.intersection(dims):
@@ -205,7 +230,11 @@ def roll(op: Op, mark: Mark) -> Mark:
 
 
 def upsample(op: Op, mark: Mark) -> Mark:
-    """``upsample_nearest1d(input, size, scale)``, ``upsample_linear1d(input, size, align_corners, scale)``, and so in 2-D."""
+    """The rule of upsampling in 1-D and 2-D.
+
+    The operations are ``upsample_nearest1d(input, size, scale)``, ``upsample_linear1d(input, size, align_corners, scale)``
+    and their 2-D forms.
+    """
     linear = "linear" in op.name
     corners = linear and bool(op.arg(2))
     scales = list(op.args[3 if linear else 2 :])
@@ -229,7 +258,11 @@ def upsample(op: Op, mark: Mark) -> Mark:
 
 
 def _seen(op: Op, ratio: Fraction, linear: bool, corners: bool) -> tuple[Floor, Floor]:
-    """The first and the last frame that frame x of an upsampling by 1 / ``ratio`` sees."""
+    """Returns the first and last frame that a frame of an upsampling sees.
+
+    Args:
+        ratio: frames before the upsampling per frame after it.
+    """
     a, b = ratio.numerator, ratio.denominator
     if corners:  # x·ratio, between the frames below and above it
         return (a, 0, b), (a, b - 1, b)
