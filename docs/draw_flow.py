@@ -145,7 +145,7 @@ def layout() -> tuple[list[Room], dict[tuple[str, str], list[tuple[float, float]
         colour = COLOURS[name][0] if name in COLOURS else colour
         others = [other for other in ORDER if other in imported[name] - edges[name]]
         implied = textwrap.wrap("also " + ", ".join(others), 50) if others else []
-        rooms[name] = Room(name, textwrap.wrap(summary(name), 42), implied, found[name], colour=colour)
+        rooms[name] = Room(name, textwrap.wrap(summary(name).replace("`", ""), 42), implied, found[name], colour=colour)
     passed = place(rooms, edges)
     top, tops, bottoms = MARGIN + 30.0, {}, {}
     for rank in range(max(found.values()) + 1):
@@ -186,7 +186,7 @@ def _port(left: float, number: int, count: int) -> float:
 
 def summary(name: str) -> str:
     """Returns the first line of a folder's, or a module's, docstring."""
-    return (ast.get_docstring(ast.parse(MODULES[name].read_text())) or "").splitlines()[0].replace("``", "")
+    return (ast.get_docstring(ast.parse(MODULES[name].read_text())) or "").splitlines()[0].replace("``", "`")
 
 
 def picture() -> str:
