@@ -39,8 +39,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
             "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
             "torch._ops._higher_order_ops",
         ),
-        "Higher-order operators such as `torch.cond` raise torch's own error inside a capture. Without the module, the first "
-        "capture raises an ImportError.",
+        "Higher-order operators such as `torch.cond` raise torch's own error inside a capture. Without the module, the "
+        "first capture raises an ImportError.",
     ),
     # -- function modes, tracing, transforms
     (
@@ -77,8 +77,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     # -- calls of modules
     (
         ("_compiled_call_impl",),
-        "The self-test warns once, and layers get hooks instead of shims. If the attribute itself is missing, captures that read "
-        "it raise an AttributeError.",
+        "The self-test warns once, and layers get hooks instead of shims. If the attribute itself is missing, captures "
+        "that read it raise an AttributeError.",
     ),
     (("Module._call_impl",), _EVERY),
     (
@@ -166,7 +166,10 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (("Tensor._is_view",), "`grads=True` raises an AttributeError."),
     (("Tensor._backward_hooks",), "`finite(backward=True)` raises an AttributeError."),
-    (("Tensor._indices", "Tensor._values"), "Captures of a sparse COO output raise an AttributeError when they count its bytes."),
+    (
+        ("Tensor._indices", "Tensor._values"),
+        "Captures of a sparse COO output raise an AttributeError when they count its bytes.",
+    ),
     (("DTensor._local_tensor",), "`finite` checks a whole DTensor instead of its local part."),
     (("_conv_forward",), "Captures of a `Conv1d` raise an AttributeError."),
     (
