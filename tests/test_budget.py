@@ -37,7 +37,7 @@ def test_going_over_raises_before_storing_with_who_holds_what_and_the_remedies()
     with (
         pytest.raises(
             MemoryLimitExceeded,
-            match=r"the output of 'convs.3' needs 1.9 KiB more, and only 5 B of max_bytes=\d+ .*Held now: convs.2 1.9 KiB, "
+            match=r"the output of 'convs.3' needs 1.9 KiB more, but only 5 B of max_bytes=\d+ .*The capture holds: convs.2 1.9 KiB, "
             r"convs.0 960 B, "
             r"convs.1 960 B\. .*reduce=.*dtype=.*fewer layers.*keep='last'.*acts.clear\(\).*larger max_bytes",
         ),
@@ -129,7 +129,7 @@ def test_the_message_says_what_each_layer_keeps_alive_and_not_only_what_it_shows
             return super().forward(x)[..., :1]
 
     model = nn.Sequential(Trims(1, 4, 3, padding=1), nn.Conv1d(4, 4, 1))
-    with pytest.raises(MemoryLimitExceeded, match="needs 32 B more.*Held now: 0 960 B"):
+    with pytest.raises(MemoryLimitExceeded, match="needs 32 B more.*The capture holds: 0 960 B"):
         with capture(model, max_bytes=970):
             model(X)
 

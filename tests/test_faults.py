@@ -496,7 +496,7 @@ def test_a_generator_that_runs_in_another_context_says_where_the_model_ran():
     witness.check()
 
 
-@pytest.mark.filterwarnings("ignore:some of the model's calls are not in this block:convtap.CoverageWarning")
+@pytest.mark.filterwarnings("ignore:some calls of the model are not in this capture:convtap.CoverageWarning")
 def test_tasks_that_leave_blocks_open_across_awaits_in_any_order_do_not_mix():
     model = Model()
     witness = Witness(model)

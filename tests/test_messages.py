@@ -55,7 +55,7 @@ X = torch.randn(2, 1, 20)
     ("selector", "shown"), [("*.weight", "c1.weight, c2.weight"), ("c1.w*", "c1.weight"), ("*bias", "c1.bias, c2.bias")]
 )
 def test_a_glob_that_matches_only_parameters_says_so(selector, shown):
-    with pytest.raises(LayerNotFound, match=rf"It matches parameters \({shown}\), and a selection names layers"):
+    with pytest.raises(LayerNotFound, match=rf"It matches parameters \({shown}\), but a selection names layers"):
         capture(Two(), selector).__enter__()
 
 
