@@ -815,7 +815,7 @@ def test_without_more_pinned_memory_nothing_is_lost_and_the_block_warns(slabs):
             if not slabs:
                 message = (
                     r"10 outputs \(15.0 KiB\) went through pageable memory, and the device waited for the copies: "
-                    r"the system refused to pin more memory \(RuntimeError: CUDA error: out of memory\)\. No output is missing\."
+                    r"the system refused to pin more memory \(RuntimeError: CUDA error: out of memory\)\. No output is lost\."
                 )
                 found = stack.enter_context(pytest.warns(OffloadWarning, match=message))
             acts = stack.enter_context(offloading(model, backend))

@@ -194,7 +194,7 @@ class Offloader:
         )
         return (
             f"{plural(len(missed), 'output')} ({human_bytes(sum(missed))}) went through pageable memory, and the device "
-            f"waited for the copies: {why}. No output is missing. To keep less, use reduce=lambda t: t.mean(-1), "
+            f"waited for the copies: {why}. No output is lost. To keep less, use reduce=lambda t: t.mean(-1), "
             "dtype=torch.float16, fewer layers, keep='last', or acts.clear() between passes."
         )
 
