@@ -178,7 +178,7 @@ def test_an_activation_behind_a_residual_sum_is_said_to_be_the_sums():
             return self.relu(self.c(x) + x)
 
     model = Residual()
-    with pytest.raises(NotCaptured, match=r"belongs to the sum: c\. .*types=nn.ReLU"), capture(model, at="activation"):
+    with pytest.raises(NotCaptured, match=r"follows c, so the .* sum\. .*types=nn.ReLU"), capture(model, at="activation"):
         model(X)
     with capture(model, types=nn.ReLU) as acts:
         y = model(X)

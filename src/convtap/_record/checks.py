@@ -183,7 +183,7 @@ def _summed(recorder: Recorder) -> str:
     """Names the layers whose outputs were added to another tensor."""
     names = sorted(recorder.summed)
     return (
-        f" A sum (a residual connection) follows these layers, so the activation belongs to the sum: {listed(names)}."
+        f" A sum (a residual connection) follows {listed(names)}, so the activation belongs to the sum."
         if names
         else ""
     )

@@ -170,8 +170,8 @@ class Selection:
         name = self.tree.name_of(module)
         if name is None:
             raise LayerNotFound(
-                f"the {type(module).__name__} in layers is not a module of this {type(self.tree.model).__name__}, even if it "
-                f"is a copy of one. {self._here()} Pass a module of the model that you capture."
+                f"the {type(module).__name__} in layers is not a module of this {type(self.tree.model).__name__}. A copy of "
+                f"a module is another module. {self._here()} Pass a module of the model that you capture."
             )
         self.exact.add(name)
         return [name]
