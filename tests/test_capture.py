@@ -522,7 +522,9 @@ def test_a_body_that_never_ran_the_model_is_not_silent():
 
 def test_a_layer_asked_for_by_name_that_did_not_run_is_not_silent():
     model = BranchOnData()
-    with pytest.raises(NotCaptured, match=r"1 layer selected by name did not run: low\. list_layers\(model, example=x\)"):
+    with pytest.raises(
+        NotCaptured, match=r"1 layer selected by name did not run: low\. list_layers\(model, example=x\)"
+    ):
         with capture(model, ["low", "high"]):
             model(torch.ones(1, 1, 9))
 

@@ -491,7 +491,9 @@ def test_a_generator_that_runs_in_another_context_says_where_the_model_ran():
     acts = contextvars.copy_context().run(next, running)
     model(X)  # this context never entered the block
     assert len(acts) == 0
-    with pytest.raises(NotCaptured, match="capture is not open there: another task of this thread .'first.0' ran there"):
+    with pytest.raises(
+        NotCaptured, match="capture is not open there: another task of this thread .'first.0' ran there"
+    ):
         next(running)
     witness.check()
 

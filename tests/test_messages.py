@@ -158,7 +158,9 @@ def test_a_hook_registered_first_inside_the_capture_has_run_on_what_is_captured(
 
 def test_an_output_that_is_over_the_limit_by_itself_says_only_what_helps_there():
     model = Two()
-    with pytest.raises(MemoryLimitExceeded, match="the output of 'c1' needs 640 B, which is more than max_bytes=10") as raised:
+    with pytest.raises(
+        MemoryLimitExceeded, match="the output of 'c1' needs 640 B, which is more than max_bytes=10"
+    ) as raised:
         with capture(model, max_bytes=10):
             model(X)
     assert "clear" not in str(raised.value)
@@ -178,7 +180,10 @@ def test_an_activation_behind_a_residual_sum_is_said_to_be_the_sums():
             return self.relu(self.c(x) + x)
 
     model = Residual()
-    with pytest.raises(NotCaptured, match=r"follows c, so the .* sum\. .*types=nn.ReLU"), capture(model, at="activation"):
+    with (
+        pytest.raises(NotCaptured, match=r"follows c, so the .* sum\. .*types=nn.ReLU"),
+        capture(model, at="activation"),
+    ):
         model(X)
     with capture(model, types=nn.ReLU) as acts:
         y = model(X)

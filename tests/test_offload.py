@@ -831,9 +831,7 @@ def test_an_output_larger_than_all_pinned_memory_is_copied_and_the_block_warns()
     backend = Fake()
     model = FiveConvs()
     with torch.no_grad(), cloning_hooks(model) as seen:
-        with pytest.warns(
-            OffloadWarning, match=r"3 outputs \(5.6 KiB\).*all 1.0 KiB that a capture may pin were in"
-        ):
+        with pytest.warns(OffloadWarning, match=r"3 outputs \(5.6 KiB\).*all 1.0 KiB that a capture may pin were in"):
             with offloading(model, backend, sizes={"pinned": 1024, "slab": 1024}) as acts:
                 model(torch.randn(2, 1, 30))
     assert same(list(acts.values()), on_cpu(seen))

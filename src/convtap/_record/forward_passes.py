@@ -230,7 +230,7 @@ class Passes:
 
     @skip_in_dynamo
     def _of_part(self, part: nn.Module, args: Any, kwargs: Any) -> tuple[int, BodyPass | None]:
-        """Returns the pass of a call of a part, also as ``BodyPass`` if called outside."""
+        """Returns a part's pass, and its ``BodyPass`` if outside code makes the call."""
         found = self._members().entry(sys._getframe(1))
         if found is None or found[0] is not part or found[1].f_code is not CALL:
             return self._of_entry(found), None
@@ -288,7 +288,7 @@ class Passes:
         return method
 
     def _check(self, method: _Method) -> None:
-        """Marks passes as unclear if a method calls the model repeatedly and layers."""
+        """Marks a method's passes as unclear if it mixes model calls and layer calls."""
         if method.owns and len(method.roots) > 1:
             why = f"{method.name!r} called the whole model several times and also called layers"
             self.unclear.update(dict.fromkeys(method.roots, (why, method.roots[0])))
