@@ -1,15 +1,15 @@
-"""What happens if a private name of torch goes away: one sentence for each, shown in ``docs/architecture.md``."""
+"""Says what happens if torch removes a private name, for ``docs/architecture.md``."""
 
 from __future__ import annotations
 
 _EVERY = "Every capture raises an AttributeError."
 _IMPORT = "`import convtap` fails."
 _MODE = (
-    "The self-test warns once and the function mode sees convolutions instead: slower, compiled models run eagerly, and "
-    "what TorchScript or `torch.cond` runs is not captured."
+    "The self-test warns once, and convtap uses the function mode, which is slower. Compiled models run eagerly. "
+    "Convolutions inside TorchScript or `torch.cond` are not captured."
 )
 
-#: The names as the code writes them, and what happens without them.
+#: The names as the code writes them, and the effect of their absence.
 PRIVATE: list[tuple[tuple[str, ...], str]] = [
     # -- the convolution key
     (("TESTING_ONLY_GenericMode",), _MODE),
@@ -39,8 +39,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
             "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
             "torch._ops._higher_order_ops",
         ),
-        "`torch.cond` and the like raise torch's own error inside a capture. Without the module, the first capture raises an "
-        "ImportError.",
+        "Higher-order operators such as `torch.cond` raise torch's own error inside a capture. Without the module, the "
+        "first capture raises an ImportError.",
     ),
     # -- function modes, tracing, transforms
     (
@@ -57,8 +57,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     (("torch._C.DisableTorchFunction", "torch._C._get_tracing_state"), _IMPORT),
     (
         ("torch._C.DisableTorchFunctionSubclass", "Tensor._make_subclass"),
-        "Code that fetches a layer's weight inside a capture raises an AttributeError: for the first name when any torch "
-        "function takes the weight, for the second when a Parameter is made of it.",
+        "Code that fetches a layer's weight inside a capture raises an AttributeError. Without the first name, any torch call "
+        "on the weight does; without the second name, `nn.Parameter(weight)` does.",
     ),
     (
         ("torch._C._DisableTorchDispatch",),
@@ -77,8 +77,8 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     # -- calls of modules
     (
         ("_compiled_call_impl",),
-        "The self-test warns once and layers have hooks instead of shims. Where the attribute itself is missing, captures that "
-        "read it raise an AttributeError.",
+        "The self-test warns once, and layers get hooks instead of shims. If the attribute itself is missing, captures "
+        "that read it raise an AttributeError.",
     ),
     (("Module._call_impl",), _EVERY),
     (
@@ -87,7 +87,7 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("torch.jit._recursive", "torch.jit._recursive.ignored_attributes"),
-        "`import convtap` fails without the module. The list may be missing: `torch.jit.script` then looks at the shim.",
+        "Without the module, `import convtap` fails. Without the list, `torch.jit.script` inspects the shim.",
     ),
     (
         (
@@ -102,7 +102,7 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     (("_global_forward_hooks", "_global_forward_pre_hooks"), "Captures of plain layers raise an AttributeError."),
     (
         ("torch.nn.utils._named_member_accessor",),
-        "`functional_call` counts as a reader of the weights: a layer may be reported as bypassed.",
+        "`functional_call` counts as a reader of the weights, so a layer may be reported as bypassed.",
     ),
     # -- Dynamo
     (
@@ -111,18 +111,18 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("_maybe_set_eval_frame", "_fn"),
-        "A model may be compiled once more, or a layer of compiled code be reported as not seen. On torch 2.13 nothing changed "
-        "without the first name; `_fn` is that of torch 2.6.",
+        "A model may be compiled once more, or a layer of compiled code may be reported as not seen. On torch 2.13, removing "
+        "the first name changes nothing. `_fn` is the name in torch 2.6.",
     ),
     (
         ("torch._dynamo", "torch._dynamo.eval_frame", "torch._dynamo.convert_frame"),
-        "The modules are looked up by name once something else has imported Dynamo. Under another name, compiled models are "
-        "not recognized; without one of the two inner modules, importing Dynamo inside a capture fails.",
+        "convtap looks up the modules by name after the program has imported Dynamo. Under another name, compiled models are "
+        "not recognized. Without one of the two inner modules, importing Dynamo inside a capture fails.",
     ),
     (("eval_frame._stance",), "Captures of compiled models, and `compare` of one, raise an AttributeError."),
     (
         ("eval_frame._set_stance",),
-        "An interrupt while the stance is set raises an AttributeError, and the stance stays. Nothing else changes.",
+        "An interrupt while the stance is set raises an AttributeError, and the stance stays set. Nothing else changes.",
     ),
     (("_torchdynamo_orig_callable",), "A model whose `forward` was compiled counts as not compiled."),
     (
@@ -131,20 +131,20 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("torch._higher_order_ops",),
-        "The branches of `torch.cond` count as compiled code of their own, and its tracing as a pass of the model.",
+        "The branches of `torch.cond` count as separate compiled code, and their tracing counts as a forward pass.",
     ),
     # -- TorchScript
     (
         ("ScriptModule._c", "ScriptModule._c._type"),
-        "What runs a scripted model and restores it (`list_layers`, `timeline`) raises an AttributeError. Captures do not need "
-        "it.",
+        "Functions that run a scripted model and restore it (`list_layers`, `timeline`) raise an AttributeError. Captures do "
+        "not need it.",
     ),
     # -- outside of _torch
     (
         ("Module._parameters", "Module._buffers", "Module._modules"),
-        "Every capture raises an AttributeError or a KeyError. torch's own `state_dict` format rests on these names.",
+        "Every capture raises an AttributeError or a KeyError. torch's own `state_dict` format depends on these names.",
     ),
-    (("torch._lazy_clone",), "A probe at import notices, and every snapshot is a clone."),
+    (("torch._lazy_clone",), "A probe at import notices its absence, and every snapshot is a full clone."),
     (
         ("torch._C._data_address",),
         "Captures with hooks, `max_bytes=`, `detach=False`, and `list_layers` with an example fail with an AttributeError.",
@@ -157,25 +157,28 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     (("torch._C._current_graph_task_id",), _IMPORT),
     (
         ("Tensor._version",),
-        "`copy=False`, `detach=False`, `finite`, and `list_layers` with an example fail: it is named in a ConvtapError or an "
-        "AttributeError.",
+        "`copy=False`, `detach=False`, `finite`, and `list_layers` with an example fail with a ConvtapError or an "
+        "AttributeError that names it.",
     ),
     (
         ("Tensor._base",),
-        "Captures in which parts of the model are called one after another may raise an AttributeError.",
+        "Captures in which code outside of the model calls its parts in turn may raise an AttributeError.",
     ),
     (("Tensor._is_view",), "`grads=True` raises an AttributeError."),
     (("Tensor._backward_hooks",), "`finite(backward=True)` raises an AttributeError."),
-    (("Tensor._indices", "Tensor._values"), "What counts the memory of a sparse COO output raises an AttributeError."),
-    (("DTensor._local_tensor",), "`finite` looks at a DTensor as a whole instead of its local part."),
+    (
+        ("Tensor._indices", "Tensor._values"),
+        "Captures of a sparse COO output raise an AttributeError when they count its bytes.",
+    ),
+    (("DTensor._local_tensor",), "`finite` checks a whole DTensor instead of its local part."),
     (("_conv_forward",), "Captures of a `Conv1d` raise an AttributeError."),
     (
         ("_dynamo_marked_constant",),
-        "A compiled `tapped` model shows Dynamo's own error in place of convtap's message.",
+        "A compiled `tapped` model raises Dynamo's own error instead of convtap's.",
     ),
     (
         ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "torch.distributed.algorithms._checkpoint"),
-        "Names of layers keep the prefix of the wrapper, and `compare` refuses a compiled model.",
+        "Names of layers keep the prefix of the wrapper, and `compare` rejects compiled models.",
     ),
     (
         (
@@ -194,20 +197,20 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("torch._C._dispatch_has_kernel_for_dispatch_key",),
-        "`timeline` raises an AttributeError at an operation that has no rule of its own.",
+        "`timeline` raises an AttributeError at an operator without its own rule.",
     ),
     (("OpOverload._schema",), "`timeline` raises an AttributeError."),
     (("torch.utils._python_dispatch",), "`timeline`, `top` and `extract(lengths=)` raise an ImportError."),
 ]
 
-#: Names that are private and not torch's: Python's, Keras', and variables that the package makes under these names.
+#: Private names that are not torch's: names of Python and Keras, and convtap's own variables.
 NOT_TORCH = {
     *("_getframe", "_fields", "_replace", "_exit", "_is_gil_enabled"),
     *("_inbound_nodes", "_keras_history", "_layers", "_torch_params"),
     *("_args", "_kwargs", "_inner"),
     *("_repr_png_", "_tally"),
-    "_fused_rms_norm",  # an operator that torch 2.6 does not have yet
+    "_fused_rms_norm",  # an operator that torch 2.6 lacks
 }
 
-#: The folder whose tables name operators of torch as text: an operator that goes away is never met.
+#: The folder whose tables name torch operators as text. A removed operator never runs, so its name does no harm.
 OPERATOR_TABLES = "_time"

@@ -82,7 +82,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Writes ``capture(`` in the signature of the class ``Capture``, as users write it, and so on."""
     for name, kind in _CLASSES.items():
-        html = html.replace(f'<span class="nf">{kind}</span><span class="p">(', f'<span class="nf">{name}</span><span class="p">(')
+        html = html.replace(
+            f'<span class="nf">{kind}</span><span class="p">(', f'<span class="nf">{name}</span><span class="p">('
+        )
     return html
 
 

@@ -37,7 +37,7 @@ def test_going_over_raises_before_storing_with_who_holds_what_and_the_remedies()
     with (
         pytest.raises(
             MemoryLimitExceeded,
-            match=r"the output of 'convs.3' needs 1.9 KiB more, and only 5 B of max_bytes=\d+ .*Held now: convs.2 1.9 KiB, "
+            match=r"the output of 'convs.3' needs 1.9 KiB more, but only 5 B of max_bytes=\d+ .*holds: convs.2 1.9 KiB, "
             r"convs.0 960 B, "
             r"convs.1 960 B\. .*reduce=.*dtype=.*fewer layers.*keep='last'.*acts.clear\(\).*larger max_bytes",
         ),
@@ -129,7 +129,7 @@ def test_the_message_says_what_each_layer_keeps_alive_and_not_only_what_it_shows
             return super().forward(x)[..., :1]
 
     model = nn.Sequential(Trims(1, 4, 3, padding=1), nn.Conv1d(4, 4, 1))
-    with pytest.raises(MemoryLimitExceeded, match="needs 32 B more.*Held now: 0 960 B"):
+    with pytest.raises(MemoryLimitExceeded, match="needs 32 B more.*The capture holds: 0 960 B"):
         with capture(model, max_bytes=970):
             model(X)
 
@@ -152,7 +152,7 @@ def test_memory_that_an_output_left_counts_for_what_comes_there_next():
             return memory
 
     model = nn.Sequential(Returns())
-    with torch.no_grad(), pytest.raises(MemoryLimitExceeded, match=r"'0' needs 256 B more, and only 88 B of max_bytes"):
+    with torch.no_grad(), pytest.raises(MemoryLimitExceeded, match=r"'0' needs 256 B more, but only 88 B of max_bytes"):
         with capture(model, "0", max_bytes=600) as acts:
             for i in range(3):
                 model(X)
@@ -172,7 +172,7 @@ def test_memory_that_was_freed_since_is_not_counted_when_the_limit_is_met():
 
 def test_what_replaces_a_smaller_output_is_named_so_and_the_smaller_one_stays():
     model = FiveConvs()
-    message = r"needs 3\.8 KiB in place of its last output, and only 1\.9 KiB of max_bytes=1920 \(1\.9 KiB\) is left"
+    message = r"needs 3\.8 KiB in place of its last output, but only 1\.9 KiB of max_bytes=1920 \(1\.9 KiB\) is left"
     with torch.no_grad(), pytest.raises(MemoryLimitExceeded, match=message):
         with capture(model, "convs.4", keep="last", max_bytes=SIZES[4]) as acts:
             model(X)

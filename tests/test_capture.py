@@ -358,7 +358,7 @@ def test_a_method_that_calls_the_model_several_times_makes_as_many_passes():
     assert_rows(acts.samples(), rows_of(model, xs))
     with capture(model) as acts:
         model.many(xs)
-    with pytest.raises(Unsupported, match="'many' called the whole model several times, and layers besides"):
+    with pytest.raises(Unsupported, match="'many' called the whole model several times and also called layers"):
         acts.samples()
     with capture(model, ("first", "second")) as acts:
         model.many(xs)
@@ -514,7 +514,7 @@ def test_rows_that_are_not_the_inputs_are_refused_with_the_layer_and_both_number
 
 def test_a_body_that_never_ran_the_model_is_not_silent():
     with pytest.raises(
-        NotCaptured, match=r"did not run inside the block. Write: with capture\(model\) as acts: model\(x\)"
+        NotCaptured, match=r"did not run inside the capture. Write: with capture\(model\) as acts: model\(x\)"
     ):
         with capture(FiveConvs()):
             pass
@@ -522,7 +522,9 @@ def test_a_body_that_never_ran_the_model_is_not_silent():
 
 def test_a_layer_asked_for_by_name_that_did_not_run_is_not_silent():
     model = BranchOnData()
-    with pytest.raises(NotCaptured, match=r"asked for by name, but did not run: low\. list_layers\(model, example=x\)"):
+    with pytest.raises(
+        NotCaptured, match=r"1 layer selected by name did not run: low\. list_layers\(model, example=x\)"
+    ):
         with capture(model, ["low", "high"]):
             model(torch.ones(1, 1, 9))
 

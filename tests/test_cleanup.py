@@ -316,7 +316,7 @@ def test_a_forward_in_another_thread_is_named():
     model = FiveConvs()
     with (
         pytest.raises(
-            NotCaptured, match=r"another thread, where this block is not open: worker-7 \(there 'convs.0' ran\)"
+            NotCaptured, match=r"another thread, in which this capture is not open: worker-7 \('convs.0' ran there\)"
         ),
         capture(model),
     ):

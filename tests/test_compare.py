@@ -339,9 +339,13 @@ def test_dropout_is_the_same_on_both_sides_in_train_mode():
 
 def test_a_model_without_convolutions_gets_the_advice_of_every_function():
     a, b = nn.Sequential(nn.Linear(40, 3)), nn.Sequential(nn.Conv2d(2, 2, 1))
-    with pytest.raises(LayerNotFound, match=r"side a: the Sequential has 0 Conv1d, 1 Linear: pass types=nn\.Module\."):
+    with pytest.raises(
+        LayerNotFound, match=r"side a: the Sequential has no Conv1d, but it has 1 Linear\. Pass types=nn\.M"
+    ):
         compare(a, copy.deepcopy(a), example=X)
-    with pytest.raises(LayerNotFound, match=r"side b: the Sequential has 0 Conv1d, 1 Conv2d: pass types=nn\.Conv2d\."):
+    with pytest.raises(
+        LayerNotFound, match=r"side b: the Sequential has no Conv1d, but it has 1 Conv2d\. Pass types=nn\.C"
+    ):
         compare(plain(), b, example=X)
     assert compare(a, copy.deepcopy(a), example=X, types=nn.Module).agrees
 

@@ -626,12 +626,12 @@ def test_reduce_by_layer_reaches_parts_functions_and_wrapped_layers(tmp_path):
         (
             {"22": torch.abs},
             LayerNotFound,
-            r"reduce has an entry for '22', and no selected layer matches it: 0, 2\..*Did you",
+            r"reduce has an entry for '22', but it matches none of the selected layers: 0, 2\..*Did you",
         ),
         ({"1": torch.abs}, LayerNotFound, "reduce has an entry for '1'"),
         ({"conv*": torch.abs, "0": torch.abs}, LayerNotFound, r"reduce has an entry for 'conv\*'"),
         ({"0[1]": torch.abs}, LayerNotFound, r"reduce has an entry for '0\[1\]'"),
-        ({"0": 3}, InvalidType, "reduce has the entry '0': int, and a mapping must have names"),
+        ({"0": 3}, InvalidType, "reduce has the entry '0': int, but it must map names of layers"),
         ({0: torch.abs}, InvalidType, "reduce has the entry 0: builtin"),
     ],
 )

@@ -491,12 +491,14 @@ def test_a_generator_that_runs_in_another_context_says_where_the_model_ran():
     acts = contextvars.copy_context().run(next, running)
     model(X)  # this context never entered the block
     assert len(acts) == 0
-    with pytest.raises(NotCaptured, match="where it is not open: another task of this thread .there 'first.0' ran"):
+    with pytest.raises(
+        NotCaptured, match="capture is not open there: another task of this thread .'first.0' ran there"
+    ):
         next(running)
     witness.check()
 
 
-@pytest.mark.filterwarnings("ignore:some of the model's calls are not in this block:convtap.CoverageWarning")
+@pytest.mark.filterwarnings("ignore:some calls of the model are not in this capture:convtap.CoverageWarning")
 def test_tasks_that_leave_blocks_open_across_awaits_in_any_order_do_not_mix():
     model = Model()
     witness = Witness(model)

@@ -55,7 +55,7 @@ def test_a_parameters_name_that_did_not_run_is_not_silent():
     model = FunctionalConvs()
     model.spare = nn.Parameter(torch.randn(1, 1, 1))
     with (
-        pytest.raises(NotCaptured, match="asked for by name, but did not run: spare"),
+        pytest.raises(NotCaptured, match="1 layer selected by name did not run: spare"),
         capture(model, ["spare", "kernel"]),
     ):
         model(X)
@@ -67,9 +67,7 @@ def test_functional_false_sees_modules_only_and_warns_of_what_did_not_run():
     model = FunctionalConvs()
     model.extra = nn.Conv1d(1, 1, 1)
     with (
-        pytest.warns(
-            CoverageWarning, match="1 of 2 selected layers did not run as modules: conv.*with functional=False"
-        ),
+        pytest.warns(CoverageWarning, match="1 of 2 selected layers did not run as modules: conv.*functional=False"),
         capture(model, functional=False) as acts,
     ):
         model.extra(X)
@@ -227,7 +225,7 @@ def test_a_weight_that_a_fused_kernel_took_is_reported_as_bypassed():
     with (
         pytest.raises(
             NotCaptured,
-            match=r"the weight of 1 selected layer was used without a convolution that could be seen: "
+            match=r"the weight of 1 selected layer was read, but convtap saw no convolution: "
             r"conv \(bypassed in 1 pass: weight read by torch.Tensor.squeeze \(models.py:\d+\)\)"
             r".*list_layers\(model, example=x\)",
         ),

@@ -123,7 +123,7 @@ def test_a_reentrant_checkpoint_whose_backward_ran_after_the_block_is_told():
     with capture(model, grads=True) as acts:
         y = model(x)
     loss_of(y).backward()
-    with pytest.raises(NotCaptured, match=r"'conv#0'.*use_reentrant=True.*loss.backward\(\) inside the block"):
+    with pytest.raises(NotCaptured, match=r"'conv#0'.*use_reentrant=True.*loss.backward\(\) inside the capture"):
         _ = acts.calls()[0].grad
 
 

@@ -814,8 +814,8 @@ def test_without_more_pinned_memory_nothing_is_lost_and_the_block_warns(slabs):
         with contextlib.ExitStack() as stack:
             if not slabs:
                 message = (
-                    r"10 outputs \(15.0 KiB\) of this block went through pageable memory, for which the device waited: "
-                    r"the system gave no more of it \(RuntimeError: CUDA error: out of memory\)\. Nothing is missing\."
+                    r"10 outputs \(15.0 KiB\) went through pageable memory, and the device waited for the copies: "
+                    r"the system refused to pin more memory \(RuntimeError: CUDA error: out of memory\)\. No output is lost\."
                 )
                 found = stack.enter_context(pytest.warns(OffloadWarning, match=message))
             acts = stack.enter_context(offloading(model, backend))
@@ -831,9 +831,7 @@ def test_an_output_larger_than_all_pinned_memory_is_copied_and_the_block_warns()
     backend = Fake()
     model = FiveConvs()
     with torch.no_grad(), cloning_hooks(model) as seen:
-        with pytest.warns(
-            OffloadWarning, match=r"3 outputs \(5.6 KiB\).*the 1.0 KiB that a block pins at most were in"
-        ):
+        with pytest.warns(OffloadWarning, match=r"3 outputs \(5.6 KiB\).*all 1.0 KiB that a capture may pin were in"):
             with offloading(model, backend, sizes={"pinned": 1024, "slab": 1024}) as acts:
                 model(torch.randn(2, 1, 30))
     assert same(list(acts.values()), on_cpu(seen))
@@ -843,7 +841,7 @@ def test_results_that_were_all_read_make_the_rest_go_through_pageable_memory():
     backend = Fake()
     model = FiveConvs(inplace=True)
     sizes = {"pinned": 1 << 14, "slab": 1 << 14}
-    with torch.no_grad(), cloning_hooks(model) as seen, pytest.warns(OffloadWarning, match="Nothing is missing"):
+    with torch.no_grad(), cloning_hooks(model) as seen, pytest.warns(OffloadWarning, match="No output is lost"):
         with offloading(model, backend, sizes=sizes) as acts:
             for _ in range(4):
                 model(torch.randn(2, 1, 30))

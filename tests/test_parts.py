@@ -124,7 +124,7 @@ def test_a_glob_takes_the_part_of_every_block_that_has_it(at, options):
         net.layers = nn.ModuleList([Takes(lambda a, b: a) for _ in range(2)])
         net.forward = lambda x: net.layers[1](net.layers[0](x, 2.0), 3.0)
     if not options:
-        with pytest.raises(LayerNotFound, match="of other types, and no Conv1d: pass types="):
+        with pytest.raises(LayerNotFound, match="of other types, but no Conv1d. Pass types="):
             capture(net, "layers.*[0]", at=at)
         return
     if options["types"] is Block and at == "input":
@@ -146,7 +146,7 @@ def test_layers_of_a_glob_without_the_part_are_named_and_an_error_if_none_has_it
         net(X)
     assert list(acts) == ["layers.1[0]"]
     assert "no such part: layers.0[0]" in repr(acts)
-    with pytest.raises(NotCaptured, match=r"no output has the part that was asked for: layers\.0\[9\], layers\.1\[9\]"):
+    with pytest.raises(NotCaptured, match=r"no output has the selected part: layers\.0\[9\], layers\.1\[9\]"):
         with capture(net, "layers.?[9]", types=nn.Module):
             net(X)
 

@@ -178,7 +178,7 @@ def test_functions_are_captured_in_a_thread_that_inherits_the_block():
 
 def test_calls_in_another_thread_are_never_lost_without_a_word():
     model = Mixed()
-    with pytest.warns(CoverageWarning, match="not in this block. The model ran in another thread.*other-1"):
+    with pytest.warns(CoverageWarning, match="not in this capture. The model ran in another thread.*other-1"):
         with capture(model) as acts:
             model(X)
             thread = threading.Thread(target=model, args=(X,), name="other-1")

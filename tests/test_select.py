@@ -102,19 +102,19 @@ def test_a_users_layer_called_module_keeps_its_name():
     [
         (
             "encoder.convv",
-            r"no layer is named 'encoder\.convv'\. The Conv1d layers here: encoder\.conv1, .*Did you mean 'encoder\.conv",
+            r"no layer is named 'encoder\.convv'\. The model has these Conv1d layers: encoder\.conv1, .*Did you mean 'encoder",
         ),
         (
             "encoder.*.convv",
-            r"no layer matches 'encoder\.\*\.convv'\. The Conv1d layers here: .*list_layers\(model\) shows all",
+            r"no layer matches 'encoder\.\*\.convv'\. The model has these Conv1d layers: .*list_layers\(model\) shows all",
         ),
-        ("*.norm", "'[*].norm' matches 1 module of other types, and no Conv1d: pass types=nn.Module"),
+        ("*.norm", "'[*].norm' matches 1 module of other types, but no Conv1d. Pass types=nn.Module"),
         (re.compile("encoder.deep.1"), "matches 1 module of other types"),
         (3, r"layer 3 is out of range: the model has 3 Conv1d, numbered 0 to 2 \(or -1 to -3\)"),
         (-4, "layer -4 is out of range"),
-        (nn.LSTM, r"the model has 0 LSTM; it has 2? ?\d* ?Conv1d"),
+        (nn.LSTM, r"the model has no nn.LSTM, but it has 2? ?\d* ?Conv1d"),
         (lambda name, module: False, "the predicate <lambda> selects none of 3 layers"),
-        (nn.Conv1d(1, 1, 1), "the Conv1d given as a layer is not part of this Nested"),
+        (nn.Conv1d(1, 1, 1), "the Conv1d in layers is not a module of this Nested"),
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
 )
@@ -139,30 +139,38 @@ def test_one_bad_selector_among_good_ones_is_an_error():
         (
             (Nested(), X),
             {},
-            r"the second argument is a Tensor, and it selects layers; run the model inside: with capture",
+            r"the second argument is a Tensor, but it must select layers. Run the model inside: with capture",
         ),
-        ((Nested(), X.numpy()), {}, r"the second argument is a ndarray, and it selects layers"),
-        ((Nested(), {"x": X}), {}, r"the second argument is a dict, and it selects layers"),
-        ((Nested(), 1.5), {}, "layers: float selects nothing. A layer is a name, a glob"),
-        ((Nested(), True), {}, "layers: bool selects nothing"),
-        ((Nested(), [None]), {}, "layers: NoneType selects nothing"),
+        ((Nested(), X.numpy()), {}, r"the second argument is a ndarray, but it must select layers"),
+        ((Nested(), {"x": X}), {}, r"the second argument is a dict, but it must select layers"),
+        ((Nested(), 1.5), {}, "layers holds a float, which selects nothing. Pass a name, a glob"),
+        ((Nested(), True), {}, "layers holds a bool, which selects nothing"),
+        ((Nested(), [None]), {}, "layers holds a NoneType, which selects nothing"),
         ((Nested(), []), {}, "layers is empty.*Pass None for every 1-D convolution"),
         ((Nested(), int), {}, "layers: int is not a module type"),
-        ((Nested(),), {"types": "Conv1d"}, "types holds 'Conv1d', which is no module type"),
+        ((Nested(),), {"types": "Conv1d"}, "types holds 'Conv1d', which is not a module type"),
         ((Nested(),), {"types": []}, "types is empty"),
         ((Nested(),), {"at": "weights"}, "at='weights' is invalid. Pass one of 'output', 'input'"),
         ((Nested(),), {"keep": "first"}, "keep='first' is invalid. Pass one of 'all', 'last'"),
-        ((Nested(),), {"reduce": "mean"}, "reduce is a str, and it must be a function of a tensor: reduce=lambda t"),
-        ((Nested(),), {"dtype": "float16"}, "dtype is 'float16', and it must be a torch.dtype such as torch.float16"),
-        ((Nested(),), {"max_bytes": "2 bananas"}, "max_bytes='2 bananas' is no number of bytes. Write for example"),
-        ((Nested(),), {"max_bytes": "GB"}, "max_bytes='GB' is no number of bytes"),
-        ((Nested(),), {"max_bytes": 0}, "max_bytes=0 leaves no room for any output"),
-        ((Nested(),), {"max_bytes": -5}, "max_bytes=-5 leaves no room"),
+        (
+            (Nested(),),
+            {"reduce": "mean"},
+            "reduce is a str, and it must be a function of a tensor. Write for example reduce=lambda t",
+        ),
+        (
+            (Nested(),),
+            {"dtype": "float16"},
+            "dtype is 'float16', and it must be a torch.dtype. Write for example dtype=torch.float16",
+        ),
+        ((Nested(),), {"max_bytes": "2 bananas"}, "max_bytes='2 bananas' is not a number of bytes. Write for example"),
+        ((Nested(),), {"max_bytes": "GB"}, "max_bytes='GB' is not a number of bytes"),
+        ((Nested(),), {"max_bytes": 0}, "max_bytes=0 is less than one byte. Write for example"),
+        ((Nested(),), {"max_bytes": -5}, "max_bytes=-5 is less than one byte"),
         ((Nested(),), {"max_bytes": []}, "max_bytes is a list, and it must be a number of bytes"),
-        ((Nested(),), {"offload": "nowhere"}, "offload='nowhere' is no device. Write offload='cpu'"),
-        ((Nested(),), {"offload": "meta"}, "offload='meta' would throw every value away"),
+        ((Nested(),), {"offload": "nowhere"}, "offload='nowhere' is not a device. Write offload='cpu'"),
+        ((Nested(),), {"offload": "meta"}, "offload='meta' would discard all values"),
         ((Nested(),), {"offload": 3.5}, "offload is a float, and it must be a device"),
-        ((Nested(),), {"offload": "cuda:97"}, "offload='cuda:97' cannot be used here"),
+        ((Nested(),), {"offload": "cuda:97"}, "offload='cuda:97' does not work on this machine"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -176,13 +184,13 @@ def test_bad_arguments_are_refused_before_anything_is_hooked(args, options, mess
 @pytest.mark.parametrize(
     ("function", "instead"),
     [
-        (list_layers, r"to run the model once: list_layers\(model, example=x\)"),
-        (finite, r"run the model inside: with finite\(model\): model\(x\)"),
-        (tapped, r"call the result: tapped\(model\)\(x\)"),
+        (list_layers, r"To run the model once: list_layers\(model, example=x\)"),
+        (finite, r"Run the model inside: with finite\(model\): model\(x\)"),
+        (tapped, r"Call the result: tapped\(model\)\(x\)"),
     ],
 )
 def test_an_input_given_as_layers_is_refused_with_what_to_write(function, instead):
-    with pytest.raises(TypeError, match=f"the second argument is a Tensor, and it selects layers; {instead}"):
+    with pytest.raises(TypeError, match=f"the second argument is a Tensor, but it must select layers. {instead}"):
         function(FiveConvs(), torch.ones(1, 1, 9))
 
 
@@ -221,7 +229,7 @@ def test_a_position_as_a_key_names_the_call_that_is_meant():
 
 
 def test_a_model_without_conv1d_says_what_it_has():
-    expected = r"the Images has 0 Conv1d, 4 Conv2d: pass types=nn\.Conv2d"
+    expected = r"the Images has no Conv1d, but it has 4 Conv2d\. Pass types=nn\.Conv2d"
     with pytest.raises(NotCaptured, match=expected), capture(Images()) as acts:
         Images()(torch.randn(1, 3, 20, 20))
     with pytest.raises(LayerNotFound, match=expected), capture(Images(), functional=False):

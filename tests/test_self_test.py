@@ -50,9 +50,9 @@ def both(monkeypatch):
 
 
 SUBSTITUTES = {
-    without_key: "does not reach the convolution key .a mode that sees every torch call is used instead, which is slower",
-    without_shims: "a call of a module is not handed to its shim .layers have hooks instead",
-    both: "a call of a module is not handed .*; .*convolution key",
+    without_key: "does not reach the convolution key .convtap uses a mode that sees every torch call instead, which is slower",
+    without_shims: "the call of a module does not reach its shim .convtap uses hooks on layers instead",
+    both: "convolution key .*; the call of a module does not reach its shim",
 }
 
 
@@ -94,7 +94,7 @@ def test_a_capture_without_a_working_call_stack_does_not_watch_functions(monkeyp
     monkeypatch.setattr(self_test.Calls, "modules", lambda calls: iter(()))
     model = TwoParts()
     with (
-        pytest.warns(CoverageWarning, match="calls of modules are not found on the call stack"),
+        pytest.warns(CoverageWarning, match="convtap does not find module calls on the call stack"),
         capture(model) as acts,
     ):
         model(X)

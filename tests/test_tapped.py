@@ -442,9 +442,9 @@ def test_what_cannot_be_tapped_is_refused_with_what_to_write():
         tapped(model, reduce="mean")
     with pytest.raises(InvalidType, match="dtype is 'float16'"):
         tapped(model, dtype="float16")
-    with pytest.raises(InvalidType, match="selects layers"):
+    with pytest.raises(InvalidType, match="must select layers"):
         tapped(model, torch.zeros(1))
-    with pytest.raises(LayerNotFound, match=r"0 Conv1d, .*1 Linear"):
+    with pytest.raises(LayerNotFound, match=r"no Conv1d, .*1 Linear"):
         tapped(nn.Sequential(nn.Linear(2, 2)))
     assert _hooks(model) == 0
 

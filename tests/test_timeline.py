@@ -873,7 +873,7 @@ def test_a_method_is_followed_and_a_wrong_name_is_refused_with_the_near_one():
     assert timeline(model, {"x": x, "scale": 2.0}, method="encode")["encoder"].frames == 19
     assert [row.used for row in list_layers(model, example=x, method="encode")] == ["module × 1"]
     for call in (timeline, lambda *args, **more: list_layers(args[0], example=args[1], **more)):
-        with pytest.raises(InvalidValue, match=r"method='encod' names no method of Codec\. Did you mean 'encode'\?"):
+        with pytest.raises(InvalidValue, match=r"method='encod' is not a method of Codec\. Did you mean 'encode'\?"):
             call(model, x, method="encod")
         with pytest.raises(InvalidType, match="method is a int"):
             call(model, x, method=3)

@@ -24,7 +24,9 @@ from tests.process import run_python
 X = torch.randn(2, 1, 20, generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.filterwarnings(
-    "error:.*could not put that:UserWarning", "ignore:.*torch.jit:DeprecationWarning", "ignore:Lazy modules:UserWarning"
+    "error:.*could not restore it:UserWarning",
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:Lazy modules:UserWarning",
 )
 
 

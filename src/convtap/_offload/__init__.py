@@ -1,1 +1,1 @@
-"""Moves kept tensors to another device: transfers on streams of their own, from a pool of pinned memory."""
+"""Moves kept tensors to another device, on side streams and into pinned memory."""

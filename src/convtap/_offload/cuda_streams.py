@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 class Streams(Protocol):
-    """What a device must offer. Streams and events are handles that only these methods look into."""
+    """The operations that offloading needs from a device.
+
+    Streams and events are opaque handles for these methods.
+    """
 
     def device(self, tensor: Tensor) -> torch.device:
         """Returns where a tensor lives."""
 
     def is_asynchronous(self, tensor: Tensor) -> bool:
-        """Whether the tensor's device copies to pinned memory beside its computation."""
+        """Returns whether the device copies to pinned memory while it computes."""
 
     def is_capturing(self) -> bool:
-        """Whether what is launched now goes into a graph instead of running."""
+        """Returns whether launched work goes into a graph instead of running."""
 
     def current(self, device: torch.device) -> Any:
         """Returns the stream that the device computes on now."""
@@ -30,37 +33,41 @@ class Streams(Protocol):
         """Returns a new event."""
 
     def record(self, event: Any, stream: Any) -> None:
-        """Makes the event pass once all that the stream was given so far is done."""
+        """Makes the event pass when the stream has finished its work so far."""
 
     def wait_for(self, stream: Any, event: Any) -> None:
-        """Makes the stream do what it is given from now on only after the event, as it was recorded last."""
+        """Makes later work of the stream wait for the event, as recorded last."""
 
     def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
-        """Gives the stream a copy to do, and returns at once."""
+        """Launches a copy on the stream. Returns at once."""
 
     def has_passed(self, event: Any) -> bool:
-        """Whether the event has passed. Raises what went wrong on the device before it."""
+        """Returns whether the event has passed. Raises earlier errors of the device."""
 
     def synchronize(self, event: Any) -> None:
-        """Waits for the event. Raises what went wrong on the device before it."""
+        """Waits for the event. Raises earlier errors of the device."""
 
     def pinned(self, size: int) -> Tensor:
-        """Returns that many bytes of page-locked host memory. RuntimeError if the system has no more."""
+        """Allocates ``size`` bytes of page-locked host memory.
+
+        Raises:
+            RuntimeError: if the system refuses the memory.
+        """
 
 
 class CudaStreams:
-    """CUDA's streams and events (and ROCm's, which torch gives the same names)."""
+    """CUDA's streams and events, and ROCm's, which have the same names in torch."""
 
     def device(self, tensor: Tensor) -> torch.device:
         """Returns where a tensor lives."""
         return tensor.device
 
     def is_asynchronous(self, tensor: Tensor) -> bool:
-        """Whether it is a CUDA tensor."""
+        """Returns whether the tensor is on CUDA."""
         return tensor.is_cuda
 
     def is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured."""
+        """Returns whether a CUDA graph is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
     def current(self, device: torch.device) -> Any:
@@ -68,11 +75,11 @@ class CudaStreams:
         return torch.cuda.current_stream(device)
 
     def side(self, device: torch.device) -> Any:
-        """Returns a stream of torch's pool."""
+        """Returns a stream from torch's pool."""
         return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def event(self) -> Any:
-        """Returns an event without timing, which is the cheap kind."""
+        """Returns an event without timing, which is cheaper than one with timing."""
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def record(self, event: Any, stream: Any) -> None:
@@ -84,12 +91,12 @@ class CudaStreams:
         stream.wait_event(event)
 
     def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
-        """Launches the copy on the stream; into pinned memory, it does not wait."""
+        """Launches the copy on the stream. The host does not wait for pinned memory."""
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
 
     def has_passed(self, event: Any) -> bool:
-        """Asks the event."""
+        """Returns whether the event has passed."""
         return bool(event.query())
 
     def synchronize(self, event: Any) -> None:
@@ -97,5 +104,8 @@ class CudaStreams:
         event.synchronize()
 
     def pinned(self, size: int) -> Tensor:
-        """Takes memory from torch's caching host allocator, which keeps for the next block what this one gives back."""
+        """Allocates from torch's caching host allocator.
+
+        The allocator keeps freed memory for the next capture.
+        """
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

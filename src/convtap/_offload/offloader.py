@@ -1,4 +1,4 @@
-"""Moves kept tensors to another device: from CUDA to the CPU beside the computation, elsewhere by a plain copy."""
+"""Moves kept tensors to another device, from CUDA to the CPU asynchronously."""
 
 from __future__ import annotations
 
@@ -20,30 +20,29 @@ from convtap._tensors.memory import tensor_bytes
 from convtap._tensors.nested import Held, map_leaves
 from convtap._torch.modes import outside_function_modes
 
-#: The most bytes of sources that wait for their copies, a device: what offloading adds to the device's memory.
+#: The most bytes of sources that wait for their copies, per device. Offloading uses this much extra device memory.
 WINDOW = 256 * 2**20
 
 _REMEDY = "Write offload='cpu', or another device that this machine has."
 
 # Note: [Where results live]
-# Assumption: a copy is only asynchronous, and only fast, into pinned memory; and what is pinned is taken from every
-#   other program.
-# Failure: results that all stay pinned take the machine's memory; results that all move on to pageable memory are
-#   written twice, at the speed of the host, which is below that of the bus.
-# Choice: a result stays where the copy put it, until ``pinned_limit()`` bytes are pinned. From then on the results in the
-#   slab that was filled first move to pageable memory, which frees that slab. One that was read is the user's and stays.
-#   Where nothing can move, or the system refuses memory, the copy goes to pageable memory and the block warns.
-#   This was decided by reasoning; benchmarks/offload.py measures both costs on a CUDA device.
+# Assumption: a copy is asynchronous and fast only into pinned memory. Other programs cannot use pinned memory.
+# Failure: if all results stay pinned, they fill the machine's memory. If all results move to pageable memory, each is
+#   written twice, at the speed of the host, which is slower than the bus.
+# Choice: a result stays where the copy put it, until ``pinned_limit()`` bytes are pinned. After that, the results in the
+#   slab that was filled first move to pageable memory, which frees the slab. A result that the user has read stays.
+#   If no result can move, or the system refuses memory, the copy goes to pageable memory and the capture warns.
+#   This choice is reasoned, not measured. benchmarks/offload.py measures both costs on a CUDA device.
 #
-# Small tensors have no path of their own: gathering several into one costs a launch, as the copy of each does, and a
-# blocking copy would stop the device. That too was reasoned, not measured.
+# Small tensors have no separate path. Gathering several into one costs a launch, as does the copy of each, and a blocking
+# copy would stop the device. This is also reasoned, not measured.
 
 
 class Offloaded(Held):
-    """A tensor on its way, or arrived.
+    """A tensor whose copy may still be running.
 
     Attributes:
-        tensor: where it arrives; its shape and type are right from the start, its values once it was read.
+        tensor: the destination. Its shape and type are right from the start, its values after ``read``.
     """
 
     __slots__ = ("__weakref__", "_copy", "_lock", "_transfers", "_was_read", "tensor")
@@ -59,7 +58,7 @@ class Offloaded(Held):
         """Waits for its own copy and returns the tensor.
 
         Raises:
-            ConvtapError: the copy failed.
+            ConvtapError: if the copy failed.
         """
         self._wait()
         error = self.failure(key)
@@ -70,26 +69,29 @@ class Offloaded(Held):
             return self.tensor
 
     def failure(self, key: str) -> ConvtapError | None:
-        """Returns what to raise if the copy is known to have failed."""
+        """Returns the error to raise if the copy has failed, or None."""
         copy = self._copy
         if copy is None or copy.error is None:
             return None
         error = copy.error
         failure = ConvtapError(
             f"the output of {key!r} was lost: its copy to the CPU failed with {type(error).__name__}: {error}. "
-            "Errors on a device surface late, so the cause may be an earlier operation of the model: run the model by "
-            "itself with CUDA_LAUNCH_BLOCKING=1, or capture without offload."
+            "A device reports errors late, so an earlier operation of the model may be the cause. Run the model alone with "
+            "CUDA_LAUNCH_BLOCKING=1, or capture without offload."
         )
         failure.__cause__ = error
         return failure
 
     def can_leave(self) -> bool:
-        """Whether it may move to pageable memory: nobody has it yet, and no graph ends in it."""
+        """Returns whether the tensor may move to pageable memory.
+
+        It may not if the user has read it, or if an autograd graph ends in it.
+        """
         self._wait()
         return not self._was_read and not self.tensor.requires_grad and self._copy is None
 
     def leave(self) -> None:
-        """Moves to pageable memory, unless it was read meanwhile."""
+        """Moves the tensor to pageable memory, unless it was read meanwhile."""
         with self._lock:
             if not self._was_read:
                 self.tensor = self.tensor.clone()
@@ -101,12 +103,12 @@ class Offloaded(Held):
             if copy.error is None:
                 self._copy = self._transfers = None
 
-    def __reduce__(self) -> Any:  # a copy of the block, and a pickle of it, hold plain tensors
+    def __reduce__(self) -> Any:  # copies and pickles of the capture hold plain tensors
         return torch.clone, (self.read("a layer").detach(),)
 
 
 class _Moved(torch.autograd.Function):
-    """The copy, as an operation that gradients flow back through."""
+    """The copy as an autograd operation, so gradients flow back through it."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, start: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,18 +121,18 @@ class _Moved(torch.autograd.Function):
 
 
 class Offloader:
-    """Moves tensors to one device. Used by one block at a time.
+    """Moves tensors to one device, for one capture at a time.
 
     Args:
-        device: where to.
+        device: the destination.
         streams: the streams of the device that tensors come from.
-        window: the most bytes of sources in flight, a device.
-        pinned: the most bytes of pinned memory; by default ``pinned_limit()``.
-        slab: how many bytes are pinned at once.
+        window: the most bytes of sources in flight, per device.
+        pinned: the most bytes of pinned memory. The default is ``pinned_limit()``.
+        slab: the number of bytes that are pinned at once.
 
     Raises:
-        InvalidType: ``device`` is no device.
-        InvalidValue: it names a device that cannot hold values, or that this machine does not have.
+        InvalidType: if ``device`` is not a device.
+        InvalidValue: if the device cannot hold values, or if this machine does not have it.
     """
 
     def __init__(
@@ -152,13 +154,13 @@ class Offloader:
         self._missed: list[int] = []
 
     def is_home(self, tensor: Tensor) -> bool:
-        """Whether the tensor is on the device already."""
+        """Returns whether the tensor is already on the device."""
         return self._streams.device(tensor) == self.device
 
     def move(self, tensor: Tensor) -> Any:
-        """Returns the tensor on the device: itself if it is there, ``Offloaded`` if it is on its way.
+        """Returns the tensor on the device, or an ``Offloaded`` while its copy runs.
 
-        Nothing but this may write to the tensor's memory any more.
+        The caller must not write to the tensor's memory after this call.
         """
         if self.is_home(tensor):
             return tensor
@@ -167,8 +169,8 @@ class Offloader:
             return tensor.to(self.device)
         if streams.is_capturing():
             raise Unsupported(
-                "offload does not work while a CUDA graph is captured: every replay would write to the same memory. "
-                "Capture without offload, or run the model eagerly in the block."
+                "offload does not work while a CUDA graph is captured, because every replay would write to the same memory. "
+                "Capture without offload, or run the model eagerly inside the capture."
             )
         with self._lock, outside_function_modes():
             return self._start(_dense(tensor))
@@ -180,19 +182,19 @@ class Offloader:
         return not any(transfers.failed for transfers in self._transfers.values())
 
     def warning(self) -> str | None:
-        """Says once what did not go through pinned memory."""
+        """Returns one warning about the outputs that bypassed pinned memory, or None."""
         missed, self._missed = self._missed, []
         if not missed:
             return None
         refusal = self._pool.refusal
         why = (
-            f"the system gave no more of it ({type(refusal).__name__}: {_first(refusal)})"
+            f"the system refused to pin more memory ({type(refusal).__name__}: {_first(refusal)})"
             if refusal is not None
-            else f"the {human_bytes(self._pool.limit)} that a block pins at most were in use"
+            else f"all {human_bytes(self._pool.limit)} that a capture may pin were in use"
         )
         return (
-            f"{plural(len(missed), 'output')} ({human_bytes(sum(missed))}) of this block went through pageable memory, for "
-            f"which the device waited: {why}. Nothing is missing. To keep less: reduce=lambda t: t.mean(-1), "
+            f"{plural(len(missed), 'output')} ({human_bytes(sum(missed))}) went through pageable memory, and the device "
+            f"waited for the copies: {why}. No output is lost. To keep less, use reduce=lambda t: t.mean(-1), "
             "dtype=torch.float16, fewer layers, keep='last', or acts.clear() between passes."
         )
 
@@ -219,7 +221,10 @@ class Offloader:
         return held
 
     def _make_room(self, size: int) -> Slab | None:
-        """Moves results out of the slabs that were filled first until so many bytes fit. See Note: [Where results live]."""
+        """Moves results out of the oldest slabs until ``size`` bytes fit.
+
+        See Note: [Where results live].
+        """
         for slab in self._pool.by_age():
             if _evict(slab):
                 found = self._pool.acquire(size)
@@ -229,11 +234,11 @@ class Offloader:
 
 
 def _evict(slab: Slab) -> bool:
-    """Moves what is in a slab to pageable memory, or nothing of it if something has to stay."""
+    """Moves all results of a slab to pageable memory, or none if one must stay."""
     for i, tenant in enumerate(slab.tenants):
         held = tenant()
         if held is not None and not held.can_leave():
-            slab.tenants.insert(0, slab.tenants.pop(i))  # the next look finds it first
+            slab.tenants.insert(0, slab.tenants.pop(i))  # so the next call checks it first
             return False
     for tenant in slab.tenants:
         held = tenant()
@@ -244,7 +249,7 @@ def _evict(slab: Slab) -> bool:
 
 
 def first_failure(calls: Iterable[Call]) -> ConvtapError | None:
-    """Returns the error of the first call whose copy failed, which names it."""
+    """Returns the error of the first call whose copy failed, or None."""
     found: list[ConvtapError] = []
     for call in calls:
         helds: list[Any] = []
@@ -256,7 +261,7 @@ def first_failure(calls: Iterable[Call]) -> ConvtapError | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its bytes are all there is to it."""
+    """Returns whether the bytes of a tensor hold all of its information."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
@@ -266,7 +271,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Returns a tensor that one copy of bytes moves: itself, or (made where it lives) a contiguous copy of it."""
+    """Returns the tensor if it is dense, or else a contiguous copy on its device."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_contiguous():
@@ -285,16 +290,16 @@ def _checked(device: Any) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise InvalidValue(f"offload={device!r} is no device. {_REMEDY}") from None
+        raise InvalidValue(f"offload={device!r} is not a device. {_REMEDY}") from None
     if found.type == "meta":
-        raise InvalidValue(f"offload='meta' would throw every value away: a meta tensor has none. {_REMEDY}")
+        raise InvalidValue(f"offload='meta' would discard all values, since meta tensors have none. {_REMEDY}")
     if found.type == "cpu":
         return torch.device("cpu")
     try:
         return torch.empty(0, device=found).device
     except Exception as error:
         message = f"{type(error).__name__}: {_first(error)}"
-        raise InvalidValue(f"offload={str(found)!r} cannot be used here: {message}. {_REMEDY}") from error
+        raise InvalidValue(f"offload={str(found)!r} does not work on this machine: {message}. {_REMEDY}") from error
 
 
 def _first(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Pools pinned host memory in slabs, which are used again when no tensor uses them."""
+"""Pools pinned host memory in slabs, and reuses a slab when no tensor is in it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import Tensor
 #: The size of a slab in bytes. A power of two, because torch's host allocator rounds up to one.
 SLAB = 64 * 2**20
 
-#: The most bytes that one block pins, where the machine has four times as much memory.
+#: The most bytes that one capture pins, on a machine with at least four times as much memory.
 PINNED = 4 * 2**30
 
 _ALIGNMENT = 512
 
 # Note: [Tensors in slabs]
-# Assumption: pinning memory costs milliseconds a call, so tensors share slabs.
-# Failure: a tensor that is a view of its slab drags the slab along: torch.save writes all of it, its bytes count as
-#   held, and every result shares one version counter, so that writing one spoils the backward pass of another.
-# Choice: ``torch.frombuffer`` over a ctypes object at the slab's address. The tensor's storage is exactly its own bytes,
-#   and the storage's end, wherever and whenever the last tensor or view goes, is the end of the ctypes object.
+# Assumption: pinning memory takes milliseconds per call, so tensors share slabs.
+# Failure: if a tensor is a view of its slab, torch.save writes the whole slab, and the whole slab counts as held. All
+#   results would also share one version counter, so a write to one would break the backward pass of another.
+# Choice: ``torch.frombuffer`` over a ctypes object at the slab's address. The tensor's storage has exactly its own bytes.
+#   When the last tensor or view is freed, so are the storage and the ctypes object.
 
 
 class Slab:
-    """One piece of pinned memory, handed out from its start to its end.
+    """One piece of pinned memory, filled from its start to its end.
 
     Attributes:
-        size: its bytes.
-        tenants: weak references to what its owner put into it since it was last empty.
-        number: grows with the time at which the slab was last empty.
+        size: the size in bytes.
+        tenants: weak references to the owner's tensors in the slab since it was last empty.
+        number: the order in which slabs were last empty; a later slab has a larger number.
     """
 
     def __init__(self, memory: Tensor) -> None:
@@ -50,11 +50,11 @@ class Slab:
         self._released: deque[None] = deque()
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes are left at its end."""
+        """Returns whether ``size`` bytes are left at the end."""
         return self._used + size <= self.size
 
     def is_empty(self) -> bool:
-        """Whether no tensor uses it; then all of it is free again."""
+        """Returns whether no tensor uses the slab. An empty slab is free again."""
         while self._released:
             self._released.pop()
             self._live -= 1
@@ -64,10 +64,10 @@ class Slab:
         return not self._live
 
     def like(self, source: Tensor) -> Tensor:
-        """Returns a tensor in the slab with the type, shape and strides of ``source``, which is dense."""
+        """Returns a new tensor in the slab that is laid out like a dense ``source``."""
         buffer = self._layout.from_address(self._address)
-        # The bound method keeps the slab alive for as long as the buffer; and any thread may free the last tensor, so
-        # nothing is counted there.
+        # The bound method keeps the slab alive as long as the buffer. Any thread may free the last tensor, so the
+        # finalizer does not change counts.
         weakref.finalize(buffer, self._release).atexit = False
         flat = torch.frombuffer(buffer, dtype=source.dtype, count=source.numel(), offset=self._used)
         self._used += aligned(source.numel() * source.element_size())
@@ -80,11 +80,11 @@ class Slab:
 
 
 class Pool:
-    """Slabs up to a limit of bytes. Not for several threads at once.
+    """Slabs up to a limit of bytes. The pool is not thread-safe.
 
     Attributes:
-        limit: the most bytes it pins; less than asked for once the system refused more.
-        refusal: how the system refused more, or None.
+        limit: the most bytes that the pool pins. It shrinks when the system refuses more memory.
+        refusal: the system's error for a refused slab, or None.
     """
 
     def __init__(self, allocate: Callable[[int], Tensor], limit: int, slab: int = SLAB) -> None:
@@ -97,11 +97,11 @@ class Pool:
 
     @property
     def total(self) -> int:
-        """The bytes that are pinned now."""
+        """The number of pinned bytes."""
         return sum(slab.size for slab in self._slabs)
 
     def acquire(self, size: int) -> Slab | None:
-        """Returns a slab with room for so many bytes, or None if the limit leaves none."""
+        """Returns a slab with room for ``size`` bytes, or None if the limit is reached."""
         size = aligned(size)
         for slab in self._slabs:
             if slab.is_empty():
@@ -117,14 +117,14 @@ class Pool:
         return self._grow(new) if self.total + new <= self.limit else None
 
     def by_age(self) -> list[Slab]:
-        """Returns the slabs, the one that was empty longest ago first."""
+        """Returns the slabs. The slab that was empty longest ago comes first."""
         return sorted(self._slabs, key=lambda slab: slab.number)
 
     def _grow(self, size: int) -> Slab | None:
         try:
             slab = Slab(self._allocate(size))
         except RuntimeError as error:
-            # Without its traceback, whose frames would keep alive what they hold.
+            # The frames of a traceback would keep their variables alive.
             self.refusal, self.limit = error.with_traceback(None), self.total
             return None
         slab.number = next(self._numbers)
@@ -133,7 +133,7 @@ class Pool:
 
 
 def aligned(size: int) -> int:
-    """Rounds up, so that each tensor begins where a copy is fast."""
+    """Rounds a size up, so each tensor begins at an address that is fast to copy."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

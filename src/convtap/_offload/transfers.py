@@ -1,4 +1,4 @@
-"""The copies in flight from one device: an event each, within a window of bytes."""
+"""Tracks the copies in flight from one device, within a window of bytes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from convtap._offload.cuda_streams import Streams
 from convtap._tensors.memory import storage_key, tensor_bytes
 
 # Note: [Copies in flight]
-# Assumption: the host runs ahead of the device, so when a hook returns its output may not be computed, and the copy has
-#   not begun.
-# Failure: a side stream that does not wait reads what is not written yet; a source that is freed may be given to the next
-#   layer under the copy; a destination that is freed may be given to another copy.
-# Choice: the side stream waits for an event on the compute stream, taken before anything is given to the side stream.
-#   Source and destination are held by a reference until the copy's own event has passed on the host. Nothing relies
-#   on ``record_stream``, which need not reach the memory under a copy-on-write tensor. In-place writes after the hook do
-#   not matter: the source is a snapshot, and the writer gets memory of its own. (See Note: [Copy-on-write snapshots].)
+# Assumption: the host runs ahead of the device. When a hook returns, the layer's output may not be computed yet, and the
+#   copy may not have begun.
+# Failure: a side stream that does not wait reads values before they are written. If a source is freed during its copy, the
+#   next layer may write to its memory. If a destination is freed, another copy may write to its memory.
+# Choice: the side stream waits for an event of the compute stream, which is recorded before the copy is launched. References
+#   hold source and destination until the copy's own event has passed on the host. convtap does not use ``record_stream``,
+#   which may miss the memory under a copy-on-write tensor. In-place writes after the hook do no harm: the source is a
+#   snapshot, and the writer gets new memory. See Note: [Copy-on-write snapshots].
 
 
 class Copy:
-    """One copy, until its event has passed: what it reads, what it writes.
+    """One copy, with its source and destination until its event has passed.
 
     Attributes:
-        event: passes when the copy is done; None once that is known.
-        error: what went wrong, or None.
+        event: passes when the copy is done. None after the host knows that.
+        error: the error of the copy, or None.
     """
 
     __slots__ = ("destination", "error", "event", "size", "source")
@@ -43,10 +43,10 @@ class Copy:
 
 
 class Transfers:
-    """The copies from one device, in order, on a stream of their own.
+    """The copies from one device, in order, on a side stream.
 
     Attributes:
-        failed: whether any copy ever failed.
+        failed: whether any copy has failed.
     """
 
     def __init__(self, streams: Streams, device: torch.device, window: int) -> None:
@@ -61,7 +61,10 @@ class Transfers:
         self._lock = threading.Lock()
 
     def start(self, source: Tensor, destination: Tensor) -> Copy:
-        """Begins a copy, once the window has room for its source. One larger than the window goes alone."""
+        """Starts a copy when the window has room for its source.
+
+        A source that is larger than the window is copied alone.
+        """
         key = storage_key(source)
         size = max(tensor_bytes(source), key[1] if key else 0)  # a source keeps its whole storage alive
         with self._lock:
@@ -71,7 +74,7 @@ class Transfers:
             self._copies.append(copy)
             try:
                 self._launch(copy)
-            except Exception as error:  # it surfaces where the value is read, which names the layer
+            except Exception as error:  # reading the value raises it with the layer's name
                 self._copies.pop()
                 self._fail(copy, error)
                 self._finish(copy)
@@ -82,9 +85,9 @@ class Transfers:
         event = copy.event
         if event is None:
             return
-        # Outside the lock, so that the thread that runs the model can go on. The event may be a later copy's by now,
-        # which is after this one on the same stream. An error may be an earlier copy's, but then nobody can vouch for this
-        # one either.
+        # Wait without the lock, so the thread that runs the model can continue. The event may belong to a later copy by
+        # now, which comes after this copy on the same stream. An error may come from an earlier copy, but then this copy's
+        # values are not reliable either.
         error = None
         try:
             self._streams.synchronize(event)
@@ -103,7 +106,7 @@ class Transfers:
                 self._finish_oldest()
 
     def __del__(self) -> None:
-        # A block that was entered and never left: the copies must not outlive the memory that they write to.
+        # If a capture was entered and never left, the copies must not outlive the memory that they write to.
         with contextlib.suppress(Exception):
             self.drain()
 
@@ -114,10 +117,10 @@ class Transfers:
         streams.record(event, streams.current(self._device))
         streams.wait_for(side, event)
         streams.copy(copy.destination, copy.source, side)
-        streams.record(event, side)  # the side stream waits for the event as it was, so it can be used again
+        streams.record(event, side)  # the side stream waits for the earlier recording, so the event can be reused
 
     def _retire(self, size: int) -> None:
-        """Lets go of what is done, and waits for the oldest until the window has room for so many bytes."""
+        """Releases finished copies, and waits until ``size`` bytes fit into the window."""
         while self._copies:
             if self._bytes + size <= self._window and not self._oldest_is_done():
                 return
@@ -126,7 +129,7 @@ class Transfers:
     def _oldest_is_done(self) -> bool:
         try:
             return self._streams.has_passed(self._copies[0].event)
-        except Exception:  # found again by _finish_oldest
+        except Exception:  # _finish_oldest meets the error again and records it
             return True
 
     def _finish_oldest(self) -> None:
@@ -141,7 +144,7 @@ class Transfers:
         self._finish(copy)
 
     def _fail(self, copy: Copy, error: Exception) -> None:
-        copy.error = error.with_traceback(None)  # its frames would keep the model's tensors alive
+        copy.error = error.with_traceback(None)  # the frames would keep the model's tensors alive
         self.failed = True
 
     def _finish(self, copy: Copy) -> None:

@@ -1,4 +1,5 @@
-"""The module names that pickles of version 0.1.0 hold: each leads to where its classes are now.
+"""Module names of version 0.1.0, so its pickles still load.
 
-This folder is part of the package's own search path (see ``convtap/__init__.py``), so ``convtap._call`` is found here.
+Each module imports its classes from their new place. ``convtap/__init__.py`` adds this folder to the package's search path,
+so ``import convtap._call`` finds it.
 """

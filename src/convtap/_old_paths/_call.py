@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for ``Call`` and for the record of a layer."""
+"""Loads ``Call`` and the record of a layer from pickles of version 0.1.0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from convtap._result import call as _now
 
 
 class Call(_now.Call):
-    """A call, whose record had another name."""
+    """A call of version 0.1.0, whose record had another name."""
 
     __slots__ = ()
 
@@ -22,7 +22,7 @@ class Call(_now.Call):
 
 
 class Tally(_now.LayerRecord):
-    """The record of a layer, which held the class of the module."""
+    """The record of a layer of version 0.1.0, which held the module's class."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _now.LayerRecord  # type: ignore[assignment]

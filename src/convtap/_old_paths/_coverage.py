@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._result.coverage``."""
+"""Old path of ``convtap._result.coverage``, for pickles of version 0.1.0."""
 
 from __future__ import annotations
 

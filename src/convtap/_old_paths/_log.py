@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for ``Log``."""
+"""Loads ``Log`` from pickles of version 0.1.0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from convtap._result import log as _now
 
 
 class Log(_now.Log):
-    """A log, whose records had another name, and which lacked some fields."""
+    """A log of version 0.1.0, whose records had another name.
+
+    It lacked some fields.
+    """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _now.Log  # type: ignore[assignment]

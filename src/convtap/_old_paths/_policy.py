@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._record.policy``."""
+"""Old path of ``convtap._record.policy``, for pickles of version 0.1.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for what is now in ``convtap._capture.tapped``."""
+"""Old path of ``convtap._capture.tapped``, for pickles of version 0.1.0."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a value that a tap sees to an entry of the log: forward passes, policy, budget, gradients, and checks on exit."""
+"""Turns the values that taps see into entries of the log, and checks them on exit."""

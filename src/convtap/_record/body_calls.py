@@ -1,4 +1,7 @@
-"""Groups the calls of parts that code outside of the model makes one by one: ``for layer in model.layers: x = layer(x)``."""
+"""Groups calls of a model's parts from outside into forward passes.
+
+An example is ``for layer in model.layers: x = layer(x)``.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,22 @@ from convtap._torch.transforms import unwrapped
 NameOf: TypeAlias = "Callable[[nn.Module], str | None]"
 
 # Note: [Calls of parts]
-# Assumption: parts that are called one after another, each once, work on one input. A part that is called again begins a
-#   new one, unless its input is what the part before it returned.
-# Failure: with another function in between, ``x = relu(block(x))`` in a loop looks the same as a loop over inputs.
-# Choice: the second call is a new input for certain if its input needs no gradient where the outputs before it would have
-#   one, if another function of the user's makes it, or if it has another number of channels than the output before it.
-#   Otherwise the pass is unclear, and ``samples`` refuses it.
+# Assumption: if parts are called one after another, each once, they process one input. A second call of a part begins a new
+#   input, unless its argument is the previous part's output.
+# Failure: if another function is in between, ``x = relu(block(x))`` in a loop looks the same as a loop over inputs.
+# Choice: the second call certainly begins a new input in three cases: its argument requires no gradient although the previous
+#   output would, another function of the user makes the call, or the argument has another number of channels than the
+#   previous output. Otherwise the pass is unclear, and ``samples`` rejects it.
 
 
 class BodyPass:
-    """A pass of parts that are called one by one.
+    """A forward pass that consists of calls of parts.
 
     Attributes:
-        number: the pass.
+        number: the number of the pass.
         last: the part that was called last.
-        output: what it returned, if that is known and alive.
-        before: the pass before it, if that is one as well.
+        output: returns the last part's output if it is known and alive, otherwise None.
+        before: the previous pass, if it also consists of calls of parts.
     """
 
     def __init__(self, number: int, before: BodyPass | None = None) -> None:
@@ -45,7 +48,7 @@ class BodyPass:
 
 
 class BodyCalls:
-    """Decides which calls of parts belong to one pass.
+    """Decides which calls of parts belong to the same pass.
 
     Attributes:
         marks: the passes of the frames that call parts.
@@ -56,13 +59,13 @@ class BodyCalls:
         self._unclear = unclear
         self._name_of = name_of
         self._outputs: dict[int, tuple[int, ...]] = {}
-        #: By pass, the part before it, and the shape of its input.
+        #: For each pass, the previous part and the shape of the pass's input.
         self._waiting: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def enter(
         self, now: BodyPass | None, begin: Callable[[], int], part: nn.Module, tensor: Tensor | None, caller: Any
     ) -> BodyPass:
-        """Returns the pass that a call of a part belongs to: the one that runs now, or a new one."""
+        """Returns the pass of a call of a part: the current pass or a new one."""
         before = now
         if now is None or not self._goes_on(now, part, tensor):
             now = BodyPass(begin(), before)
@@ -77,7 +80,7 @@ class BodyCalls:
             and id(part) not in now.before.parts
             and (tensor is None or tensor is not now.output())
         ):
-            self._doubt(now, part, now.before)  # it may be the part that the pass before this one lacks
+            self._doubt(now, part, now.before)  # it may be the part that the previous pass lacks
         if caller is not None:
             self.marks.set(caller, now.number)
         now.parts.add(id(part))
@@ -85,14 +88,14 @@ class BodyCalls:
         return now
 
     def left(self, now: BodyPass, part: nn.Module, output: Any) -> None:
-        """Notes what a part returned."""
+        """Notes the output of a part."""
         if isinstance(output, Tensor):
             now.output = weakref.ref(output)
             self._outputs[id(part)] = tuple(output.shape)
             self._decide(id(part))
 
     def _doubt(self, now: BodyPass, part: nn.Module, before: BodyPass) -> None:
-        why = f"{self._name_of(part)!r} was called by itself, and may have worked on either of two inputs"
+        why = f"{self._name_of(part)!r} was called by itself, so its call may belong to either of two inputs"
         self._unclear[now.number] = (why, before.number)
 
     def _goes_on(self, now: BodyPass, part: nn.Module, tensor: Tensor | None) -> bool:
@@ -102,14 +105,14 @@ class BodyCalls:
         return output is not None and tensor is not None and (tensor is output or tensor._base is output)
 
     def _may_go_on(self, before: BodyPass, tensor: Tensor, caller: FrameType | None) -> bool:
-        """Whether a part that is called again may work on the same input still."""
+        """Returns whether a second call of a part may belong to the same input."""
         if before.last is None or (caller is not None and self.marks.of(caller) is None):
             return False
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in before.last.parameters())
         return not learns or (tensor.requires_grad and not tensor.is_leaf)
 
     def _decide(self, part: int) -> None:
-        """Clears up passes, once the shape is known that the part before them returns."""
+        """Resolves unclear passes when the shape of the previous part's output is known."""
         output = self._outputs.get(part)
         if output is None:
             return
@@ -125,6 +128,9 @@ def _nothing() -> None:
 
 
 def first_tensor(inputs: Any) -> Tensor | None:
-    """The first input tensor that has a batch axis and another (else the first one with an axis)."""
+    """Returns the first input tensor with a batch axis and another axis.
+
+    Without such a tensor, it returns the first one with any axis, or None.
+    """
     tensors = [tensor for _, tensor in walk_tensors(inputs) if tensor.dim()]
     return next((tensor for tensor in tensors if unwrapped(tensor).dim() > 1), tensors[0] if tensors else None)

@@ -1,4 +1,4 @@
-"""Keeps a capture within ``max_bytes``; memory that several outputs share counts once."""
+"""Keeps a capture within ``max_bytes``. Shared memory counts once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from convtap._result.log import Log
 from convtap._table import human_bytes
 
 # Note: [Counting kept memory]
-# Assumption: a call's memory is found by its address, and counted when the call is stored.
-# Failure: the address of what is kept can change afterwards: the user writes into an output and copy-on-write gives it
-#   memory of its own, or an offloaded result moves to pageable memory. Taking off what a call has then would leave what it
-#   had counted for ever; and the next output at the old address would pass for a sharer, and not count at all.
-# Choice: each call is taken off as it was put on. Where a new call has an address that others were counted for, those that
-#   are elsewhere now are counted anew. And before the limit stops a forward pass, everything is.
+# Assumption: the memory of a call is identified by its address, and counted when the call is stored.
+# Failure: the address can change later. If the user writes into an output, copy-on-write moves it to new memory, and an
+#   offloaded result may move to pageable memory. Subtracting the call's current memory would leave its old memory counted
+#   forever. The next output at the old address would then look like shared memory, and would not count at all.
+# Choice: each call is subtracted as it was added. If a new call has an address that others were counted for, the others
+#   that have moved are counted again. Before the limit stops a forward pass, all calls are counted again.
 
 
 class Budget:
@@ -28,10 +28,10 @@ class Budget:
         self._forget()
 
     def reserve(self, call: Call, replaced: Call | None) -> None:
-        """Counts a call that is about to be stored, in place of another one or not.
+        """Counts a call before it is stored, in place of ``replaced`` if it is given.
 
         Raises:
-            MemoryLimitExceeded: there is no room for it; nothing is counted then.
+            MemoryLimitExceeded: if the call exceeds the limit. The counts then stay as they were.
         """
         if self._cleared != self._log.cleared:
             self._forget()
@@ -55,7 +55,7 @@ class Budget:
         raise MemoryLimitExceeded(self._message(call, replaced, needed, self._limit - others))
 
     def withdraw(self, call: Call) -> None:
-        """Counts a call no more."""
+        """Stops counting a call."""
         if call in self._counted:
             self._remove(call)
 
@@ -92,19 +92,22 @@ class Budget:
         less = "Keep less of each output with reduce=lambda t: t.mean(-1) or dtype=torch.float16, "
         if not who:
             return (
-                f"the output of {call.name!r} alone takes {human_bytes(needed)}, and {limit} does not allow that. {less}"
-                "or give a larger max_bytes."
+                f"the output of {call.name!r} needs {human_bytes(needed)}, which is more than {limit}. {less}"
+                "or pass a larger max_bytes."
             )
         instead = "more" if replaced is None else "in place of its last output"
         return (
-            f"the output of {call.name!r} needs {human_bytes(needed)} {instead}, and only {human_bytes(max(0, free))} of "
-            f"{limit} is left. Held now: {who}. {less}select fewer layers, keep only the last call of each with "
-            "keep='last', call acts.clear() between passes, or give a larger max_bytes."
+            f"the output of {call.name!r} needs {human_bytes(needed)} {instead}, but only {human_bytes(max(0, free))} of "
+            f"{limit} is left. The capture holds: {who}. {less}select fewer layers, keep only the last call of each with "
+            "keep='last', call acts.clear() between passes, or pass a larger max_bytes."
         )
 
 
 def _holders(calls: Iterable[Call]) -> str:
-    """The five layers that hold most; shared memory is the first one's."""
+    """Names the five layers that hold most bytes.
+
+    Shared memory counts for the first layer that holds it.
+    """
     known: set[Any] = set()
     holders: dict[str, int] = {}
     for call in calls:

@@ -1,4 +1,4 @@
-"""Numbers the forward passes of a capture: one for each call of the model, or of one of its methods."""
+"""Numbers the forward passes of a capture."""
 
 from __future__ import annotations
 
@@ -32,63 +32,60 @@ from convtap._torch.hooks import Hooks
 from convtap._torch.modes import Token, open_tokens, outside_function_modes
 from convtap._torch.transforms import unwrapped
 
-#: Where code runs that has a context of its own in the capture's thread: a coroutine, or ``contextvars.Context().run``.
+#: Names a place in the capture's thread with another context: a coroutine, or ``contextvars.Context().run``.
 TASK = "another task of this thread"
 
 
 class _Here(threading.local):
-    """The pass that this thread is in: its number while a marked call runs (else -1), and whether (1) one does.
+    """The pass of this thread."""
 
-    ``body`` is the pass of the parts that were called last outside of any method. ``entered`` is for hooks in place of shims.
-    """
-
-    depth = 0
-    number = -1
-    body: BodyPass | None = None
-    entered: object = None
+    depth = 0  # 1 while a marked call runs
+    number = -1  # the pass of the marked call
+    body: BodyPass | None = None  # the latest pass of parts that were called outside of any method
+    entered: object = None  # used by hooks in place of shims
 
 
 class _Method:
-    """A method that runs: the pass of the layers that it calls itself, and how often it called the whole model."""
+    """A running method of the model."""
 
     __slots__ = ("name", "number", "owns", "roots")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.number = -1
+        self.number = -1  # the pass of the layers that it calls directly
         self.owns = False
-        self.roots: list[int] = []
+        self.roots: list[int] = []  # the passes of its calls of the whole model
 
 
 class Companion(Protocol):
-    """Works in one thread only, and goes along to another one for a pass that runs there (``asyncio.to_thread``)."""
+    """A tap of one thread that visits another one for a pass (``asyncio.to_thread``)."""
 
     def here(self) -> Any:
-        """Returns what there is of this thread, for the others."""
+        """Returns this thread's state for the other methods."""
 
     def visit(self, here: Any) -> None:
-        """Begins to work in this thread too."""
+        """Begins to work in this thread as well."""
 
     def leave(self, here: Any) -> None:
-        """Ends what ``visit`` began, and a pass in any case."""
+        """Ends a visit, if there was one, and ends the pass."""
 
 
 class Passes:
-    """Which forward pass is running, and the batch that it works on.
+    """The forward passes of a capture, and the batch of each.
 
-    A call of the root is a pass; a shim marks it. So is a call of one of its methods, or of a method of a part, which is
-    found on the stack when a layer first runs in it. A method that calls the root once, and layers besides, is one pass with
-    it. See Note: [Calls of parts] for parts that are called directly.
+    A call of the root is a pass, which a shim marks. A call of a method, of the root or of a part, is also a pass. It is found
+    on the stack when a layer first runs in it. If a method calls the root once and also calls layers, both are one pass. See
+    Note: [Calls of parts] for parts that are called directly.
 
     Attributes:
         calls: the modules that are being called.
-        companion: what goes along to another thread in which a pass runs.
-        elsewhere: threads in which the root ran without this capture.
-        here: the pass that this thread is in.
-        noted: is called with the first input tensor, or None, of each pass that is kept.
-        inputs: by pass, the shape of its first input tensor with a batch axis, or None where there is none.
-        every: which passes are kept: 0, n, 2n, …
-        unclear: by pass, why its rows may not be the inputs, and the pass that they may belong to.
+        companion: a tap that visits another thread when a pass runs there, or None.
+        elsewhere: the threads in which the root ran outside of this capture.
+        here: the pass of this thread.
+        noted: is called for each pass that is kept, with its first input tensor or None.
+        inputs: for each pass, the shape of its first input tensor with a batch axis, or None.
+        every: only the passes 0, n, 2n, … are kept.
+        unclear: for each unclear pass, the reason, and the pass that its rows may belong to.
     """
 
     def __init__(
@@ -115,12 +112,12 @@ class Passes:
         self._hooks = None if uses_shim else Hooks()
 
     def open(self) -> None:
-        """Marks the root (a Keras model is marked by its own tap)."""
+        """Marks the root. The tap of a Keras model marks it instead."""
         if not is_keras(type(self._model)):
             self._mark(self._model)
 
     def close(self) -> None:
-        """Takes every mark off."""
+        """Removes all marks."""
         call_shim.leave(self._marked, self.heard)
         self._marked.clear()
         self.here.body = None
@@ -151,7 +148,7 @@ class Passes:
 
     @pass_by_in_dynamo
     def heard(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a marked call: in a pass of its own, or in the one that it is part of."""
+        """Runs a marked call in its own pass, or in the pass around it."""
         tokens, here = open_tokens(), self.here
         if self._token not in tokens:
             if not tokens and threading.get_ident() != self._home:
@@ -179,24 +176,24 @@ class Passes:
                 self.companion.leave(visit)
 
     def where(self) -> str:
-        """Names the thread, or the task of the capture's own thread, that this code runs in."""
+        """Returns the name of this thread, or ``TASK`` in the capture's own thread."""
         if threading.get_ident() != self._home:
             return threading.current_thread().name
         return TASK
 
     def in_forward(self) -> bool:
-        """Whether this thread is inside a call of the model, or of a part of it that has no mark yet."""
+        """Returns whether this thread is inside a call of the model or of any part."""
         if self.here.depth > 0 or is_inherited():
             return True
         members = self._members().ids
         return any(id(module) in members for module in self.calls.modules())
 
     def in_method(self) -> bool:
-        """Whether this thread is in a method of the model, called or not: ``model.encode(x)``."""
+        """Returns whether this thread is in a method of the model: ``model.encode(x)``."""
         return self.here.depth > 0 or is_inherited() or self._members().entry(sys._getframe(1)) is not None
 
     def current(self) -> int:
-        """Returns the number of the pass that this thread is in."""
+        """Returns the number of this thread's pass."""
         number = self.here.number
         return number if number >= 0 else self._latest if is_inherited() else self._outside()
 
@@ -206,7 +203,7 @@ class Passes:
         return number if number >= 0 else self._latest if is_inherited() else self._outside(code=False)
 
     def skips(self) -> bool:
-        """Returns whether this thread is in a pass that is not to be kept."""
+        """Returns whether this thread is in a pass that is not kept."""
         number = self.here.number
         return self.every > 1 and (number if number >= 0 else max(self.current_of_model(), 0)) % self.every != 0
 
@@ -217,7 +214,7 @@ class Passes:
 
     @skip_in_dynamo
     def _of_root(self, args: Any, kwargs: Any) -> int:
-        """The pass of a call of the whole model."""
+        """Returns the pass of a call of the whole model."""
         method = self._method_around() if self._methods.wanted else None
         if method is None:
             self.here.body = None
@@ -231,7 +228,7 @@ class Passes:
         return number
 
     def _method_around(self) -> _Method | None:
-        """Returns the method of the model that calls the whole model now, if one does."""
+        """Returns the method of the model that makes the current call of it, or None."""
         start = sys._getframe(1)
         frame = next(self._methods.frames(start), None)
         found = None if frame is None else self._members().entry(start)
@@ -239,7 +236,7 @@ class Passes:
 
     @skip_in_dynamo
     def _of_part(self, part: nn.Module, args: Any, kwargs: Any) -> tuple[int, BodyPass | None]:
-        """The pass of a call of a part, and whether it is one of several that code outside of the model makes."""
+        """Returns a part's pass, and its ``BodyPass`` if outside code makes the call."""
         found = self._members().entry(sys._getframe(1))
         if found is None or found[0] is not part or found[1].f_code is not CALL:
             return self._of_entry(found), None
@@ -255,12 +252,12 @@ class Passes:
 
     @skip_in_dynamo
     def _outside(self, *, code: bool = True) -> int:
-        """The pass of a layer that runs while no marked call does; without ``code``, -1 in code outside of the model."""
+        """Returns the pass of a layer outside of a marked call, or -1 if not ``code``."""
         found = self._members().entry(sys._getframe(1))
         return -1 if found is None and not code else self._of_entry(found)
 
     def _of_entry(self, found: tuple[nn.Module, FrameType] | None) -> int:
-        """The pass of what a call of a module, a method, or (None) code outside of the model runs."""
+        """Returns the pass of a call of a module or method, or of code outside (None)."""
         here = self.here
         if found is None:
             if here.body is None:
@@ -297,9 +294,9 @@ class Passes:
         return method
 
     def _check(self, method: _Method) -> None:
-        """Notes which passes are those of one method, if it called the whole model several times, and layers besides."""
+        """Marks a method's passes as unclear if it mixes model calls and layer calls."""
         if method.owns and len(method.roots) > 1:
-            why = f"{method.name!r} called the whole model several times, and layers besides"
+            why = f"{method.name!r} called the whole model several times and also called layers"
             self.unclear.update(dict.fromkeys(method.roots, (why, method.roots[0])))
 
     @skip_in_dynamo

@@ -1,4 +1,4 @@
-"""Collects d(loss)/d(output) for each call, by hooks on the output tensors."""
+"""Collects d(loss)/d(output) for each call by hooks on the output tensors."""
 
 from __future__ import annotations
 
@@ -21,37 +21,39 @@ from convtap._torch.modes import backward_task, outside_function_modes
 from convtap._torch.transforms import is_wrapped
 
 # Note: [Where a gradient is read]
-# Assumption: a hook on a tensor stays with the version of it that there was: an in-place activation right after the layer
-#   makes a new version and leaves the hook on the convolution's output. (A full backward hook on the module would make
-#   such an activation raise.)
-# Failure: not so if the tensor is a view, such as the output of an unbatched (C, T) convolution: an in-place operation
-#   gives it a new history, and the hook is never called.
-# Choice: such an output is replaced by a copy-on-write snapshot, which is no view and costs no memory, and the hook goes
-#   on that; unless it lies in an input's memory, or another output's, where that would end what the model means by it.
+# Assumption: a hook on a tensor stays with that version of the tensor. An in-place activation after the layer makes a new
+#   version, and the hook stays on the convolution's output. (A full backward hook on the module would make such an
+#   activation raise.)
+# Failure: this does not hold for a view, such as the output of an unbatched (C, T) convolution. An in-place operation gives
+#   the view a new history, and the hook is never called.
+# Choice: such an output is replaced by a copy-on-write snapshot, which is not a view and costs no memory, and the hook is
+#   registered on the snapshot. An output that shares memory with an input or another output is not replaced, since the
+#   model may depend on the shared memory.
 #
 # Note: [Reentrant checkpoints]
-# Assumption: ``checkpoint(..., use_reentrant=True)`` runs its function without a graph, and again during the backward
-#   pass; the gradients belong to the second run. Its context object is the same in both.
-# Choice: what runs in the first is listed under that object (weakly), layer by layer, and the n-th run of a layer in the
-#   second is the n-th of that list. The other kind of checkpoint keeps the graph of the first run and needs none of this.
+# Assumption: ``checkpoint(..., use_reentrant=True)`` runs its function without a graph, and again during the backward pass.
+#   The gradients belong to the second run. Both runs have the same context object.
+# Choice: the calls of the first run are listed under that object (by weak references), layer by layer. The n-th call of a
+#   layer in the second run matches the n-th call in the list. A non-reentrant checkpoint keeps the graph of the first run
+#   and does not need this.
 
 
 _NO_GRAPH = (
-    "its output does not require a gradient: the forward pass ran without one (torch.no_grad), or neither the input nor "
-    "a weight before it requires one. Run the model with gradients, and if its weights are frozen, on x.requires_grad_()"
+    "its output does not require a gradient. Either the forward pass ran under torch.no_grad, or neither the input nor an "
+    "earlier weight requires a gradient. Enable gradients, and if all weights are frozen, run the model on x.requires_grad_()"
 )
 _TRANSFORMED = (
-    "it ran inside a torch.func transform (grad, vjp, vmap, …), which differentiates in its own way and passes no gradient to "
-    "hooks. Call loss.backward() or torch.autograd.grad on the model itself"
+    "it ran inside a torch.func transform (grad, vjp, vmap, …), which does not pass gradients to hooks. Call "
+    "loss.backward() or torch.autograd.grad on the model itself"
 )
 _NO_RECOMPUTE = (
-    "it ran inside checkpoint(..., use_reentrant=True), which builds the graph during the backward pass, and none was seen. "
-    "Put loss.backward() inside the block too, or write use_reentrant=False"
+    "it ran inside checkpoint(..., use_reentrant=True), which builds the graph during the backward pass, but no backward "
+    "pass ran inside the capture. Call loss.backward() inside the capture, or write use_reentrant=False"
 )
 
 
 class _Region:
-    """What ran in one reentrant checkpoint, by layer and in order."""
+    """The calls in one reentrant checkpoint, by layer and in order."""
 
     def __init__(self) -> None:
         self._gradients: dict[str, list[weakref.ref[Gradient]]] = {}
@@ -63,7 +65,7 @@ class _Region:
 
     def next(self, name: str) -> Gradient | None:
         task = backward_task()
-        if task != self._task:  # the same region is run again by each backward pass through a retained graph
+        if task != self._task:  # each backward pass through a retained graph runs the same region again
             self._task, self._positions = task, {}
         position = self._positions.get(name, 0)
         self._positions[name] = position + 1
@@ -72,11 +74,11 @@ class _Region:
 
 
 class Gradients:
-    """Follows the outputs of a block to their gradients.
+    """Collects the gradients of a capture's outputs.
 
     Args:
-        dtype: what to cast the gradients to.
-        move: moves what is kept to its device.
+        dtype: the dtype to cast the gradients to, or None.
+        move: moves a kept gradient to its device.
     """
 
     def __init__(self, dtype: torch.dtype | None, move: Callable[[Any], Any]) -> None:
@@ -85,16 +87,19 @@ class Gradients:
         self._regions: weakref.WeakKeyDictionary[Any, _Region] = weakref.WeakKeyDictionary()
 
     def follow(self, name: str, output: Leaves, inputs: Any, swapped: Any) -> tuple[Gradient, Any]:
-        """Begins to wait for an output's gradient.
+        """Registers hooks for an output's gradient.
 
         Args:
-            swapped: what the model is already to go on with, or None.
+            name: the layer.
+            output: the layer's output.
+            inputs: the layer's inputs.
+            swapped: the replacement that the model already gets instead of the output, or None.
 
         Returns:
-            The gradient to be, and what the model is to go on with instead of the output, or None.
+            The future gradient, and the replacement that the model gets instead of the output, or None.
 
         Raises:
-            InvalidValue: ``dtype`` would drop the imaginary part of a gradient.
+            InvalidValue: if ``dtype`` would drop the imaginary part of a gradient.
         """
         tensors = [tensor for tensor in output.tensors if tensor.is_floating_point() or tensor.is_complex()]
         if any(map(is_wrapped, tensors)):
@@ -102,7 +107,7 @@ class Gradients:
         if any(drops_imaginary_part(tensor, self._dtype) for tensor in tensors):
             raise InvalidValue(
                 f"layer {name!r}: dtype={self._dtype} would drop the imaginary part of the gradient of its complex output. "
-                "Pass a complex dtype, or leave grads=True out."
+                "Pass a complex dtype, or remove grads=True."
             )
         size = sum(self._bytes(tensor) for tensor in tensors)
         if any(tensor.requires_grad for tensor in tensors):
@@ -117,7 +122,7 @@ class Gradients:
         return gradient, None
 
     def recomputed(self, name: str, output: Leaves, inputs: Any) -> Any:
-        """Follows the output of a run during a backward pass instead of the one that it repeats."""
+        """Collects the gradient of a recomputed output for the call that it repeats."""
         if backward_task() == -1:
             return None
         outer, regions = _checkpoints()
@@ -136,7 +141,10 @@ class Gradients:
             self._regions.setdefault(context, _Region()).add(name, gradient)
 
     def _listen_in_place(self, gradient: Gradient, output: Leaves, inputs: Any) -> Any:
-        """Listens to what the model goes on with. See Note: [Where a gradient is read]."""
+        """Registers hooks on the tensors that the model continues with.
+
+        See Note: [Where a gradient is read].
+        """
         tensors = output.tensors
         given = {id(tensor): tensor for _, tensor in walk_tensors(inputs)}
         unstable = {
@@ -152,7 +160,7 @@ class Gradients:
         return output.rebuild(followed, other=lambda value: value)
 
     def _listen(self, gradient: Gradient, output: Leaves, tensors: list[Tensor]) -> None:
-        # The graph must not keep what the block collected alive, nor the block the graph: a weak reference, one way.
+        # The reference is weak, so the graph does not keep the capture's gradients alive.
         reference = weakref.ref(gradient)
         for path, tensor in zip(output.paths, tensors, strict=True):
             if tensor.requires_grad:
@@ -171,9 +179,12 @@ class Gradients:
 
 
 def _checkpoints() -> tuple[Any, list[Any]]:
-    """The reentrant checkpoints that run now: the one that repeats its forward, and those inside it that begin theirs."""
+    """Returns the running reentrant checkpoints.
+
+    These are the checkpoint that recomputes its forward, or None, and the checkpoints inside it that run theirs first.
+    """
     begun: list[Any] = []
-    # Imported by the model that checkpoints, or not at all: on torch 2.6 it takes a third of a second.
+    # A model with checkpoints has imported the module. convtap does not, since that takes 0.3 s on torch 2.6.
     function = getattr(sys.modules.get("torch.utils.checkpoint"), "CheckpointFunction", None)
     if function is None:
         return None, begun

@@ -1,4 +1,4 @@
-"""Holds the kept input of each layer that runs, from before it runs until its output is recorded."""
+"""Holds the kept input of each running layer until its output is recorded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class _Here(threading.local):
 
 
 class Inputs:
-    """The inputs of the layers that run, by thread and layer.
+    """The inputs of the running layers, by thread and layer.
 
     Args:
-        is_open: whether what runs here is to be recorded.
+        is_open: returns whether this thread records.
         keep: keeps the input of a layer.
-        are_kept: whether inputs are kept at all.
+        are_kept: whether the capture keeps inputs.
     """
 
     def __init__(self, is_open: Callable[[], bool], keep: Callable[[str, Any], Any], are_kept: bool) -> None:
@@ -49,5 +49,5 @@ class Inputs:
             self._here.of[name].pop()
 
     def of(self, name: str) -> Any:
-        """Returns the input of the layer that runs, or ``MISSING``."""
+        """Returns the input of the running layer, or ``MISSING``."""
         return self._here.of[name][-1] if self.are_kept and self._here.of[name] else MISSING

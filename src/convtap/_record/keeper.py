@@ -1,4 +1,4 @@
-"""Keeps outputs and inputs: unwraps them, applies the policy, moves them, and names the layer in errors."""
+"""Keeps outputs and inputs: unwraps them, applies the policy, and moves them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from convtap._torch.transforms import is_wrapped, unwrapped
 
 
 class _Busy(threading.local):
-    """Whether this thread is inside the recording's own torch calls."""
+    """Whether this thread is inside convtap's own torch calls."""
 
     now = False
 
 
 class Keeper:
-    """Makes of what a tap saw what a call holds."""
+    """Turns a value from a tap into the value that a call holds."""
 
     def __init__(self, policy: Policy, offloader: Offloader | None, reductions: Reductions | None = None) -> None:
         self.is_plain = policy.is_plain
@@ -45,31 +45,33 @@ class Keeper:
 
     @property
     def busy(self) -> bool:
-        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        """Whether convtap itself, for example ``reduce``, calls torch in this thread."""
         return self._busy.now
 
     def stays(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether what is kept of tensors stays on their device."""
+        """Returns whether the kept tensors stay on their device."""
         offloader = self._offloader
         return offloader is None or all(map(offloader.is_home, tensors))
 
     def input(self, name: str, value: Any) -> Any:
-        """Returns what to hold of a layer's input."""
+        """Returns the value to hold for a layer's input."""
         keeper = self._for(name)
         return self._guarded(keeper, keeper._keep_input, name, Leaves(value))
 
     def output(self, name: str, output: Leaves, inputs: Any, fresh: bool, alone: bool) -> tuple[Any, Any]:
-        """Returns what to hold of a layer's output, and what the model is to go on with instead (None: its own).
+        """Returns the value to hold for a layer's output, and a replacement for the model.
+
+        The replacement is None if the model keeps its own output.
 
         Raises:
-            ConvtapError: it cannot be kept, or ``reduce`` failed; the layer is named.
+            ConvtapError: if the output cannot be kept, or ``reduce`` failed. The error names the layer.
         """
         keeper = self._for(name)
         kept: tuple[Any, Any] = self._guarded(keeper, keeper._keep_output, name, output, inputs, fresh, alone)
         return kept
 
     def _for(self, name: str) -> Keeper:
-        """Returns what keeps a layer's outputs: this one, but for its ``reduce`` if that differs between layers."""
+        """Returns the keeper of a layer, which has the layer's own ``reduce``."""
         if self._reductions is None:
             return self
         if name not in self._of:
@@ -93,13 +95,13 @@ class Keeper:
         return kept, None
 
     def _guarded(self, keeper: Keeper, keep: Callable[..., Any], name: str, value: Leaves, *rest: Any) -> Any:
-        """Runs what keeps a value, unseen by the taps; an error in it names the layer."""
+        """Keeps a value while the taps ignore this thread. Errors name the layer."""
         self._busy.now = True
         try:
             if keeper._policy.reduce is None:
                 return keep(value, *rest)
-            # Activation checkpointing counts the tensors that are saved for backward, and its recomputation does not
-            # reduce: what ``reduce`` saves must not go through its hooks.
+            # Activation checkpointing counts the tensors that are saved for backward, and its recomputation does not call
+            # ``reduce``. Tensors that ``reduce`` saves must therefore not pass through its hooks.
             with saved_tensors_hooks(Tensor.detach, _unchanged):
                 return keep(value, *rest)
         except Exception as error:
@@ -108,7 +110,7 @@ class Keeper:
             self._busy.now = False
 
     def _moving(self, keep: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """What keeps a tensor and, where it is on another device, moves it."""
+        """Returns a function that keeps a tensor and moves it to the offload device."""
         offloader, policy = self._offloader, self._policy
         if offloader is None:
             return keep
@@ -120,13 +122,16 @@ class Keeper:
         return kept
 
     def _outside_transforms(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Unwraps what a torch.func transform has wrapped. See Note: [Tensors inside torch.func transforms]."""
+        """Unwraps the tensors of a torch.func transform.
+
+        See Note: [Tensors inside torch.func transforms].
+        """
         if not any(map(is_wrapped, tensors)):
             return tensors
         if not self._policy.detach:
             raise Unsupported(
-                "detach=False does not work inside a torch.func transform (vmap, grad, jvp): its graph ends with the "
-                "transform. Leave detach=True, or take gradients with torch.autograd.grad."
+                "detach=False does not work inside a torch.func transform (vmap, grad, jvp), because the graph ends with the "
+                "transform. Use detach=True, or compute gradients with torch.autograd.grad."
             )
         return [unwrapped(tensor) for tensor in tensors]
 
@@ -134,12 +139,12 @@ class Keeper:
         if isinstance(error, ConvtapError):
             return type(error)(f"layer {name!r}: {error}")
         shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
-        what = "reduce" if self._policy.reduce is not None else "keeping"
+        what = "reduce" if self._policy.reduce is not None else "recording"
         return ConvtapError(f"layer {name!r}: {what} failed on the output{shape}: {type(error).__name__}: {error}")
 
 
 def are_fake(tensors: Iterable[Tensor]) -> bool:
-    """Whether a model is being traced with tensors that have no values (``torch.export``): there is nothing to record."""
+    """Returns whether tensors have no values, as in a ``torch.export`` trace."""
     return any(type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for tensor in tensors)
 
 
@@ -156,17 +161,17 @@ def _replacement(output: Tensor) -> Tensor:
 
 
 # Note: [Who holds an output]
-# Assumption: a layer returns its output to nobody but the caller, so that the caller may be given another tensor instead.
-# Failure: a layer that keeps its last output, or a user's hook that does, would no longer have what the model works on.
-# Choice: count the references to the output at the hook. The count without any other holder depends on Python and on
-#   torch's way to call hooks, so it is measured once, on a module that keeps nothing. What another block's hook has just
-#   given the model instead, torch still has in a variable of its own: that is one more. (To replace only what a plain
-#   Conv1d without hooks of others returns needs no count, but loses the value of every convolution with weight
-#   normalization, and of every class of the user's, in front of an in-place activation.)
+# Assumption: only the caller of a layer holds the layer's output, so the caller can get another tensor instead.
+# Failure: if the layer or a user's hook keeps the output, it would no longer have the tensor that the model works on.
+# Choice: convtap counts the references to the output in the hook. The count without another holder depends on Python and on
+#   torch's way of calling hooks, so it is measured once, on a module that keeps nothing. If another capture's hook has just
+#   replaced the output, torch still holds the original in a variable, which is one more reference. (Replacing only the
+#   output of a plain Conv1d without other hooks needs no count. But before an in-place activation, it loses the value of
+#   every convolution with weight normalization, and of every class of the user.)
 
 
 class _Known(threading.local):
-    """The references to one output that blocks of this library and torch itself are known to hold."""
+    """The known references to one output, held by captures and by torch."""
 
     identity = 0
     aliases = 0
@@ -178,7 +183,10 @@ class _Known(threading.local):
         return self.aliases + self.replaced
 
     def note(self, output: Any, replacement: Any, kept: Any) -> None:
-        """Notes what a hook has just done: torch holds what it returned, and an alias holds the output."""
+        """Notes the references that a hook has just added.
+
+        Torch holds the hook's return value, and an alias holds the output.
+        """
         self.replaced = replacement is not None
         if replacement is not None:
             self.identity, self.aliases = id(replacement), 0
@@ -190,7 +198,12 @@ _known = _Known()
 
 
 def is_held_elsewhere(count: int, output: Any) -> bool:
-    """Whether so many references to an output, counted in a hook, are more than there are if nobody keeps it."""
+    """Returns whether something else than the caller keeps an output.
+
+    Args:
+        count: the number of references to the output, counted in a hook.
+        output: the output.
+    """
     if count > references() + _known.count(output):
         return True
     parts = output.values() if type(output) is dict else output if type(output) in (tuple, list) else ()
@@ -221,7 +234,10 @@ class _Counter:
 
 @functools.cache
 def references() -> int:
-    """How many references to an output there are in a hook if nobody keeps it. See Note: [Who holds an output]."""
+    """Returns the number of references to an output in a hook if nothing keeps it.
+
+    See Note: [Who holds an output].
+    """
     probe, counter, hooks = _Probe(), _Counter(), Hooks()
     hooks.after(probe, counter.see, "probe", probe, kwargs=True)
     with outside_modes():

@@ -17,7 +17,7 @@ from convtap._torch.modes import tracing_state
 
 
 class Alias(Held):
-    """A tensor kept as it is, with the version at which it was kept."""
+    """A tensor that is kept without a copy, with its version at that time."""
 
     __slots__ = ("tensor", "version")
 
@@ -26,43 +26,51 @@ class Alias(Held):
         self.version = tensor._version
 
     def read(self, key: str) -> Tensor:
-        """Returns the tensor, or raises ModifiedInPlace if it was written since."""
+        """Returns the tensor.
+
+        Raises:
+            ModifiedInPlace: if the tensor was written since it was kept.
+        """
         changes = self.tensor._version - self.version
         if changes:
             raise ModifiedInPlace(
-                f"{key!r} was kept as an alias and the model changed it in place since "
-                f"({changes} {'time' if changes == 1 else 'times'}), so the value it had is lost. "
+                f"{key!r} was kept as an alias, and the model has since changed it in place "
+                f"({changes} {'time' if changes == 1 else 'times'}), so its original value is lost. "
                 "Capture with copy=True and detach=True, the defaults, to keep the value."
             )
         return self.tensor
 
-    def __reduce__(self) -> Any:  # a copy, or a pickle, has no graph; its tensor counts its own versions
+    def __reduce__(self) -> Any:  # a copy or pickle has no graph, and its tensor has a new version counter
         return _copied, (self.tensor.detach(), self.tensor._version - self.version)
 
 
 def _copied(tensor: Tensor, changes: int) -> Alias:
-    """Returns an alias of a tensor that was changed so often since it was kept."""
+    """Returns an alias of a tensor that was changed ``changes`` times since."""
     copy = Alias(tensor)
     copy.version -= changes
     return copy
 
 
 def alias(tensor: Tensor) -> Any:
-    """Keeps a tensor as an alias; one without a version counter (inference mode) as a snapshot instead."""
+    """Keeps a tensor as an alias.
+
+    A tensor of inference mode has no version counter, so it is kept as a snapshot.
+    """
     return snapshot(tensor) if tensor.is_inference() else Alias(tensor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What to do with each output. Pure: applying it changes neither the policy nor the model's tensor.
+    """The options that are applied to each output.
+
+    Applying a policy changes neither the policy nor the model's tensor.
 
     Attributes:
-        detach: keep no autograd graph.
-        copy: keep a value that later in-place operations do not change.
-        reduce: a function of the output, applied first; or a mapping from layers to functions, of which the recording takes
-            that of the layer.
-        dtype: what to cast floating and complex tensors to, after ``reduce``.
-        keeps_fakes: whether FakeTensors are kept as well, which have no values.
+        detach: whether to drop the autograd graph.
+        copy: whether to keep a value that later in-place operations do not change.
+        reduce: a function of the output, which is applied first, or a mapping from layers to such functions.
+        dtype: the dtype of kept floating and complex tensors, applied after ``reduce``.
+        keeps_fakes: whether FakeTensors, which have no values, are also kept.
     """
 
     detach: bool = True
@@ -70,20 +78,23 @@ class Policy:
     reduce: Any = None
     dtype: torch.dtype | None = None
 
-    keeps_fakes = False  # no annotation: not a field
+    keeps_fakes = False  # without an annotation, it is not a field
 
     @property
     def is_plain(self) -> bool:
-        """Whether an output only needs to be detached and snapshotted (the common case, which has a short path)."""
+        """Whether an output is only detached and snapshotted, which has a fast path."""
         return self.detach and self.copy and self.reduce is None and self.dtype is None
 
     @property
     def transforms(self) -> bool:
-        """Whether what is kept is computed from the output, and so is not the output itself."""
+        """Whether the kept value is computed from the output."""
         return self.reduce is not None or self.dtype is not None
 
     def keep_input(self, tensor: Tensor) -> Any:
-        """Keeps a tensor that the layer did not make, so its memory may be anyone's: a real copy, or an alias."""
+        """Keeps a tensor that the layer did not make, as a real copy or an alias.
+
+        Other code may own its memory, so a copy-on-write snapshot is not safe.
+        """
         if self.transforms:
             tensor = tensor.detach() if self.detach else tensor
             return self._transform(tensor.clone() if self.copy else tensor)
@@ -93,12 +104,12 @@ class Policy:
         return alias(tensor)
 
     def keep_output(self, tensor: Tensor, fresh: bool = True) -> Any:
-        """Keeps an output that the model goes on with.
+        """Keeps an output while the model continues with it.
 
         Args:
             tensor: the output.
-            fresh: whether its memory is the layer's own. Memory that may be a view of an input, a parameter or a buffer
-                may also be written past torch, so such an output is cloned.
+            fresh: whether the layer allocated the output's memory. The memory of an input, a parameter or a buffer may be
+                written without torch's knowledge, so an output in such memory is cloned.
         """
         if self.copy and not fresh:
             return (
@@ -113,9 +124,9 @@ class Policy:
         return snapshot(tensor) if self.copy else alias(tensor)
 
     def keep_moving(self, tensor: Tensor, keep: Callable[[Tensor], Any]) -> Any:
-        """Keeps what is about to be copied to another device, with its graph if it has one.
+        """Keeps a tensor before it is copied to another device.
 
-        Never an alias, whatever ``copy`` says: a later kernel could write into it under the copy.
+        The result is never an alias, even with ``copy=False``, since a later kernel could write to it during the copy.
         """
         if self.transforms:
             return keep(tensor)
@@ -123,10 +134,10 @@ class Policy:
         return tensor.clone() if keep == self.keep_input else snapshot(tensor)
 
     def swaps(self, output: Leaves, inputs: Any) -> bool:
-        """Whether the output itself is kept, upstream of the loss, and the model goes on with a snapshot of it.
+        """Returns whether the output itself is kept, and the model gets a snapshot.
 
-        Not where that would part tensors that share memory: an output and an input, or two tensors of one output; nor
-        where the output is a structure of a type that a copy may not equal; nor while it is traced.
+        The kept output is then upstream of the loss. Three kinds of output are not swapped: an output that shares memory with
+        an input or within itself, a structure whose copy may differ from it, and an output that is being traced.
         """
         if self.detach or not self.copy or self.transforms or _is_traced() or not is_plain_structure(output.structure):
             return False
@@ -154,25 +165,27 @@ class Policy:
             for key, function in self.reduce.items():
                 if not isinstance(key, str) or not callable(function):
                     raise InvalidType(
-                        f"reduce has the entry {key!r}: {type(function).__name__}, and a mapping must have names of layers, "
-                        "or globs, for functions of a tensor. Write for example reduce={'conv1': lambda t: t.mean(-1)}."
+                        f"reduce has the entry {key!r}: {type(function).__name__}, but it must map names of layers, or globs, "
+                        "to functions of a tensor. Write for example reduce={'conv1': lambda t: t.mean(-1)}."
                     )
         elif self.reduce is not None and not callable(self.reduce):
             raise InvalidType(
-                f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor: "
-                "reduce=lambda t: t.mean(-1)."
+                f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor. "
+                "Write for example reduce=lambda t: t.mean(-1)."
             )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise InvalidType(f"dtype is {self.dtype!r}, and it must be a torch.dtype such as torch.float16.")
+            raise InvalidType(
+                f"dtype is {self.dtype!r}, and it must be a torch.dtype. Write for example dtype=torch.float16."
+            )
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Casts a floating or complex tensor to ``dtype``: the rule of every ``dtype=`` option.
+    """Casts a floating or complex tensor as every ``dtype=`` option does.
 
-    Other tensors (integers, booleans, quantized ones) are returned as they are, and so is any tensor if ``dtype`` is None.
+    Other tensors (integer, boolean, quantized) are returned unchanged. If ``dtype`` is None, every tensor is.
 
     Raises:
-        InvalidValue: the cast would drop an imaginary part.
+        InvalidValue: if the cast would drop an imaginary part.
     """
     if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
@@ -182,28 +195,34 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def drops_imaginary_part(tensor: Tensor, dtype: torch.dtype | None) -> bool:
-    """Says whether a cast to ``dtype`` would drop the imaginary part of a tensor."""
+    """Returns whether a cast to ``dtype`` would drop a tensor's imaginary part."""
     return dtype is not None and tensor.is_complex() and not dtype.is_complex
 
 
 def _refuse_cast(kind: torch.dtype, dtype: torch.dtype) -> None:
     raise InvalidValue(
-        f"dtype={dtype} would drop the imaginary part of a {kind} tensor. Cast to a complex type, or take a part first: "
-        "reduce=lambda t: t.abs()."
+        f"dtype={dtype} would drop the imaginary part of a {kind} tensor. Pass a complex dtype, or make the output real "
+        "first: reduce=lambda t: t.abs()."
     )
 
 
-# Dynamo runs this while it traces, so that its message is what a user of a compiled tapped model sees.
+# Dynamo calls this function while it traces, so the user of a compiled tapped model sees its message.
 _refuse_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_traced() -> bool:
-    """Whether TorchScript or an exporter is tracing: what is returned to the model would become part of the graph."""
+    """Returns whether TorchScript or an exporter is tracing.
+
+    A replacement output would then become part of the graph.
+    """
     return tracing_state() is not None or torch.compiler.is_compiling()
 
 
 def is_plain_structure(value: Any) -> bool:
-    """Whether a structure consists of tuples, lists, dicts and dataclasses that are nothing more: a copy equals it."""
+    """Returns whether a copy of a structure equals it.
+
+    That is the case if it consists of plain tuples, lists, dicts and dataclasses.
+    """
     if type(value) in (tuple, list):
         return all(is_plain_structure(item) for item in value)
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""Records what the taps emit: in order, counted, within the budget, and only for its own capture."""
+"""Records the outputs that taps emit, in order, within the budget of the capture."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class Recorder:
     """Records the outputs that taps emit into a log.
 
     Attributes:
-        failure: the error that kept an output from being recorded, if the model swallowed it.
-        elsewhere: threads in which layers ran that this block was not open in, with one such layer each.
-        recomputed: how many outputs came from a recomputation during a backward pass, and were left out.
-        fakes: how many outputs were FakeTensors, which have no values, and were left out.
+        failure: the error of an output that could not be recorded, if the model swallowed it.
+        elsewhere: the threads in which layers ran outside of this capture, with one such layer each.
+        recomputed: the number of skipped outputs that a backward pass recomputed.
+        fakes: the number of skipped outputs that were FakeTensors, which have no values.
         outside: whether a convolution ran whose module was not in the model when the capture was opened.
-        unseen: layers whose compiled convolution is not the layer's, and why.
-        summed: layers whose output was added to another tensor before any activation followed it.
-        inputs: the inputs of the layers that run, if they are kept.
-        reached: how many of the selected layers were captured at least once.
-        every, skips: which forward passes are kept, and whether this thread is in another one.
-        reads: whether the weight of a selected layer was read by something that is no convolution.
-        follow: begins to follow an output to its activation, if that is to be recorded instead.
+        unseen: layers whose compiled convolution differs from the layer's, with the reason.
+        summed: layers whose output was added to another tensor before an activation.
+        inputs: the kept inputs of the running layers.
+        reached: the number of selected layers that were captured at least once.
+        every, skips: as in ``Passes``.
+        reads: whether code other than a convolution read the weight of a selected layer.
+        follow: follows an output to its activation, or None if the output itself is recorded.
     """
 
     def __init__(
@@ -95,27 +95,27 @@ class Recorder:
         self._stop_after = stop_after
         self._has_numbers = "#" in "".join(log.selected)
         self._serials = itertools.count(1)
-        me: Any = weakref.proxy(self)  # a reference would be a cycle
+        me: Any = weakref.proxy(self)  # a strong reference would be a cycle
         self.inputs = Inputs(lambda: me.is_open_here(), lambda *of: me._noted(keeper.input, *of), keeps_inputs)
         keeps_all = passes.every == 1 and not last and budget is None and stop_after is None
         self._usual = self._plain and keeps_all and not (keeper.moves or keeps_inputs)
 
     @property
     def muted(self) -> bool:
-        """Whether torch is called in this thread by the recording itself (by ``reduce``, say), and not by the model."""
+        """Whether convtap itself, for example ``reduce``, calls torch in this thread."""
         return self._keeper.busy
 
     def is_open_here(self) -> bool:
-        """Whether this capture is open in this context, in a pass that is kept: no recording, no recomputation."""
+        """Returns whether this capture is open and records in this context."""
         open_here = self._token in tokens_here() and not self._keeper.busy and backward_task() == -1
         return open_here and not self.skips()
 
     @skip_in_dynamo
     def is_here(self, name: str) -> bool:
-        """Whether what runs now is to be recorded: this block is open in this context, and no recomputation runs."""
+        """Returns whether to record a layer here. If not, it notes the reason."""
         tokens = tokens_here()
         if self._token not in tokens:
-            if not tokens:  # with a block of its own, another thread or task has what it wants
+            if not tokens:  # a thread or task with its own capture is not reported
                 self.elsewhere.setdefault(self._passes.where(), name)
             return False
         if backward_task() != -1:
@@ -125,10 +125,10 @@ class Recorder:
 
     @skip_in_dynamo
     def emit_plain(self, name: str, output: Tensor) -> Tensor:
-        """Records what a plain Conv1d returned, and returns it: for the usual options all of the way, in one function.
+        """Records the output of a plain Conv1d. Returns the output.
 
-        It repeats ``record`` and ``_store``, because calling them costs 0.6 µs a layer of the 64 tiny layers that
-        ``benchmarks/overhead.py`` measures.
+        For the usual options it repeats the code of ``record`` and ``_store``. Calling them would cost 0.6 µs per layer for the
+        64 tiny layers of ``benchmarks/overhead.py``.
         """
         usual = self._usual and type(output) is Tensor and backward_task() == -1
         if not usual or has_dispatch_modes() or has_function_modes() or tracing_state() or is_wrapped(output):
@@ -148,15 +148,18 @@ class Recorder:
             record.pending = None
         number = record.captured
         if number == 0:
-            self.reached += 1  # a module that is tapped was selected
+            self.reached += 1  # a tapped module is a selected one
         record.captured = number + 1
         record.held += 1
         call = Call(record, number - record.cleared, forward, "module", value)
-        log.calls[next(self._serials)] = call  # counted in one step: torch runs branches in threads of its own
+        log.calls[next(self._serials)] = call  # atomic, since torch may run branches in its own threads
         return output
 
     def emit_shared(self, name: str, tapped: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Records what a module returned whose output may be a view of what somebody else has, or be held by somebody."""
+        """Records a module's output that other code may hold or share memory with.
+
+        Returns a replacement for the model, or None.
+        """
         if module is not tapped:
             return None
         alone = not is_held_elsewhere(sys.getrefcount(output), output)
@@ -168,18 +171,18 @@ class Recorder:
             return self._follow(self.follow, name, output, "module")
         leaves = Leaves(output)
         known = [*walk_tensors(inputs), *module._parameters.items(), *module._buffers.items()]
-        # Memory that is copy-on-write already was given out here before: nobody's raw view of it can be hurt any more.
+        # An earlier hook already made this memory copy-on-write, so another snapshot is safe.
         fresh = is_copy_on_write(output) or not shares_memory(leaves.tensors, [t for _, t in known if t is not None])
         return self.record(name, leaves, "module", inputs, fresh=fresh, alone=alone)
 
     def emit(self, name: str, output: Any, via: str, inputs: Any = ()) -> Any:
-        """Takes what a tap saw. Returns what the model is to go on with instead, or None to leave its output alone."""
+        """Records an output from a tap. Returns a replacement for the model, or None."""
         if self.follow is not None:
             return self._follow(self.follow, name, output, via)
         return self.record(name, output, via, inputs)
 
     def _follow(self, follow: Callable[[str, Any, str], None], name: str, output: Any, via: str) -> None:
-        """Hands an output on to what follows it to its activation, which records that."""
+        """Starts to follow an output to its activation, which is recorded instead."""
         if self.is_here(name):
             record = self._log.records.get(name) or self._add_record(name)
             record.ran += 1
@@ -188,15 +191,15 @@ class Recorder:
     def record(
         self, name: str, output: Any, via: str, inputs: Any = (), *, fresh: bool = True, alone: bool = True
     ) -> Any:
-        """Records an output; returns as ``emit`` does.
+        """Records an output. Returns a replacement for the model, or None.
 
         Args:
             name: the layer.
-            output: what it returned, or the leaves of that.
-            via: how it was seen.
-            inputs: what it was given.
-            fresh: whether the output's memory is new, and no view of an input, a parameter or a buffer.
-            alone: whether nobody but the caller holds the output object.
+            output: the layer's output, or its leaves.
+            via: the kind of tap that saw the output.
+            inputs: the layer's inputs.
+            fresh: whether the layer allocated the output's memory, instead of using an input, a parameter or a buffer.
+            alone: whether only the caller holds the output object.
         """
         leaves = output if type(output) is Leaves else Leaves(output)
         if (self.every > 1 or self._token not in tokens_here() or backward_task() != -1) and not self.is_here(name):
@@ -224,21 +227,21 @@ class Recorder:
         return replacement
 
     def withdraw(self, name: str) -> None:
-        """Takes the newest call of a layer back: another output is to be recorded in its place."""
+        """Removes the newest call of a layer, which another output replaces."""
         call = self._log.withdraw(name)
         if call is not None and self._budget is not None:
             self._budget.withdraw(call)
 
     def emit_input(self, name: str, value: Any, via: str) -> None:
-        """Records a layer's input, before it runs."""
+        """Records a layer's input before the layer runs."""
         if not self.is_here(name):
             return
-        with outside_modes() if tracing_state() is not None else nullcontext():  # not part of what is traced
+        with outside_modes() if tracing_state() is not None else nullcontext():  # keeps this out of the traced graph
             kept = self._noted(self._keeper.input, name, value)
         self._store(name, kept, via)
 
     def _noted(self, keep: Callable[..., Any], *args: Any) -> Any:
-        """Keeps a value, or follows its gradient. An error in that is remembered, since a model may swallow it."""
+        """Calls ``keep``, and remembers its error, since the model may swallow it."""
         try:
             return keep(*args)
         except ConvtapError as error:
@@ -246,13 +249,16 @@ class Recorder:
             raise
 
     def weight_read(self, name: str, by: object) -> None:
-        """Notes that something reads a selected layer's weight; a bypass, unless a convolution of the layer is seen."""
+        """Notes that code reads a selected layer's weight.
+
+        The layer is bypassed if no convolution of it follows.
+        """
         record = self._log.records.get(name) or self._add_record(name)
         self.reads = True
         record.read_by(by, self._passes.current())
 
     def seen_as_function(self, name: str) -> None:
-        """Notes that a convolution was seen whose weight was computed from a layer's weight."""
+        """Notes a convolution whose weight was computed from a layer's weight."""
         record = self._log.records.get(name) or self._add_record(name)
         record.computed, record.pending, record.last_pass = True, None, self._passes.current()
 
@@ -260,7 +266,7 @@ class Recorder:
         if tracing_state() is None:
             kept: tuple[Any, Any] = self._noted(self._keeper.output, name, output, inputs, fresh, alone)
             return kept
-        with outside_modes():  # nothing of this becomes part of the graph
+        with outside_modes():  # keeps this out of the traced graph
             value, _ = self._noted(self._keeper.output, name, output, inputs, fresh, False)
             return value, None
 

@@ -1,4 +1,4 @@
-"""Resolves a mapping from names and globs to functions: which reduction belongs to which layer."""
+"""Finds each layer's reduction in a mapping from names and globs to functions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from convtap._errors import LayerNotFound, did_you_mean, listed
 from convtap._select.parts import split_key, splits
 from convtap._select.selection import FUNCTION, Selection
 
-#: A function of a tensor, or one for each of some layers, by name or glob.
+#: A function of a tensor, or a mapping from names or globs of layers to such functions.
 Reduce: TypeAlias = "Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]]"
 
 
 class Reductions:
-    """The function of each layer: that of its own name, else of the first glob that matches, else none.
+    """The reduction of each layer.
+
+    An entry with the layer's own name is used first, then the first glob that matches.
 
     Args:
         given: a function for all layers, a mapping from names and globs (of layers, or of parts such as ``lstm[0]``), or None.
-        selection: what is selected.
+        selection: the selected layers.
 
     Raises:
-        LayerNotFound: an entry matches no selected layer.
+        LayerNotFound: if an entry matches no selected layer.
     """
 
     def __init__(self, given: Reduce | None, selection: Selection) -> None:
@@ -42,12 +44,12 @@ class Reductions:
             if not any(self._matches(clean, name) for name in names):
                 shown = list(selection.names)
                 raise LayerNotFound(
-                    f"reduce has an entry for {key!r}, and no selected layer matches it: {listed(shown)}. Name one of "
-                    f"these, or select the layer too.{did_you_mean(key, names)}"
+                    f"reduce has an entry for {key!r}, but it matches none of the selected layers: {listed(shown)}. Name "
+                    f"one of them, or select the layer as well.{did_you_mean(key, names)}"
                 )
 
     def of(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Returns the function of a layer, or of a part of its output; None to keep that as it is."""
+        """Returns the function of a layer or of a part of its output, or None."""
         given = self._given
         if not isinstance(given, Mapping):
             return given
@@ -66,7 +68,7 @@ class Reductions:
 
 
 def _clean(key: str, selection: Selection) -> str:
-    """A name without the prefixes of wrappers; a glob as it is."""
+    """Returns a name without the prefixes of wrappers, or a glob unchanged."""
     for base, path in [(key, ""), *splits(key)]:
         name = selection.tree.resolve(base)
         if name is not None:

@@ -1,1 +1,1 @@
-"""What of a model is captured, and what it is run on: the module tree, the selection, weight owners, examples."""
+"""Selects the layers of a model, and prepares the examples that it runs on."""

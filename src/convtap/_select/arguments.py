@@ -1,4 +1,4 @@
-"""Checks the types of the arguments that select layers, before a model is looked at."""
+"""Checks the types of the arguments that select layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from convtap._select.module_tree import is_keras
 
 
 def as_selection(layers: Any) -> Any:
-    """Returns a selection that can be read more than once: an iterator, such as a generator, as a list."""
+    """Returns a selection that can be read more than once.
+
+    An iterator, such as a generator, becomes a list.
+    """
     return list(layers) if isinstance(layers, Iterator) else layers
 
 
@@ -23,32 +26,37 @@ def check_arguments(
     types: Any,
     instead: str = "run the model inside: with capture(model) as acts: model(x)",
 ) -> tuple[type[nn.Module], ...]:
-    """Checks the types of what selects, before any model is looked at. Returns ``types`` as a tuple.
+    """Checks the types of the arguments. Returns ``types`` as a tuple.
 
-    ``instead`` is what to write where an input was given as layers.
+    Args:
+        model: the model.
+        layers: the selection.
+        types: one module type, or several.
+        instead: the advice for a user who passed an input as ``layers``.
 
     Raises:
-        InvalidType: ``model`` is no module, ``layers`` is an input, or ``types`` holds something that is no module type.
+        InvalidType: if ``model`` is not a module, ``layers`` is an input, or ``types`` holds a value other than a module type.
     """
     if not isinstance(model, nn.Module):
         if is_keras(type(model)):
             raise Unsupported(
                 "this Keras model runs on another backend than torch, so PyTorch never sees its convolutions. Set the "
-                "environment variable KERAS_BACKEND=torch before keras is imported, and build the model then."
+                "environment variable KERAS_BACKEND=torch before keras is imported, then build the model."
             )
         raise InvalidType(
             f"the first argument is a {type(model).__name__}, not a torch.nn.Module. "
             "Write: with capture(model) as acts: model(x)"
         )
     if isinstance(layers, (bytes, bytearray)):
-        raise InvalidType(f"layers is {layers!r}, and a name is text: write {layers.decode(errors='replace')!r}.")
+        raise InvalidType(f"layers is {layers!r}, but a name must be text. Write {layers.decode(errors='replace')!r}.")
     if isinstance(layers, (torch.Tensor, dict)) or (hasattr(layers, "__array__") and bool(getattr(layers, "ndim", 0))):
-        raise InvalidType(f"the second argument is a {type(layers).__name__}, and it selects layers; {instead}")
+        advice = instead[:1].upper() + instead[1:]
+        raise InvalidType(f"the second argument is a {type(layers).__name__}, but it must select layers. {advice}")
     kinds = tuple(types) if isinstance(types, (list, tuple, set, frozenset)) else (types,)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             example = "keras.layers.Conv2D" if is_keras(type(model)) else "nn.Conv2d"
-            raise InvalidType(f"types holds {kind!r}, which is no module type. Pass for example types={example}.")
+            raise InvalidType(f"types holds {kind!r}, which is not a module type. Pass for example types={example}.")
     if not kinds:
-        raise InvalidValue("types is empty, so nothing could be captured. Leave it out for Conv1d.")
+        raise InvalidValue("types is empty, so nothing could be captured. Omit types to select Conv1d.")
     return kinds

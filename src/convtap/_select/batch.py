@@ -1,4 +1,4 @@
-"""Turns a batch of data into the model's arguments, by default or by a function ``inputs``."""
+"""Turns a batch of data into the model's arguments."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Inputs: TypeAlias = "Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]"
 
 
 def called_with(inputs: Inputs | None, batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns what a model is called with for a batch: what ``inputs`` returns, or the default.
+    """Returns the model's arguments for a batch, from ``inputs`` or by default.
 
     See Note: [Examples and batches].
 
     Raises:
-        InvalidType: ``inputs`` does not return ``(args, kwargs)``, or the batch is nothing that has a default.
+        InvalidType: if ``inputs`` does not return ``(args, kwargs)``, or a batch of this type has no default.
     """
     if inputs is None:
         return with_tensors(_default(batch), model)  # type: ignore[no-any-return]
@@ -36,7 +36,7 @@ def called_with(inputs: Inputs | None, batch: Any, model: nn.Module) -> tuple[tu
     ):
         return with_tensors((tuple(found[0]), dict(found[1])), model)  # type: ignore[no-any-return]
     raise InvalidType(
-        f"inputs(batch) returned a {type(found).__name__}, and it must return (args, kwargs): "
+        f"inputs(batch) returned a {type(found).__name__}, and it must return (args, kwargs). Write for example "
         "inputs=lambda batch: ((batch['audio'],), {'mask': batch['mask']})."
     )
 
@@ -49,19 +49,24 @@ def _default(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
         return (), dict(batch)
     raise InvalidType(
-        f"a batch is a {type(batch).__name__}, and the model is called with a tensor, a dict of keywords, or the first element "
-        "of a tuple. Pass inputs=lambda batch: ((batch.x,), {}) to say what the model gets."
+        f"a batch is a {type(batch).__name__}, and it must be a tensor, a dict of keyword arguments, or a tuple that begins "
+        "with one of these. Pass a function that returns the model's arguments: inputs=lambda batch: ((batch.x,), {})."
     )
 
 
 def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: str | None = None) -> Any:
-    """Returns a call as an example: a tuple or a dict; one with both becomes a dict by the names of the forward.
+    """Returns a call's arguments as an example: a tuple or a dict.
+
+    A call with both kinds of arguments becomes a dict with the parameter names of the forward.
 
     Args:
+        model: the model.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
         method: the method that is called instead of the model itself, or None.
 
     Raises:
-        Unsupported: the forward has no such names.
+        Unsupported: if the forward does not have names for the positional arguments.
     """
     if not kwargs:
         return args
@@ -72,29 +77,31 @@ def as_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return {**bound.arguments, **bound.arguments.pop("kwargs", {})}
     except (TypeError, ValueError) as error:
         raise Unsupported(
-            f"the inputs are positional and by keyword, and here they must be one of both: {error}. Return all of them by "
-            "keyword: inputs=lambda batch: ((), {'x': batch['audio']})."
+            f"the inputs have positional and keyword arguments, and here they must be of one kind: {error}. Return all of them "
+            "by keyword: inputs=lambda batch: ((), {'x': batch['audio']})."
         ) from error
 
 
 @contextmanager
 def naming_inputs(inputs: Inputs | None, batch: Any, model: nn.Module, method: str | None = None) -> Iterator[None]:
-    """Runs the body, the model on a batch; if that was passed by default and the model refuses it, names ``inputs``.
+    """A context for a call of the model on a batch, which explains a failed call.
+
+    If the batch was passed by default, the error recommends ``inputs``.
 
     Raises:
-        InvalidType: the model refused what it was called with.
+        InvalidType: if the model rejected the arguments.
     """
     try:
         yield
     except Exception as error:
         if inputs is not None:
             raise
-        advice = f"Pass inputs=, a function from a batch to (args, kwargs): inputs={_code(batch, signature_of(model, method))}."
+        advice = f"Pass a function from a batch to (args, kwargs): inputs={_code(batch, signature_of(model, method))}."
         refused = error.__cause__ if isinstance(error, InvalidType) else error
         if isinstance(refused, TypeError) and not isinstance(refused, ConvtapError):
-            raise InvalidType(f"the model refused {_passed(batch)}: {one_line(refused)}. {advice}") from refused
+            raise InvalidType(f"the model rejected {_passed(batch)}: {one_line(refused)}. {advice}") from refused
         if not isinstance(error, ConvtapError) and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"convtap passed {_passed(batch)}. If that is not what the model takes: {advice}")
+            error.add_note(f"convtap passed {_passed(batch)} to the model, which may need other arguments. {advice}")
         raise
 
 
@@ -107,7 +114,7 @@ def _passed(batch: Any) -> str:
 
 
 def _code(batch: Any, signature: inspect.Signature | None) -> str:
-    """Returns a function to write for a batch like this one, and a model that has this signature."""
+    """Returns the code of an ``inputs`` function for a batch and a model's signature."""
     if isinstance(batch, Mapping) and batch:
         taken = [] if signature is None else [key for key in batch if key in signature.parameters]
         if taken:
@@ -122,7 +129,7 @@ def _code(batch: Any, signature: inspect.Signature | None) -> str:
 
 
 def _needs(signature: inspect.Signature | None) -> int:
-    """Counts the positional arguments that a model cannot do without."""
+    """Counts the positional arguments that a model requires."""
     found = [] if signature is None else signature.parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(1 for one in found if one.kind in kinds and one.default is one.empty)

@@ -1,4 +1,4 @@
-"""Turns examples and batches into arguments, and runs a model on them without leaving a trace."""
+"""Runs a model on an example without changing the model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Note: [Examples and batches]
-# An example is what the model is called with: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-# A batch is what data comes in. It is the same, but for a tuple or list, such as [x, labels] of a DataLoader: there the
-# first element is the example. A function ``inputs`` says it where that is not so. In both, NumPy arrays of any depth stand
-# for tensors: copies of them, on the model's device, those of floating numbers in the model's floating type.
+# An example holds the model's arguments: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+# A batch is an item of a data set or a DataLoader. It has the same forms as an example, but in a tuple or list, such as
+# [x, labels] of a DataLoader, only the first element is the example. For other batches, a function ``inputs`` returns the
+# arguments. In both, NumPy arrays at any depth are copied to tensors on the model's device. Arrays of floating numbers get
+# the model's floating dtype.
 
 #: A tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
 Example: TypeAlias = "Tensor | np.ndarray[Any, Any] | tuple[Any, ...] | Mapping[str, Any]"
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Splits an example into what the model is called with. See Note: [Examples and batches].
+    """Splits an example into ``(args, kwargs)``. See Note: [Examples and batches].
 
     Raises:
-        InvalidType: it is neither a tensor, an array, a tuple nor a mapping.
+        InvalidType: if the example is not a tensor, an array, a tuple or a mapping.
     """
     if isinstance(example, Tensor) or is_array(example):
         return (example,), {}
@@ -54,28 +55,30 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a NumPy array; without importing NumPy."""
+    """Returns whether a value is a NumPy array, without importing NumPy."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def prepared(example: Any, model: nn.Module) -> Any:
-    """Returns an example with its arrays as tensors for a model; the example's own tensors stay as they are.
+    """Returns an example with its arrays as tensors for a model.
+
+    The example's own tensors do not change.
 
     Raises:
-        InvalidType: it is neither a tensor, an array, a tuple nor a mapping; or an array has no form as a tensor.
+        InvalidType: if the example is not a tensor, an array, a tuple or a mapping, or if an array has no form as a tensor.
     """
     arguments(example)
     found = with_tensors(example, model)
     if is_array(found):
         raise InvalidType(
-            f"example is an array of {found.dtype}, and the model is called with numbers. Convert it first."
+            f"example is an array of {found.dtype}, but the model needs numbers. Convert the array first."
         )
     return dict(found) if isinstance(found, Mapping) else found
 
 
 def fitted(example: Any, model: nn.Module) -> Any:
-    """Returns an example for a model: its tensors too in the model's floating type, and on its device."""
+    """Returns an example with all tensors in the model's dtype and on its device."""
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else None
     dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
@@ -87,7 +90,7 @@ def fitted(example: Any, model: nn.Module) -> Any:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Returns arguments with what can be moved on a device."""
+    """Returns arguments with all movable values on a device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -100,7 +103,10 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def own_tensors(example: Any) -> Any:
-    """Returns an example with tensors of its own, which the model may write into; one that is in it twice stays one."""
+    """Returns an example with copied tensors, which the model may overwrite.
+
+    A tensor that occurs twice is copied once.
+    """
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ def own_tensors(example: Any) -> Any:
 
 
 def with_tensors(value: Any, model: nn.Module) -> Any:
-    """Returns a structure with its arrays as tensors; itself if it has none."""
+    """Returns a structure with its arrays as tensors, or itself if it has no arrays."""
     numpy = sys.modules.get("numpy")
     found: list[Any] = []
     if numpy is not None:
@@ -125,15 +131,18 @@ def with_tensors(value: Any, model: nn.Module) -> Any:
 
 
 def _tensor_of(array: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
-    """Returns a tensor with the values of an array, which shares no memory with it; an array of text or objects as it is."""
+    """Returns a tensor with a copy of an array's values.
+
+    An array of text or objects is returned unchanged.
+    """
     import numpy
 
     if array.dtype.kind not in "biufc":
         return array
     if isinstance(array, numpy.ma.MaskedArray) and array.mask.any():
         raise InvalidType(
-            "the input has a masked array, and a tensor has no mask. Fill it first: array.filled(0.0), and pass the mask as "
-            "the model takes it."
+            "the input has a masked array, but a tensor has no mask. Pass array.filled(0.0), and pass the mask to the model "
+            "as another argument."
         )
     kind = {"f": numpy.float64, "c": numpy.complex128}.get(array.dtype.kind) if array.dtype.itemsize > 8 else None
     native = numpy.array(array, kind or array.dtype.newbyteorder("="), order="C", subok=False)
@@ -152,10 +161,11 @@ def _unchanged(value: Any) -> Any:
 
 @contextmanager
 def eval_mode(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
-    """Puts a model into eval mode, and every module back into the mode it was in.
+    """A context with a model in eval mode, which restores the mode of each module.
 
     Args:
-        mode: ``"train"`` for train mode, None to leave each module's mode.
+        model: the model.
+        mode: ``"eval"``, ``"train"`` for train mode, or None to keep the mode of each module.
     """
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     try:
@@ -170,13 +180,13 @@ def eval_mode(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
 
 @contextmanager
 def looking(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
-    """Runs the body with a model in a mode, without gradients, and leaves the model as it was.
+    """A context with a model in a mode, without gradients, that restores the model.
 
     See Note: [Looking at a model].
     """
     other = mode == "train"
     training = [part for part in model.modules() if mode is not None and getattr(part, "training", other) != other]
-    # A train or eval of the model's own may write into weights (low-rank adapters merge theirs), so all are copied.
+    # A custom train or eval may write to weights (low-rank adapters merge theirs), so all weights are copied.
     own = any(type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval for part in training)
     with untouched(model, everything=own), eval_mode(model, mode), torch.no_grad():
         yield
@@ -186,8 +196,8 @@ def called(model: nn.Module, example: Any, method: str | None = None) -> Any:
     """Calls a model, or a method of it, on an example.
 
     Raises:
-        InvalidType: the model's forward, or the method, does not take such arguments.
-        InvalidValue: the model has no such method.
+        InvalidType: if the model's forward, or the method, does not take the example's arguments.
+        InvalidValue: if the model does not have the method.
     """
     args, kwargs = arguments(example)
     run = entry(model, method)
@@ -197,17 +207,17 @@ def called(model: nn.Module, example: Any, method: str | None = None) -> Any:
         if isinstance(error, ConvtapError) or _accepts(signature_of(model, method), args, kwargs):
             raise
         raise InvalidType(
-            f"the model does not take this example: {one_line(error)}. Pass what it is called with, a tuple of positional "
-            "or a dict of keyword arguments, without labels: example=(x,). (For batches, extract and top have inputs=.)"
+            f"the model does not take this example: {one_line(error)}. Pass a tuple of positional arguments or a dict of "
+            "keyword arguments, without labels: example=(x,). For batches, extract and top take inputs=."
         ) from error
 
 
 def entry(model: nn.Module, method: Any) -> Callable[..., Any]:
-    """Returns what is called to run a model: the model itself, or the method of that name.
+    """Returns the function that runs a model: the model itself, or one of its methods.
 
     Raises:
-        InvalidType: ``method`` is not a str.
-        InvalidValue: the model has no such method.
+        InvalidType: if ``method`` is not a str.
+        InvalidValue: if the model does not have the method.
     """
     if method is None or method == "forward":
         return model
@@ -221,19 +231,22 @@ def entry(model: nn.Module, method: Any) -> Callable[..., Any]:
         name for name in dir(kind) if name not in dir(nn.Module) and name[0] != "_" and callable(getattr(kind, name))
     ]
     raise InvalidValue(
-        f"method={method!r} names no method of {kind.__name__}.{did_you_mean(method, own)} Its methods are: "
+        f"method={method!r} is not a method of {kind.__name__}.{did_you_mean(method, own)} Its methods are: "
         f"{listed(['forward', *own])}."
     )
 
 
 def forward_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
-    """Returns the function whose arguments a model is called with: its forward, or a method."""
+    """Returns the function that receives the arguments: the forward, or a method."""
     run = entry(model, method)
     return model.forward if run is model else run
 
 
 def signature_of(model: nn.Module, method: str | None = None) -> inspect.Signature | None:
-    """Returns the signature of a model's forward or method, inside its wrappers; None if it is not known."""
+    """Returns the signature of a model's forward or method, or None if it is unknown.
+
+    Wrappers of the model are ignored.
+    """
     try:
         return inspect.signature(forward_of(ModuleTree(model).names.get(ROOT, model), method))
     except (TypeError, ValueError, AttributeError):
@@ -248,6 +261,9 @@ def _accepts(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs:
 
 
 def run_once(model: nn.Module, example: Any, mode: str | None = "eval") -> Any:
-    """Returns a model's output for an example, in a mode and without gradients; leaves the model as it was."""
+    """Returns a model's output for an example, without gradients.
+
+    The model is run in the given mode and restored afterwards.
+    """
     with looking(model, mode):
         return called(model, own_tensors(example))

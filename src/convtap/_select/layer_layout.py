@@ -1,4 +1,4 @@
-"""Knows the layout of a layer's output by its type: Conv1d, norms, Linear, attention, recurrent and Keras layers."""
+"""Finds the layout of a layer's output or input by the layer's type."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from convtap._tensors.layout import Layout
 #: Finds the layout of a module's output, or of its input: ``find(module, side)``.
 _Rule: TypeAlias = "Callable[[nn.Module, str], Layout | None]"
 
-#: The attributes that have the number of channels of a layer's output, and of its input.
+#: The attributes that hold the number of channels of a layer's output and input.
 _COUNTS = {
     "output": ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "filters", "units"),
     "input": ("in_channels", "in_features", "num_features", "num_channels"),
 }
 
-#: (B, C, ...) by definition.
+#: Modules whose output is (B, C, ...) by definition.
 _FIRST: tuple[type, ...] = (
     nn.modules.conv._ConvNd,
     nnq.Conv1d,
@@ -46,7 +46,7 @@ _FIRST: tuple[type, ...] = (
     nn.Dropout2d,
 )
 
-#: (B, ..., C) by definition.
+#: Modules whose output is (B, ..., C) by definition.
 _LAST: tuple[type, ...] = (nn.Linear, nnq.Linear, nn.Bilinear, nn.Embedding)
 
 _BLOCKS: tuple[type, ...] = (
@@ -57,7 +57,7 @@ _BLOCKS: tuple[type, ...] = (
     nn.Transformer,
 )
 
-#: What keeps every axis where it is.
+#: The names of modules that keep the order of the axes.
 _ELEMENTWISE = frozenset(
     name
     for name, kind in vars(nn.modules.activation).items()
@@ -80,11 +80,11 @@ _KERAS_ELEMENTWISE = _words(
 
 
 class LayerLayouts:
-    """The layouts of a model's layers, as far as their types say them.
+    """The layouts of a model's layers that are known from their types.
 
     Args:
         tree: the model's modules.
-        at: ``"output"``, ``"input"`` or ``"activation"``: what of the layers is looked at.
+        at: the captured value of the layers: ``"output"``, ``"input"`` or ``"activation"``.
     """
 
     def __init__(self, tree: ModuleTree, at: str = "output") -> None:
@@ -93,15 +93,15 @@ class LayerLayouts:
         self._exact = at != "activation"
 
     def of(self, name: str, *, reduced: bool = False) -> Layout | None:
-        """Returns the layout of what is looked at of a layer, or None if the layer's type does not say it.
+        """Returns the layout of a layer's captured value, or None if it is unknown.
 
         Args:
             name: the layer.
-            reduced: whether a function is applied to that, after which it need not have the layer's axes.
+            reduced: whether a function is applied to the value, which may change its axes.
         """
         exact = self._exact and not reduced
         module = self._tree.names.get(name)
-        if module is None:  # what was captured without a module is a convolution that was called as a function
+        if module is None:  # a layer without a module is a convolution that was called as a function
             return Layout(exact=exact)
         found = layout_of(module, self._side)
         if found is None and _is_elementwise(module):
@@ -111,7 +111,10 @@ class LayerLayouts:
         return found if found is None or exact else found._replace(exact=False)
 
     def _before(self, name: str) -> Layout | None:
-        """The layout of what an elementwise layer gets, if it stands in a sequence or in a Keras graph."""
+        """Returns the layout of an elementwise layer's input, or None.
+
+        It is known for a layer in a sequence or in a Keras graph.
+        """
         module = self._tree.names[name]
         if is_keras(type(module)):
             found = _keras_producers(module, self._side) or self._usual
@@ -126,7 +129,7 @@ class LayerLayouts:
 
     @functools.cached_property
     def _usual(self) -> Layout | None:
-        """What all layers of a Keras model have in common; a guess for layers that do not say it."""
+        """The layout that all layers of a Keras model share, as a guess for others."""
         found = {layout.last for module in self._tree.names.values() if (layout := _keras(module)) is not None}
         if not found:
             return Layout(last=_keras_default() == "channels_last", sure=False)
@@ -140,15 +143,20 @@ def channels_first(channels: int) -> Layout:
 
 
 def layout_of(module: nn.Module, side: str = "output") -> Layout | None:
-    """Returns the layout that a module's type alone gives its output (or ``side="input"``: its input), or None."""
+    """Returns the layout of a module's output or input by its type, or None.
+
+    Args:
+        module: the module.
+        side: ``"output"`` or ``"input"``.
+    """
     kind: Any = type(module)
     find = _rule(kind)
     return None if find is None else find(module, side)
 
 
-@functools.cache  # it is asked for every layer of every capture
+@functools.cache  # called for every layer of every capture
 def _rule(kind: Any) -> _Rule | None:
-    """Returns what finds the layout of modules of a class, or None if the class says nothing of it."""
+    """Returns the function that finds the layout of a module class, or None."""
     if is_keras(kind):
         return _keras
     if issubclass(kind, torch.jit.ScriptModule):
@@ -168,7 +176,10 @@ def _sequence(module: nn.Module, side: str) -> Layout | None:
 
 
 def _last_of(parts: list[nn.Module], side: str) -> Layout | None:
-    """The layout of a sequence's output: that of its last module which has one of its own; likewise of its input."""
+    """Returns the layout of a sequence's output, from its last modules, or None.
+
+    The layout of its input comes from its first modules.
+    """
     for part in parts if side == "input" else reversed(parts):
         found = layout_of(part, side)
         if found is not None or not _is_elementwise(part):
@@ -204,7 +215,10 @@ def _last(module: nn.Module, side: str) -> Layout | None:
 
 
 def _normalized(module: nn.Module, side: str) -> Layout | None:
-    """LayerNorm and RMSNorm, over the last axis: it is that of the channels. Over several axes, nothing says which."""
+    """Returns the layout of LayerNorm or RMSNorm.
+
+    The last axis is the channels. If several axes are normalized, the channel axis is unknown.
+    """
     shape = tuple(getattr(module, "normalized_shape", ()))
     return Layout(last=True, channels=shape[0]) if len(shape) == 1 else None
 
@@ -237,7 +251,10 @@ _RULES: tuple[tuple[tuple[type, ...], _Rule], ...] = (
 
 
 def _keras(module: nn.Module, side: str = "output") -> Layout | None:
-    """The layout of a Keras layer: by its ``data_format``, by the axis that it normalizes, or by its class."""
+    """Returns the layout of a Keras layer.
+
+    It is known from the layer's ``data_format``, its normalized axis, or its class.
+    """
     kind = type(module)
     if not is_keras(kind):
         return None
@@ -256,12 +273,12 @@ def _keras(module: nn.Module, side: str = "output") -> Layout | None:
 
 
 def _keras_default() -> str:
-    """Where Keras puts the channels unless it is told otherwise."""
+    """Returns Keras' default data format."""
     return str(sys.modules["keras"].config.image_data_format())
 
 
 def _producer(model: nn.Module, side: str) -> Layout | None:
-    """The layout of a Keras model that is a layer of another one: that of the layer which makes its output."""
+    """Returns the layout of a nested Keras model: that of its output layer."""
     outputs: Any = getattr(model, "outputs", None)
     if side != "output" or not isinstance(outputs, (list, tuple)) or len(outputs) != 1:
         return None
@@ -269,7 +286,7 @@ def _producer(model: nn.Module, side: str) -> Layout | None:
 
 
 def _keras_producers(layer: Any, side: str) -> Layout | None:
-    """The layout of what a layer is given in a functional or sequential Keras model, if all its uses agree."""
+    """Returns the layout of a layer's input in a Keras graph, if all its uses agree."""
     found = [_of_tensor(tensor, 0) for node in getattr(layer, "_inbound_nodes", ()) for tensor in node.input_tensors]
     known = {layout.last for layout in found if layout is not None}
     return Layout(last=known.pop()) if len(known) == 1 else None

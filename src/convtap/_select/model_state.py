@@ -1,4 +1,4 @@
-"""Restores a model after a pass: buffers, caches, modes, random numbers and everything else that the pass changed."""
+"""Restores the state of a model, and of random numbers, after a forward pass."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from convtap._torch.script_state import script_state, set_script_state
 from convtap._torch.storage import storage_number
 
 # Note: [Looking at a model]
-# Assumption: what a forward pass changes can be reached from the model's modules: their attributes, and the containers and
-#   objects in them.
-# Failure: a streaming model moves its caches on, a quantizer its ranges, a lazy module its class. A deep copy of the model
-#   to run instead takes the memory of all its weights, and many models cannot be copied.
-# Choice: the items of everything that can be reached are noted by reference, and the memory of tensors is copied. After the
-#   run the same objects get their items and their memory back, if these differ. Large parameters, which forward passes
-#   hardly ever write, are not copied but summed up; if such a sum differs, a warning names the parameter.
-#   Not followed: functions, and objects of the standard library, of torch, and of convtap (a capture that is open).
+# Assumption: all state that a forward pass changes can be reached from the model's modules: from their attributes, and from
+#   the containers and objects in them.
+# Failure: a forward pass changes the caches of a streaming model, the ranges of a quantizer, and the class of a lazy module.
+#   A deep copy of the model would need memory for all weights, and many models cannot be copied.
+# Choice: convtap notes the items of all reachable objects by reference, and copies the memory of tensors. After the pass it
+#   restores the items and the memory that differ. Forward passes hardly ever write to large parameters, so only their sums
+#   are kept. If a sum differs, a warning names the parameter. Functions are not followed, nor are objects of the standard
+#   library, of torch, and of convtap (an open capture).
 
-#: The most bytes of parameters that are copied, and of all other tensors.
+#: The most bytes of parameters, and of other tensors, that are copied.
 PARAMETERS = 16 * 2**20
 OTHERS = 2 * 2**30
 
@@ -62,7 +62,9 @@ _OTHERS = (torch.optim.Optimizer, torch.utils.data.Dataset)
 
 @contextmanager
 def untouched(model: nn.Module, *, everything: bool = False) -> Iterator[None]:
-    """Puts back what the body changes in a model and in random-number states; warns of what it cannot put back.
+    """A context that restores a model and the random-number states on exit.
+
+    It warns about changes that it cannot restore.
 
     Args:
         model: any PyTorch model.
@@ -81,14 +83,14 @@ def untouched(model: nn.Module, *, everything: bool = False) -> Iterator[None]:
         lost = state.restore()
         if lost:
             warn_user(
-                f"the forward pass changed {listed(lost)} of the {type(model).__name__}, and convtap could not put that "
-                "back. Look at a copy of the model, copy.deepcopy(model), and load this one anew.",
+                f"the forward pass changed {listed(lost)} of the {type(model).__name__}, and convtap could not restore it. "
+                "Load the model again, and pass a copy, copy.deepcopy(model), next time.",
                 UserWarning,
             )
 
 
 class _State:
-    """What a model holds, and how to put it back."""
+    """The state of a model, with functions that restore it."""
 
     def __init__(self, model: nn.Module, everything: bool) -> None:
         self._undo: list[tuple[str, Callable[[], object]]] = []
@@ -108,7 +110,7 @@ class _State:
                 memory.note(budgets)
 
     def restore(self) -> list[str]:
-        """Puts everything back; returns the names of what it could not."""
+        """Restores the state. Returns the names of the parts that it could not restore."""
         lost: list[str] = []
         for name, undo in self._undo:
             try:
@@ -124,7 +126,7 @@ class _State:
         return list(dict.fromkeys(lost))
 
     def _note(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """Notes one object; returns what is in it."""
+        """Notes the state of one object. Yields the objects inside it."""
         if isinstance(value, Tensor):
             yield from self._tensor(name, value)
         elif isinstance(value, nn.Module):
@@ -166,11 +168,11 @@ class _State:
             yield from ((_join(name, part), item) for part, item in dict.items(own[key]))
             self._seen[id(own[key])] = own[key]
         if type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel", "torch._dynamo")):
-            return  # wrappers that keep accounts of their own
+            return  # these wrappers manage their own state
         self._later(name, restore_class, module, type(module))
         for key in ("_modules", "_buffers"):
             self._later(name, restore_dict, own[key], dict(own[key]))
-        if not self._sharded:  # which exchanges parameters itself
+        if not self._sharded:  # FSDP replaces parameters itself
             self._later(name, restore_parameters, module, dict(dict.items(own["_parameters"])))
         yield from self._attributes(name, module)
 
@@ -212,7 +214,7 @@ class _State:
         is_parameter = isinstance(tensor, nn.Parameter)
         lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
         if not lazy and has_no_values(tensor) and not tensor.is_meta:
-            return  # fake
+            return  # a fake tensor
         inner = [tensor] if lazy else parts(tensor)
         if inner[0] is tensor or type(tensor) in (Tensor, nn.Parameter):
             kind = type(tensor) if lazy else None
@@ -230,7 +232,7 @@ class _State:
         try:
             storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
-            return  # mkldnn, which no forward pass writes
+            return  # a forward pass does not write to mkldnn tensors
         if self._sharded and is_parameter:
             return
         if storage.device.type != "meta" and storage.nbytes():
@@ -255,12 +257,15 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether an object is convtap's own: of a capture that is open."""
+    """Returns whether an object belongs to convtap, as those of an open capture do."""
     return type(value).__module__.startswith("convtap.") and not isinstance(value, nn.Module)
 
 
 def _is_followed(value: Any) -> bool:
-    """Whether the attributes of an object are the model's: it is a user's, or a plain namespace."""
+    """Returns whether an object's attributes belong to the model.
+
+    That is the case for an object of a user's class, and for a plain namespace.
+    """
     if isinstance(value, (types.SimpleNamespace, UserDict, UserList)):
         return True
     return type(value).__module__.partition(".")[0] not in _OPAQUE and not isinstance(value, _OTHERS)

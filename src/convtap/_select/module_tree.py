@@ -1,4 +1,4 @@
-"""The modules of a model under clean names: each once, without the prefixes of wrappers."""
+"""Names the modules of a model, each once, without the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from convtap._torch.compile_stance import is_compiled
 
 ROOT = "(root)"
-# Wrappers that run another module and add their attribute to its names, by where their class is defined: importing
-# the classes themselves would cost more than a second.
+# Wrappers that run another module and add an attribute to its names. They are identified by the module and name of their
+# class, since importing the classes would take more than a second.
 _WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
@@ -28,7 +28,7 @@ _WRAPPERS = {
 
 @cache
 def _wrapped_attribute(kind: Any) -> str | None:
-    """Returns the attribute under which a wrapper class keeps the wrapped module, or None for any other class."""
+    """Returns the attribute of a wrapper class that holds the wrapped module, or None."""
     for base in kind.__mro__:
         attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
         if attribute is not None:
@@ -42,7 +42,10 @@ def _derives(kind: Any, module: str, name: str) -> bool:
 
 
 def is_keras(kind: type) -> bool:
-    """Whether a class is a Keras 3 layer (or model); on the torch backend those are modules."""
+    """Returns whether a class is a Keras 3 layer or model.
+
+    On the torch backend, these are modules.
+    """
     return _derives(kind, "keras.src.layers.layer", "Layer")
 
 
@@ -55,13 +58,13 @@ def _is_keras_input(kind: type) -> bool:
 
 
 def _children(module: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
-    """The parts of a module by name. Keras keeps its layers where PyTorch does not look for them."""
+    """Returns the children of a module by name, including Keras layers."""
     if not is_keras(type(module)):
         return module._modules.items()
     found: dict[str, nn.Module] = {}
     for layer in getattr(module, "_layers", ()):
         name, number = layer.name, 1
-        while name in found:  # Keras lets two layers of a subclassed model have one name
+        while name in found:  # in a subclassed Keras model, two layers may have the same name
             name, number = f"{layer.name}_{number}", number + 1
         found[name] = layer
     inner = {name: child for name, child in module._modules.items() if child is not None and name != "_torch_params"}
@@ -75,7 +78,10 @@ def _join(prefix: str, name: str) -> str:
 
 
 def resolve_name(name: str, names: Container[str], aliases: Sequence[tuple[str, str]]) -> str | None:
-    """Returns the clean form of a name: its prefixes replaced by what they are aliases of, until it is in ``names``."""
+    """Returns the clean form of a name, or None.
+
+    It replaces prefixes that are aliases until the name is in ``names``.
+    """
     if name in names:
         return name
     longest_first = sorted(aliases, key=lambda pair: -len(pair[0]))
@@ -97,9 +103,9 @@ def lies_in(name: str, names: Container[str]) -> bool:
 
 
 def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module is of one of some types.
+    """Returns whether a module has one of several types.
 
-    A scripted module is of the type it was made from, and a Keras Conv1D counts as a Conv1d.
+    A scripted module has the type that it was made from, and a Keras Conv1D counts as a Conv1d.
     """
     if isinstance(module, types):
         return True
@@ -112,7 +118,10 @@ def is_kind(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields a module's own parameters and buffers, and a weight that is kept as a plain attribute (FSDP, weight norm)."""
+    """Yields a module's own parameters and buffers.
+
+    It also yields a weight that is a plain attribute (FSDP, weight norm).
+    """
     for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield key, tensor
@@ -122,15 +131,15 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def parameter_name(module: str, key: str) -> str:
-    """Returns the name of a module's parameter: its weight is named as the module itself."""
+    """Returns the name of a parameter. A weight has the name of its module."""
     return module if key == "weight" else _join("" if module == ROOT else module, key)
 
 
 class ModuleTree:
-    """The modules of a model under clean names: definition order, each module once, wrappers left out.
+    """The modules of a model by clean name, in definition order, without wrappers.
 
-    A module that is reachable under two names has the first one; the others, and the names with a wrapper's
-    attribute in them, are known to ``resolve``.
+    A module with several names has the first one. ``resolve`` also accepts the other names, and names that contain the
+    attribute of a wrapper.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -161,7 +170,7 @@ class ModuleTree:
                     continue
                 name_of[id(module)] = name
                 kind: Any = type(module)
-                if not module._modules and not is_keras(kind):  # most modules are leaves, and no wrapper is one
+                if not module._modules and not is_keras(kind):  # most modules are leaves, and a wrapper is never a leaf
                     names[name or ROOT] = module
                     continue
                 path.append((name, self._parts(name, module)))
@@ -170,7 +179,10 @@ class ModuleTree:
                 path.pop()
 
     def _parts(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-        """Enters a module that has parts, and returns them; a wrapper only has what it wraps, under its own name."""
+        """Adds a module that has children. Returns the children.
+
+        The only child of a wrapper is the wrapped module, which has the wrapper's name.
+        """
         kind: Any = type(module)
         attribute = _wrapped_attribute(kind)
         inner = module._modules.get(attribute) if attribute is not None else None
@@ -182,33 +194,39 @@ class ModuleTree:
         return iter([("", inner)])
 
     def resolve(self, name: str) -> str | None:
-        """Returns the clean name of a module, from any of its names, or None if there is no such module."""
+        """Returns the clean name of a module from any of its names, or None."""
         return resolve_name(name or ROOT, self.names, self.aliases)
 
     @property
     def identities(self) -> Mapping[int, str]:
-        """The names of the modules by their identity."""
+        """The names of the modules by identity."""
         return self._name_of
 
     def _compiled(self) -> dict[str, nn.Module]:
-        """The modules inside compiled parts: of ``torch.compile``, ``compile()``, or a compiled ``forward``."""
+        """Returns the modules inside compiled parts of the model.
+
+        A part may be compiled by ``torch.compile``, by ``compile()``, or through its ``forward``.
+        """
         parts = [module for module in (*self.names.values(), *self.wrappers) if is_compiled(module)]
         inside = {id(module) for part in parts for module in part.modules()}
         return {name: module for name, module in self.names.items() if id(module) in inside}
 
     def name_of(self, module: nn.Module) -> str | None:
-        """Returns the clean name of a module instance, or None if the model does not contain it."""
+        """Returns the clean name of a module instance, or None if it is not in the model."""
         name = self._name_of.get(id(module))
         return name if name is None else name or ROOT
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each parameter and buffer under its owner's name: ``<module>.weight`` is named as the module."""
+        """Yields each parameter and buffer with its name, as in ``parameter_name``."""
         for name, module in self.names.items():
             for key, tensor in tensors_of(module):
                 yield parameter_name(name, key), tensor
 
     def keras_namesakes(self, wanted: type) -> list[type]:
-        """Returns the model's Keras types that have the name of a PyTorch type, which selects none of them."""
+        """Returns the model's Keras types with the same name as a PyTorch type.
+
+        The PyTorch type does not select them.
+        """
         kinds = dict.fromkeys(type(module) for module in self.names.values())
         return [kind for kind in kinds if is_keras(kind) and kind.__name__.lower() == wanted.__name__.lower()]
 
@@ -230,7 +248,7 @@ class ModuleTree:
 
 
 def kind_name(kind: type) -> str:
-    """Returns the name of a module type, as it is written where PyTorch or Keras has it."""
+    """Returns the name of a module type as in user code: ``nn.ReLU``."""
     if kind.__module__.startswith("torch.nn.") and hasattr(nn, kind.__name__):
         return f"nn.{kind.__name__}"
     return f"keras.layers.{kind.__name__}" if kind.__module__.startswith("keras.src.layers.") else kind.__name__

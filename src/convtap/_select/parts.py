@@ -1,4 +1,4 @@
-"""Selects and reads parts of an output, written behind the layer: ``lstm[0]``, ``block[hidden][1]``."""
+"""Selects and reads parts of an output: ``lstm[0]``, ``block[hidden][1]``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from convtap._select.module_tree import ModuleTree
 from convtap._tensors.nested import MISSING, part_of, walk_leaves
 
 # Note: [Names with brackets]
-# Assumption: a text that ends with a bracket can be three things: a module of just that name, a glob whose last character is
-#   one of a class ("conv[12]"), or a part of what a module returns ("lstm[0]").
-# Failure: read in the wrong way, it selects other layers, in silence.
-# Choice: a module of just that name comes first. Then a part, if what stands before it selects modules that may return
-#   more than one tensor, by name or by glob. Else it is a glob; also if that matches and the brackets hold what reads like a
-#   class ("[12]", "[0-9]", "[!0]"), or the part would be one of convolutions. A part that a layer does not have is an error
-#   when the layer runs.
+# Assumption: a text that ends with a bracket can mean three things: a module with this name, a glob with a character class
+#   ("conv[12]"), or a part of a module's output ("lstm[0]").
+# Failure: the wrong interpretation silently selects other layers.
+# Choice: a module with this name has priority. Next is a part, if the text before it selects, by name or by glob, modules
+#   that may return more than one tensor. Otherwise it is a glob. A matching glob has priority over a part if the brackets
+#   look like a character class ("[12]", "[0-9]", "[!0]"), or if the part would belong to convolutions. If a layer does not
+#   have the selected part, that is an error when the layer runs.
 
 _SINGLE = (nn.modules.conv._ConvNd, nn.Linear)
 _TRAILING = re.compile(r"(\[[^\[\]]+\])+")
@@ -30,7 +30,10 @@ _NUMBERED = re.compile(r"(.+?)##?(\d+)", re.DOTALL)
 
 
 def splits(text: str) -> list[tuple[str, str]]:
-    """Returns every way to read a text as a name and the path of a part, the longest name first."""
+    """Returns all ways to split a text into a name and a part's path.
+
+    The longest name comes first.
+    """
     if not text.endswith("]"):
         return []
     places = [place for place, mark in enumerate(text) if mark == "[" and place]
@@ -39,7 +42,13 @@ def splits(text: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part that is asked for: its path, of which modules, and whether by an exact name."""
+    """A selected part of some modules' outputs.
+
+    Attributes:
+        path: the path of the part.
+        names: the names of the modules.
+        exact: whether an exact name selected the part, not a glob.
+    """
 
     path: str
     names: list[str]
@@ -47,16 +56,16 @@ class Part:
 
 
 def read_part(text: str, tree: ModuleTree, typed: Mapping[str, nn.Module], owners: Container[str]) -> Part | None:
-    """Reads a selector as a part, or returns None if it is none. See Note: [Names with brackets].
+    """Reads a selector as a part, or returns None. See Note: [Names with brackets].
 
     Args:
-        text: what was asked for.
+        text: the selector.
         tree: the modules of the model.
-        typed: those among which a glob chooses.
-        owners: the names of parameters that are no module's weight.
+        typed: the modules that a glob can match.
+        owners: the names of parameters that are not the weight of a module.
 
     Raises:
-        LayerNotFound: it is the part of a module that has none.
+        LayerNotFound: if the module's output does not have parts.
     """
     ways = splits(text)
     if not ways or tree.resolve(text) is not None or text in owners:
@@ -69,7 +78,9 @@ def read_part(text: str, tree: ModuleTree, typed: Mapping[str, nn.Module], owner
             continue
         if alone:
             kind = type(tree.names[name]).__name__
-            raise LayerNotFound(f"{name!r} is a {kind}, whose output has no part {path}. Select it whole: {name!r}.")
+            raise LayerNotFound(
+                f"{name!r} is a {kind}, whose output has no part {path}. Select the whole layer: {name!r}."
+            )
         return Part(path, [name], True)
     for base, path in reversed(ways):
         names = [name for name in typed if fnmatch.fnmatchcase(name, base) and not returns_one_tensor(typed[name])]
@@ -80,10 +91,10 @@ def read_part(text: str, tree: ModuleTree, typed: Mapping[str, nn.Module], owner
 
 
 def find(key: str, call_of: Callable[[str], Any]) -> Any:
-    """Returns the output of a call by its key, or the part of it that the key asks for; ``MISSING`` without such a call.
+    """Returns the output, or its part, that a key names, or ``MISSING``.
 
     Raises:
-        LayerNotFound: the output has no such part.
+        LayerNotFound: if the output does not have the part.
     """
     for name, path in [(key, ""), *splits(key)]:
         call = call_of(name)
@@ -96,29 +107,32 @@ def find(key: str, call_of: Callable[[str], Any]) -> Any:
 
 
 def _is_class(part: str) -> bool:
-    """Whether the last brackets hold what reads like a glob's class: a range, a negation, several digits."""
+    """Returns whether the last brackets look like a character class of a glob.
+
+    It is a range, a negation, or several digits.
+    """
     return _CLASS.search(part) is not None
 
 
 def outermost(parts: Iterable[str]) -> tuple[str, ...]:
-    """Leaves out parts that lie in others."""
+    """Returns the parts that are not inside other parts."""
     every = list(dict.fromkeys(parts))
     return tuple(part for part in every if not any(part.startswith(f"{other}[") for other in every))
 
 
 def returns_one_tensor(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own that return a single tensor, and so has no parts."""
+    """Returns whether a module is a torch module that returns a single tensor."""
     forward: Any = getattr(type(module), "forward", None)
     plain = getattr(forward, "__module__", "").startswith("torch.nn.modules") and "forward" not in module.__dict__
     return plain and isinstance(module, _SINGLE)
 
 
 def split_key(key: str, layers: Container[str]) -> tuple[str, int | None, str]:
-    """Splits a key into the layer, the number of its call (None without one) and the path of a part.
+    """Splits a key into the layer, the number of the call or None, and a part's path.
 
     Args:
-        key: such as ``conv``, ``conv#1``, ``lstm[0]`` or ``lstm#1[0]``.
-        layers: the names that are known; of several ways to read a key, the one with the longest known name counts.
+        key: a key such as ``conv``, ``conv#1``, ``lstm[0]`` or ``lstm#1[0]``.
+        layers: the known names. If a key can be split in several ways, the longest known name is used.
     """
     ways = [(key, ""), *((key[:place], key[place:]) for place in _brackets(key))]
     for base, part in ways:
@@ -137,9 +151,9 @@ def _brackets(key: str) -> Iterator[int]:
 
 
 def no_part(layer: str, part: str, value: Any) -> LayerNotFound:
-    """Says that a layer's output, or input, has no such part."""
+    """Returns the error for a part that a layer's output or input does not have."""
     there = [f"{layer}{path}" for path, leaf in walk_leaves(value) if path and leaf is not None]
     if not there:
         what = f"it is a single {type(value).__name__}"
-        return LayerNotFound(f"{layer!r} has no part {part}: {what}. Select it whole: {layer!r}.")
-    return LayerNotFound(f"{layer!r} has no part {part}. Select one of those that it has: {listed(there)}.")
+        return LayerNotFound(f"{layer!r} has no part {part}, because {what}. Select the whole layer: {layer!r}.")
+    return LayerNotFound(f"{layer!r} has no part {part}. Select one of its parts: {listed(there)}.")

@@ -1,4 +1,4 @@
-"""Restores what an object held, if it differs: dicts, lists, attributes, tensors and the memory under them."""
+"""Restores the contents of containers, attributes and tensors if they differ."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from convtap._torch.storage import storage_number
 
 
 def is_of_the_model(key: Any) -> bool:
-    """Whether an attribute is the model's, and not one that torch or convtap may exchange in the middle of a pass."""
+    """Returns whether an attribute belongs to the model.
+
+    Torch or convtap may replace other attributes during a pass.
+    """
     return not isinstance(key, str) or not key.startswith(("_compiled_call_impl", "_parameters", "_dynamo"))
 
 
 class Memory:
-    """The bytes of one storage: a copy of them, or their sum."""
+    """A copy, or the sum, of the bytes of one storage."""
 
     def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
         self.name = name
@@ -29,7 +32,7 @@ class Memory:
         self._sum: Tensor | None = None
 
     def note(self, budgets: dict[bool, float]) -> None:
-        """Copies the bytes, if there is room in the budget for parameters, or for others."""
+        """Copies the bytes if they fit into the budget, otherwise sums them."""
         if self._size <= budgets[self.is_parameter]:
             budgets[self.is_parameter] -= self._size
             self._copy = self._bytes().clone()
@@ -37,7 +40,7 @@ class Memory:
             self._sum = _sum(self._bytes())
 
     def restore(self) -> list[str]:
-        """Writes the bytes back if they differ; returns the name if there is no copy of them."""
+        """Restores the bytes if they differ. Returns the name if it has no copy of them."""
         if self._storage.nbytes() != self._size:
             self._storage.resize_(self._size)
         now = self._bytes()
@@ -53,7 +56,7 @@ class Memory:
 
 
 def _words(values: Tensor) -> Tensor:
-    """Returns bytes as words of eight, which are quicker to go through."""
+    """Returns bytes as 64-bit words, which are faster to compare."""
     return values if len(values) % 8 else values.view(torch.int64)
 
 
@@ -63,19 +66,19 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def methods(value: dict[Any, Any]) -> Any:
-    """Returns the class whose methods change a dict of some class, past what a subclass adds to them."""
+    """Returns the base class whose methods change a dict, bypassing its subclass."""
     return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
 def restore_some(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
-    """Sets the items of a dict that are others now."""
+    """Restores the items of a dict that have changed."""
     for key, item in items.items():
         if key not in own or kind.__getitem__(own, key) is not item:
             kind.__setitem__(own, key, item)
 
 
 def restore_dict(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -> None:
-    """Gives a dict the items that it had, in the order that they had."""
+    """Restores the items of a dict and their order."""
     for key in [key for key in own if key not in items and is_of_the_model(key)]:
         kind.__delitem__(own, key)
     restore_some(own, items, kind)
@@ -86,52 +89,52 @@ def restore_dict(own: dict[Any, Any], items: dict[Any, Any], kind: Any = dict) -
 
 
 def restore_parameters(module: nn.Module, items: dict[str, Any]) -> None:
-    """Gives a module the parameters that it had."""
-    own = module._parameters  # of the moment: a capture that is open has another dict there
+    """Restores the parameters of a module."""
+    own = module._parameters  # the current dict, which an open capture replaces
     if list(own) != list(items) or any(dict.get(own, key) is not item for key, item in items.items()):
         own.clear()
         own.update(items)
 
 
 def restore_items(own: Any, items: Any) -> None:
-    """Gives a list, a deque or a bytearray the items that it had."""
+    """Restores the items of a list, a deque or a bytearray."""
     if len(own) != len(items) or any(one is not other for one, other in zip(own, items, strict=True)):
         own.clear()
         own.extend(items)
 
 
 def restore_members(own: set[Any], members: set[Any]) -> None:
-    """Gives a set the members that it had."""
+    """Restores the members of a set."""
     own.intersection_update(members)
     own.update(members)
 
 
 def restore_values(own: Any, values: Any) -> None:
-    """Gives an array the values that it had."""
+    """Restores the values of an array."""
     if own.shape != values.shape or own.tobytes() != values.tobytes():
         own[...] = values
 
 
 def restore_slot(value: Any, slot: str, item: Any) -> None:
-    """Gives an attribute in a slot the value that it had."""
+    """Restores the value of a slot."""
     if getattr(value, slot, None) is not item:
         object.__setattr__(value, slot, item)
 
 
 def restore_class(module: nn.Module, kind: type) -> None:
-    """Gives a module the class that it had: a lazy one, or one before it was parametrized."""
+    """Restores the class of a module that was lazy or not yet parametrized."""
     if type(module) is not kind:
         module.__class__ = kind
 
 
 def restore_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Gives a tensor the gradient that it had."""
+    """Restores the gradient of a tensor."""
     if tensor.grad is not gradient:
         tensor.grad = gradient
 
 
 def restore_tensor(tensor: Tensor, lazy: Any, data: Tensor, requires_grad: bool) -> None:
-    """Puts back where a tensor's values lie, with their shape, and the class of one that was not initialized."""
+    """Restores a tensor's memory and shape, or the class of an uninitialized tensor."""
     if lazy is not None:
         if type(tensor) is not lazy:
             tensor.data = data
@@ -147,6 +150,6 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.layout != other.layout or one.shape != other.shape:
         return False
     if one.layout is not torch.strided or one.is_nested:
-        return False  # it may have other values and indices, which hardly any state has
+        return False  # its values and indices may differ; such tensors are rare in a model's state
     same_place = one.stride() == other.stride() and one.storage_offset() == other.storage_offset()
     return same_place and storage_number(one) == storage_number(other)

@@ -1,4 +1,4 @@
-"""Resolves a selection to modules: names, globs, patterns, types, instances, positions and predicates."""
+"""Resolves names, globs, patterns, types, positions and predicates to modules."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_me
 from convtap._select.module_tree import ModuleTree, is_keras, is_kind, kind_name
 from convtap._select.parts import outermost, read_part
 
-#: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized
-#: classes are subclasses of ``nnq.Conv1d``; the parametrized, lazy and QAT ones of ``nn.Conv1d``.
+#: The default ``types``: every module whose forward is one 1-D convolution. The fused and dynamic quantized classes are
+#: subclasses of ``nnq.Conv1d``. The parametrized, lazy and QAT classes are subclasses of ``nn.Conv1d``.
 CONV1D: tuple[type[nn.Module], ...] = (nn.Conv1d, nnq.Conv1d)
 
 FUNCTION = "F.conv1d"
@@ -30,13 +30,13 @@ Layers: TypeAlias = "Selector | Iterable[Selector] | None"
 
 
 class Selection:
-    """What a selection means in one model.
+    """The selected layers of one model.
 
     Attributes:
         modules: the selected modules by clean name, in definition order.
-        name_of: their names by the modules' identity.
-        parts: by the name of a module of which only parts were asked for, their paths, such as ``[0]``.
-        exact: what was asked for by exact name or by instance, as in ``names``.
+        name_of: the names of the selected modules by identity.
+        parts: the paths of the selected parts, such as ``[0]``, for each module that is not selected as a whole.
+        exact: the names, as in ``names``, that were selected by exact name or by instance.
         tree: all modules of the model.
     """
 
@@ -73,7 +73,7 @@ class Selection:
 
     @property
     def names(self) -> Mapping[str, nn.Module | None]:
-        """The selected modules, or parts of them, then the parameters that were asked for by name (without a module)."""
+        """The selected modules or their parts, then the selected parameters (None)."""
         found: Mapping[str, nn.Module | None] = self.modules
         if self.parts:
             found = {name + part: m for name, m in self.modules.items() for part in self.parts.get(name, ("",))}
@@ -81,12 +81,12 @@ class Selection:
 
     @property
     def paths(self) -> dict[str, str]:
-        """The paths of the parts that were asked for, by their names."""
+        """The paths of the selected parts by name."""
         return {name + part: part for name, parts in self.parts.items() for part in parts}
 
     @property
     def includes_conv1d(self) -> bool:
-        """Whether ``types`` includes Conv1d, so that a convolution without a module is selected as well."""
+        """Whether ``types`` includes Conv1d, and so convolutions without a module."""
         return any(issubclass(nn.Conv1d, kind) for kind in self.types)
 
     @property
@@ -108,7 +108,7 @@ class Selection:
         return self.includes_conv1d or bool(self.modules)
 
     def wants(self, name: str) -> bool:
-        """Says whether an ``F.conv1d`` call is selected, from the name of its weight's owner."""
+        """Returns whether an ``F.conv1d`` call is selected, by its weight's name."""
         if self._everything:
             return self.includes_conv1d or name in self.modules
         if name in self.modules or name in self.function_names:
@@ -159,14 +159,14 @@ class Selection:
         others = sum(1 for name in self.tree.names if pattern.fullmatch(name))
         if others:
             raise LayerNotFound(
-                f"{shown} matches {plural(others, 'module')} of other types, and no {_kinds(self.types)}: "
-                f"pass types={self._any_type()} (or their type), or select other names. {self._here()}"
+                f"{shown} matches {plural(others, 'module')} of other types, but no {_kinds(self.types)}. "
+                f"Pass types={self._any_type()} or their type, or select other names. {self._here()}"
             )
         hint = did_you_mean(selector, list(self.typed)) if isinstance(selector, str) else ""
         tensors = [name for name, _ in self.tree.model.named_parameters() if pattern.fullmatch(name)]
         if tensors:
             hint = (
-                f" It matches parameters ({listed(tensors, 3)}), and a selection names layers: leave their names out."
+                f" It matches parameters ({listed(tensors, 3)}), but a selection names layers. Write the layer's name."
             )
         raise LayerNotFound(f"no layer matches {shown}. {self._here()}{hint} {_SHOW}")
 
@@ -174,8 +174,8 @@ class Selection:
         name = self.tree.name_of(module)
         if name is None:
             raise LayerNotFound(
-                f"the {type(module).__name__} given as a layer is not part of this {type(self.tree.model).__name__} "
-                f"(a copy of a module is another module). {self._here()} Take it from the model you capture."
+                f"the {type(module).__name__} in layers is not a module of this {type(self.tree.model).__name__}. A copy of "
+                f"a module is another module. {self._here()} Pass a module of the model that you capture."
             )
         self.exact.add(name)
         return [name]
@@ -187,7 +187,7 @@ class Selection:
         if not found:
             theirs = self.tree.keras_namesakes(kind)
             hint = f"Pass {kind_name(theirs[0])} for its Keras layers. " if theirs else ""
-            raise LayerNotFound(f"the model has 0 {kind.__name__}; it has {self.tree.census()}. {hint}{_SHOW}")
+            raise LayerNotFound(f"the model has no {kind_name(kind)}, but it has {self.tree.census()}. {hint}{_SHOW}")
         return found
 
     def _by_predicate(self, predicate: Callable[[str, nn.Module], bool]) -> Iterable[str]:
@@ -215,19 +215,19 @@ class Selection:
 
     @cached_property
     def _loose(self) -> dict[str, int]:
-        """The parameters that are no module's weight, by name, each with the number of its axes."""
+        """The parameters outside of modules, by name, each with its number of axes."""
         return {name: tensor.dim() for name, tensor in self.tree.parameters() if name not in self.tree.names}
 
     @property
     def _owners(self) -> Collection[str]:
-        """The names of parameters that a function call could be named after."""
+        """The names that calls of convolution functions may have."""
         return self._loose if self.includes_conv1d else ()
 
     def _here(self) -> str:
-        return f"The {_kinds(self.types)} layers here: {listed(self.typed)}."
+        return f"The model has these {_kinds(self.types)} layers: {listed(self.typed)}."
 
     def nothing(self) -> str:
-        """Says that the model has none of the selected types, what it has instead, and what to write."""
+        """Returns the message for a model that has none of the selected types."""
         kinds = Counter(type(module) for module in self.tree.names.values())
         namesakes = [kind for wanted in self.types for kind in self.tree.keras_namesakes(wanted)]
         others = [*namesakes, *(kind for kind, _ in kinds.most_common() if "Conv" in kind.__name__)]
@@ -236,15 +236,15 @@ class Selection:
             or self.tree.census()
         )
         first = kind_name(others[0]) if others else ""
-        remedy = f"pass types={first if '.' in first else self._any_type()}"
-        return f"the {type(self.tree.model).__name__} has 0 {_kinds(self.types)}, {has}: {remedy}."
+        remedy = f"Pass types={first if '.' in first else self._any_type()}"
+        return f"the {type(self.tree.model).__name__} has no {_kinds(self.types)}, but it has {has}. {remedy}."
 
     def _any_type(self) -> str:
-        """What to pass as ``types=`` for every layer of the model."""
+        """Returns the code for ``types=`` that selects every layer of the model."""
         return "keras.layers.Layer" if is_keras(type(self.tree.model)) else "nn.Module"
 
 
-_SHOW = "list_layers(model) shows all."
+_SHOW = "list_layers(model) shows all layers."
 
 
 def _kinds(types: tuple[type[nn.Module], ...]) -> str:
@@ -260,7 +260,7 @@ def _as_index(selector: Any) -> int:
         return operator.index(selector)
     except TypeError:
         raise InvalidType(
-            f"layers: {type(selector).__name__} selects nothing. A layer is a name, a glob, a re.Pattern, a module "
+            f"layers holds a {type(selector).__name__}, which selects nothing. Pass a name, a glob, a re.Pattern, a module "
             "type, a module of the model, an int, or a function of (name, module)."
         ) from None
 
@@ -280,6 +280,6 @@ def select(model: nn.Module, layers: Layers, types: tuple[type[nn.Module], ...])
     """Resolves a selection against a model.
 
     Raises:
-        LayerNotFound: a selector matches nothing; the message names what is there and the nearest name.
+        LayerNotFound: if a selector matches nothing. The message names the model's layers and the nearest name.
     """
     return Selection(ModuleTree(model), layers, types)

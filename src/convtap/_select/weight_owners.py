@@ -1,4 +1,4 @@
-"""Finds the parameter that a tensor is, or is a view of, which names a convolution without a module."""
+"""Finds the parameter behind a weight, to name a convolution without a module."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from convtap._select.module_tree import ModuleTree, parameter_name, tensors_of
 from convtap._tensors.memory import data_address, tensor_bytes
 
 # Note: [Whose weight it is]
-# Assumption: a parameter is the same object for as long as it is the module's, and lies in memory of its own.
-# Failure: parameters are replaced (``functional_call``, ``load_state_dict(assign=True)``, FSDP for the time of a forward),
-#   moved (``.to()``, ``.data =``), and the memory they leave is given to others within the same pass.
-# Choice: identity first; then by address, if the owner lies there at this very moment. A tensor that neither knows is looked
-#   for in the modules that are being called, and the whole table is made again at most once a pass.
+# Assumption: a module's parameter stays the same object, and has its own memory.
+# Failure: parameters are replaced (``functional_call``, ``load_state_dict(assign=True)``, FSDP during a forward) or moved
+#   (``.to()``, ``.data =``). Other tensors may get the freed memory within the same pass.
+# Choice: a tensor is first looked up by identity, then by address, if the owner has that address at this moment. Then it is
+#   looked up in the modules that are being called. The whole table is rebuilt at most once per pass.
 
 
 class Owners:
-    """The parameters and buffers of a model, by identity and by the memory that each of them takes."""
+    """The parameters and buffers of a model, by identity and by memory."""
 
     def __init__(self, tree: ModuleTree, likely: Mapping[str, nn.Module]) -> None:
         self._tree = tree
-        self._likely = likely  # looked at first, and alone if that suffices
+        self._likely = likely  # looked up first
         self._collected_for: int | None = None
         self._names: dict[int, tuple[Tensor, str]] = {}
         self._starts: list[int] = []
@@ -33,11 +33,11 @@ class Owners:
     def find(
         self, weight: Any, forward: Callable[[], int] = int, around: Callable[[], Iterable[nn.Module]] = tuple
     ) -> str | None:
-        """Returns the name that ``ModuleTree.parameters`` gives the owner of a weight, or None if it has none.
+        """Returns the name of a weight's owner, as in ``ModuleTree.parameters``, or None.
 
         Args:
             weight: the tensor.
-            forward: returns the number of the pass.
+            forward: returns the number of the current pass.
             around: returns the modules that are being called, innermost first.
         """
         if not isinstance(weight, Tensor):
@@ -56,7 +56,7 @@ class Owners:
         return found[1] if found is not None and found[0] is weight else None
 
     def _find_near(self, weight: Tensor, modules: Iterable[nn.Module]) -> str | None:
-        """Looks among the parameters that the modules around the call, and their parts, have right now."""
+        """Searches the current parameters of the modules around a call and their children."""
         for module in modules:
             for part in (module, *module._modules.values()):
                 name = None if part is None else self._tree.name_of(part)
@@ -75,13 +75,13 @@ class Owners:
             return None
         _, name, module, key = self._ranges[position]
         owner = next((tensor for other, tensor in tensors_of(module) if other == key), None)
-        start = 0 if owner is None else data_address(owner)  # now, not when the table was made
+        start = 0 if owner is None else data_address(owner)  # the current address, which may differ from the table
         return name if owner is not None and start and start <= address < start + tensor_bytes(owner) else None
 
     def _collect(self, modules: Mapping[str, nn.Module]) -> None:
         self._names = {}
         ranges: dict[int, tuple[int, str, nn.Module, str]] = {}
-        for module_name, module in reversed(list(modules.items())):  # so that a shared one has its first name
+        for module_name, module in reversed(list(modules.items())):  # a shared parameter gets its first name
             for key, tensor in tensors_of(module):
                 name = parameter_name(module_name, key)
                 self._names[id(tensor)] = (tensor, name)

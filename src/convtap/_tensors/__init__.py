@@ -1,1 +1,1 @@
-"""Pure functions of tensors and of the structures that hold them: nesting, memory, snapshots, statistics."""
+"""Pure functions of tensors and of structures of tensors."""

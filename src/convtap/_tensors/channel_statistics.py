@@ -1,4 +1,4 @@
-"""The statistics of each channel of one layer: moments, counts and quantiles, over any number of tensors."""
+"""Computes moments, counts and quantiles of each channel over many tensors."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from convtap._tensors.quantile_sketch import Sketch
 from convtap._tensors.running import Moments
 
-#: How many values are worked on at a time: on the CPU as many as its cache holds, elsewhere as memory allows.
+#: The most values per piece: on the CPU as many as its cache holds, on other devices as memory allows.
 _PIECE, _LARGE_PIECE = 1 << 17, 1 << 24
 
 
 class ChannelStatistics:
-    """What is known of each channel's values so far, in memory that does not grow with them.
+    """Running statistics of each channel, in constant memory.
 
     Args:
-        channels: how many.
-        digits: the precision of the quantiles, as in ``Sketch``; None for none.
-        device: where the values will be. One without float64 is replaced by the CPU.
+        channels: the number of channels.
+        digits: the precision of the quantiles, as in ``Sketch``, or None for no quantiles.
+        device: the device of the values. A device without float64 is replaced by the CPU.
 
     Attributes:
-        count: how many values each channel has seen.
-        moments: their moments and counts.
-        sketch: their histogram, if there is one.
+        count: the number of values of each channel.
+        moments: the moments and counts of the values.
+        sketch: the histogram of the values, or None.
     """
 
     def __init__(self, channels: int, digits: int | None, device: torch.device | str = "cpu") -> None:
@@ -36,17 +36,17 @@ class ChannelStatistics:
 
     @property
     def channels(self) -> int:
-        """How many channels there are."""
+        """The number of channels."""
         return int(self.moments.finite.shape[0])
 
     @property
     def device(self) -> torch.device:
-        """Where the state is."""
+        """The device of the state."""
         return self.moments.finite.device
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the state."""
+        """The size of the state in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def to(self, device: torch.device | str) -> ChannelStatistics:
@@ -60,8 +60,8 @@ class ChannelStatistics:
         """Adds all values of a tensor.
 
         Args:
-            values: of a floating type.
-            axis: which axis is the channels; None if all values are of one channel.
+            values: the values, of a floating type.
+            axis: the channel axis, or None if all values belong to one channel.
         """
         if not values.numel():
             return
@@ -87,7 +87,7 @@ class ChannelStatistics:
             begins = False
 
     def merge(self, other: ChannelStatistics) -> None:
-        """Adds what another one has seen, of as many channels."""
+        """Adds the statistics of another object with as many channels."""
         other = other.to(self.device)
         self.count += other.count
         self.moments.merge(other.moments)
@@ -96,7 +96,7 @@ class ChannelStatistics:
             self.sketch.merge(other.sketch)
 
     def whole(self) -> ChannelStatistics:
-        """Returns the statistics of all channels as one."""
+        """Returns the statistics of all channels together, as one channel."""
         found = object.__new__(ChannelStatistics)
         found.count, found.moments = self.count * self.channels, self.moments.whole()
         found.sketch = None
@@ -113,7 +113,10 @@ class ChannelStatistics:
         return self.sketch.quantile(q, moments.low, moments.high, moments.nan + moments.inf)
 
     def distance(self, other: ChannelStatistics) -> Tensor:
-        """Returns how far the distribution of each channel is from another one's, as in ``Sketch.distance``."""
+        """Returns the distance of each channel's distribution from another one's.
+
+        See ``Sketch.distance``.
+        """
         assert self.sketch is not None
         assert other.sketch is not None
         bad = [one.moments.nan + one.moments.inf for one in (self, other)]
@@ -130,10 +133,10 @@ class ChannelStatistics:
 
     @classmethod
     def of_tensors(cls, count: int, digits: int | None, tensors: dict[str, Tensor]) -> ChannelStatistics:
-        """Returns the statistics of a state that ``tensors`` returned.
+        """Returns the statistics for a state from ``tensors()``.
 
         Raises:
-            KeyError, ValueError: it is not such a state.
+            KeyError, ValueError: if ``tensors`` is not such a state.
         """
         found = cls(tensors["moments"].shape[1], digits)
         for name, own in found.tensors().items():
@@ -150,12 +153,12 @@ def _with_float64(device: torch.device) -> torch.device:
 
 
 def _waits(device: torch.device) -> bool:
-    """Returns whether a look at a result is free, as it is on the CPU."""
+    """Returns whether the host can read a result without waiting, as on the CPU."""
     return device.type == "cpu"
 
 
 def _by_channel(values: Tensor, axis: int | None) -> Tensor:
-    """All values as (A, C, D), without a copy if the tensor is contiguous."""
+    """Returns all values as (A, C, D), without a copy if the tensor is contiguous."""
     if axis is None:
         return values.reshape(1, 1, -1)
     axis %= values.dim()
@@ -171,7 +174,7 @@ def _product(sizes: Sequence[int]) -> int:
 
 
 def _rows(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
-    """Yields parts of A and D of (A, C, D), that lie together in memory."""
+    """Yields slices of A and D of (A, C, D) that are contiguous in memory."""
     rows, channels, frames = shape
     step = max(1, most // (channels * frames))
     for row in range(0, rows, step):
@@ -180,7 +183,10 @@ def _rows(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _channels(shape: Sequence[int], most: int) -> Iterator[slice]:
-    """Yields parts of C of (A, C, D), so that each piece has at most so many values, or one channel."""
+    """Yields slices of C of (A, C, D).
+
+    Each piece has at most ``most`` values, or one channel.
+    """
     _, channels, frames = shape
     step = max(1, min(channels, most // frames))
     for channel in range(0, channels, step):

@@ -1,4 +1,4 @@
-"""Finds the batch, channel and time axes of an output, from the layout of its layer and from its shape."""
+"""Finds the batch, channel and time axes of an output."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 # Note: [Which axis is time]
 # Assumption: an output is (B, C, T), (B, T, C) or (T, B, C), or has one axis less: (B, C), or (C, T) of a single signal.
-# Failure: nothing in a tensor says which. Statistics and pictures of (B, T, C) that are read as (B, C, T) look as good as the
-#   right ones.
-# Choice: whoever knows is asked, in this order: the user (``channels_last=``), the timeline, which follows the time axis
-#   through the model, and the layer's type (``LayerLayouts``). A count of channels that the shape contradicts turns a
-#   layout that is not exact, such as that of what ``reduce`` made of an output. If none of them knows, it is (B, C, T), and
-#   ``Axes`` says so, so that whoever shows something of it says what was assumed.
+# Failure: a tensor does not name its axes. If (B, T, C) is read as (B, C, T), statistics and pictures look plausible but are
+#   wrong.
+# Choice: convtap asks three sources in this order: the user (``channels_last=``), the timeline, which follows the time axis
+#   through the model, and the layer's type (``LayerLayouts``). If the shape contradicts the layer's number of channels, a
+#   layout that is not exact, such as that of the result of ``reduce``, is transposed. If no source knows, convtap assumes
+#   (B, C, T), and ``Axes`` marks it as assumed, so that views can say so.
 
 
 class Layout(NamedTuple):
-    """Where a layer puts the axes of its output.
+    """The order of the axes in a layer's output.
 
     Attributes:
-        last: whether channels are on the last axis, (B, T, C); else they are axis 1, (B, C, T).
-        batch: which axis is the inputs: 0, or 1 for (T, B, C).
-        channels: how many channels there are, if the layer says it.
-        exact: whether the output is the layer's own, and nothing that was made of it.
-        sure: whether it is known, and not a guess.
+        last: whether channels are the last axis, (B, T, C), instead of axis 1, (B, C, T).
+        batch: the batch axis: 0, or 1 for (T, B, C).
+        channels: the number of channels, or None if the layer does not tell.
+        exact: whether the output is the layer's own, and not computed from it.
+        sure: whether the layout is known, not guessed.
     """
 
     last: bool = False
@@ -34,14 +34,14 @@ class Layout(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Which axis of one input's row of an output is what, counted from the end.
+    """The axes of one input's row of an output, counted from the end.
 
     Attributes:
-        channel: the channels; None where there is no axis at all.
-        time: the frames; None where the row has none, such as (C,).
-        batch: the axis of the whole output that is the inputs, from 0.
-        sure: whether the channels are known, and not assumed.
-        timed: whether the time is known, and not assumed.
+        channel: the channel axis, or None if the row has no axes.
+        time: the time axis, or None if the row has none, such as (C,).
+        batch: the batch axis of the whole output, counted from 0.
+        sure: whether the channel axis is known, not assumed.
+        timed: whether the time axis is known, not assumed.
     """
 
     channel: int | None
@@ -52,12 +52,12 @@ class Axes(NamedTuple):
 
 
 def axes_of(shape: Sequence[int], layout: Layout | None, *, batched: bool = True) -> Axes:
-    """Returns which axis is what in an output of some shape. See Note: [Which axis is time].
+    """Returns the axes of an output by its shape. See Note: [Which axis is time].
 
     Args:
-        shape: of the whole output, such as (B, C, T).
-        layout: the layer's; None if it is not known, and (B, C, T) is assumed.
-        batched: whether one of the axes is the inputs.
+        shape: the shape of the whole output, such as (B, C, T).
+        layout: the layer's layout. If it is None, (B, C, T) is assumed.
+        batched: whether the output has a batch axis.
     """
     rank = len(shape) - batched
     if rank < 1:
@@ -71,22 +71,25 @@ def axes_of(shape: Sequence[int], layout: Layout | None, *, batched: bool = True
         first_fits, last_fits = shape[-rank] == channels, shape[-1] == channels
         if first_fits != last_fits and not batch and (channels > 1 or not exact):
             last = last_fits
-        elif not (exact or (first_fits and not last_fits)):  # nothing tells what was made of the output
+        elif not (exact or (first_fits and not last_fits)):  # the shape does not tell how the output was changed
             sure = False
     elif not exact:
         sure = False
-    # of more than two axes, the time is the last one but the channels: that is how signals are laid out, and no rule
+    # With more than two axes, time is assumed to be the last axis other than the channels, as usual for signals.
     return Axes(-1 if last else -rank, -2 if last else -1, batch, sure, sure and rank == 2)
 
 
 def axes_with_time(shape: Sequence[int], dim: int, layout: Layout | None, *, batched: bool = True) -> Axes | None:
-    """Returns which axis is what in an output whose time axis is known, or None if it has no such axis.
+    """Returns the axes of an output whose time axis is known.
 
     Args:
-        shape: of the whole output, such as (B, C, T).
-        dim: the axis that is time, counted from the end.
-        layout: the layer's, which tells the channels of an output with more axes; None if it is not known.
-        batched: whether one of the axes is the inputs.
+        shape: the shape of the whole output, such as (B, C, T).
+        dim: the time axis, counted from the end.
+        layout: the layer's layout, or None. It tells the channel axis of an output with more axes.
+        batched: whether the output has a batch axis.
+
+    Returns:
+        The axes, or None if the output does not have the axis ``dim``.
     """
     rank = len(shape) - batched
     if rank < 2 or not -len(shape) <= dim < 0:
@@ -100,12 +103,12 @@ def axes_with_time(shape: Sequence[int], dim: int, layout: Layout | None, *, bat
 
 
 def after(axes: Axes, before: Sequence[int], now: Sequence[int]) -> Axes:
-    """Returns which axis is what in a row that a function made of another row.
+    """Returns the axes of a row after a function changed it.
 
     Args:
-        axes: those of the row before.
-        before: the shape of the row before, such as (C, T).
-        now: its shape now.
+        axes: the axes of the row before the function.
+        before: the shape of the row before the function, such as (C, T).
+        now: the shape of the row after the function.
     """
     if len(now) < 2 or axes.channel is None or axes.time is None:
         is_time = len(now) == 1 and axes.time is not None and now[0] == before[axes.time]

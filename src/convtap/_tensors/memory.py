@@ -1,4 +1,4 @@
-"""The memory under tensors, who shares it, and sizes as people write them."""
+"""Finds the memory under tensors and the tensors that share it, and parses sizes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from convtap._torch.storage import start_address, storage_number
 
 
 def data_address(tensor: Tensor) -> int:
-    """Returns where a tensor's first element lies, without ending copy-on-write; 0 if it lies nowhere."""
+    """Returns the address of a tensor's first element, or 0 if it has none.
+
+    The call does not end copy-on-write.
+    """
     base = start_address(tensor)
     return base + int(tensor.storage_offset()) * tensor.element_size() if base else 0
 
 
 def storage_key(tensor: Tensor) -> tuple[int, int] | None:
-    """Returns what identifies the memory under a tensor (start address, bytes), or None if it has no plain storage.
+    """Returns (start address, bytes) of a tensor's storage, or None.
 
-    Copy-on-write siblings have the same key for as long as they share memory.
+    The result is None if the tensor has no plain storage. Copy-on-write siblings have the same key while they share memory.
     """
     try:
         address = start_address(tensor)
@@ -37,8 +40,8 @@ def storage_key(tensor: Tensor) -> tuple[int, int] | None:
 def parts(tensor: Tensor) -> list[Tensor]:
     """Returns the plain tensors that a tensor consists of.
 
-    That is the tensor itself, the indices and values of a sparse one, or what a wrapper (a DTensor, a jagged tensor, a
-    quantized or masked subclass) holds, however deep.
+    These are the tensor itself, the indices and values of a sparse tensor, or the tensors inside a wrapper at any depth (a
+    DTensor, a jagged tensor, a quantized or masked subclass).
     """
     if type(tensor) not in _PLAIN:
         held = _held(tensor)
@@ -60,7 +63,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _held(tensor: Tensor) -> list[Tensor]:
-    """Returns the tensors inside a wrapper; none if it is an ordinary tensor."""
+    """Returns the tensors inside a wrapper, or an empty list for an ordinary tensor."""
     try:
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return [inner for name in names if isinstance(inner := getattr(tensor, name), Tensor)]
@@ -68,11 +71,11 @@ def _held(tensor: Tensor) -> list[Tensor]:
         pass
     if start_address(tensor) or has_no_values(tensor):
         return []
-    return [inner for _, inner in walk_tensors(vars(tensor)) if inner is not tensor]  # it cannot be flattened
+    return [inner for _, inner in walk_tensors(vars(tensor)) if inner is not tensor]  # the wrapper cannot be flattened
 
 
 def has_no_values(tensor: Tensor) -> bool:
-    """Whether a tensor is on meta, or fake: it has a shape and a type, and no memory."""
+    """Returns whether a tensor is a meta or fake tensor, which has no memory."""
     try:
         return tensor.is_meta or tensor.untyped_storage().device.type == "meta"
     except (RuntimeError, NotImplementedError):
@@ -80,12 +83,15 @@ def has_no_values(tensor: Tensor) -> bool:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of a tensor's own elements, in all of its parts."""
+    """Returns the number of bytes of a tensor's own elements, in all of its parts."""
     return sum(part.numel() * part.element_size() for part in parts(tensor))
 
 
 def memory_of(tensor: Tensor) -> dict[tuple[str, int], int]:
-    """Returns the memory under a tensor: the bytes of each storage by device and address; none for one on meta."""
+    """Returns the bytes of each storage under a tensor, by (device, address).
+
+    A meta tensor has no storage.
+    """
     found: dict[tuple[str, int], int] = {}
     for part in parts(tensor):
         key = storage_key(part)
@@ -97,7 +103,7 @@ def memory_of(tensor: Tensor) -> dict[tuple[str, int], int]:
 
 
 def shares_memory(these: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
-    """Whether one of ``these`` lies in the memory of one of ``tensors`` (a view of it, or itself)."""
+    """Returns whether any tensor of ``these`` shares storage with any of ``tensors``."""
     try:
         storages = {storage_number(tensor) for tensor in tensors}
         return any(storage_number(tensor) in storages for tensor in these)
@@ -106,7 +112,7 @@ def shares_memory(these: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
 
 
 def are_separate(tensors: list[Tensor], these: list[Tensor]) -> bool:
-    """Whether none of ``these`` lies in the same memory as another one of ``tensors``."""
+    """Returns whether ``these`` share no storage with other tensors of ``tensors``."""
     try:
         storages = [storage_number(tensor) for tensor in tensors]
         return all(storages.count(storage_number(tensor)) == 1 for tensor in these)
@@ -118,11 +124,13 @@ _UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "
 
 
 def parse_bytes(value: Any, name: str) -> int:
-    """Reads a number of bytes: an int, or text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary).
+    """Parses a number of bytes.
+
+    The value is an int, or text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary).
 
     Raises:
-        InvalidType: neither a number nor text.
-        InvalidValue: no such unit, or less than one byte.
+        InvalidType: if the value is neither a number nor text.
+        InvalidValue: if the unit does not exist, or if the value is less than one byte.
     """
     hint = f"Write for example {name}=2_000_000_000, '2GB' or '512MiB'."
     if isinstance(value, str):
@@ -133,11 +141,11 @@ def parse_bytes(value: Any, name: str) -> int:
         try:
             size = int(float(number.replace("_", "")) * _UNITS[unit])
         except (ValueError, KeyError, OverflowError):
-            raise InvalidValue(f"{name}={value!r} is no number of bytes. {hint}") from None
+            raise InvalidValue(f"{name}={value!r} is not a number of bytes. {hint}") from None
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
         size = int(value) if abs(value) != float("inf") else 0
     else:
         raise InvalidType(f"{name} is a {type(value).__name__}, and it must be a number of bytes. {hint}")
     if size < 1:
-        raise InvalidValue(f"{name}={value!r} leaves no room for any output. {hint}")
+        raise InvalidValue(f"{name}={value!r} is less than one byte. {hint}")
     return size

@@ -1,4 +1,4 @@
-"""Structures of tensors: tuples, lists, mappings and dataclasses, walked and rebuilt with their shape kept."""
+"""Walks and rebuilds structures of tensors: tuples, lists, mappings, dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dt
 
 
 class Omitted:
-    """Stands where a layer's output held an object that is neither a tensor nor a plain value, and so was not kept."""
+    """Replaces an object in a layer's output that was not kept.
+
+    convtap keeps only tensors and plain values.
+    """
 
     __slots__ = ("kind",)
 
@@ -34,9 +37,9 @@ class Omitted:
 def map_leaves(
     function: Callable[[Any], Any], value: Any, leaf: type = Tensor, other: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Applies a function to each leaf in a structure of tuples, lists, mappings and dataclasses; keeps the structure.
+    """Applies a function to each leaf of a structure. Returns a like structure.
 
-    Objects of other types become ``Omitted``, or what ``other`` makes of them; plain values stay.
+    Plain values stay. An object of another type becomes ``Omitted``, or the result of ``other``.
     """
     if isinstance(value, leaf):
         return function(value)
@@ -59,7 +62,7 @@ def map_leaves(
 
 
 def read(value: Any, key: str) -> Any:
-    """Returns what was kept, its Held tensors read."""
+    """Returns a structure in which each ``Held`` is replaced by its tensor."""
     return map_leaves(lambda held: held.read(key), value, Held)
 
 
@@ -73,7 +76,7 @@ def _rebuild_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what a tuple, list, mapping or dataclass holds, each with its place: ``[0]``, ``[hidden]``."""
+    """Yields the items of a structure with their places: ``[0]``, ``[hidden]``."""
     pairs: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, (tuple, list)):
         pairs = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
@@ -86,9 +89,10 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def walk_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields everything in a structure that holds nothing itself, with its path: ``""``, ``"[0]"``, ``"[hidden][1]"``.
+    """Yields each leaf of a structure with its path.
 
-    A path is written behind a layer's name or key, wherever a part of its output has one: ``lstm[1][0]``.
+    Paths are ``""``, ``"[0]"`` or ``"[hidden][1]"``. A part of a layer's output is written as the layer's name or key and the
+    path: ``lstm[1][0]``.
     """
     if isinstance(value, (tuple, list, Mapping)) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         for place, item in _members(value):
@@ -98,7 +102,7 @@ def walk_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def walk_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of a structure with its path in it: ``""``, ``"[0]"``, ``"[hidden][1]"``."""
+    """Yields each tensor of a structure with its path, as in ``walk_leaves``."""
     if isinstance(value, Tensor):
         yield "", value
         return
@@ -108,11 +112,11 @@ def walk_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class Leaves:
-    """The tensors of a structure, walked once, and the way back to a structure of the same kind.
+    """The tensors of a structure, with a method to rebuild the structure.
 
     Attributes:
         structure: the structure.
-        paths: where each tensor is in it: ``""``, ``"[0]"``, ``"[hidden][1]"``.
+        paths: the path of each tensor: ``""``, ``"[0]"``, ``"[hidden][1]"``.
         tensors: the tensors, in the same order.
     """
 
@@ -127,26 +131,29 @@ class Leaves:
             self.paths, self.tensors = [path for path, _ in found], [tensor for _, tensor in found]
 
     def rebuild(self, values: Iterable[Any], other: Callable[[Any], Any] | None = None) -> Any:
-        """Returns a structure of the same kind with other values in the places of the tensors; see ``map_leaves``."""
+        """Returns a like structure with ``values`` instead of the tensors.
+
+        See ``map_leaves`` for ``other``.
+        """
         following = iter(values)
         return map_leaves(lambda _: next(following), self.structure, other=other)
 
 
 class Missing:
-    """Stands for a part that a structure does not have."""
+    """The result for a part that a structure does not have."""
 
 
 MISSING = Missing()
 
 
 def _below(part: str, place: str) -> str | None:
-    """Returns the rest of a path behind one of its places, or None if the path does not go there."""
+    """Returns the rest of a path after a place, or None if it begins elsewhere."""
     rest = part.removeprefix(place)
     return rest if part.startswith(place) and (not rest or rest.startswith("[")) else None
 
 
 def part_of(value: Any, part: str) -> Any:
-    """Returns the part of a structure at a path such as ``"[hidden][1]"``, or ``MISSING``."""
+    """Returns the part at a path such as ``"[hidden][1]"``, or ``MISSING``."""
     if not part:
         return value
     for place, item in _members(value):
@@ -158,7 +165,7 @@ def part_of(value: Any, part: str) -> Any:
 
 
 def with_part(value: Any, part: str, new: Any) -> Any:
-    """Returns a structure with the part at a path replaced; ``MISSING`` if it has no such part."""
+    """Returns a structure with one part replaced, or ``MISSING`` without that part."""
     if not part:
         return new
     items = [item for _, item in _members(value)]
@@ -183,10 +190,10 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
 
 
 class Held:
-    """A tensor that must be asked for: reading it may wait, or refuse."""
+    """A tensor that is available through ``read``, which may wait or fail."""
 
     __slots__ = ()
 
     def read(self, key: str) -> Tensor:
-        """Returns the tensor; ``key`` names its call in an error."""
+        """Returns the tensor. Errors name its call by ``key``."""
         raise NotImplementedError

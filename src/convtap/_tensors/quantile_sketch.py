@@ -1,4 +1,4 @@
-"""Quantiles of each channel from a histogram with logarithmic bins, whose relative error is known beforehand."""
+"""Estimates quantiles from logarithmic histograms, with a known relative error."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 # Note: [Quantile sketch]
-# Assumption: quantiles of 10⁹ values need neither the values nor an order; a histogram whose bins are as wide as a fixed
-#   share of their values has every quantile within that share (Masson, Rim and Lee: DDSketch, 2019).
-# Failure: the range of the values is not known beforehand, and 2¹⁵ bins a channel for all of float32 are too many; a
+# Assumption: a histogram is enough for the quantiles of 10⁹ values. If the width of each bin is a fixed fraction of its
+#   values, the relative error of each quantile is within that fraction (Masson, Rim and Lee: DDSketch, 2019).
+# Failure: the range of the values is unknown beforehand, and 2¹⁵ bins per channel for all of float32 are too many. The
 #   logarithm of each value is slow.
-# Choice: the bin of a value is the leading bits of its float32 form: the exponent and the first ``digits`` bits of the
-#   fraction. A channel has bins for 32 octaves up to that of its greatest magnitude so far. If that grows into another
-#   octave, the lowest bins are joined. What is smaller than 2⁻³¹ of the greatest magnitude counts as zero. All of it is
-#   done on the device, and nothing there depends on a value that the host would have to wait for.
+# Choice: the bin of a value is given by the leading bits of its float32 form: the exponent and the first ``digits`` bits of
+#   the fraction. A channel has bins for the 32 octaves up to its greatest magnitude so far. If the magnitude reaches another
+#   octave, the lowest bins are joined. Values below 2⁻³¹ of the greatest magnitude count as zero. All work is done on the
+#   device, and the host does not wait for a value.
 
 _OCTAVES = 32
-_FRACTION = 23  # bits of it in float32
+_FRACTION = 23  # bits of the fraction in float32
 _BIAS = 127
 _SIGN = 31
 _MAGNITUDE = 0x7FFFFFFF
@@ -25,25 +25,30 @@ _MOST = 2**31 - 1
 
 
 def digits_for(error: float) -> int:
-    """Returns how many bits of the fraction a bin needs for a relative error of at most so much."""
+    """Returns the number of fraction bits for a relative error of at most ``error``."""
     return next((digits for digits in range(1, 12) if relative_error(digits) <= error), 12)
 
 
 def relative_error(digits: int) -> float:
-    """Returns the greatest relative error of a quantile: half a bin, at the low end of an octave."""
+    """Returns the greatest relative error of a quantile.
+
+    It is half a bin at the low end of an octave.
+    """
     return 1.0 / ((2 << digits) + 1)
 
 
 class Sketch:
-    """A histogram of each channel's magnitudes, the positive and the negative ones. See Note: [Quantile sketch].
+    """A histogram of each channel's positive and negative magnitudes.
+
+    See Note: [Quantile sketch].
 
     Args:
-        channels: how many.
-        digits: how many bits of the fraction tell bins apart.
-        device: where it is.
+        channels: the number of channels.
+        digits: the number of fraction bits that distinguish bins.
+        device: the device of the histogram.
 
     Attributes:
-        bins: how many bins a sign has; bin 0 also holds everything smaller.
+        bins: the number of bins per sign. Bin 0 also holds all smaller magnitudes.
         base: (C,) the number of the float32 bin that is bin 0.
         counts: (C, 2, bins), positive values first.
     """
@@ -60,7 +65,7 @@ class Sketch:
 
     @property
     def _lowest(self) -> int:
-        """The base of a channel without values; that of subnormal numbers is one greater."""
+        """The base of a channel without values: one less than for subnormal numbers."""
         return -self.bins
 
     @classmethod
@@ -71,18 +76,20 @@ class Sketch:
         return found
 
     def expect(self, count: int) -> None:
-        """Makes room for ``count`` values a channel in all: a bin of 32 bits could overflow."""
+        """Widens the counts if ``count`` values per channel could overflow 32 bits."""
         if count > _MOST and self.counts.dtype is torch.int32:
             self.counts = self.counts.long()
 
     def add(self, values: Tensor, finite: Tensor | None, channels: slice, *, waits: bool) -> None:
-        """Adds values of some channels, (A, C, D); those that are not finite count as zero.
+        """Adds values of some channels, (A, C, D).
+
+        Values that are not finite count as zero.
 
         Args:
             values: the values, of a floating type.
-            finite: which of them are finite; None if all are.
-            channels: which channels they are of.
-            waits: whether a look at the result is free.
+            finite: a mask of the finite values, or None if all are finite.
+            channels: the channels of the values.
+            waits: whether the host may wait for a result.
         """
         if values.dtype is torch.float64:
             values = values.clamp(-_LARGEST, _LARGEST)
@@ -95,14 +102,17 @@ class Sketch:
         places.sub_(self.base[channels, None]).clamp_(min=0)
         places.add_((bits >> _SIGN).bitwise_and_(self.bins))
         counts = self.counts[channels].view(-1)
-        if counts.numel() > _MOST:  # which 32 bits do not number
+        if counts.numel() > _MOST:  # 32-bit indices would overflow
             places = places.long()
         rows = torch.arange(places.shape[1], dtype=places.dtype, device=places.device).mul_(2 * self.bins)
         ones = torch.ones((), dtype=counts.dtype, device=counts.device).expand(places.numel())
         counts.index_add_(0, places.add_(rows[:, None]).view(-1), ones)
 
     def merge(self, other: Sketch) -> None:
-        """Adds what another one with the same bins has counted, of as many channels on the same device."""
+        """Adds the counts of another sketch.
+
+        Both have the same bins, as many channels, and the same device.
+        """
         if other.counts.dtype is torch.int64:
             self.counts = self.counts.long()
         base = torch.maximum(self.base, other.base)
@@ -112,14 +122,14 @@ class Sketch:
         self.counts.add_(other.counts)
 
     def whole(self) -> Sketch:
-        """Returns the sketch of all channels as one."""
+        """Returns the sketch of all channels together, as one channel."""
         found = self.to(self.counts.device)
         found._raise(found._all(), self.base.amax().expand_as(self.base))
         counts = found.counts.sum(0, keepdim=True)
         return self.made(self.digits, found.base[:1], counts)
 
     def _make_room(self, highest: Tensor, channels: slice, *, waits: bool) -> None:
-        """Sees to it that some channels have bins up to the highest number, and to the end of its octave."""
+        """Extends the bins of some channels to the octave of the highest number."""
         needed = (highest | ((1 << self.digits) - 1)).sub_(self.bins - 1)
         base = self.base[channels]
         if not waits:
@@ -128,14 +138,17 @@ class Sketch:
         rises = needed > base
         if not bool(rises.any()):
             return
-        if bool((base == self._lowest).all()):  # nothing was counted yet, so nothing has to move
+        if bool((base == self._lowest).all()):  # the channels have no counts to move yet
             base.copy_(torch.maximum(needed, base))
             return
         which = rises.nonzero()[:, 0]
         self._raise(which + (channels.start or 0), needed[which])
 
     def _raise(self, channels: Tensor, base: Tensor) -> None:
-        """Moves the bins of some channels up, to a greater base; those that fall out at the low end are joined in bin 0."""
+        """Moves the bins of some channels to a greater base.
+
+        The counts below the new base are joined in bin 0.
+        """
         counts = self.counts[channels]
         up = (base - self.base[channels]).clamp_(0, self.bins)[:, None, None]
         bins = torch.arange(self.bins, device=counts.device)
@@ -149,13 +162,15 @@ class Sketch:
         return torch.arange(len(self.base), device=self.base.device)
 
     def quantile(self, q: float, low: Tensor, high: Tensor, bad: Tensor) -> Tensor:
-        """Returns the value at rank floor(q · (n − 1)) of each channel's n finite values; NaN where there are none.
+        """Returns the value at rank floor(q · (n − 1)) of each channel's n finite values.
+
+        The result is NaN for a channel without finite values.
 
         Args:
-            q: from 0 to 1.
+            q: a number from 0 to 1.
             low: (C,) the least value of each channel.
-            high: (C,) the greatest.
-            bad: (C,) how many values were counted as zero since they are not finite.
+            high: (C,) the greatest value of each channel.
+            bad: (C,) the number of values that are not finite and were counted as zero.
         """
         ordered = self._cumulative(bad)
         total = ordered[:, -1]
@@ -168,15 +183,15 @@ class Sketch:
         return torch.where(total > 0, found, float("nan"))
 
     def distance(self, other: Sketch, bad: Tensor, other_bad: Tensor) -> Tensor:
-        """Returns the Kolmogorov-Smirnov distance of each channel from that of another sketch with the same bins.
+        """Returns the Kolmogorov-Smirnov distance of each channel from another sketch.
 
-        That is the greatest difference of the two shares of values up to any value, up to the width of a bin; NaN where one
-        side has no values.
+        It is the greatest difference between the two cumulative distributions, up to the width of a bin. It is NaN if one side
+        has no values.
 
         Args:
-            other: as many channels, on the same device.
+            other: a sketch with the same bins, as many channels, and the same device.
             bad: as in ``quantile``.
-            other_bad: the same for ``other``.
+            other_bad: ``bad`` for ``other``.
         """
         base = torch.maximum(self.base, other.base)
         shares = []
@@ -188,13 +203,13 @@ class Sketch:
         return (shares[0] - shares[1]).abs().amax(1)
 
     def _cumulative(self, bad: Tensor) -> Tensor:
-        """How many values there are up to each bin, from the most negative one to the most positive one."""
+        """Returns the number of values up to each bin, from the most negative bin on."""
         counts = self.counts.long()
         middle = counts[:, :, 0].sum(1) - bad.long()
         return torch.cat([counts[:, 1, 1:].flip(1), middle[:, None], counts[:, 0, 1:]], 1).cumsum(1)
 
     def _value(self, number: Tensor) -> Tensor:
-        """The value in a bin of float32 numbers whose relative distance to both ends is the same."""
+        """Returns the value of a bin with the same relative distance to both ends."""
         lower, upper = self._edge(number), self._edge(number + 1)
         return 2 * lower * upper / (lower + upper)
 

@@ -1,4 +1,4 @@
-"""Running moments and counts of each channel, in float64: values are added piece by piece, and two of them are merged."""
+"""Computes running moments and counts of each channel in float64."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 # Note: [Running statistics]
-# Assumption: the sum and the sum of squares of all values give the mean and the variance.
-# Failure: they cancel. Of values near 1e6 that differ by 1e-3, float64 keeps no digit of the variance.
-# Choice: each piece is read twice, once for its mean and once for the squares of the distances from it, and Chan's update
-#   joins pieces (Chan, Golub and LeVeque, 1983). All of it is done relative to the mean of the first piece, so that the
-#   running mean of 10⁶ updates is rounded relative to the spread, and not relative to the mean. Counts are float64 as well,
-#   exact up to 2⁵³, so that a state is one tensor and an update takes few operations.
+# Assumption: the mean and the variance follow from the sum and the sum of squares of all values.
+# Failure: the sums cancel. For values near 1e6 that differ by 1e-3, float64 keeps no digit of the variance.
+# Choice: each piece is read twice, once for its mean and once for the squared distances from the mean. Chan's update joins
+#   pieces (Chan, Golub and LeVeque, 1983). All values are relative to the mean of the first piece, so the rounding error of
+#   the running mean after 10⁶ updates is relative to the spread, not to the mean. Counts are also float64, exact up to 2⁵³,
+#   so a state is one tensor and an update takes few operations.
 
-#: The rows of a state. ``low`` and ``negated_high`` are Inf without a value; ``at_low`` and ``at_high`` count the values that
-#: equal these.
+#: The rows of a state. Without a value, ``low`` and ``negated_high`` are Inf. ``at_low`` and ``at_high`` count the values
+#: that equal the bounds.
 _FINITE, _SHIFT, _MEAN, _SQUARES, _ZEROS, _NAN, _INF, _LOW, _NEGATED_HIGH, _AT_LOW, _AT_HIGH = range(11)
 _COUNTS, _BOUNDS, _AT = slice(_ZEROS, _INF + 1), slice(_LOW, _NEGATED_HIGH + 1), slice(_AT_LOW, _AT_HIGH + 1)
 
 
 class Moments:
-    """What is known of each channel's values so far. See Note: [Running statistics].
+    """The moments of each channel's values so far. See Note: [Running statistics].
 
     Attributes:
         state: (11, C) in float64.
@@ -33,7 +33,7 @@ class Moments:
 
     @classmethod
     def new(cls, channels: int, device: torch.device) -> Moments:
-        """Returns those of no values."""
+        """Returns moments without values."""
         state = torch.zeros((11, channels), dtype=torch.float64, device=device)
         state[_BOUNDS] = math.inf
         return cls(state)
@@ -44,7 +44,7 @@ class Moments:
 
     @property
     def finite(self) -> Tensor:
-        """How many values are finite."""
+        """The number of finite values."""
         return self.state[_FINITE]
 
     @property
@@ -59,41 +59,41 @@ class Moments:
 
     @property
     def low(self) -> Tensor:
-        """The least finite value; Inf without one."""
+        """The least finite value, or Inf without one."""
         return self.state[_LOW]
 
     @property
     def high(self) -> Tensor:
-        """The greatest finite value; -Inf without one."""
+        """The greatest finite value, or -Inf without one."""
         return -self.state[_NEGATED_HIGH]
 
     @property
     def zeros(self) -> Tensor:
-        """How many values are zero."""
+        """The number of values that are zero."""
         return self.state[_ZEROS]
 
     @property
     def nan(self) -> Tensor:
-        """How many values are NaN."""
+        """The number of values that are NaN."""
         return self.state[_NAN]
 
     @property
     def inf(self) -> Tensor:
-        """How many values are Inf or -Inf."""
+        """The number of values that are Inf or -Inf."""
         return self.state[_INF]
 
     @property
     def at_low(self) -> Tensor:
-        """How many values equal the least one."""
+        """The number of values that equal the least one."""
         return self.state[_AT_LOW]
 
     @property
     def at_high(self) -> Tensor:
-        """How many values equal the greatest one."""
+        """The number of values that equal the greatest one."""
         return self.state[_AT_HIGH]
 
     def begin(self, values: Tensor, channels: slice, *, waits: bool) -> None:
-        """Takes some channels relative to the mean of their first values, (A, C, D)."""
+        """Sets the shift of some channels to the mean of their first values, (A, C, D)."""
         total = values.sum((0, 2), dtype=torch.float64)
         count: Tensor | int = values.shape[0] * values.shape[2]
         if not (waits and math.isfinite(total.sum().item())):
@@ -103,7 +103,7 @@ class Moments:
         self.state[_SHIFT, channels] = total / count
 
     def beside(self) -> Moments:
-        """Returns the moments of no values, relative to the same shift."""
+        """Returns moments without values, relative to the same shift."""
         found = Moments(torch.zeros_like(self.state))
         found.state[_SHIFT] = self.state[_SHIFT]
         return found
@@ -113,11 +113,11 @@ class Moments:
 
         Args:
             values: the values, of a floating type.
-            channels: whose values they are.
-            waits: whether a look at the result is free, as on the CPU; an accelerator would have to be waited for.
+            channels: the channels of the values.
+            waits: whether the host may wait for a result, which is free on the CPU but not on an accelerator.
 
         Returns:
-            Which values are finite; None if all are.
+            A mask of the finite values, or None if all are finite.
         """
         row = self.state[:, channels].unbind()
         count = values.shape[0] * values.shape[2]
@@ -145,18 +145,18 @@ class Moments:
         return finite
 
     def merge(self, other: Moments) -> None:
-        """Adds what another one has seen, of as many channels on the same device."""
+        """Adds the moments of another object with as many channels on the same device."""
         mine, theirs = self.state, other.state
         fresh = (mine[_FINITE] == 0) & (theirs[_FINITE] > 0)
         mine[_SHIFT] = torch.where(fresh, theirs[_SHIFT], mine[_SHIFT])
         self.join(other, theirs[_MEAN] + (theirs[_SHIFT] - mine[_SHIFT]))
 
     def join(self, other: Moments, mean: Tensor | None = None) -> None:
-        """Chan's update, in place.
+        """Joins two sets of moments in place by Chan's update.
 
         Args:
-            other: what is added.
-            mean: its mean, relative to this one's shift; None if it has the same.
+            other: the moments to add.
+            mean: the mean of ``other`` relative to this object's shift, or None if the shifts are equal.
         """
         mine, theirs = self.state, other.state
         mean = theirs[_MEAN] if mean is None else mean
@@ -173,7 +173,7 @@ class Moments:
         mine[_BOUNDS].copy_(best)
 
     def whole(self) -> Moments:
-        """Returns the moments of all channels as one."""
+        """Returns the moments of all channels together, as one channel."""
         finite, some = self.finite, self.finite > 0
         total = finite.sum().clamp(min=1)
         shift = (torch.where(some, self.mean, 0) * finite).sum() / total
@@ -189,11 +189,11 @@ class Moments:
 
 
 def _bounds(row: tuple[Tensor, ...], values: Tensor, for_low: Tensor, for_high: Tensor) -> None:
-    """Notes the least and the greatest of some values, and how many values equal these and zero."""
+    """Sets the bounds of some values, and counts the values at the bounds and at zero."""
     low, high = for_low.amin((0, 2)), for_high.amax((0, 2))
     row[_LOW].copy_(low)
     torch.neg(high.double(), out=row[_NEGATED_HIGH])
-    same = torch.empty(values.shape, dtype=torch.float32, device=values.device)  # floats are added faster than booleans
+    same = torch.empty(values.shape, dtype=torch.float32, device=values.device)  # floats sum faster than booleans
     for field, value in ((_ZEROS, 0), (_AT_LOW, low[:, None]), (_AT_HIGH, high[:, None])):
         torch.eq(values, value, out=same)
         torch.sum(same, (0, 2), dtype=torch.float64, out=row[field])

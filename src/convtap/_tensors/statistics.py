@@ -1,4 +1,4 @@
-"""Describes outputs: statistics of their values, their shapes and types as text, and their values as NumPy arrays."""
+"""Describes outputs: statistics of values, NumPy arrays, and shapes as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ STATISTICS = ("min", "mean", "max", "std", "zeros", "nan", "inf")
 
 
 def statistics(output: Any, key: str = "") -> tuple[Any, ...]:
-    """Computes min, mean, max, standard deviation and share of zeros, and counts NaN and Inf, over all tensors of an output."""
+    """Computes ``STATISTICS`` over all tensors of an output.
+
+    These are the minimum, mean, maximum, standard deviation, share of zeros, and the numbers of NaN and Inf.
+    """
     tensors = [tensor.detach() for _, tensor in walk_tensors(output) if not has_no_values(tensor)]
     if not tensors:
         return (None,) * len(STATISTICS)
@@ -51,17 +54,19 @@ def to_numpy(tensor: Tensor, key: str = "") -> Any:
 
 
 def ordinary(tensor: Tensor, key: str = "") -> Tensor:
-    """Returns an ordinary, dense tensor with the values of one that is quantized, sparse, distributed or another wrapper.
+    """Returns the values of any tensor as an ordinary, dense tensor.
+
+    The tensor may be quantized, sparse, distributed or another wrapper.
 
     Raises:
-        Unsupported: there is none: on meta, nested, or a DTensor of which this process holds a part.
+        Unsupported: if the tensor is on meta or nested, or if this process holds only a part of a DTensor.
     """
     what = f"the output of {key!r}" if key else "the output"
     if has_no_values(tensor):
-        raise Unsupported(f"{what} is on meta, so it has a shape and no values. Run the model on the CPU or a GPU.")
+        raise Unsupported(f"{what} is on meta, so it has a shape but no values. Run the model on the CPU or a GPU.")
     if tensor.is_nested:
         raise Unsupported(
-            f"{what} is nested: its rows have different shapes, and one array holds none of that. Capture it with "
+            f"{what} is nested: its rows have different shapes, so it does not fit into one array. Capture it with "
             "reduce=lambda t: torch.nested.to_padded_tensor(t, 0.0)."
         )
     if tensor.is_quantized:
@@ -77,8 +82,8 @@ def _unwrapped(tensor: Any, what: str) -> Tensor:
     if hasattr(tensor, "placements"):
         if tensor.device_mesh.size() > 1 and not all(placement.is_replicate() for placement in tensor.placements):
             raise Unsupported(
-                f"{what} is a {kind} with placements {tuple(tensor.placements)}, so this process holds a part of it. "
-                "Capture the part with reduce=lambda t: t.to_local(), or all of it on every rank with "
+                f"{what} is a {kind} with placements {tuple(tensor.placements)}, so this process holds only a part of it. "
+                "Capture the part with reduce=lambda t: t.to_local(), or the whole tensor on every rank with "
                 "reduce=lambda t: t.full_tensor()."
             )
         return ordinary(tensor.to_local())
@@ -89,15 +94,15 @@ def _unwrapped(tensor: Any, what: str) -> Tensor:
     if isinstance(values, Tensor) and values.shape == tensor.shape and parts(values)[0] is values:
         return values
     raise Unsupported(
-        f"{what} is a {kind}, whose values only its own class can read. Capture an ordinary tensor with reduce=, a function "
-        "that returns one."
+        f"{what} is a {kind}, and only its own class can read its values. Pass a function as reduce= that returns an ordinary "
+        "tensor."
     )
 
 
 def shapes(value: Any) -> Any:
     """Returns the shape of a tensor, or the shapes in a structure as tuples and dicts."""
     if isinstance(value, Tensor):
-        if value.is_nested and value.layout is torch.strided:  # which has no shape: those of its rows
+        if value.is_nested and value.layout is torch.strided:  # a nested tensor has no shape, but its rows have
             return tuple(row.shape for row in value.unbind())
         return value.shape
     if isinstance(value, (tuple, list)):
@@ -110,7 +115,7 @@ def shapes(value: Any) -> Any:
 
 
 def shapes_text(shape: Any) -> str:
-    """Writes a shape, or a structure of shapes."""
+    """Formats a shape, or a structure of shapes."""
     if isinstance(shape, torch.Size):
         return str(tuple(shape))
     if isinstance(shape, (tuple, list)):
@@ -121,10 +126,10 @@ def shapes_text(shape: Any) -> str:
 
 
 def _some(texts: Iterable[str], count: int) -> str:
-    """Joins texts, of many the first ones and how many there are."""
+    """Joins texts. A long list is cut and ends with the number of texts."""
     return listed(texts) if count else ""
 
 
 def dtype_text(dtype: Any) -> str:
-    """Writes a data type without ``torch.``."""
+    """Formats a data type without ``torch.``."""
     return "" if dtype is None else str(dtype).removeprefix("torch.")

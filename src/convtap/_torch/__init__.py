@@ -1,1 +1,1 @@
-"""What convtap uses of torch beyond its documentation, one mechanism a module."""
+"""The parts of torch that torch does not document: one mechanism per module."""

@@ -1,4 +1,4 @@
-"""Wraps the calls of a module without a hook, in the attribute that torch uses for a compiled call."""
+"""Wraps the calls of a module in the attribute that torch uses for compiled calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from convtap._torch.call_stack import CALL, pass_by_in_dynamo
 
 # Note: [The shim]
-# Assumption: ``Module.__call__`` runs the instance's ``_compiled_call_impl`` if there is one (``model.compile()`` sets it)
-#   in place of ``_call_impl``; copies and pickles of the module leave it out; Dynamo does not look at it.
-# Failure: hooks on the model would switch off the fast path of ``nn.TransformerEncoder``, become part of what is compiled,
-#   and change a dictionary that another thread may be going through.
-# Choice: one attribute of one instance, set and deleted at once. Captures may overlap, so a shim has a list of listeners,
-#   and the last one to leave takes it off.
+# Assumption: ``Module.__call__`` runs the instance's ``_compiled_call_impl`` (set by ``model.compile()``), if it has one,
+#   in place of ``_call_impl``. Copies and pickles of the module omit the attribute. Dynamo ignores it.
+# Failure: hooks on the model would switch off the fast path of ``nn.TransformerEncoder``, become part of the compiled
+#   code, and change a dictionary while another thread iterates over it.
+# Choice: one attribute of one instance, set and deleted atomically. Captures may overlap, so a shim has a list of
+#   listeners. The last listener to leave removes the shim.
 
-#: Called as ``listener(call, module, args, kwargs)``; runs ``call(*args, **kwargs)`` and returns what the caller gets.
+#: Called as ``listener(call, module, args, kwargs)``. Runs ``call(*args, **kwargs)`` and returns the caller's result.
 Listener: TypeAlias = "Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 
 _ATTRIBUTE = "_compiled_call_impl"
@@ -33,7 +33,7 @@ class _Shim:
 
     def __init__(self, module: nn.Module, compiled: Any, listeners: tuple[Listener, ...]) -> None:
         self.module = module
-        self.compiled = compiled  # what ``module.compile()`` made, or None
+        self.compiled = compiled  # the result of ``module.compile()``, or None
         self.call = module._call_impl if compiled is None else compiled
         self.listeners = listeners
 
@@ -67,14 +67,14 @@ class _Heard:
         return self.listener(self.call, self.module, args, kwargs)
 
 
-# TorchScript does not look at what it finds under a name of this list in a module's ``__dict__``.
+# TorchScript ignores the attributes in this list.
 _ignored_by_torchscript = getattr(torch.jit._recursive, "ignored_attributes", [])
 if _ATTRIBUTE not in _ignored_by_torchscript:
     _ignored_by_torchscript.append(_ATTRIBUTE)
 
 
 def listen_to_all(modules: Iterable[nn.Module], listener: Listener) -> None:
-    """Hands every call of several modules to a listener."""
+    """Passes every call of several modules to a listener."""
     with _lock:
         for module in modules:
             own = module.__dict__
@@ -85,7 +85,10 @@ def listen_to_all(modules: Iterable[nn.Module], listener: Listener) -> None:
 
 
 def listen(module: nn.Module, listener: Listener) -> None:
-    """Hands every call of a module to a listener, the newest one first."""
+    """Passes every call of a module to a listener.
+
+    If a module has several listeners, the newest one is called first.
+    """
     with _lock:
         _listen(module, listener)
 
@@ -99,7 +102,10 @@ def _listen(module: nn.Module, listener: Listener) -> None:
 
 
 def leave(modules: Iterable[nn.Module], listener: Listener) -> None:
-    """Ends what ``listen`` began; again does nothing. See Note: [Interrupts]"""
+    """Removes a listener from modules. A second call does nothing.
+
+    See Note: [Interrupts].
+    """
     with _lock:
         for module in modules:
             shim = module.__dict__.get(_ATTRIBUTE)
@@ -115,6 +121,6 @@ def leave(modules: Iterable[nn.Module], listener: Listener) -> None:
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """Returns what ``module.compile()`` made, or None."""
+    """Returns the result of ``module.compile()``, or None."""
     found = module._compiled_call_impl
     return found.compiled if isinstance(found, _Shim) else found

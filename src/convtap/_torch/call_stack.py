@@ -1,4 +1,4 @@
-"""Reads which module calls are on the Python stack, and marks what Dynamo must not trace."""
+"""Finds the module calls on the Python stack, and marks functions for Dynamo."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _Probe(nn.Module):
         return nn.Module._wrapped_call_impl.__code__
 
 
-#: Every call of a module, ``module(x)``, runs this function of torch's, and its local ``self`` is the module. It is looked
-#: for on the stack of a call, since a library may have wrapped it.
+#: The code of the torch function that runs every ``module(x)``. Its local ``self`` is the module. A library may have wrapped
+#: the function, so its code is read from the stack of a call.
 CALL: CodeType = _Probe()()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -35,7 +35,7 @@ FORWARD_OF_CONV1D = nn.Conv1d.forward.__code__
 
 
 class Calls:
-    """The modules that are being called in this thread, as far as a model."""
+    """The module calls of this thread, from the innermost to a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -56,15 +56,15 @@ class Calls:
 
 
 # Note: [Methods]
-# Assumption: what a class defines below ``nn.Module``, and what was set on an instance, are the methods of a model. Of
-#   torch's own modules only ``forward`` counts.
-# Failure: a function that only takes a model, ``train(model, loader)``, looks the same on the stack.
-# Choice: the code objects of the methods, found through decorators. A decorator's own code is left out, since it is also
-#   around functions that are not methods.
+# Assumption: the methods of a model are the functions that its class and bases below ``nn.Module`` define, and the
+#   functions that were set on an instance. Of torch's own modules only ``forward`` counts.
+# Failure: on the stack, a function with a model as its argument, ``train(model, loader)``, looks like a method.
+# Choice: methods are identified by their code objects, found through decorators. A decorator's own code does not count,
+#   since it may also wrap functions that are not methods.
 
 
 def methods_of(kind: type) -> dict[int, CodeType]:
-    """Returns the code of each method that a module class and its bases define, by its ``id``."""
+    """Returns the code of the methods of a module class and its bases, by ``id``."""
     found: dict[int, CodeType] = {}
     for base in kind.__mro__:
         if base is nn.Module:
@@ -79,14 +79,14 @@ def methods_of(kind: type) -> dict[int, CodeType]:
 
 
 def own_methods(module: nn.Module) -> dict[int, CodeType]:
-    """Returns the code of a module's methods other than ``forward``, by its ``id``."""
+    """Returns the code of a module's methods other than ``forward``, by ``id``."""
     found = {key: code for key, code in methods_of(type(module)).items() if code.co_name not in ("forward", "__init__")}
     found.update((id(code), code) for code in _functions_of(module))
     return found
 
 
 def _functions_of(module: nn.Module) -> Iterator[CodeType]:
-    """Yields the code of the functions that were set on an instance."""
+    """Yields the code of the functions that were set on an instance of a module."""
     for value in list(module.__dict__.values()):  # a list: another thread may set an attribute, such as a shim
         code = _code(value) if isinstance(value, (FunctionType, MethodType, functools.partial)) else None
         if code is not None:
@@ -97,7 +97,7 @@ _methods: WeakKeyDictionary[type, dict[int, CodeType]] = WeakKeyDictionary()
 
 
 def _code(value: Any, owner: str = "", depth: int = 5) -> CodeType | None:
-    """Returns the code of a function, or of the function that its decorators are around."""
+    """Returns the code of a function without its decorators, or None."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, (functools.partial, functools.partialmethod)):
@@ -137,9 +137,12 @@ class Members:
         self._search.forget()
 
     def entry(self, frame: FrameType | None) -> tuple[nn.Module, FrameType] | None:
-        """Returns the outermost call of a module, or of a method of one, that a frame is in, or None."""
+        """Returns the outermost call around a frame, or None.
+
+        The call is that of a module, or of one of its methods.
+        """
         found = list(self._search.frames(frame))
-        for frame in reversed(found):  # reading a frame's variables makes a copy of them: for as few as possible
+        for frame in reversed(found):  # f_locals copies the frame's variables, so read as few frames as possible
             owner = frame.f_locals.get("self") if frame.f_code is CALL else first_argument(frame)
             if id(owner) in self.ids:
                 return owner, frame  # type: ignore[return-value]
@@ -149,7 +152,7 @@ class Members:
 
 
 def first_argument(frame: FrameType) -> Any:
-    """Returns the first positional argument that a function has, whatever its name."""
+    """Returns the first positional argument of a function, whatever its name."""
     code = frame.f_code
     if code.co_argcount:
         return frame.f_locals.get(code.co_varnames[0])
@@ -158,12 +161,12 @@ def first_argument(frame: FrameType) -> Any:
 
 
 def is_plain_call(frame: FrameType) -> bool:
-    """Whether a frame is that of a plain call of a module, and not of another method."""
+    """Returns whether a frame is a plain call of a module, not of another method."""
     return frame.f_code is CALL or frame.f_code.co_name in ("forward", "call", "__call__")
 
 
 def arguments_of(frame: FrameType) -> list[Any]:
-    """Returns the arguments of a function that runs, as they are now, without the first one."""
+    """Returns the current arguments of a running function, without the first one."""
     code = frame.f_code
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & CO_VARARGS) + bool(code.co_flags & CO_VARKEYWORDS)
@@ -172,7 +175,7 @@ def arguments_of(frame: FrameType) -> list[Any]:
 
 
 def is_called_by(prefix: str, package: str) -> bool:
-    """Whether a function whose name begins so, of a package, is on the stack."""
+    """Returns whether a function with a name prefix, from a package, is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name.startswith(prefix) and frame.f_globals.get("__name__", "").startswith(package):
@@ -185,12 +188,12 @@ def is_called_by(prefix: str, package: str) -> bool:
 
 
 def skip_in_dynamo(function: _Function) -> _Function:
-    """Keeps Dynamo from compiling a function of convtap, and what that calls."""
+    """Keeps Dynamo from compiling a function of convtap and all that it calls."""
     if _leave_alone(function, "SKIP"):
         return function
 
     @functools.wraps(function)
-    def outside_dynamo(*args: Any, **kwargs: Any) -> Any:  # torch 2.6 leaves alone one function, not what it calls
+    def outside_dynamo(*args: Any, **kwargs: Any) -> Any:  # torch 2.6 skips the function, but not its callees
         prior = _eval_frame().set_eval_frame(None)
         try:
             return function(*args, **kwargs)
@@ -202,13 +205,16 @@ def skip_in_dynamo(function: _Function) -> _Function:
 
 
 def pass_by_in_dynamo(function: _Function) -> _Function:
-    """Keeps Dynamo from compiling a function of convtap; what that calls is compiled as if it were not there."""
+    """Keeps Dynamo from compiling a function of convtap.
+
+    Dynamo still compiles the functions that it calls.
+    """
     _leave_alone(function, "DEFAULT")
     return function
 
 
 def _leave_alone(function: Any, inside: str) -> bool:
-    """Returns whether what the function calls is treated as asked."""
+    """Makes Dynamo skip a function. Returns whether its callees follow ``inside``."""
     found = _eval_frame()
     if not hasattr(found, "set_code_exec_strategy"):  # torch 2.6
         found.skip_code(function.__code__)

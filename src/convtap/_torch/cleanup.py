@@ -1,26 +1,28 @@
-"""Removes again what was registered, also if an interrupt strikes meanwhile."""
+"""Undoes the steps of a capture, even if an interrupt strikes meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 # Note: [Interrupts]
-# Assumption: Python raises KeyboardInterrupt between any two calls in the main thread, so also between two lines of an
-#   exit, and what is left undone then is never done.
-# Failure: hooks stay on the model, a function mode on the thread, and a forced stance in the process.
-# Choice: a step is listed before it is needed, and may be repeated: it finishes what an interrupted run of it left (sets, not
-#   counts; look, then remove). ``undo`` repeats an interrupted step, and its callers call it twice, for an interrupt
-#   between its own lines. ``contextlib.ExitStack`` would not do: it takes a step from its list before it runs it, so an
-#   interrupted step is never finished. What remains is an interrupt in the first instruction of ``__exit__``: then the
-#   session ends when its guard is freed, with the traceback that holds it. A guard that is done with has no ``__del__``,
-#   since an interrupt in one is lost.
+# Assumption: Python may raise KeyboardInterrupt between any two calls in the main thread, so also between two lines of an
+#   exit. The rest of the exit then never runs.
+# Failure: hooks stay on the model, a function mode stays on the thread, and a forced stance stays in the process.
+# Choice: a step is listed before it is needed, and it can be repeated: it finishes the work of an interrupted run (it uses
+#   sets instead of counts, and checks before it removes). ``undo`` repeats an interrupted step. Its callers call it twice,
+#   in case an interrupt strikes between its own lines. ``contextlib.ExitStack`` does not work here: it removes a step from
+#   its list before it runs the step, so an interrupted step is never finished. One case remains, an interrupt in the first
+#   instruction of ``__exit__``: then the session ends when its guard is freed together with the traceback. A spent guard
+#   has no ``__del__``, since Python drops an interrupt in ``__del__``.
 
 
 def undo(steps: list[Callable[[], object]]) -> None:
-    """Runs the steps, last first, and empties the list; an error does not keep the others from running.
+    """Runs the steps, last first, and empties the list.
+
+    All steps run, even if one of them raises.
 
     Raises:
-        BaseException: the first error, once all have run.
+        BaseException: the first error, after all steps have run.
     """
     first: BaseException | None = None
     while steps:
@@ -31,13 +33,13 @@ def undo(steps: list[Callable[[], object]]) -> None:
         except BaseException as error:
             first = first or error
             if isinstance(error, Exception):
-                steps.pop()  # it would fail again; an interrupted one is run again
+                steps.pop()  # it would fail again; only an interrupted step runs again
     if first is not None:
         raise first
 
 
 class Guard:
-    """Runs the steps if it is freed before ``spent``."""
+    """Runs the steps when it is freed, unless it has become ``Spent``."""
 
     __slots__ = ("steps",)
 
@@ -45,10 +47,10 @@ class Guard:
         self.steps = steps
 
     def __del__(self) -> None:
-        undo(getattr(self, "steps", []))  # an interrupt before __init__ leaves none
+        undo(getattr(self, "steps", []))  # no steps if an interrupt came before __init__
 
 
 class Spent:
-    """What a guard becomes (by its ``__class__``) when it has nothing to guard any more."""
+    """The class that a guard gets when its steps have run."""
 
     __slots__ = ("steps",)

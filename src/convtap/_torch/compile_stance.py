@@ -1,4 +1,4 @@
-"""Makes compiled models run eagerly for a capture that needs their hooks to fire."""
+"""Makes compiled models run eagerly while a capture needs their hooks to fire."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from convtap._torch.references import give_reference
 
 # Note: [The eager stance]
 # Assumption: Dynamo asks its process-wide stance at every compiled call; "force_eager" runs the Python code.
-# Failure: a hook added after compilation is silently skipped; set and restored by each capture, the stance of overlapping
-#   captures would stay on; importing Dynamo takes over a second.
-# Choice: one count of the captures that need it for the process: the first one sets the stance and the last one restores
-#   it. While Dynamo is not imported, an import hook sets the stance as soon as it is.
+# Failure: compiled code silently skips a hook that was added after compilation. If each capture set and restored the
+#   stance, overlapping captures would leave it set. Importing Dynamo takes over a second.
+# Choice: the process has one set of the captures that need the stance. The first capture sets it and the last one restores
+#   it. If Dynamo is not imported yet, an import hook sets the stance after the import.
 
 _DYNAMO = "torch._dynamo"
 
 _INSIDE_COMPILED = (
-    "a capture cannot be opened inside a function that is being compiled: its hooks would be traced, not run. Open the "
-    "capture around the compiled call, or compile convtap.tapped(model), which returns "
+    "a capture cannot be opened inside a function that is being compiled, because Dynamo would trace its hooks instead of "
+    "running them. Open the capture around the compiled call, or compile convtap.tapped(model), which returns "
     "(output, {name: tensor}) and traces with fullgraph=True."
 )
 
@@ -36,10 +36,10 @@ _stance: Any = None
 
 
 def refuse_inside_compiled() -> None:
-    """Refuses to work inside a function that is being compiled, or that Dynamo runs piece by piece.
+    """Raises an error inside a function that Dynamo compiles or runs piece by piece.
 
     Raises:
-        Unsupported: that is so here.
+        Unsupported: if this code runs inside such a function.
     """
     if torch.compiler.is_compiling():
         raise Unsupported(_INSIDE_COMPILED)
@@ -51,7 +51,10 @@ def refuse_inside_compiled() -> None:
 
 @cache
 def _lends(function: Callable[[], Any]) -> bool:
-    """Whether a function gives no reference away with what it returns. See Note: [References lent by torch]."""
+    """Returns whether a function returns an object without a new reference to it.
+
+    See Note: [References lent by torch].
+    """
     one = function()
     before = sys.getrefcount(one)
     more = [function() for _ in range(1000)]
@@ -66,10 +69,12 @@ def _no_callback() -> None:
 
 
 def _frame_callback(asked: int = 0) -> Any:
-    """Returns what Dynamo runs this thread's functions with now, or None or False if it lets them be.
+    """Returns Dynamo's current callback for this thread's functions.
+
+    The callback is None or False if Dynamo does not handle them.
 
     Args:
-        asked: how often torch itself asked just before; what that took is given back as well.
+        asked: how often torch itself called the getter just before. References that those calls took are returned too.
     """
     from torch._C._dynamo import eval_frame
 
@@ -81,7 +86,10 @@ def _frame_callback(asked: int = 0) -> Any:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled: by ``torch.compile``, by ``compile()``, or because its ``forward`` is."""
+    """Returns whether a module is compiled.
+
+    The module, or its ``forward``, may be compiled by ``torch.compile`` or by ``module.compile()``.
+    """
     if "torch._dynamo" not in sys.modules:
         return False
     if type(module).__name__ == "OptimizedModule" and type(module).__module__ == "torch._dynamo.eval_frame":
@@ -92,7 +100,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def current() -> str:
-    """Returns Dynamo's stance, without ours: ``"default"`` unless the user set another one."""
+    """Returns the user's stance: ``"default"`` unless the user set another one."""
     if "torch._dynamo" not in sys.modules:
         return "default"
     from torch._dynamo import eval_frame
@@ -103,7 +111,10 @@ def current() -> str:
 
 
 def uses_cuda_graphs(wrapper: nn.Module) -> bool:
-    """Whether a compiled model is replayed as a CUDA graph, in which no kernel of convtap runs."""
+    """Returns whether a compiled model is replayed as a CUDA graph.
+
+    convtap's kernels do not run in a CUDA graph.
+    """
     if not any(parameter.is_cuda for parameter in wrapper.parameters()):
         return False
     settings = getattr(getattr(wrapper, "dynamo_ctx", None), "compiler_config", None) or {}
@@ -111,7 +122,7 @@ def uses_cuda_graphs(wrapper: nn.Module) -> bool:
 
 
 def enter(block: object) -> None:
-    """Counts a block in."""
+    """Adds a capture that needs the stance, and sets the stance for the first one."""
     with _lock:
         _blocks.add(block)
         if len(_blocks) == 1:
@@ -119,7 +130,10 @@ def enter(block: object) -> None:
 
 
 def leave(block: object) -> None:
-    """Counts a block out; again does nothing. See Note: [Interrupts]"""
+    """Removes a capture, and restores the stance after the last one.
+
+    A second call does nothing. See Note: [Interrupts].
+    """
     with _lock:
         _blocks.discard(block)
         if not _blocks:
@@ -156,7 +170,7 @@ def _restore() -> None:
     if _stance is not None:
         from torch._dynamo import eval_frame
 
-        if getattr(eval_frame, "_stance", _stance.stance) is _stance.stance:  # else somebody set another one since
+        if getattr(eval_frame, "_stance", _stance.stance) is _stance.stance:  # otherwise another stance was set since
             _stance.__exit__(None, None, None)
             _frame_callback(asked=1)
         _stance = None

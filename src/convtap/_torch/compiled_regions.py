@@ -1,4 +1,4 @@
-"""Lets the convolution key see the graphs of compiled code, and keeps it out of that code's guards."""
+"""Includes the convolution key in compiled graphs, and excludes it from guards."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from convtap._torch import convolution_key, dynamo_import
 from convtap._torch.call_stack import is_called_by
 
 # Note: [Compiled regions]
-# Assumption: every call of compiled code goes through Python functions of Dynamo that set its callback for the thread: to a
-#   function on the way in, to None around each graph, and back. They look ``set_eval_frame`` and
-#   ``_maybe_set_eval_frame`` up in their module.
-# Failure: the guards of compiled code compare the dispatch keys of its inputs, those that the thread includes among them,
-#   and the types of its modules' dicts: with the convolution key included, and weights watched, each model would be
-#   compiled once more.
+# Assumption: every call of compiled code runs Python functions of Dynamo, which set the thread's callback: to a function on
+#   entry, to None around each graph, and back on exit. They look up ``set_eval_frame`` and ``_maybe_set_eval_frame`` in
+#   their module.
+# Failure: the guards of compiled code compare the dispatch keys of its inputs, including the keys of the thread, and the
+#   types of its modules' dicts. With the convolution key included and weights watched, each model would be recompiled.
 # Choice: both names are replaced once per process, and so is ``transform_code_object``, which traces a function. In a thread
-#   with a capture, the key is excluded on the way into compiled code, where guards are checked and code is traced, and
-#   included while a graph runs; weights are not watched there. Elsewhere the replacements only pass on. If torch changes
-#   these names, nothing is wrong: a model is compiled once more, or a layer is reported as not seen. (What ``torch.cond`` and
-#   the like compile to run their branches keeps the key.)
+#   with a capture, the key is excluded while guards are checked and code is traced, and included while a graph runs. Weights
+#   are not watched there. In other threads the replacements only call the originals. If torch changes these names, a model
+#   is compiled once more, or a layer is reported as not seen. The branches of ``torch.cond`` and similar operators keep the
+#   key.
 
 _NAMES = ("set_eval_frame", "_maybe_set_eval_frame")
 _TRACES = "transform_code_object"
 
 
 class _Here(threading.local):
-    """The calls of compiled code in this thread, outermost first, and how many functions are being traced."""
+    """The calls of compiled code in this thread, outermost first.
+
+    ``traced`` counts the functions that are being traced.
+    """
 
     def __init__(self) -> None:
         self.entries: list[_Entry] = []
@@ -37,7 +39,10 @@ class _Here(threading.local):
 
 
 class _Entry:
-    """A call of compiled code: its frame, what the callback was before it, and whether the key was included."""
+    """A call of compiled code.
+
+    It holds the call's frame, the callback before the call, and whether the key was included.
+    """
 
     __slots__ = ("frame", "included", "is_branch", "prior")
 
@@ -57,12 +62,15 @@ _installed = False
 
 
 def is_inside() -> bool:
-    """Whether compiled code runs in this thread."""
+    """Returns whether compiled code runs in this thread."""
     return bool(_here.entries) and not _here.entries[-1].is_branch
 
 
 def is_tracing() -> bool:
-    """Whether torch is tracing a function in this thread: what runs then has no values, or not the model's."""
+    """Returns whether torch is tracing a function in this thread.
+
+    Tensors then have no values, or values that are not the model's.
+    """
     if _here.traced:
         return True
     return (
@@ -71,7 +79,10 @@ def is_tracing() -> bool:
 
 
 def watch(who: object) -> None:
-    """Replaces the two names, once per process: now, or as soon as Dynamo is imported."""
+    """Replaces Dynamo's functions, once per process.
+
+    If Dynamo is not imported yet, they are replaced after its import.
+    """
     if _installed:
         return
     if dynamo_import.DYNAMO in sys.modules:
@@ -81,7 +92,10 @@ def watch(who: object) -> None:
 
 
 def leave(who: object) -> None:
-    """Stops waiting for Dynamo to be imported; again does nothing. See Note: [Interrupts]"""
+    """Stops waiting for Dynamo's import. A second call does nothing.
+
+    See Note: [Interrupts].
+    """
     dynamo_import.never_mind(who)
 
 
@@ -116,14 +130,14 @@ def _replaced(original: Callable[[Any], Any], *, is_last: bool) -> Callable[[Any
         else:
             prior = original(callback)
             if is_inside() and not _here.traced:
-                convolution_key.include(callback is None)  # then a graph runs, or something else that is not compiled
+                convolution_key.include(callback is None)  # a graph, or code that is not compiled, runs next
         return prior
 
     return set_eval_frame
 
 
 def _is_entry(frame: FrameType) -> bool:
-    """Whether a frame is a call of compiled code."""
+    """Returns whether a frame is a call of compiled code."""
     code = frame.f_code
     return code.co_name == "compile_wrapper" or (code.co_name == "_fn" and "callback" in code.co_freevars)  # torch 2.6
 
@@ -162,8 +176,8 @@ def _paused(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _here.traced -= 1
             if is_inside():
-                convolution_key.include(False)  # the guards are made next
-            elif not _here.entries:  # else they stay so until compiled code ends
+                convolution_key.include(False)  # Dynamo makes the guards next
+            elif not _here.entries:  # otherwise the taps stay paused until the compiled code returns
                 for tap in taps:
                     tap.resume()
 

@@ -1,4 +1,4 @@
-"""Registers Python kernels under a dispatch key of their own, which see each 1-D convolution run."""
+"""Registers kernels that see each 1-D convolution under their own dispatch key."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from convtap._torch.modes import Tap, Token, has_function_modes, observe, open_t
 from convtap._torch.references import give_reference
 
 # Note: [The convolution key]
-# Assumption: torch has a dispatch key that nothing uses, above autocast, functorch, autograd and the Python modes. An
-#   operator without a kernel for it falls through at no cost, and a thread meets it only while it includes it.
-# Failure: taking kernels off while another thread runs would change the operator table under it; two libraries cannot
-#   both register a fallback for one key; higher-order operators resolve keys in Python, and raise on an unknown one.
-# Choice: the kernels are registered once per process, under a lock, and stay. A capture only includes the key in its
-#   thread, and excludes it again with the thread's last capture. Higher-order operators are told to fall through.
+# Assumption: torch has an unused dispatch key above autocast, functorch, autograd and the Python modes. An operator without
+#   a kernel for the key falls through at no cost. The key affects only the threads that include it.
+# Failure: removing kernels would change the operator table under another running thread. Two libraries cannot both register
+#   a fallback for one key. Higher-order operators resolve keys in Python, and raise on an unknown key.
+# Choice: the kernels are registered once per process, under a lock, and stay registered. A capture only includes the key in
+#   its thread, and the thread's last capture excludes it. Higher-order operators are set to fall through.
 
 _NAME = "TESTING_ONLY_GenericMode"
 _STASH = "convtap_open"
 
 _include = torch._C._dispatch_tls_set_dispatch_key_included
 
-#: The operators that run a 1-D convolution, and which argument says that one is transposed.
+#: The operators that run a 1-D convolution, each with the index of the argument ``transposed``, or None.
 CONVOLUTIONS: dict[str, int | None] = {
     "aten::conv1d": None,
     "aten::conv1d.padding": None,
@@ -44,7 +44,7 @@ CONVOLUTIONS: dict[str, int | None] = {
 }
 
 _aten = torch.ops.aten
-#: The torch functions that run a 1-D convolution, and which argument says that one is transposed.
+#: The torch functions that run a 1-D convolution, each with the index of the argument ``transposed``, or None.
 FUNCTIONS: dict[Any, int | None] = {
     torch.conv1d: None,
     _aten.conv1d: None,
@@ -61,10 +61,10 @@ FUNCTIONS: dict[Any, int | None] = {
 
 
 class _Here(threading.local):
-    """The captures of this thread, and whether it includes the key: now, and again after a kernel.
+    """The captures of this thread, and whether it includes the key.
 
-    The latter is True at first: torch carries the key to threads of its own (``torch.jit.fork``), where no capture was
-    opened.
+    ``included`` is the state now, and ``again`` the state to restore after a kernel. ``again`` is initially True, since
+    torch copies the key into the threads of ``torch.jit.fork``, which have no capture.
     """
 
     included = False
@@ -77,16 +77,16 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()
-_libraries: list[Any] = []  # what a library registered is gone when the library is
+_libraries: list[Any] = []  # torch removes the kernels of a library when it is freed
 _key: Any = None
 
 
 def is_available() -> bool:
-    """Registers the kernels, once per process. Returns whether torch has the key, and it is ours."""
+    """Registers the kernels, once per process. Returns whether convtap has the key."""
     global _key
     with _lock:
         if not _libraries:
-            _libraries.append(None)  # tried once
+            _libraries.append(None)  # try only once
             try:
                 key = _find_key()
                 if key is not None:
@@ -137,11 +137,14 @@ def _let_higher_order_operators_through(key: Any) -> None:
 
 
 def _kernel(key: Any, boxed: Callable[..., Any], transposed: int | None, function: Any) -> Callable[..., Any]:
-    """Makes the kernel of one operator; ``function`` runs it faster than ``boxed``, where no override is asked."""
+    """Makes the kernel of one operator.
+
+    ``function`` is faster than ``boxed``. The kernel uses it if no mode and no subclass overrides the operator.
+    """
 
     @skip_in_dynamo
     def convtap_convolution(*args: Any, **kwargs: Any) -> Any:
-        # No local variable holds a tensor: torch.jit.trace names what it traces after those.
+        # No local variable may hold a tensor, since torch.jit.trace names values after local variables.
         try:
             _include(key, False)
             is_plain = (
@@ -169,10 +172,10 @@ _frame = sys._getframe
 
 
 def _as_if_from(caller: FrameType | None, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a call so that ``torch.jit.trace`` names its values as without a kernel.
+    """Makes ``torch.jit.trace`` name the values of a call as without a kernel.
 
-    It looks for variables in the frame that calls an operator, or in the one above that. ``eval`` makes two frames with the
-    variables that these have without the kernel.
+    The tracer looks for variables in the frame that calls an operator, and in the frame above. ``eval`` makes two frames
+    with the variables of these frames.
     """
     if caller is not None and caller.f_code.co_name == "outside_dynamo":  # see ``skip_in_dynamo``
         caller = caller.f_back
@@ -188,7 +191,7 @@ def _as_if_from(caller: FrameType | None, call: Callable[..., Any]) -> Callable[
 
 
 def _inherited() -> tuple[Token, ...]:
-    """The captures of the thread that handed its work to this one, if torch itself did (``torch.jit.fork``)."""
+    """Returns the captures of the thread that forked this one by ``torch.jit.fork``."""
     if _here.began or not torch._C._is_key_in_tls(_STASH):
         return ()
     stashed: tuple[Token, ...] = torch._C._get_obj_in_tls(_STASH)
@@ -196,12 +199,15 @@ def _inherited() -> tuple[Token, ...]:
 
 
 def tokens_here() -> tuple[Token, ...]:
-    """The captures that what runs here belongs to."""
+    """Returns the captures that record the code that runs in this thread."""
     return open_tokens() or _inherited()
 
 
 def _stash(tokens: tuple[Token, ...]) -> None:
-    """Leaves word for the threads that torch itself hands work to. See Note: [References lent by torch]"""
+    """Stores the captures for threads that torch itself starts.
+
+    See Note: [References lent by torch].
+    """
     if _steals():
         give_reference(tokens)
     torch._C._stash_obj_in_tls(_STASH, tokens)
@@ -209,7 +215,7 @@ def _stash(tokens: tuple[Token, ...]) -> None:
 
 @functools.cache
 def _steals() -> bool:
-    """Whether torch takes a reference to what it stashes without having one, as torch 2.6 does."""
+    """Returns whether torch stashes an object without a reference, as torch 2.6 does."""
     probe = (object(),)
     before = sys.getrefcount(probe)
     torch._C._stash_obj_in_tls(_STASH, probe)
@@ -220,12 +226,12 @@ def _steals() -> bool:
 
 
 def is_inherited() -> bool:
-    """Whether this thread runs what torch itself handed over from a thread with a capture."""
+    """Returns whether torch forked this thread from a thread with a capture."""
     return not _here.began and not open_tokens() and bool(_inherited())
 
 
 def _exclude_if_idle() -> None:
-    """Excludes the key after this call if the thread's captures were closed from elsewhere."""
+    """Excludes the key after this call if other threads closed this one's captures."""
     if _here.began and not _here.tokens:
         _here.included = _here.again = False
 
@@ -239,7 +245,12 @@ def here() -> set[Token]:
 
 
 def begin(token: Token, tokens: set[Token]) -> None:
-    """Includes the key in this thread, for a capture; the thread's captures are ``tokens``."""
+    """Includes the key in this thread for a capture.
+
+    Args:
+        token: the capture.
+        tokens: the captures of this thread.
+    """
     tokens.add(token)
     _here.began = _here.included = _here.again = True
     _stash(tuple(tokens))
@@ -247,9 +258,10 @@ def begin(token: Token, tokens: set[Token]) -> None:
 
 
 def end(token: Token, tokens: set[Token]) -> None:
-    """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
+    """Excludes the key after the last capture of a thread. A second call does nothing.
 
-    From another thread, the key stays included in its own until a convolution runs there, or a capture ends.
+    If another thread makes the call, the key stays included in the capture's thread until a convolution runs or a capture
+    ends there. See Note: [Interrupts].
     """
     tokens.discard(token)
     if tokens is _here.tokens and _here.began:
@@ -260,7 +272,10 @@ def end(token: Token, tokens: set[Token]) -> None:
 
 
 def has_captures() -> bool:
-    """Whether a capture is open in this thread. If all of them were closed from elsewhere, the key is excluded now."""
+    """Returns whether a capture is open in this thread.
+
+    If other threads closed all of them, the key is excluded now.
+    """
     if _here.included and not _here.tokens:
         _here.included = _here.again = False
         _include(_key, False)
@@ -268,19 +283,19 @@ def has_captures() -> bool:
 
 
 def taps() -> list[Tap]:
-    """The taps of the captures that are open in this thread."""
+    """Returns the taps of the captures that are open in this thread."""
     return [token.tap for token in _here.tokens if token.tap is not None]
 
 
 def include(on: bool) -> None:
-    """Includes the key in this thread, or excludes it, while a capture is open."""
+    """Includes or excludes the key in this thread while a capture is open."""
     _here.included = _here.again = on
     _include(_key, on)
 
 
 @pass_by_in_dynamo
 def run_without(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a call in which no convolution is to be seen."""
+    """Runs a call whose convolutions are not recorded."""
     if not _here.included:
         return call(*args, **kwargs)
     try:
@@ -291,5 +306,5 @@ def run_without(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def is_included() -> bool:
-    """Whether this thread includes the key."""
+    """Returns whether this thread includes the key."""
     return _key is not None and bool(torch._C._dispatch_tls_is_dispatch_key_included(_key))

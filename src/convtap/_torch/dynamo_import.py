@@ -1,4 +1,4 @@
-"""Runs a function as soon as Dynamo is imported, without importing it."""
+"""Runs functions when Dynamo is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _actions: dict[object, Callable[[], None]] = {}
 
 
 def then(who: object, action: Callable[[], None]) -> None:
-    """Runs an action once Dynamo has been imported."""
+    """Registers an action that runs after Dynamo is imported."""
     with _lock:
         _actions[who] = action
         if _FINDER not in sys.meta_path:
@@ -26,7 +26,7 @@ def then(who: object, action: Callable[[], None]) -> None:
 
 
 def never_mind(who: object) -> None:
-    """Forgets somebody's action; again does nothing. See Note: [Interrupts]"""
+    """Removes an owner's action. A second call does nothing. See Note: [Interrupts]."""
     with _lock:
         _actions.pop(who, None)
         if not _actions and _FINDER in sys.meta_path:

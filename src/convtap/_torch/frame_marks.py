@@ -1,4 +1,4 @@
-"""Attaches a value to a running Python frame, for as long as the frame runs."""
+"""Attaches values to running Python frames."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 # Note: [Frame marks]
 # Assumption: a frame has one writable attribute, ``f_trace``, which Python calls only while a debugger traces the thread.
-# Failure: the address of a frame is used again by the next one, and a reference to a frame keeps its variables alive.
-# Choice: the mark is stored there, and ends with its frame. It passes a debugger's events on to the function that was
-#   there before. A debugger that attaches later replaces the marks of the frames that run then.
+# Failure: a later frame may have the same address, and a reference to a frame keeps its variables alive.
+# Choice: the mark is stored in ``f_trace`` and is freed with its frame. It passes a debugger's events on to the previous
+#   trace function. A debugger that attaches later replaces the marks of the frames that run then.
 
 
 class _Mark:

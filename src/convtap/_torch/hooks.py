@@ -1,4 +1,4 @@
-"""Registers and removes module hooks; in copies and pickles of a hooked module they do nothing."""
+"""Registers and removes module hooks, which do nothing in copies of the module."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 # Note: [Hooks and copies]
 # Assumption: deepcopy, pickle and torch.save copy a module's hook dictionaries with it.
-# Failure: a plain function is copied by reference, so the copy would record into the original's block; a closure cannot
-#   be pickled at all.
-# Choice: a hook is a ``partial`` (called as fast as a function) whose copy and whose pickle is a standard-library
-#   callable that takes anything and returns None, so that loading a pickle does not even need convtap. A shallow copy
-#   shares the dictionaries themselves, so a hook also looks at the module it is called for.
+# Failure: a plain function is copied by reference, so the copy of a model would record into the original's capture. A
+#   closure cannot be pickled.
+# Choice: a hook is a ``partial``, which is as fast as a function. Its copy, or its pickle, is a callable of the standard
+#   library that takes any arguments and returns None, so loading a pickle does not need convtap. A shallow copy shares the
+#   dictionaries themselves, so a hook also checks the module that it is called for.
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks run around the forward of every module."""
+    """Returns whether torch has global hooks, which run for every module."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 class Hook(partial):  # type: ignore[type-arg]
-    """A bound hook that turns into one that does nothing when it is copied. See Note: [Hooks and copies]."""
+    """A bound hook whose copies do nothing. See Note: [Hooks and copies]."""
 
     __slots__ = ()
 
@@ -36,9 +36,9 @@ class Hook(partial):  # type: ignore[type-arg]
 
 
 # Note: [Two moments]
-# Assumption: torch looks up a hook at one moment, and at a later one whether it wants the keyword arguments.
-# Failure: when another thread registers or removes the hook in between, the hook is called without them.
-# Choice: a hook that wants them is called through a function that takes what comes.
+# Assumption: torch looks up a hook first, and later looks up whether the hook takes keyword arguments.
+# Failure: if another thread registers or removes the hook in between, the hook is called without keyword arguments.
+# Choice: such a hook is called through a function that accepts both forms.
 
 
 def _call_after(function: Callable[..., Any], bound: tuple[Any, ...], module: nn.Module, args: Any, *rest: Any) -> Any:
@@ -52,11 +52,11 @@ def _call_before(
 
 
 class Hooks:
-    """The hooks of one owner, all under one key; ``remove`` takes all of them off."""
+    """The hooks of one owner, all under one key."""
 
     def __init__(self) -> None:
-        # One number of torch's own sequence, so that no other hook has it. Registering each hook through
-        # ``register_forward_hook`` costs as much as all the rest of a block.
+        # The number comes from torch's own sequence, so no other hook has it. Registering each hook through
+        # ``register_forward_hook`` would cost as much as the rest of a capture.
         self._key = RemovableHandle(OrderedDict()).id
         self._after: list[nn.Module] = []
         self._flagged: list[nn.Module] = []
@@ -67,8 +67,8 @@ class Hooks:
         """Calls ``function(*bound, module, args, output)`` after the module's forward.
 
         Args:
-            always: also if the forward raises an Exception.
-            kwargs: call ``function(*bound, module, args, kwargs, output)``.
+            always: whether to call it also if the forward raises an Exception.
+            kwargs: whether to call ``function(*bound, module, args, kwargs, output)``.
         """
         self._after.append(module)
         if always or kwargs:
@@ -87,12 +87,12 @@ class Hooks:
         module._forward_pre_hooks[self._key] = Hook(_call_before, function, bound)
 
     def are_on(self, module: nn.Module) -> bool:
-        """Returns whether a module has a hook of this owner that has a function to call."""
+        """Returns whether a module has an active hook of this owner."""
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         return any(isinstance(known.get(self._key), Hook) for known in hooks)
 
     def remove(self) -> None:
-        """Takes every hook off its module; again does nothing."""
+        """Removes all hooks. A second call does nothing."""
         key = self._key
         for module in self._after:
             module._forward_hooks.pop(key, None)

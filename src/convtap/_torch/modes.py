@@ -1,4 +1,4 @@
-"""Tracks which captures are open in this thread, and holds the function mode of ``at="activation"`` and the fallback."""
+"""Tracks the open captures of each context and owns the function mode."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from torch._C import (
 from torch.overrides import TorchFunctionMode
 
 # Note: [Contexts]
-# Assumption: the convolution key is per thread, and hooks are on the model, so they fire in every thread and task.
-# Failure: two threads, or two tasks, that each capture one model would get each other's calls.
-# Choice: a capture puts its token into a context variable. A task inherits what was open when it was created; a new
-#   thread starts with nothing open, and what runs there is named in a message instead of being recorded.
+# Assumption: the convolution key is per thread. Hooks are on the model, so they fire in every thread and task.
+# Failure: if two threads, or two tasks, capture the same model, each would record the other's calls.
+# Choice: a capture puts its token into a context variable. A task inherits the captures that were open when it was created.
+#   A new thread has no open capture, and a message names the layers that run there instead of recording them.
 
 
-#: Called as ``watcher(call, func, args, kwargs)``; runs ``call(*args, **kwargs)`` and returns what the caller gets.
+#: Called as ``watcher(call, func, args, kwargs)``. Runs ``call(*args, **kwargs)`` and returns the caller's result.
 Watcher: TypeAlias = "Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]"
 
 
 class Tap(Protocol):
     """Sees the convolutions that run while its capture is open."""
 
-    #: Whether compiled code ran meanwhile.
+    #: Whether compiled code ran while the capture was open.
     compiled_code_ran: bool
 
     def before(self, transposed: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Says what a convolution is to be recorded as, or None if it is not this capture's."""
+        """Returns the name to record a convolution under, or None to ignore it."""
 
     def after(self, name: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Records an output. Returns what the caller gets instead of it, or None."""
+        """Records an output. Returns a replacement for the caller, or None."""
 
     def pause(self) -> None:
-        """Leaves the model's weights alone until ``resume``: compiled code runs."""
+        """Stops watching the model's weights while compiled code runs."""
 
     def resume(self) -> None:
-        """Watches them again."""
+        """Watches the weights again."""
 
 
 class Token:
-    """Stands for one open capture; holds nothing once it is closed, so a context that outlives it keeps nothing alive."""
+    """Stands for one open capture.
+
+    A closed token is empty, so a context that outlives the capture keeps nothing alive.
+    """
 
     __slots__ = ("__weakref__", "is_open", "tap", "watcher")
 
@@ -65,12 +68,12 @@ open_tokens = _open.get
 
 
 def enter(token: Token) -> None:
-    """Makes a capture open in this context, and forgets those that were closed from another one."""
+    """Opens a capture in this context, and drops those that another context closed."""
     _open.set((*(other for other in _open.get() if other.is_open), token))
 
 
 def leave(token: Token) -> None:
-    """Closes a capture in this context, in whatever order captures are left."""
+    """Closes a capture in this context. Captures may close in any order."""
     token.is_open = False
     token.tap = token.watcher = None
     _open.set(tuple(other for other in _open.get() if other is not token))
@@ -83,16 +86,18 @@ def observe(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Runs one convolution for the captures that are open, the newest nearest to it; returns what the caller gets.
+    """Runs one convolution for the open captures. Returns the caller's result.
+
+    The newest capture is nearest to the convolution.
 
     Args:
-        call: what runs it.
+        call: the function that runs the convolution.
         tokens: the captures.
-        transposed: which argument says that it is transposed, if one does.
-        args: its arguments.
-        kwargs: its keyword arguments.
+        transposed: the index of the argument ``transposed``, or None.
+        args: the convolution's arguments.
+        kwargs: the convolution's keyword arguments.
     """
-    if _len_torch_function_stack():  # TorchScript runs an operator under a user's mode
+    if _len_torch_function_stack():  # TorchScript runs operators under a user's mode
         with torch._C.DisableTorchFunction():
             return _observe(call, tokens, transposed, args, kwargs)
     return _observe(call, tokens, transposed, args, kwargs)
@@ -115,31 +120,31 @@ def _observe(
             try:
                 replacement = tap.after(plan, output, args, kwargs)
                 output = output if replacement is None else replacement
-            except BaseException as error:  # of one capture: the others are to have the output all the same
+            except BaseException as error:  # one capture failed, but the others still record the output
                 failed = failed or error
     if failed is not None:
         raise failed
     return output
 
 
-#: Runs convtap's own torch calls where no function mode sees them.
+#: A context in which no function mode sees convtap's own torch calls.
 outside_function_modes = torch._C.DisableTorchFunction
-#: How many function modes are on in this thread.
+#: Returns the number of active function modes in this thread.
 has_function_modes = _len_torch_function_stack
-#: How many dispatch modes are on in this thread.
+#: Returns the number of active dispatch modes in this thread.
 has_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-#: The graph that ``torch.jit.trace`` is making in this thread, or None.
+#: Returns the graph that ``torch.jit.trace`` is making in this thread, or None.
 tracing_state = torch._C._get_tracing_state
-#: The number of the backward pass that runs in this thread, or -1. A forward pass that runs in one is activation
-#: checkpointing's recomputation of an earlier one.
+#: Returns the number of the backward pass that runs in this thread, or -1. A forward pass inside a backward pass is
+#: activation checkpointing's recomputation of an earlier forward pass.
 backward_task = torch._C._current_graph_task_id
 
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Runs convtap's own torch calls on plain tensors: they are not the model's, so no mode or tracer sees them."""
+    """A context in which no mode or tracer sees convtap's own torch calls."""
     state = tracing_state()
     with outside_function_modes(), torch._C._DisableTorchDispatch() if has_dispatch_modes() else nullcontext():
         try:
@@ -153,10 +158,10 @@ def outside_modes() -> Iterator[None]:
 
 # Note: [One mode a thread]
 # Assumption: a TorchFunctionMode sees every call of a torch function in the thread that pushed it.
-# Failure: captures may overlap without nesting, and modes may not: popping would take off another capture's mode, or a
-#   user's own.
-# Choice: the first capture of a thread that needs the mode pushes it and the last one takes it off, from wherever in
-#   the stack it is by then. The mode hands each call to the captures that are open in the current context.
+# Failure: captures may overlap without nesting, but modes form a stack. Popping could remove another capture's mode, or the
+#   user's mode.
+# Choice: the first capture of a thread that needs the mode pushes it. The last one removes it, wherever it is in the stack
+#   by then. The mode passes each call to the captures that are open in the current context.
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -166,7 +171,7 @@ class _FunctionMode(TorchFunctionMode):
 
 
 def _pass_on(watchers: list[Watcher], call: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a call for several watchers: the newest one's is nearest to it."""
+    """Runs a call for several watchers. The newest watcher is nearest to the call."""
     if not watchers:
         return call(*args, **kwargs)
     outer, *inner = watchers
@@ -193,7 +198,12 @@ def here() -> set[Token]:
 
 
 def begin(token: Token, tokens: set[Token]) -> None:
-    """Lets a capture's watcher see the torch calls of this thread, whose captures are ``tokens``."""
+    """Passes the torch calls of this thread to a capture's watcher.
+
+    Args:
+        token: the capture.
+        tokens: the captures of this thread.
+    """
     tokens.add(token)
     if _here.mode is None:
         _here.mode = _stray() or _FunctionMode()
@@ -202,9 +212,10 @@ def begin(token: Token, tokens: set[Token]) -> None:
 
 
 def end(token: Token, tokens: set[Token]) -> None:
-    """Ends what ``begin`` began in a thread; again does nothing. See Note: [Interrupts]
+    """Removes the mode after the last capture of a thread. A second call does nothing.
 
-    From another thread, the mode stays on its own, idle, until a capture of that thread ends.
+    If another thread makes the call, the mode stays idle on the capture's thread until another capture ends there. See
+    Note: [Interrupts].
     """
     tokens.discard(token)
     if _here.mode is not None and tokens is _here.tokens and not tokens:
@@ -213,23 +224,23 @@ def end(token: Token, tokens: set[Token]) -> None:
 
 
 def _stray() -> _FunctionMode | None:
-    """A mode of ours that an interrupt brought back.
+    """Returns convtap's mode if an interrupt left it on the stack, or None.
 
-    While torch hands a call to a mode, the mode is off the stack; an interrupt at the wrong moment makes torch put it
-    back only when the traceback is freed. There it does nothing, and this thread's next capture takes it over.
+    Torch pops a mode while the mode handles a call. After an interrupt at the wrong moment, torch pushes the mode back only
+    when the traceback is freed. The mode then does nothing, and this thread's next capture uses it.
     """
     modes = [_get_function_stack_at(i) for i in range(_len_torch_function_stack())]
     return next((mode for mode in modes if isinstance(mode, _FunctionMode)), None)
 
 
 def _remove(mode: Any) -> None:
-    """Removes a mode from this thread's stack, and leaves those that were pushed after it."""
+    """Removes a mode from this thread's stack, and keeps the modes above it."""
     if _here.above is None:
         place = _place(mode)
         if place is None:
             return
         _here.above = place, [_get_function_stack_at(i) for i in range(place + 1, _len_torch_function_stack())]
-    place, above = _here.above  # kept until all are back, for an interrupt here
+    place, above = _here.above  # kept until all modes are back, in case of an interrupt
     while _len_torch_function_stack() > place:
         _pop_torch_function_stack()
     for other in above:
@@ -238,5 +249,5 @@ def _remove(mode: Any) -> None:
 
 
 def _place(mode: Any) -> int | None:
-    """Where in this thread's stack a mode is."""
+    """Returns the index of a mode in this thread's stack, or None."""
     return next((i for i in range(_len_torch_function_stack()) if _get_function_stack_at(i) is mode), None)

@@ -1,4 +1,4 @@
-"""Reads and sets the attributes of a scripted module, which are stored below Python."""
+"""Reads and sets the attributes of a scripted module, which live in C++."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def script_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
     for name in kind.get_attributes():
         try:
             found[name] = inner.getattr(name)
-        except RuntimeError:  # a value of C++ that Python has no form for
+        except RuntimeError:  # a C++ value that has no Python form
             continue
     return found
 
 
 def set_script_state(module: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
-    """Sets those of the attributes that are others now."""
+    """Sets the attributes of a scripted module that differ from ``state``."""
     inner: Any = module._c
     for name, value in state.items():
         if not _is_same(inner.getattr(name), value):

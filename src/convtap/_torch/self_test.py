@@ -1,4 +1,4 @@
-"""Tests once per process whether the private parts of torch still behave as convtap assumes."""
+"""Tests once per process whether torch's private parts behave as expected."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from convtap._torch.call_stack import Calls
 from convtap._torch.weight_reads import WeightReads
 
 # Note: [Private parts of torch]
-# Assumption: what this package uses of torch beyond its documentation is what it was in the versions it was tested with.
-# Failure: another version, or a library that replaces parts of torch, changes one of them, and values are missing or wrong
-#   without a word.
-# Choice: the first capture tries each on a model of its own: a call of a module, a convolution called as a function, a
-#   call within a call, a fetch of a weight. (``storage`` tries a write in place when it is imported.) What fails is said
-#   once, by name, and its substitute is used: hooks for shims, the function mode for the convolution key. Without the call
-#   stack, functions are not watched.
+# Assumption: the private parts of torch that this package uses behave as in the versions that it was tested with.
+# Failure: another version of torch, or a library that replaces parts of it, changes one of them. Values are then silently
+#   missing or wrong.
+# Choice: the first capture tries each part on a small model: a call of a module, a convolution called as a function, a call
+#   within a call, a fetch of a weight. (``storage`` tries an in-place write at import.) convtap warns once, names the parts
+#   that fail, and uses a substitute: hooks instead of shims, the function mode instead of the convolution key. Without the
+#   call stack, functions are not watched.
 
-SHIM = "a call of a module is not handed to its shim"
+SHIM = "the call of a module does not reach its shim"
 KEY = "a convolution called as a function does not reach the convolution key"
-STACK = "calls of modules are not found on the call stack"
-FETCH = "a fetch of a weight is not noticed"
+STACK = "convtap does not find module calls on the call stack"
+FETCH = "convtap does not notice when code fetches a weight"
 
 _INSTEAD = {
-    SHIM: "layers have hooks instead",
-    KEY: "a mode that sees every torch call is used instead, which is slower",
+    SHIM: "convtap uses hooks on layers instead",
+    KEY: "convtap uses a mode that sees every torch call instead, which is slower",
     STACK: "convolutions that are called as functions are not captured",
     FETCH: "layers that a fused kernel computes are reported as idle, not as bypassed",
 }
@@ -49,7 +49,7 @@ class _Probe(nn.Module):
 
 
 class _Tap:
-    """Stands for a capture: notes what the key, the shim and the watched weight say."""
+    """Stands for a capture, and notes the events of the key, the shim and the weight."""
 
     compiled_code_ran = False
 
@@ -62,20 +62,20 @@ class _Tap:
             self.seen.append("key")
 
     def after(self, plan: Any, output: Any, args: Any, kwargs: Any) -> None:
-        """Is never called, since ``before`` asks for nothing."""
+        """Is never called, since ``before`` returns None."""
 
     def pause(self) -> None:
-        """Compiled code runs: not here."""
+        """Is never called, since no compiled code runs."""
 
     def resume(self) -> None:
-        """And ends."""
+        """Is never called, since no compiled code runs."""
 
     def may_read(self, name: str) -> bool:
         self.seen.append("fetch")
         return False
 
     def weight_used(self, name: str, by: object) -> None:
-        """Is never called, since no fetch is followed."""
+        """Is never called, since ``may_read`` returns False."""
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.seen.append("shim")
@@ -86,9 +86,9 @@ class _Tap:
 
 
 def run() -> frozenset[str]:
-    """Returns what does not work in this process, and says so the first time."""
+    """Returns the parts that do not work in this process, and warns the first time."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return frozenset()  # inside vmap and the like a probe proves nothing
+        return frozenset()  # a probe inside vmap, grad or jvp proves nothing
     found = _failures()
     _warn(found)
     return found

@@ -1,4 +1,4 @@
-"""Reads the memory under tensors without ending copy-on-write, and makes copy-on-write clones."""
+"""Makes copy-on-write clones, and reads addresses without ending copy-on-write."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 # Note: [Copy-on-write clones]
-# Assumption: ``torch._lazy_clone`` returns a tensor that shares memory until either side is written, and the writer
-#   then copies; views made before or after write through the same storage and so count as the writer.
-# Failure: it is private, and a torch that changes it would make snapshots follow later writes.
-# Choice: it is tried once, at import; a torch without it, or with another meaning, gets ``clone``.
+# Assumption: ``torch._lazy_clone`` returns a tensor that shares memory with the original until either is written. The
+#   written tensor then copies the memory. A view, made before or after, shares the storage of its base, so a write to the
+#   view counts as a write to the base.
+# Failure: the function is private. If torch changes it, snapshots could follow later writes.
+# Choice: convtap tries it once, at import. If torch lacks it, or if it behaves differently, convtap uses ``clone``.
 
 
 def _probed_clone() -> Callable[[Tensor], Tensor]:
@@ -22,12 +23,15 @@ def _probed_clone() -> Callable[[Tensor], Tensor]:
     return lazy if kept.tolist() == [0.0, 0.0] and original.tolist() == [1.0, 1.0] else torch.clone
 
 
-#: Clones a tensor: copy-on-write if torch can do that, else at once.
+#: Clones a tensor: copy-on-write if torch supports it, otherwise at once.
 lazy_clone = _probed_clone()
 
 
 def start_address(tensor: Tensor) -> int:
-    """Returns where the storage under a tensor begins (``data_ptr`` would end copy-on-write); 0 if it is nowhere."""
+    """Returns the start address of a tensor's storage, or 0 if it has none.
+
+    ``data_ptr`` would end copy-on-write.
+    """
     try:
         return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
     except (RuntimeError, NotImplementedError):
@@ -35,16 +39,16 @@ def start_address(tensor: Tensor) -> int:
 
 
 def storage_number(tensor: Tensor) -> int:
-    """Returns what identifies the storage under a tensor for as long as it exists.
+    """Returns a number that identifies a tensor's storage while the storage exists.
 
     Raises:
-        RuntimeError, NotImplementedError: it has none.
+        RuntimeError, NotImplementedError: if the tensor has no storage.
     """
     return int(tensor.untyped_storage()._cdata)
 
 
 def is_copy_on_write(value: object) -> bool:
-    """Whether a value is a tensor whose memory is copied when it is next written."""
+    """Returns whether a value is a tensor whose next write copies its memory."""
     try:
         return isinstance(value, Tensor) and bool(torch._C._is_cow_tensor(value))  # type: ignore[attr-defined]
     except (RuntimeError, NotImplementedError):

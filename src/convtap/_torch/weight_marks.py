@@ -1,4 +1,4 @@
-"""Follows a fetched weight: a class of its own sees which torch calls read it, or what was computed from it."""
+"""Follows fetched weights: a tensor subclass sees the torch calls that use them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from convtap._torch.convolution_key import FUNCTIONS
 
-# See Note: [What reads a weight]. Attributes count only if they give the values; methods count unless they are in this list
-# or end in ``_``.
+# See Note: [What reads a weight]. An attribute counts as a read only if it is in ``_GETTERS``. A method counts unless it is
+# in ``_METADATA`` or ends in ``_``.
 _GETTERS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
 _METADATA = frozenset(
     (  # noqa: SIM905 (thirty quoted words read worse)
@@ -32,7 +32,7 @@ _METADATA = frozenset(
     ).split()
 )
 
-# These alone are no use of the values, but what they give may be used.
+# These functions do not count as a read, but convtap follows their results.
 _PASSING_ON = frozenset(("detach", "cpu", "data"))
 
 _frame = sys._getframe
@@ -40,17 +40,23 @@ _lock = threading.Lock()
 
 
 class Reader(Protocol):
-    """Is told what happens to the weights of a capture's layers."""
+    """Receives the reads of the weights of a capture's layers."""
 
     def may_read(self, name: str) -> bool:
-        """Says whether a fetch of a layer's weight, by something that is not its own forward, is to be followed."""
+        """Returns whether to follow a layer's weight.
+
+        Code other than the layer's own forward fetched the weight.
+        """
 
     def weight_used(self, name: str, by: Read) -> None:
         """Notes that a call used the values of a layer's weight."""
 
 
 class Read(NamedTuple):
-    """What used the values of a weight, and where that was fetched; text when it is asked for (line numbers are slow)."""
+    """A function that used a weight's values, and the place where it was fetched.
+
+    ``str`` looks up the line number, which is slow.
+    """
 
     function: str
     code: CodeType
@@ -63,12 +69,15 @@ class Read(NamedTuple):
 
 
 class _Mark:
-    """A tensor that is a weight, or was made of one, with whose it is and where it was fetched."""
+    """A followed tensor: a weight, or a tensor that was made of one.
+
+    It holds the readers with their layers' names, and the place where the weight was fetched.
+    """
 
     __slots__ = ("is_new", "kind", "readers", "tensor", "where")
 
     def __init__(self, tensor: Tensor, where: tuple[CodeType, int] | None) -> None:
-        self.is_new = False  # a parameter that was made of one, and is none
+        self.is_new = False  # True for a new parameter that was made of a weight
         self.tensor = weakref.ref(tensor)
         self.kind = type(tensor)
         self.readers: list[tuple[Reader, str]] = []
@@ -79,7 +88,7 @@ _marks: dict[int, _Mark] = {}
 
 
 def follow(tensor: Any, readers: list[tuple[Reader, str]], where: tuple[CodeType, int] | None) -> None:
-    """Gives a tensor the class that sees what is done with it."""
+    """Changes a tensor's class to one that sees the torch calls on it."""
     with _lock:
         kind = _KINDS.get(type(tensor))
         mark = _marks.get(id(tensor))
@@ -93,7 +102,7 @@ def follow(tensor: Any, readers: list[tuple[Reader, str]], where: tuple[CodeType
 
 
 def release(reader: Reader | None) -> None:
-    """Gives what is followed for one reader alone its own class again."""
+    """Restores the class of the tensors that are followed for one reader only."""
     if not _marks:
         return
     with _lock:
@@ -107,13 +116,16 @@ def release(reader: Reader | None) -> None:
 
 
 def is_made_of(tensor: Any, reader: Reader) -> str | None:
-    """Returns the layer of whose weight a tensor was made (masked, scaled, cast), or None."""
+    """Returns the layer whose weight a tensor was computed from, or None.
+
+    The weight may have been masked, scaled or cast.
+    """
     mark = _mark_of(tensor)
     return None if mark is None else next((name for who, name in mark.readers if who is reader), None)
 
 
 class _Reading:
-    """Sees the torch calls that take a weight, or what was made of it."""
+    """Sees the torch calls on a weight, or on a tensor that was computed from it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +149,7 @@ class _Reading:
 
 @contextmanager
 def _as_plain(tensor: Any) -> Iterator[None]:
-    """Gives a tensor its own class while it is copied, or written to a file."""
+    """Restores a tensor's class while it is copied or pickled."""
     reading = type(tensor)
     try:
         tensor.__class__ = next(kind for kind, other in _KINDS.items() if other is reading)
@@ -175,7 +187,7 @@ def _used(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
                 for who, layer in mark.readers:
                     who.weight_used(layer, Read(name, *where))
         for made in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
-            if made.numel() == tensor.numel():  # a weight still: an activation is not followed
+            if made.numel() == tensor.numel():  # still a weight; activations are not followed
                 follow(made, mark.readers, mark.where)
 
 
@@ -183,7 +195,10 @@ _NEW_PARAMETER = nn.Parameter.__new__.__code__
 
 
 def _as_parameter(made_of: Any, detached: Tensor) -> Tensor:
-    """Makes the result of ``nn.Parameter(weight)``, which has to be of the class of its argument for now."""
+    """Makes the result of ``nn.Parameter(weight)``.
+
+    For now, its class must be the class of the argument.
+    """
     parameter = Tensor._make_subclass(nn.Parameter, detached)
     mark, readers = _Mark(parameter, None), _mark_of(made_of)
     mark.is_new, mark.readers = True, [] if readers is None else list(readers.readers)
@@ -199,7 +214,7 @@ def _mark_of(tensor: Any) -> _Mark | None:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among some values, and in lists and tuples among them."""
+    """Returns the tensors among some values, and in their lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         items = value if type(value) in (list, tuple) else (value,)
@@ -213,16 +228,21 @@ def _may_read_values(func: Any) -> bool:
 
 
 def _reads_values(func: Any, *, is_first: bool) -> bool:
-    """Whether a function that may read a tensor's values does, if the tensor is its first argument, or another one."""
+    """Returns whether a function reads the values of a tensor argument.
+
+    Args:
+        func: a function that may read values.
+        is_first: whether the tensor is its first argument.
+    """
     name = getattr(func, "__name__", "")
     if not is_first:
         return bool(name != "to")
     return not name.endswith("_") or name.endswith("__")
 
 
-@functools.lru_cache(256)  # torch takes 20 µs to look a name up
+@functools.lru_cache(256)  # torch takes 20 µs to look up a name
 def function_name(func: Any) -> str:
-    """Returns the name that a person would write for a torch function."""
+    """Returns the name of a torch function as a user writes it."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return f"Tensor.{getattr(getattr(func, '__self__', None), '__name__', name)}"

@@ -1,4 +1,4 @@
-"""Notices reads of a layer's weight by other code: a fused kernel computes the layer without a convolution."""
+"""Notices when code outside of a layer, such as a fused kernel, reads its weight."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from convtap._torch.call_stack import FORWARD_OF_CONV1D
 from convtap._torch.weight_marks import Reader, follow, release
 
 # Note: [What reads a weight]
-# Assumption: code that computes a convolution by itself fetches ``conv.weight`` first, which looks into the layer's
-#   ``_parameters``, and hands it to some torch call (squeeze, to, T, data_ptr, …), in which a subclass of Parameter is asked.
-# Failure: watching every torch call would tax those that have nothing to do with a convolution; and harmless code fetches
-#   weights too: shapes are asked, weights are initialized or renormalized in place.
-# Choice: while a capture is open, a selected layer's ``_parameters`` is a dict that notes a fetch from anywhere but the
-#   layer's own forward. What was fetched so has another class until the pass ends, which sees the calls that take it, and
-#   those that take what these made of it.
+# Assumption: code that computes a convolution by itself first fetches ``conv.weight``, which looks in the layer's
+#   ``_parameters``. It then passes the weight to a torch call (squeeze, to, T, data_ptr, …), which consults a subclass of
+#   Parameter.
+# Failure: watching every torch call would slow down calls that have nothing to do with a convolution. Harmless code also
+#   fetches weights: it reads their shapes, or initializes or renormalizes them in place.
+# Choice: while a capture is open, a selected layer's ``_parameters`` is a dict that notes each fetch outside of the layer's
+#   own forward. The fetched weight has another class until the pass ends. That class sees the calls on the weight, and on
+#   the tensors that were computed from it.
 
 _frame = sys._getframe
 _get = dict.__getitem__
@@ -28,7 +29,7 @@ _lock = threading.Lock()
 
 
 class _Watched(dict):  # type: ignore[type-arg]
-    """The parameters of one layer while captures watch it. See Note: [What reads a weight]."""
+    """The parameters of one watched layer. See Note: [What reads a weight]."""
 
     __slots__ = ("is_changed", "original", "readers")
 
@@ -40,7 +41,7 @@ class _Watched(dict):  # type: ignore[type-arg]
         try:
             if _frame(2).f_code is FORWARD_OF_CONV1D:  # by way of Module.__getattr__
                 return _get(self, key)
-        except ValueError:  # fewer frames than that
+        except ValueError:  # the stack has fewer frames
             pass
         _fetched(self, key, _frame(1))
         return _get(self, key)
@@ -71,7 +72,7 @@ class WeightReads:
         self._modules: list[nn.Module] = []
 
     def open(self, reader: Reader, layers: Iterable[tuple[str, nn.Module]]) -> None:
-        """Begins to watch some layers: the parameters of a module, for the layer of a name."""
+        """Begins to watch the parameters of layers, given as (name, module)."""
         self._reader = reader
         with _lock:
             for name, module in layers:
@@ -85,13 +86,13 @@ class WeightReads:
                 module.__dict__["_parameters"] = watched
 
     def close(self) -> None:
-        """Ends it; again does nothing. See Note: [Interrupts]"""
+        """Ends the watch. A second call does nothing. See Note: [Interrupts]."""
         self.release()
         self.pause()
-        self._reader = None  # which has this: a cycle
+        self._reader = None  # breaks a reference cycle
 
     def pause(self) -> None:
-        """Ends it for now; what was fetched is followed on."""
+        """Pauses the watch. Weights that were already fetched are still followed."""
         reader = self._reader
         with _lock:
             for module in self._modules:
@@ -104,11 +105,11 @@ class WeightReads:
                             watched.original.clear()
                             watched.original.update(watched)
                         module.__dict__["_parameters"] = watched.original
-                        watched.readers = ()  # a shallow copy of the layer may have this dict as well
+                        watched.readers = ()  # a shallow copy of the layer may also have this dict
         self._modules.clear()
 
     def release(self) -> None:
-        """Lets go of the weights that were fetched: at the end of each pass, and of the capture."""
+        """Stops following fetched weights, at the end of a pass or of the capture."""
         release(self._reader)
 
 
@@ -117,7 +118,7 @@ def _fetched(watched: _Watched, key: str, reader: FrameType | None) -> None:
         reader = reader.f_back
     if reader is None or reader.f_code is FORWARD_OF_CONV1D or _is_a_copy(reader):
         return
-    if not key.startswith(("weight", "original")):  # a bias is no convolution's weight
+    if not key.startswith(("weight", "original")):  # a bias is not a convolution's weight
         return
     value = _get(watched, key)
     for who, name in watched.readers:
@@ -129,5 +130,5 @@ _GETATTR = nn.Module.__getattr__.__code__
 
 
 def _is_a_copy(reader: FrameType) -> bool:
-    """Whether a fetch is part of copying a layer, or of exchanging its parameters for others."""
+    """Returns whether a fetch is part of copying a layer or swapping its parameters."""
     return reader.f_globals.get("__name__") in ("copy", "torch.nn.utils._named_member_accessor")

@@ -1,1 +1,1 @@
-"""Where the store was in version 0.1.0."""
+"""Old paths of the store, for pickles of version 0.1.0."""

@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for ``Store``."""
+"""Loads ``Store`` from pickles of version 0.1.0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from convtap._dataset import store as _now
 
 
 class Store(_now.Store):
-    """A store, which is opened anew by its path."""
+    """A store of version 0.1.0, which is reopened by its path."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _now.Store  # type: ignore[assignment]

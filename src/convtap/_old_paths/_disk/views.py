@@ -1,4 +1,4 @@
-"""Where pickles of version 0.1.0 look for the views of a store."""
+"""Loads the views of a store from pickles of version 0.1.0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from convtap._dataset.store_reader import StoreReader
 
 
 class LayerView(_now.LayerView):
-    """A view of a layer, whose store is opened anew by its path."""
+    """A layer's view of version 0.1.0, whose store is reopened by its path."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _now.LayerView  # type: ignore[assignment]
@@ -21,7 +21,7 @@ class LayerView(_now.LayerView):
 
 
 class StoreDataset(_data.StoreDataset):
-    """A data set of a store, which is opened anew by its path."""
+    """A data set of version 0.1.0, whose store is reopened by its path."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = _data.StoreDataset  # type: ignore[assignment]
