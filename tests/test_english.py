@@ -65,11 +65,8 @@ def found(path: Path) -> list[str]:
 
 def long_summaries(path: Path) -> list[str]:
     """Each docstring whose first line is longer than ``SUMMARY``."""
-    nodes = [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
     lines = [((ast.get_docstring(node) or "").split("\n")[0], getattr(node, "lineno", 1)) for node in nodes]
     return [f"{path.relative_to(ROOT)}:{number}: {line}" for line, number in lines if len(line) > SUMMARY]
 
