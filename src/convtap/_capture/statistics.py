@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -23,6 +22,7 @@ from convtap._result.ranks import merge_ranks, rank_count
 from convtap._result.statistics import Statistics
 from convtap._select.selection import CONV1D, Layers, Types
 from convtap._torch import compile_stance
+from convtap._torch.lock import Lock
 
 #: Of so many passes, the shapes of their inputs stay in memory.
 _PASSES = 64
@@ -182,7 +182,7 @@ class _Added(dict[Any, Call]):
         self._recorder = recorder
         self._log = log
         self._delays = delays
-        self._lock = threading.RLock()  # torch runs branches of a model in threads of its own
+        self._lock = Lock()  # torch runs branches of a model in threads of its own
 
     def __setitem__(self, key: Any, call: Call) -> None:
         with self._lock:
