@@ -47,6 +47,9 @@ NOT_ON_WINDOWS = {
     "test_extract_crash.py::test_a_loader_worker_that_dies_loses_no_batch_that_was_computed": "SIGKILL",
     "test_extract_crash.py::test_fifty_kills_at_random_moments_and_a_resume_give_what_an_uninterrupted_run_gives": "fork",
     "test_extract_crash.py::test_sigterm_writes_what_was_computed_and_ends_the_process_by_that_signal": "SIGTERM",
+    "test_faults.py::test_a_keyboard_interrupt_at_500_random_moments_leaves_nothing": "timer that signals",
+    "test_lock.py::test_an_interrupt_at_any_moment_leaves_the_lock_unlocked": "timer that signals",
+    "test_lock.py::test_an_interrupt_while_it_waits_leaves_the_lock_to_its_owner": "timer that signals",
     "test_extract_parts.py::test_one_of_two_torchrun_processes_that_is_killed_and_restarted_leaves_no_gap": "SIGKILL",
     "test_extract_ranks.py::test_three_ranks_of_which_one_dies_for_good_are_gone_on_with_by_two_bit_for_bit": "SIGKILL",
 }

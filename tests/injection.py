@@ -18,7 +18,7 @@ class Injector:
     """Counts the moments of what runs inside it, and raises at the n-th (never, if ``at`` is negative).
 
     A moment is the start of a function, and what follows a call or a jump back: there the interpreter looks for signals,
-    and nowhere else. (So a ``with lock`` is safe, and an exception in the middle of its exit is impossible.)
+    and nowhere else. (So an exception in the middle of a lock's exit is impossible. See Note: [Locks and interrupts].)
     """
 
     def __init__(self, at: int = -1, error: type[BaseException] = KeyboardInterrupt) -> None:

@@ -75,7 +75,7 @@ def plot(
         Unsupported: there are more than 650 outputs, too many for an index on one page.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import capture
@@ -123,7 +123,7 @@ def pages(
         MissingExtra: matplotlib is not installed.
         NotCaptured, LayerNotFound, OutOfRange, ConvtapError: as ``plot``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import capture
@@ -162,7 +162,7 @@ def distributions(
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` matches no captured call.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from convtap import capture
         >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 3))
@@ -212,7 +212,7 @@ def channels(
         Unsupported: the picture would be higher than 6,000 pixels, or ``span`` is given and the layer's place is unknown.
         ConvtapError: an argument cannot be used, or the layer's output has no row for each input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from convtap import capture
         >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 3))
@@ -249,7 +249,7 @@ def windows(hits: Iterable[Hit], x: Any, *, sample_rate: float | None = None, le
         InvalidType: ``hits`` holds something else, or ``x`` is a single input or is not indexed by sample number.
         Unsupported: the picture would be higher than 6,000 pixels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import top

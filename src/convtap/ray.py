@@ -42,7 +42,7 @@ class Extractor:
     batch, and a row can differ in its last bits from one batch to another; where that matters, and for outputs of
     hundreds of megabytes a batch, ``extract`` is the way.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from torch import nn
         >>> extractor = Extractor(lambda: nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU()), inputs="audio")

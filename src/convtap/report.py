@@ -66,7 +66,7 @@ def report(
         OutOfRange: there is no such input.
         ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> from torch import nn

@@ -89,7 +89,7 @@ def list_layers(
         InvalidType: the model does not take the example.
         InvalidValue: the model has no such method.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from convtap import list_layers
         >>> list_layers(nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 5, stride=2)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -23,6 +22,7 @@ from convtap._result.ranks import merge_ranks, rank_count
 from convtap._result.statistics import Statistics
 from convtap._select.selection import CONV1D, Layers, Types
 from convtap._torch import compile_stance
+from convtap._torch.lock import Lock
 
 #: The number of passes whose input shapes stay in memory.
 _PASSES = 64
@@ -191,7 +191,7 @@ class _Added(dict[Any, Call]):
         self._log = log
         self._delays = delays
         self._newest: dict[str, Any] = {}
-        self._lock = threading.RLock()  # torch may run branches of a model in its own threads
+        self._lock = Lock()  # torch may run branches of a model in its own threads
 
     def __setitem__(self, key: Any, call: Call) -> None:
         with self._lock:

@@ -59,7 +59,7 @@ class Tapped(nn.Module):
     name, that is an error. Unlike ``capture`` it keeps its hooks until ``close``, the end of its ``with`` block, or until it
     is dropped. Copies and pickles of it have hooks of their own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from convtap import tapped

@@ -63,7 +63,7 @@ def extract(
     A run that was killed resumes where it stopped when it is called again with the same arguments. The store then is that of
     an uninterrupted run, bit for bit.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from torch import nn
         >>> from torch.utils.data import TensorDataset

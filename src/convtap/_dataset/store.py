@@ -28,7 +28,7 @@ from convtap._table import MOST, Table
 class Store:
     """The outputs that ``extract`` wrote, read back by sample id.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from torch import nn
         >>> from torch.utils.data import TensorDataset

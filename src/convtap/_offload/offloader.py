@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from convtap._result.call import Call, given_of, held_value
 from convtap._table import human_bytes
 from convtap._tensors.memory import tensor_bytes
 from convtap._tensors.nested import Held, map_leaves
+from convtap._torch.lock import Lock
 from convtap._torch.modes import outside_function_modes
 
 #: The most bytes of sources that wait for their copies, per device. Offloading uses this much extra device memory.
@@ -47,7 +47,7 @@ class Offloaded(Held):
 
     __slots__ = ("__weakref__", "_copy", "_lock", "_transfers", "_was_read", "tensor")
 
-    def __init__(self, tensor: Tensor, copy: Copy, transfers: Transfers, lock: threading.Lock) -> None:
+    def __init__(self, tensor: Tensor, copy: Copy, transfers: Transfers, lock: Lock) -> None:
         self.tensor = tensor
         self._copy: Copy | None = copy
         self._transfers: Transfers | None = transfers
@@ -149,8 +149,8 @@ class Offloader:
         self._window = window
         self._pool = Pool(self._streams.pinned, pinned_limit() if pinned is None else pinned, **sizes)
         self._transfers: dict[torch.device, Transfers] = {}
-        self._lock = threading.Lock()
-        self._read_lock = threading.Lock()
+        self._lock = Lock()
+        self._read_lock = Lock()
         self._missed: list[int] = []
 
     def is_home(self, tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import deque
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from convtap._offload.cuda_streams import Streams
 from convtap._tensors.memory import storage_key, tensor_bytes
+from convtap._torch.lock import Lock
 
 # Note: [Copies in flight]
 # Assumption: the host runs ahead of the device. When a hook returns, the layer's output may not be computed yet, and the
@@ -58,7 +58,7 @@ class Transfers:
         self._copies: deque[Copy] = deque()
         self._bytes = 0
         self._events: list[Any] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def start(self, source: Tensor, destination: Tensor) -> Copy:
         """Starts a copy when the window has room for its source.

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 def numbered(name: str, index: int, count: int, separator: str = "#", part: str = "") -> str:
     """Returns the key of one of ``count`` calls of a layer.
 
-    Example:
+    Examples:
         >>> numbered("conv", 0, 1), numbered("conv", 1, 2), numbered("lstm", 1, 2, part="[0]")
         ('conv', 'conv#1', 'lstm#1[0]')
     """
@@ -18,7 +18,7 @@ def numbered(name: str, index: int, count: int, separator: str = "#", part: str 
 def stems(names: Iterable[str]) -> set[str]:
     """Returns what precedes each ``#`` in some names: the names of layers whose calls need another separator.
 
-    Example:
+    Examples:
         >>> stems(["conv", "conv#0"])
         {'conv'}
     """
@@ -40,7 +40,7 @@ def positions(names: Sequence[str]) -> list[tuple[int, int]]:
 
     It is compiled too, and torch 2.6 traces neither ``list.count`` nor a ``Counter``.
 
-    Example:
+    Examples:
         >>> positions(["a", "b", "a"])
         [(0, 2), (0, 1), (1, 2)]
     """
@@ -55,7 +55,7 @@ def positions(names: Sequence[str]) -> list[tuple[int, int]]:
 def keys_of(names: Sequence[str]) -> list[str]:
     """Returns the key of each call, given the layers' names in the order of the calls.
 
-    Example:
+    Examples:
         >>> keys_of(["a", "b", "a"])
         ['a#0', 'b', 'a#1']
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from convtap._torch.call_stack import CALL, pass_by_in_dynamo
+from convtap._torch.lock import Lock
 
 # Note: [The shim]
 # Assumption: ``Module.__call__`` runs the instance's ``_compiled_call_impl`` (set by ``model.compile()``), if it has one,
@@ -25,7 +25,7 @@ Listener: TypeAlias = "Callable[[Callable[..., Any], nn.Module, tuple[Any, ...],
 
 _ATTRIBUTE = "_compiled_call_impl"
 _frame = sys._getframe
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class _Shim:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from convtap._errors import Unsupported
 from convtap._torch import call_shim, dynamo_import
+from convtap._torch.lock import Lock
 from convtap._torch.references import give_reference
 
 # Note: [The eager stance]
@@ -30,7 +30,7 @@ _INSIDE_COMPILED = (
     "(output, {name: tensor}) and traces with fullgraph=True."
 )
 
-_lock = threading.Lock()
+_lock = Lock()
 _blocks: set[object] = set()
 _stance: Any = None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from convtap._torch import convolution_key, dynamo_import
 from convtap._torch.call_stack import is_called_by
+from convtap._torch.lock import Lock
 
 # Note: [Compiled regions]
 # Assumption: every call of compiled code runs Python functions of Dynamo, which set the thread's callback: to a function on
@@ -57,7 +58,7 @@ class _Entry:
 
 
 _here = _Here()
-_lock = threading.Lock()
+_lock = Lock()
 _installed = False
 
 

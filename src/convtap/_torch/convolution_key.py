@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
+from convtap._torch.lock import Lock
 from convtap._torch.modes import Tap, Token, has_function_modes, observe, open_tokens, tracing_state
 from convtap._torch.references import give_reference
 
@@ -76,7 +77,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_lock = threading.Lock()
+_lock = Lock()
 _libraries: list[Any] = []  # torch removes the kernels of a library when it is freed
 _key: Any = None
 

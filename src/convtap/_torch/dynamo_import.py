@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+from convtap._torch.lock import Lock
+
 DYNAMO = "torch._dynamo"
 
-_lock = threading.Lock()
+_lock = Lock()
 _actions: dict[object, Callable[[], None]] = {}
 
 

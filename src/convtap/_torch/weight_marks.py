@@ -6,7 +6,6 @@ import copy
 import functools
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convtap._torch.convolution_key import FUNCTIONS
+from convtap._torch.lock import Lock
 
 # See Note: [What reads a weight]. An attribute counts as a read only if it is in ``_GETTERS``. A method counts unless it is
 # in ``_METADATA`` or ends in ``_``.
@@ -36,7 +36,7 @@ _METADATA = frozenset(
 _PASSING_ON = frozenset(("detach", "cpu", "data"))
 
 _frame = sys._getframe
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class Reader(Protocol):

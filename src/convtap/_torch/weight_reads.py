@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from convtap._torch.call_stack import FORWARD_OF_CONV1D
+from convtap._torch.lock import Lock
 from convtap._torch.weight_marks import Reader, follow, release
 
 # Note: [What reads a weight]
@@ -25,7 +25,7 @@ from convtap._torch.weight_marks import Reader, follow, release
 
 _frame = sys._getframe
 _get = dict.__getitem__
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class _Watched(dict):  # type: ignore[type-arg]
