@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 FILE ?=
 GALLERY := $(basename $(notdir $(wildcard gallery/models/[a-z]*.py)))
 
-ROWS ?=
+PAIRS ?=
 ARGS ?=
 
 .PHONY: help demo test matrix dist lint types pytest architecture docs soak overhead growth ray-cluster bench correctness gallery clean
@@ -20,8 +20,8 @@ demo: $(VENV)/.plain  ## five Conv1d layers and an audio encoder, tapped (FILE=s
 
 test: lint types pytest  ## everything CI runs: lint, types and pytest
 
-matrix: .venv-matrix/.tools/bin/uv  ## every Python here and several torches, written to docs/versions.md (ROWS=python3.14-torch2.13.0)
-	.venv-matrix/.tools/bin/python -m matrix $(ROWS) $(ARGS)
+matrix: .venv-matrix/.tools/bin/uv  ## every Python here and several torches, written to docs/versions.md (PAIRS=python3.14-torch2.13.0)
+	.venv-matrix/.tools/bin/python -m matrix $(PAIRS) $(ARGS)
 
 .venv-matrix/.tools/bin/uv: constraints.txt
 	$(PYTHON) -m venv .venv-matrix/.tools

@@ -48,7 +48,7 @@ the process died.
 
 ```console
 $ make matrix                                  # every row that has not passed with these sources
-$ make matrix ROWS=python3.12-torch2.10.0      # one row; any pair will do
+$ make matrix PAIRS=python3.12-torch2.10.0     # one row; any pair will do
 $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 minutes at most
 ```
 
