@@ -798,7 +798,7 @@ def test_files_that_hold_no_statistics_are_named(tmp_path):
     with pytest.raises(StoreError, match="does not exist. Write it with stats.save"):
         Statistics.load(tmp_path / "none.safetensors")
     (tmp_path / "half").write_bytes(b"123")
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="cannot be read as a safetensors file"):
         Statistics.load(tmp_path / "half")
     with pytest.raises(StoreError, match="cannot be written"):
         acts.statistics().save(tmp_path / "no" / "folder")

@@ -75,8 +75,7 @@ class Tapped(nn.Module):
         types: the module types that selectors choose from; by default Conv1d and its quantized forms.
         at: ``"output"`` or ``"input"`` of the layers.
         dtype: the type to cast floating-point outputs to.
-        reduce: a function to apply to each output, such as ``lambda t: t.mean(-1)``, which is traced with the model. Or a
-            mapping from layers to functions, as in ``capture``.
+        reduce: a function to apply to each output, or a mapping from layers to functions. It is traced with the model.
 
     Raises:
         LayerNotFound: a selector matches nothing.
@@ -282,7 +281,7 @@ def _check_at(at: Any, model: nn.Module) -> None:
     if at == "activation":
         kind = "keras.layers.ReLU" if is_keras(type(model)) else "nn.ReLU"
         raise Unsupported(
-            f"at='activation' cannot be traced yet. Select the activations instead: tapped(model, types={kind})."
+            f"at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types={kind})."
         )
     if at not in ("output", "input"):
         raise InvalidValue(f"at={at!r} is invalid. Pass 'output' or 'input'.")

@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> Log:
         raise StoreError(f"the file {str(path)!r} does not exist. Write it with acts.save(path).") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StoreError(
-            f"{str(path)!r} is incomplete, or not a safetensors file: {error}. Write it again with acts.save(path)."
+            f"{str(path)!r} cannot be read as a safetensors file: {error}. Write it again with acts.save(path)."
         ) from error
     try:
         return _rebuild(content, tensors)

@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
         raise StoreError(f"the file {str(path)!r} does not exist. Write it with stats.save(path).") from None
     except (SafetensorError, OSError) as error:
         raise StoreError(
-            f"{str(path)!r} is incomplete, or not a safetensors file: {error}. Write it again with stats.save(path)."
+            f"{str(path)!r} cannot be read as a safetensors file: {error}. Write it again with stats.save(path)."
         ) from error
     if text is None:
         raise StoreError(
