@@ -40,9 +40,7 @@ def write(writer: Any, acts: Activations, step: int) -> None:
         output = call.output
         writer.add_scalar(f"{call.name}/mean", output.mean().item(), step)
         writer.add_scalar(f"{call.name}/std", output.std().item(), step)
-        dead = (
-            (output <= 0).all(-1).all(0).float().mean()
-        )  # channels that a ReLU sets to zero for all samples and times
+        dead = (output <= 0).all(-1).all(0).float().mean()  # the share of channels that a ReLU sets to zero everywhere
         writer.add_scalar(f"{call.name}/dead channels", dead.item(), step)
         if call.grad is not None:
             writer.add_scalar(f"{call.name}/gradient norm", call.grad.norm().item(), step)

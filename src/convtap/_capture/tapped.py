@@ -71,7 +71,7 @@ class Tapped(nn.Module):
 
     Args:
         model: any PyTorch model. Compile or export the tapped model, not this one.
-        layers: what to capture, as in ``capture``; None for every 1-D convolution.
+        layers: the layers to capture, as in ``capture``; None for every 1-D convolution.
         types: the module types that selectors choose from; by default Conv1d and its quantized forms.
         at: ``"output"`` or ``"input"`` of the layers.
         dtype: the type to cast floating-point outputs to.

@@ -67,7 +67,7 @@ class LayerRecord:
         self.pending = (forward, reader)
 
     def count_bypass(self) -> None:
-        """Counts a noted read that no convolution of the same pass followed as a bypass."""
+        """Counts the noted read as a bypass, if no convolution of its pass followed it."""
         if self.pending is not None:
             self.bypasses += 1
             self.bypassed = self.bypassed or str(self.pending[1])

@@ -86,7 +86,7 @@ class Coverage(Mapping[str, LayerCoverage]):
 
     @property
     def unactivated(self) -> list[str]:
-        """With ``at="activation"``, the layers that also ran without an activation."""
+        """With ``at="activation"``, the layers with a call that no activation followed."""
         return [name for name, layer in self._layers.items() if layer.unactivated]
 
     @property

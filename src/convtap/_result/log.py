@@ -173,7 +173,7 @@ class Log:
         separate([newest] if not added else self.records.values(), self._stems)
 
     def count_bypasses(self) -> None:
-        """Counts each read of a weight that no convolution followed as a bypass."""
+        """Counts a bypass for each read of a weight that no convolution followed."""
         for record in self.records.values():
             if record.pending is not None:
                 record.count_bypass()

@@ -15,8 +15,7 @@ from convtap._result.statistics import merged_layer
 # Failure: a rank without data, or a rank that failed, may lack layers that other ranks have. Collectives that do not match
 #   wait forever. The states of all layers and ranks at once may exceed the memory of one rank.
 # Choice: the ranks first exchange the names of their layers, and whether they failed. Then they gather and merge one layer at
-#   a time. A rank whose model raised does not take part. torch ends the wait of the other
-#   ranks as for any collective.
+#   a time. A rank whose model raised does not take part. torch ends the wait of the other ranks as for any collective.
 
 
 def rank_count() -> int:
