@@ -1,9 +1,9 @@
-"""A penalty on activations in the loss: a network that fires rarely, without a change to its code.
+"""Penalizes activations in the loss, without a change to the network's code.
 
     python examples/activation_penalty.py
 
 ``detach=False`` keeps the captured tensors in the autograd graph, so a loss can use them. ``at="activation"`` captures the
-output of the ReLU behind each convolution. An L1 penalty on it makes most activations zero.
+output of the ReLU after each convolution. An L1 penalty on these outputs makes most activations zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from convtap import capture
 
 
 def network() -> nn.Sequential:
-    """A classifier of signals (B, 1, T) with in-place activations."""
+    """Returns a classifier of signals (B, 1, T) with in-place activations."""
     return nn.Sequential(
         nn.Conv1d(1, 8, 7, stride=2, padding=3),
         nn.ReLU(inplace=True),
@@ -29,14 +29,14 @@ def network() -> nn.Sequential:
 
 
 def penalized_loss(model: nn.Module, x: Tensor, labels: Tensor, strength: float) -> Tensor:
-    """Cross entropy plus the mean magnitude of each layer's activation."""
+    """Returns the cross entropy plus the mean magnitude of each layer's activation."""
     with capture(model, at="activation", detach=False) as acts:
         logits = model(x)
     return F.cross_entropy(logits, labels) + strength * sum(output.abs().mean() for output in acts.values())
 
 
 def signals(count: int, generator: torch.Generator, samples: int = 128) -> tuple[Tensor, Tensor]:
-    """Oscillations (B, 1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
+    """Returns oscillations (B, 1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
     labels = torch.randint(0, 2, (count,), generator=generator)
     periods = 4 + 4 * labels + torch.rand(count, generator=generator)
     phase = torch.rand(count, 1, generator=generator)
@@ -45,7 +45,7 @@ def signals(count: int, generator: torch.Generator, samples: int = 128) -> tuple
 
 
 def train(strength: float, steps: int = 300) -> nn.Sequential:
-    """Trains with the penalty."""
+    """Trains a network with the penalty."""
     torch.manual_seed(0)
     model, generator = network(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -57,7 +57,7 @@ def train(strength: float, steps: int = 300) -> nn.Sequential:
 
 
 def measure(model: nn.Module) -> tuple[float, dict[str, float]]:
-    """The accuracy on new signals, and how much of each layer's activation is zero."""
+    """Returns the accuracy on new signals and each layer's share of zero activations."""
     x, labels = signals(500, torch.Generator().manual_seed(1))
     with torch.no_grad(), capture(model, at="activation") as acts:
         right = model(x).argmax(-1) == labels

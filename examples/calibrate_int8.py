@@ -1,10 +1,10 @@
-"""Calibrates the int8 ranges of a quantized Conv1d network from running statistics of a data set.
+"""Calibrates the int8 ranges of a Conv1d network from statistics of a data set.
 
     python examples/calibrate_int8.py
 
 Static quantization needs the range of every activation. ``statistics`` collects quantiles of each layer over a
-calibration set of any size, in memory that does not grow with it. Clipping at the 0.1 % and 99.9 % quantiles in place of
-the minimum and the maximum costs little where values have rare outliers, and leaves finer steps for the rest.
+calibration set of any size, in memory that does not grow with it. If values have rare outliers, clipping at the 0.1 % and
+99.9 % quantiles instead of the minimum and the maximum costs little, and leaves finer steps for the other values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from convtap import Statistics, statistics
 
 
 def network() -> nn.Sequential:
-    """Three convolutions over signals (B, 1, T)."""
+    """Returns three convolutions over signals (B, 1, T)."""
     return nn.Sequential(
         nn.Conv1d(1, 16, 9, stride=2, padding=4),
         nn.ReLU(),
@@ -28,23 +28,23 @@ def network() -> nn.Sequential:
 
 
 def signals(count: int, generator: torch.Generator) -> Tensor:
-    """Noise with a rare click fifty times as high, (N, 1, 400)."""
+    """Returns noise (N, 1, 400) with rare clicks that are fifty times as high."""
     x = torch.randn(count, 1, 400, generator=generator)
     x[::8, 0, 200] = 50.0
     return x
 
 
 def ranges(stats: Statistics, share: float) -> dict[str, tuple[float, float]]:
-    """The range of each layer that leaves out this share of the values at each end."""
+    """Returns the range of each layer without this share of the values at each end."""
     found = {}
     for name, layer in stats.items():
         low, high = layer.quantile((share, 1 - share)).tolist()
-        found[name] = (min(low, 0.0), max(high, 0.0))  # zero must be a step, for the padding
+        found[name] = (min(low, 0.0), max(high, 0.0))  # padding needs a step at zero
     return found
 
 
 class Quantized(nn.Module):
-    """The network with the outputs of its layers rounded to the 256 steps of int8."""
+    """The network, with layer outputs rounded to the 256 steps of int8."""
 
     def __init__(self, model: nn.Sequential, limits: dict[str, tuple[float, float]]) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class Quantized(nn.Module):
 
 
 def noise_db(model: nn.Module, quantized: nn.Module, x: Tensor) -> float:
-    """The signal to quantization noise ratio of the output, in dB."""
+    """Returns the signal-to-quantization-noise ratio of the output in dB."""
     with torch.no_grad():
         y, z = model(x), quantized(x)
     return float(10 * torch.log10(y.square().mean() / F.mse_loss(z, y)))
 
 
 def calibrated(model: nn.Module, batches: list[Tensor]) -> Statistics:
-    """The statistics of each layer as a whole, over all batches."""
+    """Returns the statistics of each layer as a whole, over all batches."""
     with torch.no_grad(), statistics(model, per="layer", quantiles=0.005) as stats:
         for x in batches:
             model(x)

@@ -1,10 +1,10 @@
-"""Finds the dead channels of a network over a whole data set, and removes them without changing what it computes.
+"""Finds dead channels over a data set, and removes them with equal results.
 
     python examples/dead_channels.py
 
-A channel that is zero after its ReLU for one batch may fire for another one, so the data set has to be looked at as a
-whole. ``statistics`` counts it batch by batch and keeps no outputs. A channel that never changes is a constant, which the
-next convolution can have in its bias; the network is then smaller, and its outputs are the same.
+A channel that is zero after its ReLU for one batch may fire for another batch, so a check needs the whole data set.
+``statistics`` covers it batch by batch and keeps no outputs. A channel that is always zero contributes nothing to the next
+convolution. Without such channels, the network is smaller and its outputs are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from convtap import statistics
 
 
 def network() -> nn.Sequential:
-    """Three convolutions, of which the first two have channels that their biases hold below zero."""
+    """Returns three convolutions. The biases of the first two keep channels negative."""
     model = nn.Sequential(nn.Conv1d(1, 32, 9), nn.ReLU(), nn.Conv1d(32, 64, 5), nn.ReLU(), nn.Conv1d(64, 4, 3)).eval()
     with torch.no_grad():
         model[0].bias[[3, 8, 21]] = -100.0
@@ -27,7 +27,7 @@ def network() -> nn.Sequential:
 
 
 def batches(count: int = 50) -> list[Tensor]:
-    """Signals (B, 1, T), of which the last batch alone is loud."""
+    """Returns batches of signals (B, 1, T). Only the last batch is loud."""
     generator = torch.Generator().manual_seed(0)
     found = [torch.randn(8, 1, 200, generator=generator) for _ in range(count)]
     found[-1] *= 20
@@ -35,7 +35,7 @@ def batches(count: int = 50) -> list[Tensor]:
 
 
 def dead_channels(model: nn.Module, data: list[Tensor]) -> dict[str, list[int]]:
-    """The channels of each ReLU whose value never changed, over all batches."""
+    """Returns the channels of each ReLU whose value never changed in any batch."""
     with torch.no_grad(), statistics(model, types=nn.ReLU, quantiles=None) as stats:
         for x in data:
             model(x)
@@ -43,7 +43,10 @@ def dead_channels(model: nn.Module, data: list[Tensor]) -> dict[str, list[int]]:
 
 
 def without(model: nn.Sequential, dead: dict[str, list[int]]) -> nn.Sequential:
-    """The network without its dead channels; each ReLU is preceded and followed by a convolution."""
+    """Returns the network without its dead channels.
+
+    Each ReLU has a convolution before and after it.
+    """
     layers = list(model)
     kept_before: list[int] | None = None
     found = nn.Sequential()
@@ -55,7 +58,7 @@ def without(model: nn.Sequential, dead: dict[str, list[int]]) -> nn.Sequential:
         kept = [channel for channel in range(layer.out_channels) if channel not in gone]
         inputs = range(layer.in_channels) if kept_before is None else kept_before
         smaller = nn.Conv1d(len(inputs), len(kept), layer.kernel_size[0])
-        with torch.no_grad():  # a dead channel is zero after the ReLU, so nothing is left of it
+        with torch.no_grad():  # a dead channel is zero after the ReLU, so the next layer loses nothing
             smaller.weight.copy_(layer.weight[kept][:, list(inputs)])
             smaller.bias.copy_(layer.bias[kept])
         found.append(smaller)

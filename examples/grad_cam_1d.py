@@ -1,9 +1,9 @@
 """1-D Grad-CAM: which beat made the network say "abnormal"?
 
-A small network is trained, here and in seconds, to tell generated ECG-like signals with one wide beat from signals without.
-The gradient of its decision, at the output of its last convolution, then says where in time the decision was made
-(Selvaraju et al., 2017, arXiv:1610.02391, equations 1 and 2, with time in place of the image's two axes). The timeline then
-puts the map on the input's samples: it knows where each frame of that layer has its place, and which samples it sees.
+The example generates ECG-like signals, half of them with one wide beat, and trains a small network to find these in seconds.
+The gradient of its decision, at the output of its last convolution, shows which times the decision depends on (Selvaraju et
+al., 2017, arXiv:1610.02391, equations 1 and 2, with time instead of the two axes of an image). The timeline maps the frames
+of that layer to the samples of the input.
 
     python examples/grad_cam_1d.py [picture.png]
 """
@@ -29,7 +29,8 @@ def signals(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
     """Generates signals of five beats, half of them with one wide beat.
 
     Returns:
-        The signals (count, 1, 512), their labels (count,), 1 where a beat is wide, and the centre of that beat in samples.
+        The signals (count, 1, 512), their labels (count,), which are 1 if a beat is wide, and the centres of these beats in
+        samples.
     """
     time = torch.arange(SAMPLES, dtype=torch.float32)
     labels = torch.arange(count) % 2
@@ -47,7 +48,7 @@ def signals(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
 
 
 def network() -> nn.Sequential:
-    """Three strided convolutions with in-place activations, and a linear decision over the mean of the last one's output."""
+    """Returns three convolutions with in-place activations and a linear classifier."""
     return nn.Sequential(
         nn.Conv1d(1, 16, 15, stride=2, padding=7),
         nn.ReLU(inplace=True),
@@ -77,7 +78,7 @@ def train(steps: int = 100) -> nn.Sequential:
 
 
 def grad_cam(model: nn.Module, x: Tensor, layer: str, target: int) -> Tensor:
-    """Returns where in time a layer argues for a class: (B, frames), not negative.
+    """Returns the relevance (B, frames) of a layer's frames for a class.
 
     Args:
         x: the input, (B, 1, T).
@@ -88,16 +89,16 @@ def grad_cam(model: nn.Module, x: Tensor, layer: str, target: int) -> Tensor:
         model(x)[:, target].sum().backward()
     call = acts.calls(layer)[0]
     weights = call.grad.mean(-1, keepdim=True)  # (B, C, 1): how much each channel counts for the class
-    # The layer's own output, although the ReLU after it works in place: captured values survive that.
+    # The layer's own output: the in-place ReLU after it does not change captured values.
     return (weights * call.output.relu()).sum(1).relu()
 
 
 def on_samples(relevance: Tensor, layer: LayerTime, samples: int) -> Tensor:
-    """Returns a map over frames (B, frames) as one over input samples (B, samples).
+    """Interpolates a map over frames (B, frames) to input samples (B, samples).
 
     Each frame's value lies at the frame's centre, with straight lines between centres. Before the first centre and after the
-    last one, the map falls to zero where the frame's span ends. Stretching the map to the input's length would be right only
-    if the frames were spread evenly over the whole input; padding on one side, or none, shifts them.
+    last one, the map falls to zero at the end of the frame's span. Stretching the map to the input's length would be correct
+    only for frames that are spread evenly over the whole input. Padding on one side, or none, shifts them.
     """
     last, sample = relevance.shape[1] - 1, torch.arange(samples)
     first_centre, last_centre = float(layer.centre(0)), float(layer.centre(last))
@@ -110,7 +111,7 @@ def on_samples(relevance: Tensor, layer: LayerTime, samples: int) -> Tensor:
 
 
 def draw(x: Tensor, relevance: Tensor, centre: int, path: Path) -> None:
-    """Draws a signal (T,) and below it the relevance of its samples (T,), with the wide beat marked."""
+    """Draws a signal (T,) with its wide beat, and the relevance of its samples (T,)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,7 +135,7 @@ def draw(x: Tensor, relevance: Tensor, centre: int, path: Path) -> None:
 
 
 def main(path: Path) -> None:
-    """Trains, explains one signal, and draws it."""
+    """Trains a network, and measures and draws the relevance."""
     model = train()
     x, labels, centres = signals(200, torch.Generator().manual_seed(2))
     accuracy = (model(x).argmax(1) == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""Histograms of every convolution's output in TensorBoard, from a Lightning callback.
+"""Writes histograms of each convolution's output from a Lightning callback.
 
     pip install lightning tensorboard
     python examples/lightning_histograms.py [folder]
@@ -24,7 +24,7 @@ from convtap import capture
 
 
 class Histograms(lightning.Callback):
-    """Writes a histogram of each convolution's output in step 0, n, 2n, …, of the first batch of that step."""
+    """Writes histograms in steps 0, n, 2n, …, of the first batch of each such step."""
 
     def __init__(self, every: int = 50) -> None:
         self.every, self.step, self.acts, self.stack = every, -1, None, ExitStack()
@@ -37,7 +37,7 @@ class Histograms(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.stack.close()
         for name, output in (self.acts or {}).items():
-            if output.isfinite().any():  # TensorBoard refuses a histogram of NaN alone
+            if output.isfinite().any():  # TensorBoard rejects a histogram with only NaN
                 trainer.logger.experiment.add_histogram(name, output, self.step)
         self.acts = None
 
@@ -74,7 +74,7 @@ class Classifier(lightning.LightningModule):
 
 
 def signals(count: int, samples: int = 128) -> TensorDataset:
-    """Oscillations (1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
+    """Returns oscillations (1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (count,), generator=generator)
     periods = 4 + 4 * labels + torch.rand(count, generator=generator)
@@ -84,7 +84,14 @@ def signals(count: int, samples: int = 128) -> TensorDataset:
 
 
 def train(folder: str, steps: int = 200, every: int = 50, **options: Any) -> Classifier:
-    """Trains on the CPU, and writes to the folder. ``options`` are those of Lightning's ``Trainer``."""
+    """Trains on the CPU and writes to the folder.
+
+    Args:
+        folder: the folder of the TensorBoard files.
+        steps: the number of training steps.
+        every: the number of steps from one histogram to the next.
+        options: options of Lightning's ``Trainer``.
+    """
     lightning.seed_everything(0, verbose=False)
     model = Classifier()
     trainer = lightning.Trainer(

@@ -1,10 +1,10 @@
-"""Recovers a planted motif from a trained network: which DNA windows drive a convolution's channel most.
+"""Recovers a planted DNA motif from the windows that drive a channel most.
 
     python examples/motifs.py
 
-Half of the sequences hold the motif TGACTCA somewhere, with one letter in twenty wrong. A small network learns to tell
-them apart; ``top`` then finds, over the whole data set, the windows that the most useful channel answers to. Stacked,
-they are the motif, shown as a position frequency matrix.
+Half of the sequences contain the motif TGACTCA, with one letter in twenty wrong. A small network learns to classify the
+sequences. ``top`` then finds the windows of the whole data set for which the most useful channel is highest. Their position
+frequency matrix shows the motif.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LETTERS = "ACGT"
 
 
 class MotifNet(nn.Module):
-    """One convolution over one-hot DNA (B, 4, T), its highest value over the sequence, and one linear layer."""
+    """A convolution over one-hot DNA (B, 4, T), a maximum and a linear layer."""
 
     def __init__(self, channels: int = 8, kernel: int = 11) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class MotifNet(nn.Module):
 
 
 def make_data(count: int = 1024, length: int = 120) -> tuple[Tensor, Tensor]:
-    """Random sequences as one-hot (N, 4, T), and which of them hold the motif."""
+    """Returns random one-hot sequences (N, 4, T), and whether each has the motif."""
     letters = torch.randint(0, 4, (count, length))
     motif = torch.tensor([LETTERS.index(letter) for letter in MOTIF])
     has = torch.arange(count) % 2 == 0
@@ -45,7 +45,7 @@ def make_data(count: int = 1024, length: int = 120) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 15) -> float:
-    """Trains the network, and returns the share of sequences that it then tells right."""
+    """Trains the network and returns its accuracy."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(64):
@@ -57,12 +57,12 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 15) -> float:
 
 
 def frequency_matrix(windows: list[Tensor]) -> Tensor:
-    """The share of each letter at each place of the windows, (4, W)."""
+    """Returns the share of each letter at each position of the windows, (4, W)."""
     return torch.stack(windows).mean(0)
 
 
 def consensus(matrix: Tensor) -> str:
-    """The most frequent letter at each place; a small one where it is under one half."""
+    """Returns the most frequent letters, in lower case for shares below one half."""
     best = matrix.max(0)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return "".join(LETTERS[i] if share >= 0.5 else LETTERS[i].lower() for i, share in pairs)

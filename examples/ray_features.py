@@ -1,8 +1,10 @@
-"""Features of a ragged audio data set with Ray Data: Parquet in, Parquet out, a pool of actors with a model each between.
+"""Extracts features of a ragged audio data set with Ray Data, from and to Parquet.
 
-Run: ``python examples/ray_features.py [DIRECTORY]``. The sounds are made up; put your own Parquet files in their place. On
-GPUs give ``map_batches`` also ``num_gpus=1`` and the extractor ``"device": "cuda"``; the rest stays. An actor that dies is
-replaced, and its batch is computed again.
+    python examples/ray_features.py [DIRECTORY]
+
+Each actor of a pool has its own model. If an actor dies, Ray replaces it and computes its batch again. The sounds are
+generated. Replace them with your own Parquet files. On GPUs, pass ``num_gpus=1`` to ``map_batches`` and ``"device": "cuda"``
+to the extractor.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ RATE = 8000
 
 
 def write_sounds(folder: Path, count: int = 48, files: int = 6) -> None:
-    """Writes tones of 0.2 to 0.5 s in noise as Parquet: a name, the length in samples, and the sound itself, a row each."""
+    """Writes noisy tones of 0.2 to 0.5 s as Parquet rows: name, length and sound."""
     import pyarrow
     from pyarrow import parquet
 
@@ -60,24 +62,24 @@ class Encoder(nn.Module):
 
 
 def make_model() -> nn.Module:
-    """Makes the encoder. Each actor calls it once; a real one loads its weights here."""
+    """Returns the encoder. Each actor calls it once. Load real weights here."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return Encoder()
 
 
 def pad(batch: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
-    """Pads the sounds of a batch to the longest of them."""
+    """Pads the sounds of a batch to the longest sound."""
     return (nn.utils.rnn.pad_sequence(batch["audio"], batch_first=True),), {}
 
 
 def mean_over_time(frames: Tensor) -> Tensor:
-    """Averages one sound's frames (C, T); those that come from padding are cut off before."""
+    """Averages one sound's frames (C, T), which convtap has cut to the real ones."""
     return frames.mean(-1)
 
 
 def features(sounds: Path, into: Path, actors: int = 2) -> Any:
-    """Extracts all layers of the sounds. Returns the Ray data set of what was written."""
+    """Extracts all layers of the sounds, and returns the written Ray data set."""
     import ray
 
     ray.data.read_parquet(str(sounds)).map_batches(
@@ -90,14 +92,14 @@ def features(sounds: Path, into: Path, actors: int = 2) -> Any:
             "keep": ["name", "length"],
         },
         batch_size=8,
-        # it grows with the blocks that wait: an actor without one would hold a GPU for nothing
+        # the pool grows with the waiting blocks, so no actor holds a GPU without work
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     ).write_parquet(str(into))
     return ray.data.read_parquet(str(into))
 
 
 def main() -> None:
-    """Writes sounds, extracts their features and shows the first."""
+    """Writes sounds, extracts their features and prints the first rows."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     write_sounds(folder / "sounds")
     written = features(folder / "sounds", folder / "features")

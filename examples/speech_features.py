@@ -1,7 +1,9 @@
-"""Features of a ragged audio data set: extracted to disk once, then a linear probe and a k-means trained from the store.
+"""Extracts features of ragged audio to disk, then trains a probe and k-means.
 
-Run: ``python examples/speech_features.py [DIRECTORY]``. A second run finds the features there. The sounds are made up:
-sequences of tones, of which the class is the order. The encoder is of the wav2vec2 kind; put your own in its place.
+    python examples/speech_features.py [DIRECTORY]
+
+A second run reuses the features in the directory. The sounds are generated tones that rise or fall, and the direction is the
+class. The encoder resembles that of wav2vec2. Replace it with your own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ RATE = 8000
 
 
 class Tones(Dataset):
-    """Sounds of 0.3 to 1.2 s: a tone that rises (class 1) or falls (class 0), in noise."""
+    """Noisy tones of 0.3 to 1.2 s that rise (class 1) or fall (class 0)."""
 
     def __init__(self, length: int = 200) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -39,7 +41,7 @@ class Tones(Dataset):
 
 
 def padded(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """A batch as long as its longest sound, with each sound's real length."""
+    """Returns a batch, padded to its longest sound, with the length of each sound."""
     sounds = [sound for sound, _ in items]
     return {
         "audio": nn.utils.rnn.pad_sequence(sounds, batch_first=True),
@@ -49,13 +51,13 @@ def padded(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
 
 
 def buckets(lengths: list[int], size: int) -> list[list[int]]:
-    """Batches of sounds of about the same length, so that little of a batch is padding."""
+    """Returns batches of sounds of similar length, which need little padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class Encoder(nn.Module):
-    """Convolutions as in wav2vec2: a frame of 64 numbers each 20 ms."""
+    """Convolutions as in wav2vec2, with a frame of 64 numbers every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Encoder(nn.Module):
 
 
 def features(folder: Path) -> Store:
-    """Extracts two layers: every real frame, in half the bytes."""
+    """Extracts all real frames of two layers in float16."""
     torch.manual_seed(0)
     sounds = Tones()
     loader = DataLoader(sounds, batch_sampler=buckets(sounds.lengths, 16), collate_fn=padded)
@@ -87,7 +89,11 @@ def features(folder: Path) -> Store:
 
 
 def linear_probe(store: Store, layer: str, epochs: int = 60) -> float:
-    """Trains a linear classifier on a layer's first and last frames. Returns its accuracy on a quarter that it did not see."""
+    """Trains a linear classifier on a layer's first and last frames.
+
+    Returns:
+        The accuracy on a quarter of the sounds, which the training does not use.
+    """
     data = store.dataset(layer)
     train, test = torch.utils.data.random_split(data, [0.75, 0.25], torch.Generator().manual_seed(0))
 
@@ -111,7 +117,7 @@ def linear_probe(store: Store, layer: str, epochs: int = 60) -> float:
 
 
 def kmeans(store: Store, layer: str, k: int = 8, epochs: int = 3) -> Tensor:
-    """Fits k centers to all frames of a layer, batch by batch; no more than a pool of frames is ever in memory."""
+    """Fits k centers to all frames of a layer, with only a pool of frames in memory."""
     view = store[layer]
     centers = next(view.frames(1024, seed=1)).float()[:k].clone()
     for epoch in range(epochs):
@@ -126,7 +132,7 @@ def kmeans(store: Store, layer: str, k: int = 8, epochs: int = 3) -> Tensor:
 
 
 def distortion(store: Store, layer: str, centers: Tensor) -> float:
-    """The mean squared distance of a frame to its nearest center."""
+    """Returns the mean squared distance of a frame to its nearest center."""
     total, count = 0.0, 0
     for frames in store[layer].frames(4096, shuffle=False):
         total += torch.cdist(frames.float(), centers).min(1).values.square().sum().item()
@@ -137,7 +143,7 @@ def distortion(store: Store, layer: str, centers: Tensor) -> float:
 def main(folder: Path) -> None:
     store = features(folder)
     print(store)
-    print(f"linear probe on convs.2: {linear_probe(store, 'convs.2'):.0%} of the sounds that it did not see are right")
+    print(f"linear probe on convs.2: {linear_probe(store, 'convs.2'):.0%} accuracy on new sounds")
     one, eight = (distortion(store, "convs.2", kmeans(store, "convs.2", k)) for k in (1, 8))
     print(f"k-means on convs.2: 8 centers leave {eight / one:.0%} of the variance of 1")
 

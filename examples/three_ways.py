@@ -1,8 +1,10 @@
-"""The output of each of five Conv1d layers, for each input: the three ways people rewrite a model for it, unrewritten.
+"""Captures each layer's output in the three kinds of networks that people rewrite.
 
-People ask for this and are told to rewrite their network: a Keras model with several outputs, an ``nn.ModuleList`` whose
-forward returns a list, a loop over ``F.conv1d`` that collects. Here each of the three networks stays as it is, and
-``capture`` gives the same tensors. Run it with ``python examples/three_ways.py`` (the Keras part needs keras).
+    python examples/three_ways.py
+
+To get the outputs of five Conv1d layers for each input, the usual advice is to rewrite the network: a Keras model with
+several outputs, an ``nn.ModuleList`` with a forward that returns a list, or a loop over ``F.conv1d`` that collects outputs.
+Here each of the three networks stays the same, and ``capture`` returns the tensors. The Keras part needs keras.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SIZES = ((1, 8), (8, 8), (8, 16), (16, 16), (16, 16))
 
 
 class ModuleListNetwork(nn.Module):
-    """Five Conv1d layers in an nn.ModuleList, an activation after each: (B, 1, T) → (B, 16, T)."""
+    """Five Conv1d layers with activations in an nn.ModuleList: (B, 1, T) → (B, 16, T)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class ModuleListNetwork(nn.Module):
 
 
 class FunctionalNetwork(nn.Module):
-    """The same without layers: loose weights, and ``F.conv1d`` in a loop."""
+    """The same network without layers, as weights and ``F.conv1d`` in a loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class FunctionalNetwork(nn.Module):
 
 
 def keras_network():
-    """The same as a functional Keras 3 model, channels last: (B, T, 1) → (B, T, 16)."""
+    """Returns the same network as a Keras 3 model: (B, T, 1) → (B, T, 16)."""
     import keras
 
     x = inputs = keras.Input((200, 1))
@@ -57,14 +59,14 @@ def keras_network():
 
 
 def captured(model, x, **options) -> Activations:
-    """Runs a model on a batch and returns what its five convolutions gave."""
+    """Runs a model on a batch and returns the outputs of its five convolutions."""
     with torch.no_grad(), capture(model, **options) as acts:
         model(x)
     return acts
 
 
 def main() -> None:
-    """Prints what each network's layers gave, and for the second input."""
+    """Prints the outputs of each network's layers, in total and for the second input."""
     torch.manual_seed(0)
     x = torch.randn(3, 1, 200)
     networks = {"nn.ModuleList": (ModuleListNetwork(), x), "F.conv1d in a loop": (FunctionalNetwork(), x)}

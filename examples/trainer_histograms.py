@@ -1,11 +1,11 @@
-"""Histograms of every convolution's output in TensorBoard, from a callback of the Hugging Face ``Trainer``.
+"""Writes histograms of each convolution's output from a Hugging Face callback.
 
     pip install transformers accelerate tensorboard
     python examples/trainer_histograms.py [folder]
     tensorboard --logdir runs
 
 The callback opens a capture for one training step in ``every``. All other steps and the evaluation run without it. The
-``Trainer`` does not tell callbacks that a step raised, so captures are opened on an ``ExitStack`` that is left with it.
+``Trainer`` does not tell callbacks that a step raised, so an ``ExitStack`` around the training closes the captures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from convtap import capture
 
 
 class Histograms(TrainerCallback):
-    """Writes a histogram of each convolution's output in step 0, n, 2n, …, of the last batch of that step."""
+    """Writes histograms in steps 0, n, 2n, …, of the last batch of each such step."""
 
     def __init__(self, writer: SummaryWriter, stack: ExitStack, every: int = 50) -> None:
         self.writer, self.stack, self.every = writer, stack, every
@@ -35,11 +35,11 @@ class Histograms(TrainerCallback):
             self.acts = self.stack.enter_context(capture(model, keep="last"))
 
     def on_step_end(self, args, state, control, **kwargs):
-        step = state.global_step - 1  # the Trainer has counted this step
+        step = state.global_step - 1  # the Trainer has counted this step already
         if step % self.every == 0:
             self.stack.close()
             for name, output in self.acts.items():
-                if output.isfinite().any():  # TensorBoard refuses a histogram of NaN alone
+                if output.isfinite().any():  # TensorBoard rejects a histogram with only NaN
                     self.writer.add_histogram(name, output, step)
 
 
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def signals(count: int, samples: int = 128) -> list[dict[str, Tensor]]:
-    """Oscillations (1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
+    """Returns oscillations (1, T) of 4 to 5 or 8 to 9 periods, with their labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (count,), generator=generator)
     periods = 4 + 4 * labels + torch.rand(count, generator=generator)
@@ -72,7 +72,14 @@ def signals(count: int, samples: int = 128) -> list[dict[str, Tensor]]:
 
 
 def train(folder: str, steps: int = 200, every: int = 50, **options: Any) -> Classifier:
-    """Trains on the CPU, and writes to the folder. ``options`` are those of ``TrainingArguments``."""
+    """Trains on the CPU and writes to the folder.
+
+    Args:
+        folder: the folder of the TensorBoard files.
+        steps: the number of training steps.
+        every: the number of steps from one histogram to the next.
+        options: options of ``TrainingArguments``.
+    """
     torch.manual_seed(0)
     model = Classifier()
     with tempfile.TemporaryDirectory() as checkpoints, SummaryWriter(folder) as writer, ExitStack() as stack:

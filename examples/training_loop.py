@@ -1,11 +1,11 @@
-"""Statistics of every layer's output and gradient in TensorBoard, from a training loop.
+"""Writes statistics of each layer's output and gradient from a training loop.
 
     pip install tensorboard
     python examples/training_loop.py [folder]
     tensorboard --logdir runs
 
-One block is open around the whole loop. ``keep="last"`` holds one output a layer, ``reduce`` is not needed, and ``clear``
-after each look forgets even that, so memory stays flat however long the training runs.
+One capture is open around the whole loop. ``keep="last"`` keeps one output per layer, and ``clear`` removes it after each
+write, so the memory does not grow with the length of the training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from convtap import Activations, capture
 
 
 def network() -> nn.Sequential:
-    """A classifier of signals (B, 1, T) with batch normalization and in-place activations."""
+    """Returns a classifier of signals (B, 1, T) with in-place activations."""
     return nn.Sequential(
         nn.Conv1d(1, 8, 7, stride=2, padding=3),
         nn.BatchNorm1d(8),
@@ -35,12 +35,12 @@ def network() -> nn.Sequential:
 
 
 def write(writer: Any, acts: Activations, step: int) -> None:
-    """Writes what the layers gave in the last step: mean, spread and dead channels, and the norm of the gradients."""
+    """Writes statistics of the layers' outputs and gradients in the last step."""
     for call in acts.calls():
         output = call.output
         writer.add_scalar(f"{call.name}/mean", output.mean().item(), step)
         writer.add_scalar(f"{call.name}/std", output.std().item(), step)
-        dead = (output <= 0).all(-1).all(0).float().mean()  # channels that a ReLU closes for all samples and times
+        dead = (output <= 0).all(-1).all(0).float().mean()  # the share of channels that a ReLU sets to zero everywhere
         writer.add_scalar(f"{call.name}/dead channels", dead.item(), step)
         if call.grad is not None:
             writer.add_scalar(f"{call.name}/gradient norm", call.grad.norm().item(), step)
@@ -48,10 +48,14 @@ def write(writer: Any, acts: Activations, step: int) -> None:
 
 
 def train(writer: Any, steps: int = 1000, every: int = 50, batch: int = 16, samples: int = 128) -> nn.Sequential:
-    """Trains to tell fast from slow oscillations, and writes statistics every few steps.
+    """Trains a classifier of fast and slow oscillations, and writes statistics.
 
     Args:
-        writer: a ``SummaryWriter``, or anything with its ``add_scalar`` and ``add_histogram``.
+        writer: a ``SummaryWriter``, or an object with its ``add_scalar`` and ``add_histogram``.
+        steps: the number of training steps.
+        every: the number of steps from one write to the next.
+        batch: the number of signals per step.
+        samples: the length of the signals.
     """
     torch.manual_seed(0)
     model = network()

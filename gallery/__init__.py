@@ -1,1 +1,1 @@
-"""Published models with their trained weights, each checked convolution by convolution: ``make gallery``."""
+"""Checks captures of published models with trained weights (``make gallery``)."""

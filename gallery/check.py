@@ -1,4 +1,4 @@
-"""Checks one model of the gallery, in the environment it is installed in. Prints one line of JSON."""
+"""Checks one model of the gallery in its environment, and prints a line of JSON."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from benchmarks.harness import declare_torchvision_operators, interleave, paired
 from convtap import Call, capture
 from gallery.reference import Convolution, convolutions
 
-#: The largest difference from the value by hand, as a part of the layer's largest value, that float32 explains.
+#: The largest relative difference from the reference that rounding to float32 explains.
 TOLERANCE = 1e-4
 ROUNDS = 30
 
 
 def difference(output: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference as a part of the largest expected value; infinite if the shapes differ."""
+    """Returns the largest difference, relative to the largest expected value.
+
+    It is infinite if the shapes differ.
+    """
     if output.shape != expected.shape:
         return float("inf")
     return ((output.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
 
 
 def differences(calls: Sequence[Call], expected: Sequence[Tensor]) -> list[float]:
-    """Returns the difference of each convolution that has a captured call; both are in the order they ran in."""
+    """Returns the difference of each captured convolution.
+
+    Calls and convolutions are in execution order.
+    """
     found, rest = [], list(calls)
     for value in expected:
         for i, call in enumerate(rest):
@@ -76,19 +82,19 @@ def check(module: ModuleType) -> dict[str, Any]:
 
 
 def reason(found: int, ran: int, calls: int, warned: Sequence[str]) -> str:
-    """Returns why not every convolution was captured with its value, or an empty string."""
+    """Returns why a convolution is missing or wrong, or an empty string."""
     if found == ran == calls:
         return ""
     return "; ".join([f"{calls} calls captured, {found} of them right", *warned])
 
 
 def by_hand(model: Any, name: str, convolution: Convolution) -> Tensor:
-    """Returns the value a capture holds of a convolution: what it returns, computed by hand."""
+    """Returns the expected value of a captured convolution."""
     return convolution.by_hand()
 
 
 def main(name: str) -> None:
-    """Prints the row of one model, or the error that it fails with."""
+    """Prints the row of one model, or its error."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     declare_torchvision_operators()

@@ -1,4 +1,4 @@
-"""The convolutions of a plain run, seen by torch's dispatcher, and their values computed without a convolution."""
+"""Finds a plain run's convolutions, and computes their values independently."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: The operators that a 1-D convolution reaches: the first with autograd's rules, the others in inference mode.
+#: The operators of 1-D convolutions: the first one with autograd, the others in inference mode.
 NUMBERS = ("aten::convolution", "aten::conv1d", "aten::conv1d.padding")
 
 
 @dataclass
 class Convolution:
-    """What one convolution read, (B, C, T) and (O, C / groups, K), and what it returned."""
+    """The arguments and the output of one convolution."""
 
-    input: Tensor
-    weight: Tensor
+    input: Tensor  # (B, C, T)
+    weight: Tensor  # (O, C / groups, K)
     bias: Tensor | None
     stride: int
     padding: tuple[int, int]
@@ -68,7 +68,7 @@ def _convolution(given: dict[str, Any], output: Tensor) -> Convolution:
 
 
 def convolutions(run: Callable[[], object]) -> list[Convolution]:
-    """Returns every 1-D convolution of a run, in order, however it was called: Python, TorchScript or Keras."""
+    """Returns all 1-D convolutions of a run, of Python, TorchScript and Keras."""
     with _Recorder() as recorder:
         run()
     return recorder.found

@@ -1,4 +1,4 @@
-"""Checks every model of the gallery in the environment of its own, then writes docs/gallery.md."""
+"""Checks each model of the gallery in its environment, and writes docs/gallery.md."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ carries its weights, so that nothing is downloaded at run time.
 - *Capture ÷ plain* is the median of {ROUNDS} interleaved rounds, each with a capture of its own, on one thread of a shared
   machine. The convolutions of Silero VAD are tiny, so the fixed cost of a captured call shows.
 - A Keras layer returns its output after the bias and the activation. PESTO's last layer is a subclass of `Conv1d` that drops
-  the channel. The values by hand include these steps.
+  the channel. The reference values include these steps.
 
 Measured with {{versions}}.
 """
 
 
 def row(name: str) -> dict[str, Any]:
-    """Returns the row of one model: what its environment prints, or why there is none."""
+    """Returns the row of one model, or the error that prevented it."""
     package = {"package": name.replace("_", "-")}
     environment = ROOT / f".venv-gallery-{name}"
     if not (environment / ".ready").exists():
@@ -67,12 +67,12 @@ def row(name: str) -> dict[str, Any]:
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return package | {"error": (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(lines[-1])  # packages print lines of their own before
+    found: dict[str, Any] = json.loads(lines[-1])  # packages may print lines before it
     return found
 
 
 def last_line(log: Path) -> str:
-    """Returns the last line of a log, or says that there is none."""
+    """Returns the last line of a log, or a text if the log is empty."""
     lines = log.read_text().splitlines() if log.exists() else []
     return lines[-1] if lines else "no log"
 

@@ -108,7 +108,7 @@ def test_parts_that_are_called_one_by_one_are_one_pass_until_one_is_called_again
         model(x)
         model.encoder(x)
     assert [call.forward for call in acts.calls()] == [0, 1, 1, 2, 2, 3]
-    with pytest.raises(Unsupported, match="cannot be told apart by input: 'decoder' was called by itself"):
+    with pytest.raises(Unsupported, match="cannot be split by input, since 'decoder' was called by itself"):
         acts.samples()  # the code is of the first call of the encoder, and nothing says so
 
 

@@ -85,7 +85,7 @@ def test_cat_of_a_structure_says_what_to_select_instead():
     with capture(model, types=nn.LSTM) as acts:
         model(torch.zeros(1, 4, 2))
     with pytest.raises(
-        Unsupported, match=r"not a single tensor, so its calls cannot be joined. Take one of its tensors"
+        Unsupported, match=r"which is not a single tensor that can be joined. Capture one of its tensors"
     ):
         acts.cat()
 
@@ -94,7 +94,7 @@ def test_cat_of_shapes_that_differ_names_the_layer(model):
     with capture(model, "first") as acts:
         model(torch.zeros(1, 1, 5))
         model(torch.zeros(1, 1, 6))
-    with pytest.raises(Unsupported, match="the calls of 'first' cannot be joined along axis 0"):
+    with pytest.raises(Unsupported, match="the outputs of 'first' cannot be joined along axis 0"):
         acts.cat()
 
 
@@ -198,7 +198,7 @@ def test_two_models_are_joined_under_names_that_differ(model):
 
 
 def test_a_join_with_something_else_says_what_to_write(acts):
-    with pytest.raises(InvalidType, match="is not the outputs of a capture. Write acts.join"):
+    with pytest.raises(InvalidType, match="is not an Activations. Write acts.join"):
         acts.join(dict(acts))
 
 

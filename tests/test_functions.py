@@ -159,7 +159,7 @@ def test_views_and_reshapes_of_a_weight_belong_to_its_owner_and_computed_weights
         assert torch.equal(acts.calls()[0].output, y)
         if name == "scaled":
             assert acts.coverage["conv"].state == "idle"
-            assert "a convolution with a weight computed from its own is under 'F.conv1d'" in str(acts.coverage)
+            assert "a convolution with a weight computed from its own has the name 'F.conv1d'" in str(acts.coverage)
 
 
 def test_other_spellings_of_the_same_convolution():

@@ -156,7 +156,7 @@ def test_nothing_is_left_on_the_model(model):
 def test_a_capture_without_inputs_says_how_to_get_them(model):
     with torch.no_grad(), capture(model) as acts:
         model(X)
-    with pytest.raises(NotCaptured, match=r"no inputs were collected here.* with capture\(model, inputs=True\)"):
+    with pytest.raises(NotCaptured, match=r"was not captured.* with capture\(model, inputs=True\)"):
         acts.inputs  # noqa: B018
 
 

@@ -117,7 +117,7 @@ def test_a_capture_that_is_still_mapped_cannot_be_replaced_and_the_message_says_
     acts.save(tmp_path / "acts.safetensors")
     BusyFiles(monkeypatch, "acts.safetensors", refusals=99)
     with pytest.raises(
-        StoreError, match=r"cannot write to .*cannot access.*writable folder that no program reads now\."
+        StoreError, match=r"cannot be written.*cannot access.*writable folder and close programs that read the file\."
     ):
         acts.save(tmp_path / "acts.safetensors")
     assert os.listdir(tmp_path) == ["acts.safetensors"]

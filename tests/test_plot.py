@@ -573,7 +573,7 @@ def test_channels_of_an_output_without_time_are_bars():
         ({"layers": []}, InvalidValue, "layers is empty, so nothing would be drawn"),
         ({"layers": 3}, InvalidType, "layers: int chooses nothing here"),
         ({"layers": [3]}, InvalidType, "layers: int chooses nothing here"),
-        ({"sample": 1}, OutOfRange, "there is no sample 1: 1 input here"),
+        ({"sample": 1}, OutOfRange, "sample 1 does not exist, since the capture has 1 input"),
         ({"sample": "first"}, InvalidType, "sample is a str"),
         ({"sample": True}, InvalidType, "sample is a bool"),
         ({"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),

@@ -158,17 +158,17 @@ def test_each_module_keeps_the_mode_that_the_factory_gave_it_and_no_hook_stays()
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": net()}, InvalidType, r"^model is a Sequential, and it must be a function that returns one"),
-        ({"model": lambda: 3}, InvalidType, r"^model\(\) returned a int, and it must return a torch\.nn\.Module"),
+        ({"model": net()}, InvalidType, r"^model is a Sequential, but each actor has to make its own model"),
+        ({"model": lambda: 3}, InvalidType, r"^model\(\) returned a int. Return a torch\.nn\.Module"),
         ({"layers": "9"}, LayerNotFound, "no layer is named '9'"),
         ({"calls": "all"}, InvalidValue, r"^calls='all' is none of 'error', 'cat', 'keys'"),
-        ({"at": "activation"}, InvalidValue, r"^at='activation' is none of 'output', 'input'"),
-        ({"inputs": 3}, InvalidType, r"^inputs is a int, and it must name a column, or be a function of a batch"),
-        ({"lengths": [1]}, InvalidType, r"^lengths is a list, and it must name a column"),
-        ({"keep": "id"}, InvalidType, r"^keep='id' must be a list of column names, such as keep=\['id'\]"),
+        ({"at": "activation"}, InvalidValue, r"^at='activation' is invalid. Pass 'output' or 'input'"),
+        ({"inputs": 3}, InvalidType, r"^inputs is a int. Pass the name of a column, or a function of a batch"),
+        ({"lengths": [1]}, InvalidType, r"^lengths is a list. Pass the name of a column"),
+        ({"keep": "id"}, InvalidType, r"^keep='id' is not a list of column names. Write for example keep=\['id'\]"),
         ({"reduce": 3}, InvalidType, "reduce is a int"),
         ({"dtype": "half"}, InvalidType, "dtype is 'half'"),
-        ({"device": "nowhere"}, InvalidValue, r"^device='nowhere': the model cannot be moved there.*num_gpus=1"),
+        ({"device": "nowhere"}, InvalidValue, r"^the model cannot be moved to device='nowhere': .*num_gpus=1"),
     ],
 )
 def test_a_constructor_says_what_is_wrong(options, error, message):
@@ -179,38 +179,38 @@ def test_a_constructor_says_what_is_wrong(options, error, message):
 @pytest.mark.parametrize(
     ("batch", "options", "error", "message"),
     [
-        ([1, 2], {}, InvalidType, r"^a batch is a list, and it must be a dict of arrays\. Leave batch_format out"),
+        ([1, 2], {}, InvalidType, r"^a batch is a list, but it must be a dict of arrays\. Write map_batches"),
         ({"audio": [[1.0]]}, {}, InvalidType, r"must be a dict of arrays"),
         (
             {"a": np.zeros(2), "b": np.zeros(3)},
             {},
             InvalidValue,
-            r"same number of rows, and there are \{'a': 2, 'b': 3\}",
+            r"have different numbers of rows: \{'a': 2, 'b': 3\}\. Pass columns",
         ),
         (
             {"id": np.zeros(2), "audio": audio(2)},
             {},
             InvalidValue,
-            r"columns id, audio, and nobody said which.*inputs='id'",
+            r"columns id, audio, and inputs= does not name one.*inputs='id'",
         ),
         (
             {"audio": audio()},
             {"inputs": "audi"},
             InvalidValue,
-            r"'audi', and the batch has audio\. Did you mean 'audio'\?",
+            r"'audi', which the batch does not have\. It has audio\. Did you mean 'audio'\?",
         ),
         (
             {"audio": audio()},
             {"keep": ["name"]},
             InvalidValue,
-            r"^keep names the column 'name', and the batch has audio",
+            r"^keep= names the column 'name', which the batch does not have. It has audio",
         ),
-        ({"audio": audio()}, {"lengths": "length"}, InvalidValue, r"^lengths names the column 'length'"),
+        ({"audio": audio()}, {"lengths": "length"}, InvalidValue, r"^lengths= names the column 'length'"),
         (
             {"name": np.array(["a", "b"])},
             {},
             InvalidType,
-            r"column 'name' holds <U1 values, and the model is called with",
+            r"column 'name' holds <U1 values, which are not numbers",
         ),
         (
             {"audio": ragged([3, 5])},
@@ -238,7 +238,7 @@ class Branches(nn.Module):
 
 
 def test_a_layer_asked_for_by_name_that_does_not_run_is_no_column_of_nothing():
-    with pytest.raises(NotCaptured, match=r"^b did not run, and a column needs a value in each row"):
+    with pytest.raises(NotCaptured, match=r"^b did not run, but a column needs a value in each row"):
         Extractor(Branches, ["a", "b"])({"audio": np.ones((2, 1, 9), np.float32)})
 
 
@@ -246,12 +246,14 @@ def test_layers_that_run_in_some_batches_only_are_refused():
     extractor = Extractor(Branches, "?")
     ones = np.ones((2, 1, 9), np.float32)
     assert list(extractor({"audio": ones})) == ["audio", "a"]
-    with pytest.raises(Unsupported, match=r"^this batch gave b, and the batches before gave a: a column needs a value"):
+    with pytest.raises(
+        Unsupported, match=r"^this batch has outputs of b, but earlier batches had outputs of a. A column needs a value"
+    ):
         extractor({"audio": -ones})
 
 
 def test_complex_numbers_are_refused_with_a_remedy():
-    with pytest.raises(Unsupported, match=r"'0' gives complex numbers.*reduce=torch\.view_as_real"):
+    with pytest.raises(Unsupported, match=r"'0' returns complex numbers.*reduce=torch\.view_as_real"):
         Extractor(net, "0", reduce=torch.fft.fft)({"audio": audio()})
 
 

@@ -558,8 +558,8 @@ def test_an_error_leaves_the_old_file(acts, tmp_path):
 @pytest.mark.parametrize(
     ("path", "options", "error", "message"),
     [
-        ("no/such/r.html", {}, StoreError, "cannot write to .*Give a path in an existing, writable folder"),
-        (".", {}, StoreError, "cannot write to"),
+        ("no/such/r.html", {}, StoreError, "cannot be written.*Pass a path in an existing, writable folder"),
+        (".", {}, StoreError, "cannot be written"),
         ("r.html", {"model": 3}, InvalidType, "model is a int, not a torch.nn.Module"),
         ("r.html", {"layers": "nope"}, LayerNotFound, "no captured layer matches 'nope'"),
         ("r.html", {"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),

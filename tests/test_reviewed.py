@@ -385,7 +385,7 @@ def test_a_part_of_an_output_with_another_layers_name_is_refused_in_samples():
     assert list(acts.sample(0)) == ["a[0]", "a[1]"]
     with capture(model) as acts:
         model(X)
-    with pytest.raises(Unsupported, match=r"two outputs would both be 'a\[0\]' here"):
+    with pytest.raises(Unsupported, match=r"two outputs have the key 'a\[0\]'"):
         acts.sample(0)
 
 

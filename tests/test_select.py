@@ -198,7 +198,7 @@ def test_a_sample_that_is_no_number_is_refused():
     model = FiveConvs()
     with capture(model) as acts:
         model(torch.ones(1, 1, 40))
-    with pytest.raises(TypeError, match=r"sample\('conv1'\): it must be the number of one input"):
+    with pytest.raises(TypeError, match=r"i='conv1' is not the number of an input"):
         acts.sample("conv1")
 
 
@@ -217,9 +217,12 @@ def test_a_position_as_a_key_names_the_call_that_is_meant():
     model = FiveConvs()
     with capture(model) as acts:
         model(X)
-    with pytest.raises(LayerNotFound, match=r"keys are names; the fifth call is acts.calls\(\)\[4\], layer 'convs.4'"):
+    with pytest.raises(
+        LayerNotFound,
+        match=r"the key 4 is not a name. Write acts.calls\(\)\[4\] for the fifth call, of layer 'convs.4'",
+    ):
         acts[4]
-    with pytest.raises(LayerNotFound, match=r"acts\[17\]: keys are names, and these are here: convs.0, "):
+    with pytest.raises(LayerNotFound, match=r"the key 17 is not a name. Use one of these names: convs.0, "):
         acts[17]
     with pytest.raises(LayerNotFound, match=r"no output is named 'convs.5'.*Did you mean 'convs"):
         acts["convs.5"]

@@ -356,7 +356,7 @@ def test_close_and_with_take_the_hooks_off_and_a_closed_one_says_so(x, at):
     assert _hooks(model) == 0
     both.close()
     for use in (lambda: both(x), both.__enter__):
-        with pytest.raises(ConvtapError, match=r"closed: its hooks are off. Make a new one with tapped\(model\)"):
+        with pytest.raises(ConvtapError, match=r"this tapped model is closed. Make a new one with tapped\(model\)"):
             use()
 
 
@@ -436,7 +436,7 @@ def test_what_cannot_be_tapped_is_refused_with_what_to_write():
     model = InplaceReluTwice()
     with pytest.raises(Unsupported, match=r"Select the activations themselves: tapped\(model, types=nn.ReLU\)"):
         tapped(model, at="activation")
-    with pytest.raises(InvalidValue, match=r"at='out' is none of 'output', 'input'"):
+    with pytest.raises(InvalidValue, match=r"at='out' is invalid. Pass 'output' or 'input'"):
         tapped(model, at="out")
     with pytest.raises(InvalidType, match="reduce is a str"):
         tapped(model, reduce="mean")
@@ -637,7 +637,7 @@ class Spare(nn.Module):
         return self.conv(x)
 
 
-SPARE = r"1 selected layer did not run in this forward, so the result does not have it: spare\."
+SPARE = r"the result lacks 1 selected layer that did not run in this forward: spare\."
 
 
 def test_an_idle_layer_is_left_out_and_said_unless_it_was_asked_for_by_name(x):

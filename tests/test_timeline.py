@@ -1171,14 +1171,14 @@ def two():
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        ([80], InvalidValue, "lengths has 1 number, and 2 inputs ran"),
+        ([80], InvalidValue, "lengths has 1 number for 2 inputs"),
         ([80, 81], InvalidValue, "lengths holds 81, but the input has 80 samples"),
         ([80, -1], InvalidValue, "lengths holds -1"),
-        ([80, 1.5], InvalidType, "lengths holds 1.5, which is no whole number"),
+        ([80, 1.5], InvalidType, "lengths holds 1.5, which is not a whole number"),
         ("80", InvalidType, "lengths is a str"),
         (80, InvalidType, "lengths is a int"),
         (torch.zeros(2, 1), InvalidValue, r"lengths has shape \(2, 1\)"),
-        (None, InvalidValue, "samples needs lengths as well"),
+        (None, InvalidValue, "lengths= is missing. Pass lengths= and timeline="),
     ],
 )
 def test_wrong_lengths_are_refused(lengths, error, message):
@@ -1205,7 +1205,7 @@ def test_something_that_is_no_timeline_is_refused():
     acts, _ = two()
     with pytest.raises(InvalidType, match="timeline is a dict"):
         acts.samples(lengths=[80, 60], timeline={})
-    with pytest.raises(InvalidValue, match="samples needs timeline as well"):
+    with pytest.raises(InvalidValue, match="timeline= is missing. Pass lengths= and timeline="):
         acts.samples(lengths=[80, 60])
 
 

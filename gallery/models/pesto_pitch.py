@@ -1,4 +1,7 @@
-"""PESTO: a pitch estimator of Conv1d layers over the frames of a constant-Q transform. The weights are in the wheel."""
+"""PESTO, a pitch estimator with Conv1d layers over a constant-Q transform.
+
+The weights are in the wheel.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,9 @@ def load() -> tuple[nn.Module, Callable[[], object]]:
 
 
 def captured(model: nn.Module, name: str, convolution: Convolution) -> Tensor:
-    """Returns the value by hand. The last layer, a subclass of Conv1d, returns it without the channel: (B, T)."""
+    """Returns the expected value.
+
+    The last layer, a subclass of Conv1d, drops the channel and returns (B, T).
+    """
     value = convolution.by_hand()
     return value.squeeze(-2) if name == "encoder.fc" else value

@@ -1,4 +1,7 @@
-"""Silero VAD: a voice activity detector, loaded as TorchScript. The weights are in the wheel."""
+"""Silero VAD, a voice activity detector in TorchScript.
+
+The weights are in the wheel.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ TITLE = "Silero VAD, TorchScript, 16 chunks of 32 ms"
 
 
 def load() -> tuple[torch.jit.ScriptModule, Callable[[], object]]:
-    """Loads the model. It reads half a second of a 200 Hz tone, chunk by chunk, as a stream does."""
+    """Loads the model. It reads half a second of a 200 Hz tone, chunk by chunk."""
     from silero_vad import load_silero_vad
 
     model = load_silero_vad()

@@ -1,4 +1,7 @@
-"""SpliceAI: a dilated residual network over 10,000 bases of context, in Keras. The weights are in the package."""
+"""SpliceAI, a dilated residual network with 10,000 bases of context, in Keras.
+
+The weights are in the package.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def load() -> tuple[Any, Callable[[], object]]:
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
 
-    # found, not imported: the package's own code needs TensorFlow
+    # not imported, since the package's own code needs TensorFlow
     (folder,) = importlib.util.find_spec("spliceai").submodule_search_locations
     model = keras.saving.load_model(Path(folder) / "models" / "spliceai1.h5", compile=False)
     bases = F.one_hot(torch.randint(4, (1, 11_000)), 4).float()
@@ -30,9 +33,9 @@ def load() -> tuple[Any, Callable[[], object]]:
 
 
 def captured(model: Any, name: str, convolution: Convolution) -> Tensor:
-    """Returns the value by hand, channels last, after the bias and the activation that Keras layers include."""
+    """Returns the expected value (B, T, C), with the layer's bias and activation."""
     layer = model.get_layer(name)
     value = convolution.by_hand().movedim(1, -1)
     if layer.use_bias and convolution.bias is None:
         value = value + layer.bias.value.double()
-    return value.softmax(-1) if layer.activation.__name__ == "softmax" else value  # of the last layer, the only one
+    return value.softmax(-1) if layer.activation.__name__ == "softmax" else value  # only in the last layer

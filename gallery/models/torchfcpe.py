@@ -1,4 +1,7 @@
-"""FCPE: a pitch estimator, a stack of gated depthwise convolutions over a mel spectrogram. The weights are in the wheel."""
+"""FCPE, a pitch estimator with depthwise convolutions over a mel spectrogram.
+
+The weights are in the wheel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ TITLE = "FCPE, one second of sound"
 
 
 def load() -> tuple[nn.Module, Callable[[], object]]:
-    """Loads the model. It reads one second of a tone that rises from 200 Hz, (B, T, 1)."""
+    """Loads the model. It reads a second of a tone that rises from 200 Hz, (B, T, 1)."""
     from torchfcpe import spawn_bundled_infer_model
 
     model = spawn_bundled_infer_model(device="cpu")

@@ -1,4 +1,4 @@
-"""A table of rows: how every view in convtap shows itself, as text and as HTML."""
+"""The table that convtap's views print, as text and as HTML."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from convtap._errors import InvalidType, InvalidValue
 from convtap._public import public
 
-#: The most rows that a table shows unless it is asked for more: a screen or two.
+#: The maximum number of rows that a table shows by default, which is a screen or two.
 MOST = 100
 
-#: The most rows of a table that a notebook shows unfolded.
+#: The maximum number of rows that a notebook shows unfolded.
 FOLD = 30
 
 # Note: [Tables in notebooks]
-# Assumption: Jupyter, VS Code and Colab show the HTML in themes of their own, light or dark, that align cells to the right.
-# Failure: names on the right are hard to read, and a colour that fits one theme is invisible in the other.
-# Choice: inline styles, which no theme overrides, set the alignment and the spaces; lines and text have the theme's colour.
-#   Rows beyond FOLD are a second table in <details>, which opens without a script. Both have the same widths of columns.
+# Assumption: Jupyter, VS Code and Colab show the HTML in their own light or dark themes, which align cells to the right.
+# Failure: right-aligned names are hard to read, and a colour that fits one theme is invisible in the other.
+# Choice: inline styles, which no theme overrides, set the alignment and the padding. Lines and text keep the theme's colour.
+#   Rows beyond FOLD are a second table in <details>, which opens without a script. Both have the same column widths.
 _LEFT, _RIGHT = "text-align:left;padding:2px 10px", "text-align:right;padding:2px 10px"
 
 _MEASURED = re.compile(r"[−-]?[\d.,]+(e[+-]?\d+)?\s?(%|B|[KMGT]iB)")
@@ -30,7 +30,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def human_bytes(count: float) -> str:
-    """Writes a number of bytes in binary units: ``1.5 MiB``."""
+    """Formats a number of bytes in binary units, such as ``1.5 MiB``."""
     size = float(count)
     for unit in _UNITS:
         if abs(size) < 1024 or unit == _UNITS[-1]:
@@ -40,7 +40,7 @@ def human_bytes(count: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """Writes one cell: floats with four significant digits, None as nothing."""
+    """Formats a cell: a float with four significant digits, None as empty text."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -49,11 +49,11 @@ def cell(value: Any) -> str:
 
 
 class Rows(Sequence[tuple[Any, ...]]):
-    """Rows that are built when they are read, so that a table of many is made at once.
+    """Rows that are built when they are read.
 
     Args:
-        items: one for each row.
-        build: makes the cells of a row from its item.
+        items: one item per row.
+        build: a function that returns the cells of an item's row.
     """
 
     def __init__(self, items: Sequence[Any], build: Callable[[Any], Sequence[Any]]) -> None:
@@ -70,37 +70,39 @@ class Rows(Sequence[tuple[Any, ...]]):
 
 
 def checked_rows(rows: Any) -> int | None:
-    """Checks the most rows that a table is to show, or None for all.
+    """Checks the option ``rows``: the maximum number of rows to show, or None for all.
 
     Raises:
-        InvalidType: it is neither an int nor None.
-        InvalidValue: it is less than 1.
+        InvalidType: ``rows`` is neither an int nor None.
+        InvalidValue: ``rows`` is less than 1.
     """
     if rows is None:
         return None
     if isinstance(rows, bool) or not isinstance(rows, int):
-        raise InvalidType(f"rows is a {type(rows).__name__}. Pass the most rows to show, or rows=None for all.")
+        raise InvalidType(
+            f"rows is a {type(rows).__name__}. Pass the maximum number of rows to show, or rows=None for all."
+        )
     if rows < 1:
-        raise InvalidValue(f"rows={rows} shows nothing. Pass the most rows to show, or rows=None for all.")
+        raise InvalidValue(f"rows={rows} shows nothing. Pass the maximum number of rows to show, or rows=None for all.")
     return rows
 
 
 @public
 class Table(Sequence[Any]):
-    """Rows under named columns. ``print`` shows it aligned, a notebook shows it as HTML.
+    """Rows under named columns, shown by ``print`` as text and by a notebook as HTML.
 
-    A long table shows its first and last rows; ``print(table.summary(rows=None))`` shows all. Indexing and iteration
-    reach every row.
+    A long table shows its first and last rows, and ``print(table.summary(rows=None))`` shows all of them. Indexing and
+    iteration reach every row.
 
     Args:
-        columns: one heading a column.
-        rows: the rows; each is a sequence of cells as long as ``columns``.
+        columns: the heading of each column.
+        rows: the rows, each a sequence of cells as long as ``columns``.
         title: a line above the table.
-        notes: lines below it.
-        items: what indexing and iteration give, one for each row (the rows themselves if None).
-        most: the most rows to show, the first and the last; None for all.
-        marked: positions of rows to show in any case.
-        whole: what to write to see all rows.
+        notes: lines below the table.
+        items: the items that indexing and iteration return, one per row; None for the rows themselves.
+        most: the maximum number of rows to show, the first and the last; None for all.
+        marked: positions of rows that the table shows in any case.
+        whole: the code that shows all rows.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Table(Sequence[Any]):
         self.whole = whole
         places = _places(len(rows), checked_rows(most), self._marked)
         everything = len(places) == len(rows)
-        # what is shown is built here, so that it is the state of this moment
+        # the shown rows are built here, so that they do not change later
         self._shown = [(place, tuple(rows[place])) for place in places]
         self.rows: Sequence[tuple[Any, ...]] = [row for _, row in self._shown]
         if not everything:
@@ -131,7 +133,7 @@ class Table(Sequence[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         missing = {"whole": "", "_marked": (), "_shown": list(enumerate(state["rows"]))}
-        self.__dict__.update({**missing, **state})  # a pickle of version 0.1.0 has all of its rows, and shows them
+        self.__dict__.update({**missing, **state})  # a pickle of version 0.1.0 has and shows all of its rows
 
     def __len__(self) -> int:
         return len(self._items)
@@ -143,7 +145,10 @@ class Table(Sequence[Any]):
         return iter(self._items)
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns the same table with at most so many rows shown, the first and the last; None shows all.
+        """Returns the same table with another number of shown rows.
+
+        Args:
+            rows: the maximum number of rows to show, the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -160,7 +165,7 @@ class Table(Sequence[Any]):
         )
 
     def _lines(self) -> Iterator[tuple[Any, ...] | int]:
-        """Yields the shown rows, and for rows that are left out between them, how many those are."""
+        """Yields the shown rows, and between them the numbers of hidden rows."""
         following = 0
         for place, row in self._shown:
             if place > following:
@@ -211,7 +216,7 @@ class Table(Sequence[Any]):
         return f"<div>{title}{shown}{notes}</div>"
 
     def _html_table(self, lines: Sequence[Sequence[Any] | int]) -> str:
-        """Writes some rows below the headings. See Note: [Tables in notebooks]."""
+        """Returns the HTML of some rows with headings. See Note: [Tables in notebooks]."""
         sides = [_RIGHT if self._is_measured(i) else _LEFT for i in range(len(self.columns))]
         heads = zip(sides, self.columns, strict=True)
         head = "".join(f'<th style="{side};border-bottom:1px solid">{html.escape(name)}</th>' for side, name in heads)
@@ -233,12 +238,12 @@ class Table(Sequence[Any]):
         return sum(1 for _ in self._lines()) > FOLD
 
     def _widths(self) -> list[int]:
-        """Returns the signs that each column needs, with its padding, so that both parts of a folded table line up."""
+        """Returns the widths of the columns in characters, for a folded table."""
         texts = [[name, *(cell(row[i]) for _, row in self._shown)] for i, name in enumerate(self.columns)]
         return [min(max(map(len, column)), 60) + 4 for column in texts]
 
     def _is_measured(self, column: int) -> bool:
-        """Whether a column holds numbers, or numbers with a unit such as ``1.5 MiB`` and ``3.2%``."""
+        """Returns whether a column holds numbers, maybe with a unit such as ``1.5 MiB``."""
         if self._is_numeric(column):
             return True
         texts = [cell(row[column]) for _, row in self._shown if row[column] is not None]
@@ -246,7 +251,7 @@ class Table(Sequence[Any]):
 
 
 def _places(count: int, most: int | None, marked: Collection[int]) -> Sequence[int]:
-    """Which of ``count`` rows to show: all, or the first and the last of them and those that are marked."""
+    """Returns the positions of the rows to show, out of ``count`` rows."""
     if most is None or count <= most:
         return range(count)
     first = most - most // 2

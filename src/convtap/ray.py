@@ -1,4 +1,4 @@
-"""Extraction in Ray Data: a callable class for ``Dataset.map_batches`` that adds a column for each layer."""
+"""Extraction in Ray Data, with a callable class for ``Dataset.map_batches``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from convtap._select.selection import CONV1D, Layers, Types
 from convtap._tensors.statistics import to_numpy
 from convtap._time.padded import warn
 
-#: Called with a batch whose columns of numbers are tensors, and whose ragged columns are lists of tensors.
+#: A function of a batch. Its columns of numbers are tensors, and its ragged columns are lists of tensors.
 Inputs = Callable[[dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Extractor:
-    """Runs batches of a Ray data set through a model, and adds a column with the outputs of each layer.
+    """Runs batches of a Ray data set through a model, with a column for each layer.
 
-    Each actor of the pool makes its model once, and an actor that dies is replaced, its batch computed again, by Ray.
-    Pass the class and its arguments to ``map_batches``::
+    Each actor of the pool makes its model once. If an actor dies, Ray replaces it and computes its batch again. Pass the
+    class and its arguments to ``map_batches``::
 
         features = ray.data.read_parquet("audio").map_batches(
             convtap.ray.Extractor,
@@ -38,9 +38,9 @@ class Extractor:
         )
         features.write_parquet("features")
 
-    A bfloat16 or float8 output becomes float32, exactly, as NumPy has no type for it. Ray decides which rows meet in a
-    batch, and a row can differ in its last bits from one batch to another; where that matters, and for outputs of
-    hundreds of megabytes a batch, ``extract`` is the way.
+    A bfloat16 or float8 output becomes float32, which is exact, since NumPy lacks these types. Ray chooses the rows of each
+    batch, and the outputs of a row can differ in their last bits between batches. If that matters, or if the outputs of a
+    batch take hundreds of megabytes, use ``extract``.
 
     Examples:
         >>> import numpy as np
@@ -51,26 +51,27 @@ class Extractor:
         {'id': (2,), 'audio': (2, 1, 50), '0': (2, 4, 48)}
 
     Args:
-        model: a function without arguments that returns the model; Ray sends it to the actors, which call it once each.
-        layers: what to extract, as in ``capture``; None for every 1-D convolution.
-        types: the module types to choose from.
+        model: a function without arguments that returns the model. Ray sends it to the actors, and each calls it once.
+        layers: the layers to extract, as in ``capture``; None for every 1-D convolution.
+        types: the module types that selectors choose from.
         at: ``"output"`` or ``"input"`` of the layers.
-        reduce: a function of each output, run on its own device. It sees the batch; with ``lengths``, it sees one sample
-            (C, T) at a time, cut to its real frames. Or a mapping from layers to functions, as in ``extract``.
-        dtype: what to cast floating-point outputs to.
-        inputs: the name of the column that the model is called with, or a function of the batch that returns
-            ``(args, kwargs)``. None if the batch has one column only.
+        reduce: a function to apply to each output, on the output's own device. It takes the outputs of a batch. With
+            ``lengths``, it takes one sample (C, T) at a time, cut to its real frames. Or a mapping from layers to functions,
+            as in ``extract``.
+        dtype: the type to cast floating-point outputs to.
+        inputs: the name of the column to call the model with, or a function of the batch that returns ``(args, kwargs)``.
+            None if the batch has only one column.
         lengths: the name of the column with the number of real input samples of each row, or a function of the batch that
-            returns them: each row is cut to its real frames.
-        calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
-            calls on time, ``"keys"`` for a column ``name#k`` each.
-        keep: the columns of the batch to pass on; None for all of them.
-        device: where the model runs; None to leave it where ``model`` put it.
-        autocast: a dtype to run the model in, such as ``torch.bfloat16``.
+            returns these numbers. Each row is cut to its real frames.
+        calls: how to treat a layer that runs several times in one forward pass: ``"error"`` raises, ``"cat"`` joins its calls
+            on the time axis, and ``"keys"`` adds a column ``name#k`` for each call.
+        keep: the columns of the batch to keep; None for all of them.
+        device: the device to run the model on; None to leave the model on its device.
+        autocast: the dtype for autocast, such as ``torch.bfloat16``.
 
     Raises:
         LayerNotFound: a selector matches nothing.
-        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
+        ConvtapError: an argument is invalid (also a TypeError or a ValueError).
     """
 
     def __init__(
@@ -110,15 +111,15 @@ class Extractor:
         self._runner = Runner(options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the batch's columns and, for each layer, one with a row for each of its rows.
+        """Returns the columns of the batch and a column for each layer.
 
         Args:
-            batch: a dict of arrays, as from ``map_batches`` with ``batch_format="numpy"``, its default.
+            batch: a dict of arrays, as ``map_batches`` passes it with the default ``batch_format="numpy"``.
 
         Raises:
-            NotCaptured: a layer that was asked for by name did not run, or one was bypassed.
-            Unsupported: the rows of an output are not those of the batch, or other layers ran than in the batches before.
-            ConvtapError: the batch is not a dict of arrays, or has no such column.
+            NotCaptured: a layer selected by its name did not run, or a layer was bypassed.
+            Unsupported: the rows of an output are not those of the batch, or other layers ran than in earlier batches.
+            ConvtapError: the batch is not a dict of arrays, or lacks a column.
         """
         size, kept = self._checked(batch)
         tensors = {name: _as_tensors(column) for name, column in batch.items()}
@@ -132,22 +133,26 @@ class Extractor:
         return {**kept, **{name: _as_array(name, rows) for name, rows in columns.items()}}
 
     def _checked(self, batch: Any) -> tuple[int, dict[str, Any]]:
-        """Returns the number of rows, and the columns that are passed on."""
+        """Returns the number of rows and the columns to keep."""
         if not isinstance(batch, Mapping) or not all(hasattr(column, "__array__") for column in batch.values()):
             raise InvalidType(
-                f"a batch is a {type(batch).__name__}, and it must be a dict of arrays. Leave batch_format out, or write "
+                f"a batch is a {type(batch).__name__}, but it must be a dict of arrays. Write "
                 "map_batches(Extractor, batch_format='numpy', ...)."
             )
         sizes = {name: len(column) for name, column in batch.items()}
         if len(set(sizes.values())) != 1:
-            raise InvalidValue(f"the columns of a batch must have the same number of rows, and there are {sizes}.")
+            raise InvalidValue(
+                f"the columns of a batch have different numbers of rows: {sizes}. Pass columns of the same length."
+            )
         kept = {name: self._column(batch, name, "keep") for name in (batch if self._keep is None else self._keep)}
         return next(iter(sizes.values())), kept
 
     def _column(self, batch: Mapping[str, Any], name: str, option: str) -> Any:
         if name not in batch:
             near = did_you_mean(name, list(batch))
-            raise InvalidValue(f"{option} names the column {name!r}, and the batch has {listed(batch)}.{near}")
+            raise InvalidValue(
+                f"{option}= names the column {name!r}, which the batch does not have. It has {listed(batch)}.{near}"
+            )
         return batch[name]
 
     def _called_with(self, tensors: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -155,7 +160,7 @@ class Extractor:
             return self._runner.inputs(tensors)
         if self._inputs is None and len(tensors) > 1:
             raise InvalidValue(
-                f"the batch has the columns {listed(tensors)}, and nobody said which of them the model is called with. Pass "
+                f"the batch has the columns {listed(tensors)}, and inputs= does not name one to call the model with. Pass "
                 f"inputs={next(iter(tensors))!r}, or inputs=lambda batch: ((batch['audio'],), {{}})."
             )
         name = next(iter(tensors)) if self._inputs is None else self._inputs
@@ -165,10 +170,12 @@ class Extractor:
         if isinstance(column, list):
             raise InvalidValue(
                 f"the rows of {name!r} have different shapes ({listed((str(tuple(row.shape)) for row in column), 3)}). Pad "
-                f"them, and say how long each is: inputs=pad with def pad(batch): return (nn.utils.rnn.pad_sequence("
+                f"them and pass their lengths: inputs=pad with def pad(batch): return (nn.utils.rnn.pad_sequence("
                 f"batch[{name!r}], batch_first=True),), {{}}, and lengths=lambda batch: [len(row) for row in batch[{name!r}]]."
             )
-        raise InvalidType(f"the column {name!r} holds {column.dtype} values, and the model is called with numbers.")
+        raise InvalidType(
+            f"the column {name!r} holds {column.dtype} values, which are not numbers. Name another column as inputs=."
+        )
 
     def _of_lengths(self, tensors: dict[str, Any]) -> Any:
         if callable(self._lengths):
@@ -176,25 +183,26 @@ class Extractor:
         return self._column(tensors, str(self._lengths), "lengths")
 
     def _check_columns(self, found: list[str], kept: dict[str, Any]) -> None:
-        """Checks that the table gets the same columns from each batch, and none twice."""
+        """Checks that each batch has the same columns, without duplicates."""
         twice = [name for name in found if name in kept]
         if twice:
             raise InvalidValue(
-                f"a layer and a column of the batch are both named {listed(twice)}. Rename the column, or leave it out with "
+                f"a layer and a column of the batch are both named {listed(twice)}. Rename the column, or remove it with "
                 f"keep=[...]."
             )
         if self._columns is None:
             idle = [name for name in self._runner.idle() if name in self._runner.options.selection.exact]
             if idle:
                 raise NotCaptured(
-                    f"{listed(idle)} did not run, and a column needs a value in each row. Leave it out of layers=, or use "
-                    "extract, which stores what there is. list_layers(model, example=x) shows how each layer is used."
+                    f"{listed(idle)} did not run, but a column needs a value in each row. Leave it out of layers=, or use "
+                    "extract, which accepts missing outputs. list_layers(model, example=x) shows how each layer is used."
                 )
             self._columns = found
         elif set(self._columns) != set(found):
             raise Unsupported(
-                f"this batch gave {listed(found)}, and the batches before gave {listed(self._columns)}: a column needs a value "
-                "in each row. Select the layers that always run, or use extract, which stores what there is."
+                f"this batch has outputs of {listed(found)}, but earlier batches had outputs of {listed(self._columns)}. A "
+                "column needs a value in each row. Select layers that always run, or use extract, which accepts missing "
+                "outputs."
             )
 
 
@@ -202,38 +210,39 @@ def _check(inputs: Any, lengths: Any, at: Any, keep: Any) -> None:
     for name, value in {"inputs": inputs, "lengths": lengths}.items():
         if value is not None and not isinstance(value, str) and not callable(value):
             raise InvalidType(
-                f"{name} is a {type(value).__name__}, and it must name a column, or be a function of a batch."
+                f"{name} is a {type(value).__name__}. Pass the name of a column, or a function of a batch."
             )
     if at not in ("output", "input"):
-        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
+        raise InvalidValue(f"at={at!r} is invalid. Pass 'output' or 'input'.")
     if isinstance(keep, str) or not (keep is None or all(isinstance(name, str) for name in keep)):
-        raise InvalidType(f"keep={keep!r} must be a list of column names, such as keep=['id'].")
+        raise InvalidType(f"keep={keep!r} is not a list of column names. Write for example keep=['id'].")
 
 
 def _made(model: Any, device: Any) -> nn.Module:
     if isinstance(model, nn.Module) or not callable(model):
         raise InvalidType(
-            f"model is a {type(model).__name__}, and it must be a function that returns one, so that each actor makes its "
-            "own: Extractor(lambda: model), or better a function that loads it where it runs."
+            f"model is a {type(model).__name__}, but each actor has to make its own model. Pass a function that returns the "
+            "model: Extractor(lambda: model), or better a function that loads it."
         )
     made = model()
     if not isinstance(made, nn.Module):
-        raise InvalidType(f"model() returned a {type(made).__name__}, and it must return a torch.nn.Module.")
+        raise InvalidType(f"model() returned a {type(made).__name__}. Return a torch.nn.Module.")
     if device is None:
         return made
     try:
         return made.to(device)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise InvalidValue(
-            f"device={str(device)!r}: the model cannot be moved there ({error}). For a pool of GPUs write "
+            f"the model cannot be moved to device={str(device)!r}: {error}. For a pool of GPUs, write "
             "map_batches(Extractor, num_gpus=1, ...) and device='cuda'."
         ) from error
 
 
 def _as_tensors(column: Any) -> Any:
-    """Copies a column of numbers to a tensor, and a ragged one to a list of tensors; others stay as they are.
+    """Copies a column of numbers to a tensor, and a ragged one to a list of tensors.
 
-    Copied, because Ray's arrays are shared and not to be written, and a model may work in place.
+    Other columns stay the same. A copy is necessary, since Ray's arrays are shared and read-only, and a model may work in
+    place.
     """
     import numpy as np
 
@@ -268,5 +277,7 @@ def _as_array(name: str, rows: Rows) -> Any:
 
 def _checked_array(name: str, array: Any) -> Any:
     if array.dtype.kind == "c":
-        raise Unsupported(f"layer {name!r} gives complex numbers, and a table has none: reduce=torch.view_as_real.")
+        raise Unsupported(
+            f"layer {name!r} returns complex numbers, which a table cannot hold. Pass reduce=torch.view_as_real."
+        )
     return array

@@ -1,4 +1,4 @@
-"""The public ``list_layers``: what a selection selects, and with an example how each layer is used."""
+"""The public function ``list_layers``."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class LayerRow:
     """One layer of a selection.
 
     Attributes:
-        name: its qualified name.
+        name: the qualified name.
         type: the class of the module, or ``"parameter"`` for a convolution without one.
-        parameters: how many parameters it has itself, or None while they are not materialized.
-        kernel: the kernel size; an int if it has one axis, None if the type has none.
+        parameters: the number of its own parameters, or None if they are not materialized yet.
+        kernel: the kernel size, as an int for one axis, or None if the type has no kernel.
         stride: the stride, likewise.
         dilation: the dilation, likewise.
-        used: with an example: how it ran, such as ``"module × 2"``, ``"F.conv1d × 1"`` or ``"idle"``.
-        shape: with an example: the shape of what would be kept of its first call, such as (B, C, T).
-        dtype: with an example: its data type.
-        nbytes: with an example: the bytes that all its calls would keep; memory that it shares with a layer that ran before
-            it counts there.
-        nbytes_per_sample: with an example: the same for each input of the batch.
+        used: with an example, how it ran, such as ``"module × 2"``, ``"F.conv1d × 1"`` or ``"idle"``.
+        shape: with an example, the shape that a capture would keep of its first call, such as (B, C, T).
+        dtype: with an example, the data type of that value.
+        nbytes: with an example, the bytes that a capture would keep of all its calls. Memory that it shares with an earlier
+            layer counts for that layer.
+        nbytes_per_sample: with an example, the bytes for each input of the batch.
     """
 
     name: str
@@ -69,16 +69,16 @@ def list_layers(
     reduce: Reduce | None = None,
     dtype: torch.dtype | None = None,
 ) -> Table:
-    """Lists the layers that a selection selects, in definition order. Print it, or iterate over its rows.
+    """Lists the selected layers of a model, in definition order.
 
-    With an example the model runs once, in eval mode and without gradients, watched in every way there is; each row then
-    says how the layer is used, and what it would keep with ``reduce`` and ``dtype``, in all and for each input. Nothing is
-    kept for that, and the model stays as it is: caches, statistics and random numbers are put back.
+    Print the table, or iterate over its rows. With an example, the model runs once, in eval mode and without gradients. Each
+    row then shows how the layer is used, and the bytes that a capture with ``reduce`` and ``dtype`` would keep, in total and
+    for each input. ``list_layers`` keeps no outputs, and restores the model's caches and statistics and the random numbers.
 
     Args:
         model: any PyTorch model.
-        layers: what to list, as in ``capture``; None for every 1-D convolution.
-        types: the module types to choose from.
+        layers: the layers to list, as in ``capture``; None for every 1-D convolution.
+        types: the module types that selectors choose from.
         example: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments.
         method: the name of the method to run on the example, such as ``"encode"``; None to call the model itself.
         reduce: as in ``capture``.
@@ -124,7 +124,7 @@ def _observe(model: Any, layers: Any, types: Any, example: Any, method: Any, red
     return session.log
 
 
-#: What a layer calls its kernel size, stride and dilation: in PyTorch, and in Keras.
+#: The attributes for kernel size, stride and dilation in PyTorch and in Keras.
 _GEOMETRY = (("kernel_size", "kernel_size"), ("stride", "strides"), ("dilation", "dilation_rate"))
 
 

@@ -274,10 +274,7 @@ class Session:
 
 
 def _finish_transfers(offloader: Offloader | None, recorder: Recorder, log: Log) -> None:
-    """Waits for the pending copies. A failed copy makes the capture fail.
-
-    Reading its output raises too.
-    """
+    """Waits for the pending copies. A failed copy makes the capture fail."""
     if offloader is not None and not offloader.drain():
         recorder.failure = recorder.failure or first_failure(log.calls.values())
 

@@ -1,4 +1,4 @@
-"""The public ``tapped``: a module that returns the output and those of selected layers, and can be traced."""
+"""The public module ``tapped``, which can be compiled and exported."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ from convtap._select.selection import CONV1D, FUNCTION, Layers, Types, select
 from convtap._torch.hooks import Hooks
 
 # Note: [Tracing hooks]
-# Assumption: torch.compile and torch.export trace the hooks that are on the model while they trace, as part of it.
-# Failure: Dynamo keeps what it compiled by code object, and does not look at hooks again. All instances of a class share
-#   the code of its forward, so one that was compiled with other hooks, or with none, would be run instead, silently.
-# Choice: the hooks are put on once, before anything is traced, and write into a sink that is there only while this
-#   module's own forward runs. Each instance is of a class of its own, whose forward is a code object of its own (on the
-#   instance itself it would be a cycle, and a property a frame that Dynamo looks at), and what that calls is traced into
-#   it. Where it is not (a graph break, a part compiled by itself), a layer may be missing: that is an error.
+# Assumption: torch.compile and torch.export trace the model's current hooks as part of the model.
+# Failure: Dynamo caches compiled code by code object, and does not check hooks again. All instances of a class share the code
+#   of its forward, so code that was compiled with other hooks, or without hooks, would run instead, silently.
+# Choice: the hooks are registered once, before any trace, and write into a sink that exists only while this module's own
+#   forward runs. Each instance has its own class, whose forward is its own code object, and the calls in it are traced into
+#   it. (A forward on the instance would be a reference cycle, and a property would be a frame that Dynamo traces.) After a
+#   graph break, or in a part that was compiled by itself, a layer may be missing, which is an error.
 
 
 @public
 class Tapped(nn.Module):
-    """A model that also returns what its selected layers gave, and can be compiled and exported.
+    """A model that also returns the outputs of its selected layers.
 
-    ``forward`` takes what the model takes and returns ``(output, {name: tensor})``, keys as in ``Activations``: a
-    layer's name if it ran once, ``name#0``, ``name#1``, … if it ran several times, in execution order. The tensors are
-    clones, right whatever the model does in place, and part of the autograd graph. Running the model by itself records
-    nothing. The model is the submodule ``model``, so the keys of the state dict begin with ``model.``.
+    It can be compiled and exported. ``forward`` takes the model's arguments and returns ``(output, {name: tensor})`` in
+    execution order. The keys are those of ``Activations``: a layer's name if it ran once, ``name#0``, ``name#1``, … if it ran
+    several times. The tensors are clones, so in-place operations of the model do not change them, and they are part of the
+    autograd graph. Running the model by itself records nothing. The model is the submodule ``model``, so the keys of the
+    state dict begin with ``model.``.
 
-    Convolutions that are called as functions (``F.conv1d``) come out under the names of their kernels, as in ``capture``; one
-    with a computed kernel is ``F.conv1d``. A layer that is idle is left out with a ``CoverageWarning``; if it was asked for by
-    name, that is an error. Unlike ``capture`` it keeps its hooks until ``close``, the end of its ``with`` block, or until it
-    is dropped. Copies and pickles of it have hooks of their own.
+    Convolutions that are called as functions (``F.conv1d``) have the names of their kernels, as in ``capture``. One with a
+    computed kernel has the name ``F.conv1d``. An idle layer is skipped with a ``CoverageWarning``, or is an error if it was
+    selected by its name. Unlike ``capture``, it keeps its hooks until ``close``, until its ``with`` statement ends, or until
+    it is garbage-collected. Copies and pickles register their own hooks.
 
     Examples:
         >>> import torch
@@ -69,23 +70,23 @@ class Tapped(nn.Module):
         {'0': (2, 4, 50), '2': (2, 8, 50)}
 
     Args:
-        model: any PyTorch model; compile or export what this returns, not the model before.
-        layers: what to capture, as in ``capture``; None for every 1-D convolution.
-        types: the module types to choose from; Conv1d and its quantized forms by default.
-        at: ``"output"``, or ``"input"`` for what the layer was given.
-        dtype: what to cast floating-point outputs to.
-        reduce: a function of the output, traced with the model: ``lambda t: t.mean(-1)``; or a mapping from layers to such.
+        model: any PyTorch model. Compile or export the tapped model, not this one.
+        layers: the layers to capture, as in ``capture``; None for every 1-D convolution.
+        types: the module types that selectors choose from; by default Conv1d and its quantized forms.
+        at: ``"output"`` or ``"input"`` of the layers.
+        dtype: the type to cast floating-point outputs to.
+        reduce: a function to apply to each output, or a mapping from layers to functions. It is traced with the model.
 
     Raises:
         LayerNotFound: a selector matches nothing.
-        Unsupported: the model cannot be tapped in this way; the message says how it can.
-        NotCaptured: in the forward pass: a layer asked for by name did not run, nothing ran, or a compiled part may have
-            run a layer without its hook. In a compiled forward the compiler wraps the error in its own, with the same text.
-        ConvtapError: an argument cannot be used, ``reduce`` failed, or the tapped module is closed.
+        Unsupported: the model cannot be tapped in this way. The message has the alternative.
+        NotCaptured: in the forward pass: a layer selected by name did not run, no layer ran, or a compiled part may have run
+            a layer without its hook. In a compiled forward, the compiler raises its own error with the same text.
+        ConvtapError: an argument is invalid, ``reduce`` failed, or the tapped model is closed.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Makes each instance of a class of its own. See Note: [Tracing hooks]."""
+        """Makes an instance of a new class. See Note: [Tracing hooks]."""
         return super().__new__(_own_class(cls))
 
     def __init__(
@@ -144,11 +145,11 @@ class Tapped(nn.Module):
         self._finalizer.atexit = False
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Runs the model, and returns its output and what the layers gave.
+        """Runs the model, and returns its output and the layers' outputs.
 
         Raises:
-            NotCaptured: a layer that must come out did not.
-            ConvtapError: it is closed.
+            NotCaptured: a required output is missing.
+            ConvtapError: the tapped model is closed.
         """
         if self._closed:
             self._refuse_closed()
@@ -170,7 +171,7 @@ class Tapped(nn.Module):
         return output, keyed(calls, self._separators)
 
     def close(self) -> None:
-        """Takes the hooks off the model. The model stays as it is; this module cannot run any more."""
+        """Removes the hooks from the model. This module can no longer run."""
         self._closed = True
         self._finalizer()
 
@@ -205,8 +206,8 @@ class Tapped(nn.Module):
             self._kernels, self._parts = None, dict.fromkeys(self._layers, ("",))
             self._policies = dict.fromkeys(self._layers, self.__dict__.pop("_policy"))
             self._selected, self._exact, self._idle = list(self._layers), frozenset(), set()
-        # In a deep copy the old hooks are there, and do nothing. A shallow copy shares the model with its original,
-        # whose hooks still work. See Note: [Hooks and copies].
+        # A deep copy has the old hooks, which do nothing. A shallow copy shares the model with its original, whose
+        # hooks still work. See Note: [Hooks and copies].
         first = next(iter(self._layers.values()), None)
         if first is None or not self._hooks.are_on(first):
             self._hooks.remove()
@@ -214,17 +215,17 @@ class Tapped(nn.Module):
         if self._closed:
             self.close()
 
-    # -- what goes wrong; called in a trace, Dynamo runs these while it traces, so that their messages are what one sees
+    # -- errors; Dynamo runs these functions during a trace, so that the user sees their messages
 
     def _missing(self, missing: list[str], any_came: bool) -> None:
-        # Under torch.compile this is traced, also if Dynamo could not trace the forward around it.
+        # torch.compile traces this, even if Dynamo could not trace the forward around it.
         self._refuse_missing(missing, any_came, torch.compiler.is_dynamo_compiling())
 
     def _refuse_missing(self, missing: list[str], any_came: bool, compiled: bool) -> None:
-        """Raises, or warns, if layers did not come out.
+        """Raises an error or warns if outputs are missing.
 
-        An idle layer is an error if it was asked for by name, if nothing else came out, or if it may have run unseen: in
-        compiled code, unless it was idle in an earlier forward that was not compiled.
+        An idle layer is an error if it was selected by name, or if all outputs are missing. It is also an error if it may
+        have run unseen in compiled code, unless it was idle in an earlier forward that was not compiled.
         """
         asked, parts = [name for name in missing if name in self._exact], ModuleTree(self.model).compiled
         unseen = [name for name in missing if name in parts or (compiled and name not in self._idle)]
@@ -232,16 +233,16 @@ class Tapped(nn.Module):
             raise NotCaptured(_not_out(asked or unseen or missing, len(self._selected)))
         self._idle.update(missing)
         warnings.warn(
-            f"{plural(len(missing), 'selected layer')} did not run in this forward, so the result does not have it: "
+            f"the result lacks {plural(len(missing), 'selected layer')} that did not run in this forward: "
             f"{listed(missing)}. Select only layers that run, or pass the name in layers= to make this an error.",
             CoverageWarning,
             stacklevel=6,  # at the call of the tapped module
         )
 
     def _refuse_closed(self) -> None:
-        raise ConvtapError("this tapped model is closed: its hooks are off. Make a new one with tapped(model).")
+        raise ConvtapError("this tapped model is closed. Make a new one with tapped(model).")
 
-    # The mark is what torch.compiler.assume_constant_result sets; calling that would import Dynamo, for over a second.
+    # torch.compiler.assume_constant_result sets this mark, but calling it would import Dynamo, which takes over a second.
     _refuse_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _refuse_closed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -253,10 +254,10 @@ _T = TypeVar("_T", bound=nn.Module)
 
 
 def _own_class(kind: type[_T]) -> type[_T]:
-    """Makes a class for one instance, the same but for the code object of its forward. See Note: [Tracing hooks]."""
+    """Makes a subclass with its own copy of forward. See Note: [Tracing hooks]."""
     own = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     shared = kind.forward
-    # The name must differ as well: Dynamo keeps its guesses about dynamic shapes by file, line and name.
+    # The name must differ as well, since Dynamo stores its guesses about dynamic shapes by file, line and name.
     code = shared.__code__.replace(co_name=f"forward_{id(own):x}")
     own.forward = FunctionType(code, shared.__globals__, "forward", shared.__defaults__, shared.__closure__)  # type: ignore[attr-defined]
     own.forward.__doc__ = shared.__doc__  # type: ignore[attr-defined]
@@ -268,7 +269,7 @@ def _blank(kind: type[_T]) -> _T:
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    """The parameters of a model's forward, behind a ``self``: exporters name the inputs after them."""
+    """Returns the signature of a model's forward, after which exporters name inputs."""
     first = inspect.Parameter("_tapped", inspect.Parameter.POSITIONAL_ONLY)
     try:
         return inspect.Signature([first, *inspect.signature(model.forward).parameters.values()])
@@ -283,7 +284,7 @@ def _check_at(at: Any, model: nn.Module) -> None:
             f"at='activation' cannot be traced yet. Select the activations themselves: tapped(model, types={kind})."
         )
     if at not in ("output", "input"):
-        raise InvalidValue(f"at={at!r} is none of 'output', 'input'.")
+        raise InvalidValue(f"at={at!r} is invalid. Pass 'output' or 'input'.")
 
 
 def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -294,16 +295,16 @@ def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
         )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise Unsupported(
-            f"nn.DataParallel runs copies of the model on {len(model.device_ids)} devices, and their hooks would mix: "
-            "tap the model inside, tapped(model.module)."
+            f"nn.DataParallel runs copies of the model on {len(model.device_ids)} devices, and their hooks would mix "
+            "the outputs. Tap the model inside: tapped(model.module)."
         )
 
 
 def _not_out(missing: list[str], selected: int) -> str:
     return (
         f"{len(missing)} of {plural(selected, 'selected layer')} did not come out of this forward: {listed(missing)}. If "
-        "such a layer is idle, leave it out of layers=; list_layers(model, example=x) shows how each layer is used. If it "
-        "does run, a part of the model was compiled by itself before the hooks were on: tap first, then compile the whole, "
-        "torch.compile(tapped(model), fullgraph=True). A compiled forward leaves idle layers out if they were idle in a "
-        "forward before it was compiled."
+        "such a layer is idle, leave it out of layers= (list_layers(model, example=x) shows how each layer is used). If it "
+        "does run, a part of the model was compiled before it was tapped, so tap first and then compile the whole: "
+        "torch.compile(tapped(model), fullgraph=True). A compiled forward skips a layer that was idle in an earlier forward "
+        "that was not compiled."
     )

@@ -74,7 +74,7 @@ class Kernels:
     layers: dict[str, nn.Module]
 
     def by_identity(self) -> dict[int, Kernel]:
-        """Returns the kernels by their tensor's identity, the first of those that share a tensor."""
+        """Returns the kernels by tensor identity, the first one of each shared tensor."""
         return {id(kernel.tensor()): kernel for kernel in reversed(self.known)}
 
     def name_of(self, weight: Any, likely: Kernel | None = None) -> str | None:
@@ -182,7 +182,7 @@ class FunctionalTap(TorchFunctionMode):
         return name
 
     def _owner(self, weight: Any) -> str | None:
-        """Returns the name of a kernel. Only outside of a trace does a tensor keep its identity."""
+        """Returns the name of a kernel. A tensor keeps its identity outside of a trace."""
         if torch.compiler.is_compiling():
             return self.kernels.name_of(weight)
         if self._by_identity is None:

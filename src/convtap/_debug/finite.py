@@ -187,7 +187,7 @@ class Finite:
         """Warns if the model ran in another thread, or if no gradient was seen."""
         if not watch.calls and watch.elsewhere:
             text = (
-                f"finite(model) watched nothing, since the model ran in another thread, where it is not open: "
+                f"finite(model) watched nothing, since the model ran in another thread, in which it is not open: "
                 f"{listed(watch.elsewhere)}. Open it in the thread that runs the model."
             )
         elif self._backward and watch.calls and not watch.gradients:

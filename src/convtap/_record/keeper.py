@@ -216,7 +216,10 @@ def _most_references(parts: Iterable[Any]) -> int:
 
 @functools.cache
 def _part_references() -> int:
-    """How many references to a part of an output there are if only the output holds it: one fewer since Python 3.14."""
+    """Returns the reference count of a part of an output that only the output holds.
+
+    Since Python 3.14 it is lower by one.
+    """
     return _most_references((torch.zeros(1),))
 
 

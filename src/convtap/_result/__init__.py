@@ -1,4 +1,4 @@
-"""What a capture returns: calls, the log they are in, coverage, samples, a file, and the mapping of all of it."""
+"""The results of a capture: calls, log, coverage, samples, files, statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Activations":  # pickles of version 0.1.0 look for it here
+    if name == "Activations":  # pickles of version 0.1.0 import it from here
         from convtap._result.activations import Activations
 
         return Activations

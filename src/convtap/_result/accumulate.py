@@ -1,4 +1,4 @@
-"""Adds the outputs of calls to the statistics of their layers, and keeps none of them."""
+"""Adds outputs to the statistics of their layers, without keeping the outputs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from convtap._tensors.statistics import real_values
 from convtap._torch.modes import outside_modes
 from convtap._torch.transforms import outside_transforms
 
-#: The least relative error of quantiles: 1 MiB a channel.
+#: The smallest relative error of quantiles, which takes 1 MiB per channel.
 _LEAST = 0.0002
 
-#: Returns the values of a call's tensor that are to be added, and which axis of them is the channels.
+#: Returns the values of a call's tensor to add, and their channel axis.
 Choose: TypeAlias = "Callable[[Call, str, Tensor], tuple[Tensor, int | None]]"
 
 
 class Accumulator:
-    """Adds outputs to statistics, one layer a row, or one run of a layer within its pass a row.
+    """Adds outputs to statistics, with a row for each layer or for each of its calls.
 
     Args:
-        layers: the statistics by name; it grows.
-        by_channel: whether channels are told apart.
-        by_run: whether each run of a layer within a forward pass is a row: ``conv#0``, ``conv#1``.
-        digits: the precision of the quantiles, as in ``Sketch``; None for none.
-        choose: which values of a tensor to add, instead of all.
+        layers: the statistics by name. New layers are added to it.
+        by_channel: whether each channel has its own statistics.
+        by_run: whether each call of a layer within a forward pass has a row: ``conv#0``, ``conv#1``.
+        digits: the precision of the quantiles, as in ``Sketch``; None for no quantiles.
+        choose: selects the values of a tensor to add; None for all.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Accumulator:
         self._by_run = by_run
         self._digits = digits
         self._choose = choose or _all
-        #: By layer, the newest pass that it ran in, and how often it did.
+        #: For each layer, its newest pass and the number of its newest call there.
         self._runs: dict[str, tuple[int, int]] = {}
         self._most: dict[str, int] = {}
 
@@ -59,7 +59,7 @@ class Accumulator:
         """Adds the output of a call.
 
         Raises:
-            Unsupported: it has no values that can be counted, or another number of channels than before.
+            Unsupported: the output has no ordinary values, or its number of channels has changed.
         """
         stem = self._stem(call)
         with outside_transforms(), outside_modes(), torch.no_grad(), torch.inference_mode(False):
@@ -76,14 +76,14 @@ class Accumulator:
         source = source_of(layer)
         if source.channels != channels:
             raise Unsupported(
-                f"{key!r} returned {source.channels} channels before and {channels} now, so they are not the same "
-                "channels. Use per='layer', or calls='keys' if it runs several times in one forward pass."
+                f"{key!r} returned {source.channels} channels before and {channels} now. Pass per='layer', or "
+                "calls='keys' if it runs several times in one forward pass."
             )
         source.add(values, axis)
         layer.calls += 1
 
     def _stem(self, call: Call) -> str:
-        """The name of a call's row, without the path of a tensor."""
+        """Returns the name of a call's row, without the path of a tensor."""
         if not self._by_run:
             return call.name
         newest, number = self._runs.get(call.name, (-1, -1))
@@ -96,7 +96,7 @@ class Accumulator:
         return record.key(number, self._most[call.name] + 1)
 
     def _rename(self, name: str, key: str) -> None:
-        """Gives the rows of a layer a number, now that it has run twice in a pass."""
+        """Numbers the rows of a layer when it runs a second time in one pass."""
         layers = list(self._layers.items())
         self._layers.clear()
         for old, layer in layers:
@@ -106,7 +106,7 @@ class Accumulator:
 
 
 def channel_axis(call: Call, path: str, tensor: Tensor) -> int | None:
-    """Returns which axis of a tensor of a call's output is the channels, or None if it has no axis."""
+    """Returns the channel axis of a tensor in a call's output, or None."""
     layout = layout_of(call, path)
     if is_convolution(call) and not (layout is not None and layout.last):
         if tensor.dim() == 2:  # (C, T) of a single signal; an activation may come after a Flatten
@@ -122,9 +122,9 @@ def _all(call: Call, path: str, tensor: Tensor) -> tuple[Tensor, int | None]:
 
 
 def _readable(call: Call, tensor: Tensor) -> Tensor:
-    """Returns the values of a tensor as an ordinary one of a floating type."""
+    """Returns the values of a tensor as an ordinary floating-point tensor."""
     if tensor.is_nested:
-        what = "is nested, so it has no axis of channels"
+        what = "is nested and has no channel axis"
     else:
         try:
             return real_values(tensor.detach(), call.name)
@@ -132,19 +132,19 @@ def _readable(call: Call, tensor: Tensor) -> Tensor:
             placed: Any = getattr(tensor, "placements", None)
             what = f"is a {type(tensor).__name__}" + (f" with placements {tuple(placed)}" if placed else " on meta")
     raise Unsupported(
-        f"the output of {call.name!r} {what}, and statistics need ordinary values. Select the layers without it: layers=[...]."
+        f"the output of {call.name!r} {what}, but statistics need ordinary values. Select only the other layers: layers=[...]."
     )
 
 
 def row_options(per: Any, calls: Any, quantiles: Any) -> dict[str, Any]:
-    """Checks the options of ``statistics`` that say what a row is, and returns them as arguments of ``Accumulator``.
+    """Returns the row options of ``statistics`` as arguments of ``Accumulator``.
 
     Raises:
-        InvalidValue: one of them has a value that cannot be used.
+        InvalidValue: an option is invalid.
     """
     for name, value, choices in (("per", per, ("channel", "layer")), ("calls", calls, ("join", "keys"))):
         if value not in choices:
-            raise InvalidValue(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
+            raise InvalidValue(f"{name}={value!r} is invalid. Pass one of {', '.join(map(repr, choices))}.")
     is_number = isinstance(quantiles, (int, float)) and not isinstance(quantiles, bool)
     if quantiles is not None and not (is_number and _LEAST <= quantiles < 1):
         raise InvalidValue(

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @public
 class Activations(Mapping[str, Any]):
-    """The outputs that a block collected, in execution order, by call key.
+    """The outputs of a capture by call key, in execution order.
 
-    A layer that ran once has its name as key; one that ran several times has ``name#0``, ``name#1``, …
+    The key of a layer that ran once is its name. A layer that ran several times has the keys ``name#0``, ``name#1``, …
     """
 
     def __init__(self, log: Log) -> None:
@@ -61,7 +61,7 @@ class Activations(Mapping[str, Any]):
         """Returns the output of a call.
 
         Raises:
-            LayerNotFound: no such layer here, or it was selected and did not run.
+            LayerNotFound: the capture has no such layer, or the layer was selected but did not run.
             AmbiguousCall: the layer ran several times.
         """
         if not isinstance(key, str):
@@ -72,14 +72,14 @@ class Activations(Mapping[str, Any]):
         return found
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns the output of a call, or ``default`` if there is none.
+        """Returns the output of a call, or ``default`` if it does not exist.
 
         Raises:
             AmbiguousCall: the layer ran several times.
         """
         try:
             found = find_output(self._log, key) if isinstance(key, str) else MISSING
-        except LayerNotFound:  # the call is here, and has no such part
+        except LayerNotFound:  # the call exists, but its output does not have the part
             return default
         return default if found is MISSING else found
 
@@ -89,10 +89,14 @@ class Activations(Mapping[str, Any]):
     # -- calls
 
     def calls(self, name: str | None = None, forward: int | None = None) -> list[Call]:
-        """Returns the calls in execution order: all, those of one layer, those of one forward pass.
+        """Returns the calls in execution order.
+
+        Args:
+            name: the layer; None for all layers.
+            forward: the number of the forward pass; None for all passes.
 
         Raises:
-            LayerNotFound: ``name`` is neither captured nor selected here.
+            LayerNotFound: ``name`` was neither captured nor selected.
         """
         if name is not None:
             resolved = self._log.resolve(name)
@@ -106,16 +110,16 @@ class Activations(Mapping[str, Any]):
         return found if forward is None else [call for call in found if call.forward == forward]
 
     def cat(self, name: str | None = None, dim: int = 0) -> Any:
-        """Joins the outputs of a layer's calls along an axis (``dim=-1`` for time), or those of every layer.
+        """Joins the outputs of a layer's calls along an axis.
 
         Args:
-            name: the layer. None for a dict of all: the outputs of all forward passes, joined, by the layer's name within
-                its pass: ``conv``, or ``conv#0``, ``conv#1``, … if it ran several times in one.
-            dim: the axis.
+            name: the layer. None joins the outputs of each layer over all forward passes and returns them as a dict. Its
+                keys are ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran several times in one pass.
+            dim: the axis, such as -1 for time.
 
         Raises:
-            LayerNotFound: the layer has no output here.
-            Unsupported: an output is not a single tensor, or the shapes do not fit together.
+            LayerNotFound: the layer has no output.
+            Unsupported: an output is not a single tensor, or the shapes do not match.
         """
         if name is None:
             return {key: joined_outputs(key, outputs, dim) for key, outputs in by_key_in_pass(self._log).items()}
@@ -125,31 +129,32 @@ class Activations(Mapping[str, Any]):
         return joined_outputs(name, outputs, dim)
 
     def rename(self, names: Mapping[str, str]) -> Activations:
-        """Returns the same outputs with other names for some layers: ``acts.rename({"encoder.0": "early"})``.
+        """Returns the same outputs with other names for some layers.
 
-        The values are shared, not copied.
+        For example, ``acts.rename({"encoder.0": "early"})`` renames one layer. The values are shared, not copied.
 
         Raises:
-            LayerNotFound: no such layer is here.
-            InvalidType, InvalidValue: ``names`` is not a mapping of names to names; two layers would have one name.
+            LayerNotFound: a layer in ``names`` does not exist.
+            InvalidType, InvalidValue: ``names`` is not a mapping of names to names, or two layers would have the same name.
         """
         return Activations(renamed(self._log, names))
 
     def join(self, other: Activations) -> Activations:
-        """Returns the outputs of two captures: those of ``other`` after these, its forward passes numbered on.
+        """Returns the outputs of two captures, those of ``other`` last.
 
-        A layer of one name in both is one layer here, whose calls are those of both. The values are shared, not copied.
+        The forward passes of ``other`` get the numbers that follow. If both captures have a layer of the same name, the
+        result has one layer with all of its calls. The values are shared, not copied.
 
         Raises:
-            InvalidType: ``other`` is not what a capture collected.
+            InvalidType: ``other`` is not an ``Activations``.
         """
         if not isinstance(other, Activations):
-            raise InvalidType(f"other={brief(other)} is not the outputs of a capture. Write acts.join(other_acts).")
+            raise InvalidType(f"other={brief(other)} is not an Activations. Write acts.join(other_acts).")
         return Activations(joined(self._log, other._log))
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The input of each call, by key, of a capture with ``inputs=True``.
+        """The input of each call by key, if the capture has ``inputs=True``.
 
         Raises:
             NotCaptured: the capture was not opened with ``inputs=True``.
@@ -158,59 +163,61 @@ class Activations(Mapping[str, Any]):
 
     @property
     def coverage(self) -> Coverage:
-        """What became of each selected layer."""
+        """Tells whether each selected layer was captured, idle or bypassed."""
         return self._log.made(_coverage)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that the outputs keep alive; memory that several of them share counts once."""
+        """The bytes of memory that the outputs keep alive. Shared memory counts once."""
         return sum(held_bytes(self._log.calls.values()).values())
 
     def clear(self) -> None:
-        """Forgets the outputs, as if the block began here; what ``coverage`` counts stays."""
+        """Removes all outputs. The counts of ``coverage`` stay."""
         self._log.clear()
 
     # -- per input
 
     def samples(self, lengths: Any = None, timeline: Any = None) -> list[dict[str, Tensor]]:
-        """Returns the outputs for each input: one dict an input, without the batch axis; see ``sample``.
+        """Returns the outputs of each input, as one dict per input; see ``sample``.
 
         Args:
-            lengths: the samples of each input before it was padded, (B,), over all forward passes. Each output is then cut
-                to the frames that the input makes by itself. A warning names the layers whose frames are still other numbers.
-            timeline: ``convtap.timeline(model, example)`` of the model, which says how many frames those are.
+            lengths: the number of samples of each input without padding, (B,), over all forward passes. Each output is then
+                cut to the frames of the unpadded input. A warning names the layers whose frames have other values than
+                the unpadded input would produce.
+            timeline: the timeline of the model, ``convtap.timeline(model, example)``, which tells how many frames those are.
 
         Raises:
-            InvalidValue: only one of the two is given; there are not as many lengths as inputs; a length is longer than
-                its input; the timeline is of another model.
-            Unsupported: an output has no axis of the size of the input batch, or its time axis is unknown.
+            InvalidValue: only one of the two is passed, the number of lengths is not the number of inputs, a length exceeds
+                its input, or the timeline belongs to another model.
+            Unsupported: no axis of an output has the size of the input batch, or its time axis is unknown.
         """
         if lengths is None and timeline is None:
             return self._log.made(Samples).all()
         return self._log.made(Samples).valid(lengths, timeline)
 
     def sample(self, i: int) -> dict[str, Tensor]:
-        """Returns the outputs for one input, as (C, T) where a layer gives (B, C, T).
+        """Returns the outputs for one input: (C, T) if a layer returns (B, C, T).
 
-        The keys are the layers' names within their forward pass: ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran
-        several times in it (``name[0]``, … for the tensors of a structure). Each tensor owns its bytes. Over
-        several forward passes the inputs are numbered through.
+        The keys are the layers' names within the forward pass: ``conv``, or ``conv#0``, ``conv#1``, … if the layer ran
+        several times in the pass, and ``name[0]``, … for the tensors of a structure. Each tensor owns its memory. Inputs
+        are numbered across forward passes.
 
         Raises:
-            OutOfRange: there is no such input.
-            Unsupported: an output has no axis of the size of the input batch.
+            OutOfRange: the input does not exist.
+            Unsupported: no axis of an output has the size of the input batch.
         """
         return self._log.made(Samples).one(i)
 
     # -- elsewhere
 
     def numpy(self) -> dict[str, Any]:
-        """Returns the outputs as NumPy arrays, by key. bfloat16 and float8 become float32, which is exact.
+        """Returns the outputs as NumPy arrays, by key.
 
-        A sparse or quantized output becomes a dense array, and so does a DTensor if this process holds all of it.
+        bfloat16 and float8 become float32, which is exact. A sparse or quantized output becomes a dense array, and so does
+        a DTensor if this process holds all of it.
 
         Raises:
-            Unsupported: an output has no such array: it is nested, on meta, or a DTensor of which other processes hold a part.
+            Unsupported: an output is nested, on meta, or a DTensor that other processes hold a part of.
         """
         return {key: map_leaves(partial(to_numpy, key=key), call.output) for key, call in self._log.index().items()}
 
@@ -218,18 +225,18 @@ class Activations(Mapping[str, Any]):
         """Writes the outputs to one safetensors file, which ``convtap.load`` reads back.
 
         Raises:
-            StoreError: the file cannot be written, or an output has no form on disk.
+            StoreError: the file cannot be written, or safetensors cannot store an output.
         """
         write(self._log, path)
 
     def statistics(self, *, per: str = "channel", calls: str = "join", quantiles: float | None = 0.01) -> Statistics:
-        """Returns the statistics of the outputs that are held; ``convtap.statistics`` describes the options.
+        """Returns statistics of the kept outputs; see ``convtap.statistics``.
 
         Raises:
-            InvalidValue: an option has a value that cannot be used.
-            Unsupported: an output has no values, or a layer has other channels in another call.
+            InvalidValue: an option is invalid.
+            Unsupported: an output has no ordinary values, or its number of channels changes between calls.
         """
-        from convtap._result.statistics import statistics_of  # which a capture does not need
+        from convtap._result.statistics import statistics_of  # a capture does not need it
 
         return statistics_of(self._log.calls.values(), per, calls, quantiles)
 
@@ -244,7 +251,7 @@ class Activations(Mapping[str, Any]):
         channels_last: Any = None,
         span: Any = None,
     ) -> Any:
-        """Draws each layer's output for one input, as a matplotlib Figure; see ``convtap.plot.plot``.
+        """Draws the outputs for one input as a matplotlib Figure; see ``convtap.plot``.
 
         Raises:
             MissingExtra: matplotlib is not installed.
@@ -253,7 +260,7 @@ class Activations(Mapping[str, Any]):
         return draw(self, sample, layers, signal, sample_rate, timeline, channels, channels_last, span)
 
     def report(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None, **options: Any) -> None:
-        """Writes one self-contained HTML page; see ``convtap.report.report``, also for the options.
+        """Writes a self-contained HTML page; ``convtap.report.report`` has the options.
 
         Raises:
             StoreError: the file cannot be written.
@@ -261,15 +268,13 @@ class Activations(Mapping[str, Any]):
         _public_module("report").report(self, path, model, **options)
 
     def summary(self, stats: bool = False, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a call; ``stats`` adds the range and counts of its values.
-
-        The statistics are of the finite values: min, mean, max, standard deviation (of the population), and the share of
-        zeros among all values; then how many are NaN and Inf.
+        """Returns a table with one line per call.
 
         Args:
-            stats: whether to add them.
-            rows: the most calls to print, the first and the last; None for all. Indexing the table reaches the others
-                while their outputs are kept, which the table does until ``clear()``.
+            stats: whether to add statistics of the values: the min, mean, max and standard deviation (of the population) of
+                the finite values, the share of zeros among all values, and the numbers of NaN and Inf.
+            rows: the maximum number of calls to print, the first and the last; None for all. Indexing the table also reaches
+                the other calls, until ``clear`` removes their outputs.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -284,7 +289,7 @@ class Activations(Mapping[str, Any]):
 
 
 def _public_module(module: str) -> Any:
-    """Imports what draws: by its public name and only when it is asked for, since it comes after what it draws."""
+    """Imports a public module on demand, since it imports this one."""
     return importlib.import_module(f"convtap.{module}")
 
 
@@ -293,5 +298,5 @@ def _coverage(log: Log) -> Coverage:
 
 
 def log_of(acts: Activations) -> Log:
-    """Returns the log that a mapping of outputs reads."""
+    """Returns the log of an ``Activations``."""
     return acts._log

@@ -1,4 +1,4 @@
-"""One run of one layer, and the record of all runs of a layer."""
+"""A call of a layer and the record of all of its calls."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from convtap._tensors.statistics import dtype_text, shapes, shapes_text
 
 
 class LayerRecord:
-    """One layer's account in a block: how often it ran, how many of its calls are kept, and where it was bypassed.
+    """The counts of one layer in a capture: its calls, kept calls and bypasses.
 
     Attributes:
         name: the layer.
         is_conv1d: whether it is a Conv1d module.
     """
 
-    # Class attributes are the values at the start: nothing is written for a layer but what differs from them.
+    # The class attributes are the initial values. An instance stores only the values that differ.
     captured = 0
-    ran = 0  # counted only where captured cannot be: when an activation is looked for
+    ran = 0  # counted only with at="activation", where captured counts the activations
     held = 0
     cleared = 0
     last_pass = -1
@@ -41,12 +41,12 @@ class LayerRecord:
 
     def __init__(self, name: str, is_conv1d: bool, part: str = "") -> None:
         self.name = name
-        self.is_conv1d = is_conv1d  # a flag: the class itself may have no name by which a pickle could find it
-        self.part = part  # the path of the part of the output that alone is kept, as it stands in the name
+        self.is_conv1d = is_conv1d  # a flag, since a pickle may not find the class by its name
+        self.part = part  # the path of the selected part of the output, as in the name
 
     @property
     def layer(self) -> str:
-        """The name of the layer, whose output has the part."""
+        """The name of the layer, without the part."""
         return self.name.removesuffix(self.part)
 
     def key(self, number: int, count: int) -> str:
@@ -55,19 +55,19 @@ class LayerRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        if self.pending is not None:  # what read the weight is a place in code, which has no pickle
+        if self.pending is not None:  # the reader is a place in code, which cannot be pickled
             state["pending"] = (self.pending[0], str(self.pending[1]))
         return state
 
     def read_by(self, reader: object, forward: int) -> None:
-        """Notes that something read the layer's weight in a pass in which no convolution of it was seen yet."""
+        """Notes a read of the layer's weight before its convolution in a pass."""
         if self.last_pass == forward or (self.pending is not None and self.pending[0] == forward):
             return
         self.count_bypass()
         self.pending = (forward, reader)
 
     def count_bypass(self) -> None:
-        """Counts a read as a bypass, if the convolution was not seen in the same pass after it."""
+        """Counts the noted read as a bypass, if no convolution of its pass followed it."""
         if self.pending is not None:
             self.bypasses += 1
             self.bypassed = self.bypassed or str(self.pending[1])
@@ -76,12 +76,12 @@ class LayerRecord:
 
 @public
 class Call:
-    """One run of one layer.
+    """One call of a layer.
 
     Attributes:
-        index: how many times the layer had run before, in this block.
-        forward: the number of the forward pass that it was part of: a call of the model, or of one of its methods.
-        via: how it was seen: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
+        index: the number of earlier calls of the layer in this capture.
+        forward: the number of its forward pass, which is a call of the model or of one of its methods.
+        via: how convtap saw it: ``"module"``, ``"function"``, ``"compiled"``, ``"script"`` or ``"keras"``.
     """
 
     __slots__ = ("_gradient", "_input", "_record", "_value", "forward", "index", "via")
@@ -104,7 +104,7 @@ class Call:
         self._gradient = gradient
         self._input = given
 
-    def __getstate__(self) -> Any:  # a copy, or a pickle, has values and no graph
+    def __getstate__(self) -> Any:  # a copy or a pickle has values but no graph
         state = {name: getattr(self, name) for name in self.__slots__ if name != "_input"}
         state["_value"] = map_leaves(_without_graph, self._value, other=_as_it_is)
         if given_of(self) is not MISSING:
@@ -118,65 +118,66 @@ class Call:
 
     @property
     def layer(self) -> str:
-        """The name of the layer, without the part of its output that alone is kept."""
+        """The name of the layer, without the selected part of its output."""
         return self._record.layer
 
     @property
     def part(self) -> str:
-        """The path of the part of the layer's output that alone is kept, such as ``[0]``; empty if all of it is."""
+        """The path of the selected part, such as ``[0]``; empty for the whole output."""
         return self._record.part
 
     @property
     def key(self) -> str:
-        """The key in the mapping: the name if it is the layer's only call, else ``name#index``."""
+        """The key in the mapping: ``name`` for the only call of a layer, else ``name#k``."""
         record = self._record
         return record.key(self.index, record.held)
 
     @property
     def output(self) -> Any:
-        """The output: a tensor such as (B, C, T), or the structure of tensors that the layer returned.
+        """The output: a tensor such as (B, C, T), or a structure of tensors.
 
         Raises:
-            ModifiedInPlace: it was kept as an alias (``copy=False``) and has been written since.
+            ModifiedInPlace: it is an alias (``copy=False``) that the model has changed.
         """
         value = self._value
         return value if type(value) is Tensor else read(value, self.key)
 
     @property
     def input(self) -> Any:
-        """The layer's input: a single argument as itself, several as a tuple, named ones as a dict.
+        """The input of the call.
+
+        A single argument is itself, several arguments are a tuple, and named arguments are a dict.
 
         Raises:
             NotCaptured: the capture was not opened with ``inputs=True``.
-            ModifiedInPlace: it was kept as an alias (``copy=False``) and has been written since.
+            ModifiedInPlace: it is an alias (``copy=False``) that the model has changed.
         """
         if given_of(self) is MISSING:
             raise NotCaptured(
-                f"no inputs were collected here, so there is none of {self.key!r}. Write: with capture(model, inputs=True) as "
-                "acts: …"
+                f"the input of {self.key!r} was not captured. Write: with capture(model, inputs=True) as acts: …"
             )
         return read(self._input, self.key)
 
     @property
     def grad(self) -> Any:
-        """d(loss)/d(output), of the shape of the output, or None if no backward pass has reached the layer.
+        """d(loss)/d(output), or None if no backward pass has reached the layer.
 
-        It is of the last backward pass that did, and of the whole output also where ``reduce`` keeps less of that. It is
-        there once ``loss.backward()`` or ``torch.autograd.grad`` has run, inside the block or after it.
+        It has the shape of the whole output, even if ``reduce`` keeps less. It comes from the last ``loss.backward()`` or
+        ``torch.autograd.grad`` that reached the layer, inside the capture or after it.
 
         Raises:
-            NotCaptured: the block was not opened with ``grads=True``, or the output has no autograd graph.
+            NotCaptured: the capture was not opened with ``grads=True``, or the output has no autograd graph.
         """
         if self._gradient is None:
             raise NotCaptured(
-                f"no gradients were collected here, so there is none of {self.key!r} (a saved file holds none either). "
-                "Write: with capture(model, grads=True) as acts: …"
+                f"the gradient of {self.key!r} was not captured (and saved files hold no gradients). Write: with "
+                "capture(model, grads=True) as acts: …"
             )
         return read(self._gradient.read(self.key), self.key)
 
     @property
     def shape(self) -> Any:
-        """The shape of the output, as a ``torch.Size``, or the structure of shapes."""
+        """The shape of the output, as a ``torch.Size``, or a structure of shapes."""
         return shapes(shown_value(self))
 
     @property
@@ -204,18 +205,18 @@ def record_of(call: Call) -> LayerRecord:
 
 
 def moved(call: Call, record: LayerRecord, forward: int | None = None) -> Call:
-    """Returns the same call in another layer's record, or another forward pass."""
+    """Returns a copy of a call with another record or forward pass."""
     forward = call.forward if forward is None else forward
     return Call(record, call.index, forward, call.via, call._value, call._gradient, given_of(call))
 
 
 def is_convolution(call: Call) -> bool:
-    """Returns whether a call is of a 1-D convolution: of a module, or one that was seen without its module."""
+    """Returns whether a call is a 1-D convolution, of a module or without one."""
     return call._record.is_conv1d or call.via in ("function", "compiled", "script")
 
 
 def layout_of(call: Call, path: str) -> Layout | None:
-    """Returns where a tensor of the call's output has its channels and its time, if the layer's type says it."""
+    """Returns the channel and time axes of an output's tensor if they are known."""
     if call.part + path not in ("", "[0]"):
         return None
     found = call._record.layout
@@ -223,17 +224,17 @@ def layout_of(call: Call, path: str) -> Layout | None:
 
 
 def given_of(call: Call) -> Any:
-    """Returns what the call holds of its input, or ``MISSING``."""
+    """Returns the kept input of a call, or ``MISSING``."""
     return getattr(call, "_input", MISSING)
 
 
 def held_value(call: Call) -> Any:
-    """Returns what the call holds of its output: tensors, or what stands for them until they are read."""
+    """Returns the kept output of a call: tensors, or their placeholders."""
     return call._value
 
 
 def shown_value(call: Call) -> Any:
-    """Returns the output to describe, without waiting for it or checking it."""
+    """Returns the output for descriptions, without waiting for it or checking it."""
     return map_leaves(lambda held: held.tensor, call._value, Held)
 
 
@@ -246,7 +247,7 @@ def _as_it_is(held: Any) -> Any:
 
 
 def append_runs(lists: dict[str, list[Call]], calls: Iterable[Call]) -> None:
-    """Appends calls to the lists of their layers, and numbers them by their places there."""
+    """Appends calls to the lists of their layers, and numbers them by position."""
     for call in calls:
         name = call._record.name
         runs = lists.get(name)
@@ -254,13 +255,13 @@ def append_runs(lists: dict[str, list[Call]], calls: Iterable[Call]) -> None:
             lists[name] = [call]
             continue
         number = len(runs)
-        if call.index != number or runs[0].index:  # two threads that run a layer at once may have taken one number
+        if call.index != number or runs[0].index:  # two threads that run a layer at once may take the same number
             runs[0].index, call.index = 0, number
         runs.append(call)
 
 
 def value_bytes(calls: Iterable[Call]) -> int:
-    """Sums the bytes of the calls' elements; memory that several share counts each time."""
+    """Sums the bytes of the calls' elements. Shared memory counts for each call."""
     plain, total = torch.strided, 0
     for call in calls:
         value = call._value
@@ -270,7 +271,10 @@ def value_bytes(calls: Iterable[Call]) -> int:
 
 
 def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
-    """Sums the bytes that calls keep alive: by device and memory address, so that shared memory counts once."""
+    """Returns the bytes that calls keep alive, by device and memory address.
+
+    Memory that several calls share has one entry.
+    """
     found: dict[tuple[str, int], int] = {}
     for call in calls:
         if type(call._value) is Tensor and given_of(call) is MISSING and call._gradient is None:
@@ -284,6 +288,11 @@ def held_bytes(calls: Iterable[Call]) -> dict[tuple[str, int], int]:
 
 
 def separate(records: Iterable[LayerRecord], taken: Container[str]) -> None:
-    """Gives layers another separator where ``name#0`` could also be the name of another layer: one of the ``stems``."""
+    """Sets the separator of each layer, so that no key is another layer's name.
+
+    Args:
+        records: the layers.
+        taken: the ``stems`` of all layers' names.
+    """
     for record in list(records):
         record.separator = separator(record.layer, taken)

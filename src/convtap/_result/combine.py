@@ -1,4 +1,4 @@
-"""Makes one log of others: under other names, or of two captures one after the other."""
+"""Renames the layers of a log, or joins the logs of two captures."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def renamed(log: Log, names: Any) -> Log:
 
     Raises:
         InvalidType: ``names`` is not a mapping of names to names.
-        InvalidValue: two layers would have one name.
-        LayerNotFound: no such layer is here.
+        InvalidValue: two layers would have the same name.
+        LayerNotFound: a layer does not exist.
     """
     if not isinstance(names, Mapping) or not all(isinstance(name, str) for pair in names.items() for name in pair):
         raise InvalidType(
@@ -60,7 +60,10 @@ def _record(record: LayerRecord, name: str) -> LayerRecord:
 
 
 def joined(first: Log, second: Log) -> Log:
-    """Returns a log of the calls of two, those of the second after those of the first, its passes numbered on."""
+    """Returns a log with the calls of two logs, those of the second last.
+
+    The passes of the second log get the numbers that follow.
+    """
     passes = [*first.inputs, *(call.forward for call in first.calls.values())]
     shift = max(passes, default=-1) + 1
     records = {name: copy.copy(record) for name, record in first.records.items()}

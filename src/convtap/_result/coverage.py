@@ -1,4 +1,4 @@
-"""Reports what became of each selected layer: captured n times, idle, or bypassed, and by what."""
+"""Reports whether each selected layer was captured, idle or bypassed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STATES = ("captured", "not activated", "idle", "bypassed")
 @public
 @dataclass(frozen=True)
 class LayerCoverage:
-    """What became of one selected layer.
+    """The coverage of one selected layer.
 
     Attributes:
         name: the layer.
-        captured: how many of its calls were captured.
-        bypassed: what used its weight without a convolution that could be seen, or None.
-        bypasses: in how many forward passes that happened.
-        unactivated: with ``at="activation"``, how often it ran and no activation consumed its output.
-        computed: whether a convolution ran with a weight computed from this layer's; its output is under ``F.conv1d``.
+        captured: the number of its captured calls.
+        bypassed: the code that read its weight although convtap saw no convolution, or None.
+        bypasses: the number of forward passes in which that happened.
+        unactivated: with ``at="activation"``, the number of its calls whose output no activation used.
+        computed: whether a convolution ran with a weight computed from this layer's. Its output has the name ``F.conv1d``.
     """
 
     name: str
@@ -50,13 +50,13 @@ class LayerCoverage:
         if alone:
             return alone
         if self.computed:
-            return "idle; a convolution with a weight computed from its own is under 'F.conv1d'"
+            return "idle (a convolution with a weight computed from its own has the name 'F.conv1d')"
         return missed or "idle"
 
 
 @public
 class Coverage(Mapping[str, LayerCoverage]):
-    """What became of each selected layer: captured n times, idle, or bypassed, and by what."""
+    """The coverage of each selected layer, by name."""
 
     def __init__(self, layers: Sequence[LayerCoverage], notes: Sequence[str] = ()) -> None:
         self._layers = {layer.name: layer for layer in layers}
@@ -81,24 +81,25 @@ class Coverage(Mapping[str, LayerCoverage]):
 
     @property
     def idle(self) -> list[str]:
-        """The layers that did not run, as far as could be seen."""
+        """The layers that did not run, as far as convtap saw."""
         return self._in_state("idle")
 
     @property
     def unactivated(self) -> list[str]:
-        """With ``at="activation"``: the layers that ran, some time, without an activation after them."""
+        """With ``at="activation"``, the layers with a call that no activation followed."""
         return [name for name, layer in self._layers.items() if layer.unactivated]
 
     @property
     def bypassed(self) -> list[str]:
-        """The layers whose weight was used, in some pass, without a convolution that could be seen."""
+        """The layers whose weight a pass read although convtap saw no convolution."""
         return [name for name, layer in self._layers.items() if layer.bypasses]
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a layer.
+        """Returns a table with one line per layer.
 
         Args:
-            rows: the most layers to print: the first and the last, and those that were not captured; None for all.
+            rows: the maximum number of layers to print, the first and the last; None for all. Layers that were not captured are
+                printed in addition.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -117,7 +118,7 @@ class Coverage(Mapping[str, LayerCoverage]):
 
 
 def counts_line(coverage: Coverage) -> str:
-    """Returns how many layers are in each state, in one line."""
+    """Returns the number of layers in each state, as one line."""
     named = ((state, coverage._in_state(state)) for state in _STATES)
     counts = [f"{len(names)} {state}" for state, names in named if names]
     return f"{plural(len(coverage), 'layer')}: " + (", ".join(counts) or "none selected")

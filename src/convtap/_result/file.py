@@ -1,4 +1,7 @@
-"""Activations on disk, in one safetensors file: the tensors under numbers, and what they are in the metadata."""
+"""Writes and reads outputs as one safetensors file.
+
+The tensors have numbers as keys, and the metadata describes them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _COMPLEX = {"complex32", "complex64", "complex128"}
 
 
 def write(log: Log, path: str | os.PathLike[str]) -> None:
-    """Writes what was collected: to a temporary name, then renamed, so that a file of this name is always whole."""
+    """Writes a log to a file, which gets its name only when it is complete."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -58,35 +61,43 @@ def write(log: Log, path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Log:
-    """Reads what ``write`` wrote; see ``convtap.load``."""
+    """Reads a log from a file that ``write`` wrote; see ``convtap.load``."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             content = _content(path, file.metadata())
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except FileNotFoundError:
-        raise StoreError(f"there is no file {str(path)!r}. acts.save(path) writes one.") from None
+        raise StoreError(f"the file {str(path)!r} does not exist. Write it with acts.save(path).") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StoreError(
-            f"{str(path)!r} cannot be read: {error}. It is not whole, or not a safetensors file."
+            f"{str(path)!r} cannot be read as a safetensors file: {error}. Write it again with acts.save(path)."
         ) from error
     try:
         return _rebuild(content, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise StoreError(f"{str(path)!r} does not describe its calls as acts.save() does: {error!r}.") from error
+        raise StoreError(
+            f"the metadata of {str(path)!r} does not describe its calls: {error!r}. Write the file again with acts.save(path)."
+        ) from error
 
 
 def _content(path: Any, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get("convtap")
     if text is None:
-        raise StoreError(f"{str(path)!r} is a safetensors file, but acts.save() did not write it: it holds no calls.")
+        raise StoreError(
+            f"{str(path)!r} is a safetensors file without calls, since acts.save(path) did not write it. Read its tensors with "
+            "safetensors.torch.load_file(path)."
+        )
     content: dict[str, Any] = json.loads(text)
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise StoreError(f"{str(path)!r} says nothing of its format, so acts.save() did not write it.")
+        raise StoreError(
+            f"the metadata of {str(path)!r} has no format number, so acts.save(path) did not write it. Pass another file."
+        )
     if content["format"] > _FORMAT:
         raise StoreError(
-            f"{str(path)!r} has format {content['format']}, and this convtap reads up to {_FORMAT}: update convtap."
+            f"{str(path)!r} has format {content['format']}, but this convtap reads formats up to {_FORMAT}. Update it: "
+            "pip install -U convtap."
         )
     return content
 
@@ -137,12 +148,12 @@ def _describe(call: Call, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 # Note: [Structures in files]
-# Assumption: a layer may return a named tuple (a PackedSequence is one), a dataclass, or a dict that is one (ModelOutput).
-# Failure: as a plain dict a named tuple is another structure after ``load``: it has no positions. Importing the class that
-#   a file names, or calling it, would run code of the file's choice.
-# Choice: a file holds the names of the class and of its fields. ``load`` takes a class of this name and these fields if one
-#   is imported already, and fills an instance without calling it; else it makes a named tuple with these fields, and of a
-#   ModelOutput a dict. A dataclass becomes a dict of its fields, and any other mapping a dict.
+# Assumption: a layer may return a named tuple (such as a PackedSequence), a dataclass, or a dict subclass (ModelOutput).
+# Failure: a named tuple that is stored as a plain dict has no positions after ``load``. Importing or calling the class that
+#   a file names would run code that the file chooses.
+# Choice: a file holds the names of the class and its fields. If a class of this name with these fields is imported already,
+#   ``load`` fills an instance of it without calling the class. Otherwise it makes a named tuple with these fields, or a dict
+#   for a ModelOutput. A dataclass becomes a dict of its fields, and any other mapping a dict.
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
@@ -180,8 +191,8 @@ def _encode_tensor(tensor: Tensor, tensors: dict[str, Tensor], key: str) -> Any:
         what = "nested" if tensor.is_nested else what
         dense = "torch.nested.to_padded_tensor(t, 0.0)" if tensor.is_nested else "t.dequantize() (or t.to_dense())"
         raise StoreError(
-            f"the output of {key!r} is {what}, which safetensors has no form for. Capture it with "
-            f"reduce=lambda t: {dense}, or save the other layers only."
+            f"the output of {key!r} is {what}, which safetensors cannot store. Capture it with "
+            f"reduce=lambda t: {dense}, or capture only the other layers."
         )
     try:
         tensor = ordinary(tensor.detach(), key)
@@ -251,7 +262,7 @@ def _mapping(name: list[str] | None, items: dict[Any, Any]) -> Any:
 
 
 def _imported(name: list[str]) -> Any:
-    """Returns what has a name in a module that is imported already, or None."""
+    """Returns an object by its name, if its module is imported already, else None."""
     module, path = name
     found: Any = sys.modules.get(module)
     for part in path.split("."):
@@ -267,11 +278,11 @@ def _plain_name(name: list[str]) -> str:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"no such dtype: {name!r}")
+        raise ValueError(f"torch has no dtype {name!r}")
     return found
 
 
 def unwritable(target: Path, error: Exception) -> str:
-    """Says why one file cannot be written."""
-    in_use = " that no program reads now" if isinstance(error, PermissionError) and target.is_file() else ""
-    return f"cannot write to {str(target)!r}: {error}. Give a path in an existing, writable folder{in_use}."
+    """Returns the message for a file that cannot be written."""
+    in_use = " and close programs that read the file" if isinstance(error, PermissionError) and target.is_file() else ""
+    return f"the file {str(target)!r} cannot be written: {error}. Pass a path in an existing, writable folder{in_use}."

@@ -9,7 +9,7 @@ from convtap._tensors.nested import Leaves, map_leaves
 
 
 class _Place:
-    """Stands for a tensor in the structure of an output."""
+    """A placeholder for a tensor in the structure of an output."""
 
     __slots__ = ("path",)
 
@@ -18,11 +18,11 @@ class _Place:
 
 
 class Gradient:
-    """The gradient of one call's output, once a backward pass brings it.
+    """The gradient of one call's output, which a backward pass computes.
 
     Attributes:
-        nbytes: how many bytes it takes, known before it is there.
-        missing: why none can be there yet, or None.
+        nbytes: the bytes that it takes, known before the backward pass.
+        missing: why the gradient cannot exist, as one or more sentences without the last period, or None.
     """
 
     __slots__ = ("__weakref__", "_found", "_structure", "missing", "nbytes")
@@ -34,17 +34,17 @@ class Gradient:
         self._found: dict[str, Any] = {}
 
     def put(self, path: str, value: Any) -> None:
-        """Keeps the gradient of one tensor of the output, in place of an earlier backward pass's."""
+        """Stores the gradient of one tensor, and replaces that of an earlier pass."""
         self._found[path] = value
 
     def read(self, key: str) -> Any:
-        """Returns the gradient, in the structure that the output has, or None if no backward pass reached it.
+        """Returns the gradient in the structure of the output, or None without one.
 
         Raises:
-            NotCaptured: there can be none; ``key`` names the call.
+            NotCaptured: the gradient cannot exist. ``key`` names the call in the message.
         """
         if self._found:
             return map_leaves(lambda place: self._found.get(place.path), self._structure, _Place)
         if self.missing is not None:
-            raise NotCaptured(f"there is no gradient of {key!r}: {self.missing}.")
+            raise NotCaptured(f"{key!r} has no gradient, since {self.missing}.")
         return None

@@ -1,4 +1,4 @@
-"""The keys of calls: a layer's name, with the number of the call if the layer ran several times, then the part."""
+"""The keys of calls: the layer's name, the number of the call and the part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def numbered(name: str, index: int, count: int, separator: str = "#", part: str 
 
 
 def stems(names: Iterable[str]) -> set[str]:
-    """Returns what precedes each ``#`` in some names: the names of layers whose calls need another separator.
+    """Returns the beginnings of names that contain ``#``, up to each ``#``.
+
+    The calls of a layer with such a name need another separator.
 
     Examples:
         >>> stems(["conv", "conv#0"])
@@ -26,7 +28,9 @@ def stems(names: Iterable[str]) -> set[str]:
 
 
 def separator(name: str, taken: Container[str]) -> str:
-    """Returns what precedes the number of a call: ``#``, or ``##`` if ``name#0`` could be the name of another layer.
+    """Returns the separator before the number of a call.
+
+    It is ``#``, or ``##`` if ``name#0`` may be the name of another layer.
 
     Args:
         name: the layer.
@@ -36,9 +40,9 @@ def separator(name: str, taken: Container[str]) -> str:
 
 
 def positions(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns for each call its number among the calls of its layer, and how many those are, by the layers' names.
+    """Returns the number of each call within its layer, and the layer's call count.
 
-    It is compiled too, and torch 2.6 traces neither ``list.count`` nor a ``Counter``.
+    Dynamo traces this function, and torch 2.6 traces neither ``list.count`` nor ``Counter``.
 
     Examples:
         >>> positions(["a", "b", "a"])
@@ -53,7 +57,7 @@ def positions(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
-    """Returns the key of each call, given the layers' names in the order of the calls.
+    """Returns the key of each call from the layers' names in the order of the calls.
 
     Examples:
         >>> keys_of(["a", "b", "a"])

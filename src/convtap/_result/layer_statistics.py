@@ -1,4 +1,4 @@
-"""What is known of one layer's values: tensors with one number a channel, on the CPU."""
+"""The statistics of one layer's values, as tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from convtap._public import public
 from convtap._tensors.channel_statistics import ChannelStatistics
 from convtap._tensors.quantile_sketch import relative_error
 
-#: The share of a channel's values at its bounds from which it counts as saturated.
+#: A channel is saturated if at least this share of its values lies at its bounds.
 _SATURATED = 0.5
-#: Of fewer values than this, the two that are the bounds are a large share by themselves.
+#: Below this number of values, the minimum and the maximum alone are a large share.
 _FEW = 8
 
 
 @public
 class LayerStatistics:
-    """The statistics of one layer's values, by channel: tensors (C,), or scalars with ``per="layer"``.
+    """The statistics of one layer's values, by channel.
 
-    NaN and Inf are counted, and no other number includes them. All numbers are float64 (counts are int64), on the CPU.
+    They are tensors (C,), or scalars with ``per="layer"``, on the CPU. Counts are int64, and all others are float64. Only
+    ``count``, ``nan`` and ``inf`` include NaN and Inf. For a channel without finite values, everything that is not a count is
+    NaN.
 
     Attributes:
         name: the layer, with the path of the tensor if the layer returns several: ``lstm[1][0]``.
-        calls: how many tensors were added.
+        calls: the number of tensors that were added.
     """
 
     def __init__(self, name: str, source: ChannelStatistics, *, by_channel: bool, calls: int = 0) -> None:
@@ -37,22 +39,22 @@ class LayerStatistics:
 
     @property
     def channels(self) -> int | None:
-        """How many channels there are; None if they are not told apart."""
+        """The number of channels; None if the statistics are of the whole layer."""
         return self._source.channels if self._by_channel else None
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that these statistics take, however many values there were."""
+        """The bytes of memory that the statistics take, for any number of values."""
         return self._source.nbytes
 
     @property
     def count(self) -> Tensor:
-        """How many values there were, NaN and Inf included."""
+        """The number of values, including NaN and Inf."""
         return self._shown(torch.full((self._source.channels,), self._source.count, dtype=torch.int64))
 
     @property
     def mean(self) -> Tensor:
-        """The mean; NaN for a channel without finite values, as for the five below."""
+        """The mean."""
         return self._of_values(self._source.moments.mean)
 
     @property
@@ -68,44 +70,44 @@ class LayerStatistics:
 
     @property
     def min(self) -> Tensor:
-        """The least value."""
+        """The smallest value."""
         return self._of_values(self._source.moments.low)
 
     @property
     def max(self) -> Tensor:
-        """The greatest value."""
+        """The largest value."""
         return self._of_values(self._source.moments.high)
 
     @property
     def zeros(self) -> Tensor:
-        """How many values are exactly zero."""
+        """The number of values that are exactly zero."""
         return self._shown(self._source.moments.zeros.long())
 
     @property
     def nan(self) -> Tensor:
-        """How many values are NaN."""
+        """The number of values that are NaN."""
         return self._shown(self._source.moments.nan.long())
 
     @property
     def inf(self) -> Tensor:
-        """How many values are Inf or -Inf."""
+        """The number of values that are Inf or -Inf."""
         return self._shown(self._source.moments.inf.long())
 
     @property
     def relative_error(self) -> float | None:
-        """The greatest relative error of ``quantile``; None if no quantiles were collected."""
+        """The largest relative error of ``quantile``; None with ``quantiles=None``."""
         sketch = self._source.sketch
         return None if sketch is None else relative_error(sketch.digits)
 
     def quantile(self, q: float | Sequence[float]) -> Tensor:
-        """Returns quantiles, exact up to ``relative_error``.
+        """Returns quantiles, with an error of at most ``relative_error``.
 
         A quantile is the value at rank floor(q · (n − 1)) of the n finite values in order, as ``numpy.quantile`` returns it
-        with ``method="lower"``. 0 and 1 return the exact minimum and maximum. Values of less than 2⁻³¹ of the greatest
-        magnitude in their channel count as zero, and so do those below 1.2e-38.
+        with ``method="lower"``. 0 and 1 return the exact minimum and maximum. Values below 2⁻³¹ of the largest
+        magnitude in their channel count as zero, and so do values below 1.2e-38.
 
         Args:
-            q: from 0 to 1; or several, which become the first axis of the result.
+            q: a number from 0 to 1, or several numbers, which become the first axis of the result.
 
         Raises:
             InvalidType, InvalidValue: ``q`` is not a number from 0 to 1.
@@ -113,7 +115,7 @@ class LayerStatistics:
         """
         if self._source.sketch is None:
             raise Unsupported(
-                f"no quantiles of {self.name!r} were collected. Leave quantiles=None out: statistics(model, quantiles=0.01)."
+                f"the quantiles of {self.name!r} were not computed. Remove quantiles=None, or write quantiles=0.01."
             )
         if isinstance(q, (int, float)):
             return self._of_values(self._source.quantile(_checked(q)))
@@ -126,9 +128,10 @@ class LayerStatistics:
 
     @property
     def dead(self) -> list[int]:
-        """The channels whose value never changed (of one value only: if that is zero), by number.
+        """The numbers of the channels whose value never changed.
 
-        A channel with NaN or Inf is not dead. With ``per="layer"`` the whole layer is channel 0.
+        A channel with a single value is dead if that is zero. A channel with NaN or Inf is not dead. With ``per="layer"``,
+        the whole layer is channel 0.
         """
         moments = self._source.moments
         same = (moments.low == moments.high) & (moments.nan + moments.inf == 0)
@@ -138,9 +141,10 @@ class LayerStatistics:
 
     @property
     def saturation(self) -> Tensor:
-        """The share of the finite values that lie at the channel's minimum or maximum, unless that is zero.
+        """The share of finite values at the channel's minimum or maximum.
 
-        A channel that is clipped, or that an activation holds at its limit, has many; any other has a few.
+        A minimum or maximum of zero does not count. The share is large if a channel is clipped, or if an activation holds it
+        at its limit.
         """
         moments = self._source.moments
         at = torch.where(moments.low != 0, moments.at_low, 0)
@@ -149,9 +153,9 @@ class LayerStatistics:
 
     @property
     def saturated(self) -> list[int]:
-        """The channels of which at least half of the values are at a bound, by number, dead ones not among them.
+        """The numbers of the channels with ``saturation`` of at least one half.
 
-        ``saturation`` has the share. A channel with fewer than 8 finite values is not saturated.
+        Dead channels and channels with fewer than 8 finite values are not saturated.
         """
         dead = set(self.dead)
         few = self._source.moments.finite < _FEW
@@ -160,7 +164,7 @@ class LayerStatistics:
 
     @property
     def whole(self) -> LayerStatistics:
-        """The statistics of all channels as one: scalars."""
+        """The statistics over all channels, as scalars."""
         return LayerStatistics(self.name, self._source.whole(), by_channel=False, calls=self.calls)
 
     def __repr__(self) -> str:
@@ -178,12 +182,12 @@ class LayerStatistics:
 
 
 def source_of(layer: LayerStatistics) -> ChannelStatistics:
-    """Returns the state that a layer's statistics are read from."""
+    """Returns the state behind a layer's statistics."""
     return layer._source
 
 
 def is_by_channel(layer: LayerStatistics) -> bool:
-    """Returns whether the channels of a layer are told apart."""
+    """Returns whether each channel of a layer has its own statistics."""
     return layer._by_channel
 
 
@@ -195,5 +199,5 @@ def _checked(q: float) -> float:
     if isinstance(q, bool) or not isinstance(q, (int, float)):
         raise InvalidType(f"q holds {q!r}. Pass a number from 0 to 1, or a list of them.")
     if not 0 <= q <= 1:
-        raise InvalidValue(f"q={q} is not a share. Pass a number from 0 to 1: quantile(0.999).")
+        raise InvalidValue(f"q={q} is out of range. Pass a number from 0 to 1: quantile(0.999).")
     return float(q)

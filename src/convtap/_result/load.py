@@ -1,4 +1,4 @@
-"""The public ``load``: a file that ``Activations.save`` wrote, as the mapping that was saved."""
+"""The public function ``load``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from convtap._result.file import read
 
 @public
 def load(path: str | os.PathLike[str]) -> Activations:
-    """Reads what ``Activations.save`` wrote: the same outputs in the same order, on the CPU.
+    """Loads the outputs that ``Activations.save`` wrote, in order, on the CPU.
 
-    Structures come back as they were: tuples, lists, dicts, a ``PackedSequence``, and named tuples and a ``ModelOutput`` in
-    their own class if it is imported already (else in a named tuple of the same fields, or a dict). A dataclass comes back
-    as a dict of its fields, and any other mapping as a dict. Nothing is unpickled and nothing imported.
+    Tuples, lists, dicts and a ``PackedSequence`` keep their types. A named tuple or a ``ModelOutput`` keeps its class if the
+    class is imported already. Otherwise a named tuple has the same fields, and a ``ModelOutput`` becomes a dict. A dataclass
+    becomes a dict of its fields, and any other mapping a dict. ``load`` unpickles nothing and imports nothing.
 
     Raises:
-        StoreError: there is no such file, or it is not whole, or it was not written by ``save``.
+        StoreError: the file does not exist, is incomplete, or was not written by ``save``.
     """
     return Activations(read(path))

@@ -1,4 +1,4 @@
-"""The memory of a capture: the recorder writes it, and every view reads it."""
+"""The log of a capture, which the recorder writes and the views read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Made = TypeVar("_Made")
 
 
 class _Either(Container[str]):
-    """What is in one of two collections of names."""
+    """The union of two collections of names."""
 
     def __init__(self, one: Container[str], other: Container[str]) -> None:
         self._one, self._other = one, other
@@ -28,20 +28,20 @@ class _Either(Container[str]):
 
 @dataclass
 class Log:
-    """The memory of a block.
+    """The recorded calls of a capture, and the counts of its layers.
 
     Attributes:
-        calls: what is kept, in execution order: by a serial number, or by the layer's name if only its last call is kept.
-        selected: the names of the selected layers, in definition order; a mapping, so that one is found at once.
-        exact: those of them that were asked for by exact name.
-        records: the account of each layer that was captured or bypassed, by name.
-        inputs: by forward pass, the shape of its first input tensor, or None.
-        unclear: by forward pass, why its rows may not be the inputs, and the pass that they may belong to.
-        aliases: name prefixes and what they stand for.
-        notes: lines for the views.
+        calls: the kept calls in execution order, by a serial number, or by the layer's name if only its last call is kept.
+        selected: the names of the selected layers, in definition order. It is a mapping, for fast lookups.
+        exact: the layers that were selected by their exact names.
+        records: the record of each layer that was captured or bypassed, by name.
+        inputs: for each forward pass, the shape of its first input tensor, or None.
+        unclear: for some forward passes, why their rows may not be the inputs, and the pass that they may belong to.
+        aliases: prefixes of names, each with the prefix that replaces it.
+        notes: lines that the views show.
         origin: the model, its mode, the versions and the date; None if version 0.1.0 wrote the file or the pickle.
-        lacking: parts that a glob asked for, and that the output of some layer did not have.
-        cleared: how often the calls were forgotten.
+        lacking: parts that a glob selected but that some layer's output did not have.
+        cleared: how often ``clear`` was called.
         is_open: whether the capture may still record.
     """
 
@@ -62,22 +62,22 @@ class Log:
     _made: dict[Any, tuple[int, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # while the block is open, the names are keys of its modules
+        # in an open capture, the names are the keys of a dict of modules
         own = {"selected": tuple(self.selected), "exact": tuple(self.exact), "is_open": False}
         return {**self.__dict__, **own, "_runs": Runs(), "_made": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {key: value for key, value in state.items() if key not in ("changes", "_indexed")}  # of version 0.1.0
+        state = {key: value for key, value in state.items() if key not in ("changes", "_indexed")}  # from version 0.1.0
         self.__dict__.update({"is_open": False, "_runs": Runs(), "_made": {}, "_stems": None, **state})
         self.selected = dict.fromkeys(state.get("selected", ()))
 
     def _forget(self) -> None:
-        """Lets go of everything that was made of the calls: some were removed or replaced."""
+        """Discards cached results, since calls were removed or replaced."""
         self._made.clear()
         self._runs.forget()
 
     def clear(self) -> None:
-        """Forgets the calls, as if the block began here; what was ever captured stays counted."""
+        """Removes all calls. The counts of captured calls stay."""
         self.calls.clear()
         self.inputs.clear()
         self.unclear.clear()
@@ -90,14 +90,14 @@ class Log:
         self._forget()
 
     def replace(self, name: str, call: Call) -> None:
-        """Keeps a call in place of the layer's earlier one."""
+        """Replaces the earlier call of a layer."""
         self.calls.pop(name, None)
         self.calls[name] = call
         record_of(call).held = 1
         self.trim()
 
     def withdraw(self, name: str) -> Call | None:
-        """Forgets the newest call of a layer, as if it had not been; returns it."""
+        """Removes the newest call of a layer and returns it, or None."""
         try:
             key = next((key for key, call in reversed(self.calls.items()) if call.name == name), None)
         except RuntimeError:  # another thread has appended meanwhile
@@ -112,7 +112,7 @@ class Log:
         return call
 
     def trim(self) -> None:
-        """Forgets the inputs of passes that no call is left of; the newest pass may still get some."""
+        """Removes the inputs of passes without calls, except those of the newest pass."""
         if len(self.inputs) > 2 * len(self.calls) + 16:
             needed = {call.forward for call in self.calls.values()} | {max(self.inputs)}
             for number in [number for number in self.inputs if number not in needed]:
@@ -120,15 +120,15 @@ class Log:
                 self.unclear.pop(number, None)
 
     def names(self) -> dict[str, None]:
-        """Every layer that is known here: the selected ones, then what else was captured."""
+        """Returns the names of the selected layers, then of other captured layers."""
         return dict.fromkeys((*self.selected, *self.records))
 
     def resolve(self, name: str) -> str | None:
-        """Returns the layer that a name stands for here, or None."""
+        """Returns the layer that a name stands for, or None."""
         return resolve_name(name, _Either(self.selected, self.records), self.aliases)
 
     def runs(self, name: str) -> list[Call]:
-        """Returns the calls of a layer that are kept, in execution order."""
+        """Returns the kept calls of a layer, in execution order."""
         last: Call | None = self.calls.get(name)
         return [last] if last is not None else self._runs.of(name, self.calls)
 
@@ -144,7 +144,7 @@ class Log:
         return {call.key: call for call in self.numbered()}
 
     def made(self, make: Callable[[Log], _Made]) -> _Made:
-        """Returns what a function makes of the log; once the capture is closed, it is made once."""
+        """Returns the result of a function of the log, cached after the capture closes."""
         count, found = self._made.get(make, (-1, None))
         if count == len(self.calls) and not self.is_open:
             known: _Made = found
@@ -159,10 +159,10 @@ class Log:
         return self.made(_by_pass)
 
     def tell_apart(self, newest: LayerRecord | None = None) -> None:
-        """Sees to it that no numbered call has a key that is also another layer's.
+        """Sets the separators so that no call's key is also another layer's key.
 
         Args:
-            newest: the only record that is new since the last time; None if any may be.
+            newest: the only new record since the last call; None if any record may be new.
         """
         if newest is None or self._stems is None:
             self._stems = stems(self.names())
@@ -173,17 +173,17 @@ class Log:
         separate([newest] if not added else self.records.values(), self._stems)
 
     def count_bypasses(self) -> None:
-        """Ends the block's accounts: a read of a weight that no convolution followed was a bypass."""
+        """Counts a bypass for each read of a weight that no convolution followed."""
         for record in self.records.values():
             if record.pending is not None:
                 record.count_bypass()
 
     def states(self) -> list[LayerCoverage]:
-        """What became of each of them."""
+        """Returns the coverage of each layer."""
         return [self.state(name) for name in self.names()]
 
     def state(self, name: str) -> LayerCoverage:
-        """What became of one layer."""
+        """Returns the coverage of one layer."""
         record = self.records.get(name)
         if record is None:
             return LayerCoverage(name, 0)

@@ -1,4 +1,4 @@
-"""Finds a call by its key, and describes why there is none."""
+"""Finds a call by its key, or explains why it does not exist."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from convtap._select.parts import find
 
 
 def find_output(log: Log, key: str) -> Any:
-    """Returns the output, or the part of an output, that a key names; ``MISSING`` if there is no such call.
+    """Returns the output or the part of an output that a key names, or ``MISSING``.
 
     Raises:
         AmbiguousCall: the layer ran several times.
-        LayerNotFound: the call is here and has no such part.
+        LayerNotFound: the call exists, but its output does not have the part.
     """
     return find(key, partial(find_call, log))
 
@@ -40,7 +40,7 @@ def find_call(log: Log, key: str) -> Call | None:
 
 
 def _numbered_call(log: Log, key: str) -> Call | None:
-    """Returns the call of a key such as ``conv#1``, ``conv##1`` or ``lstm#1[0]``, or None."""
+    """Returns the call of a key such as ``conv#1`` or ``lstm#1[0]``, or None."""
     for found in reversed(list(_NUMBER.finditer(key))):
         stem, number, part = key[: found.start()], int(found[1]), key[found.end() :]
         for layer, separator in ((stem, "#"), (stem.removesuffix("#"), "##")):
@@ -59,8 +59,8 @@ def _ambiguous(log: Log, name: str) -> AmbiguousCall:
     record = log.records[name]
     held = record.held
     return AmbiguousCall(
-        f"{name!r} ran {held} times, so its plain name does not say which output is meant. Take all of them with "
-        f"acts.calls({name!r}), one with acts[{record.key(1, held)!r}], or join them with acts.cat({name!r})."
+        f"{name!r} ran {held} times, so its name alone is ambiguous. Read one output with "
+        f"acts[{record.key(1, held)!r}], all of them with acts.calls({name!r}), or join them with acts.cat({name!r})."
     )
 
 
@@ -70,10 +70,10 @@ def not_a_name(log: Log, key: Any) -> LayerNotFound:
     if isinstance(key, int) and not isinstance(key, bool) and -len(calls) <= key < len(calls):
         position = key % len(calls)
         return LayerNotFound(
-            f"acts[{key}]: keys are names; {_ordinal(position + 1)} call is acts.calls()[{position}], "
+            f"the key {key} is not a name. Write acts.calls()[{position}] for {_ordinal(position + 1)}, of "
             f"layer {calls[position].name!r}."
         )
-    return LayerNotFound(f"acts[{brief(key)}]: keys are names, and these are here: {listed(log.index())}.")
+    return LayerNotFound(f"the key {brief(key)} is not a name. Use one of these names: {listed(log.index())}.")
 
 
 def missing(log: Log, key: str) -> LayerNotFound:
@@ -85,11 +85,11 @@ def missing(log: Log, key: str) -> LayerNotFound:
             why = "its outputs were cleared"
         elif state.unactivated:
             why = (
-                f"it {state}. Capture it with at='output', the activations themselves with types=nn.ReLU, or name its "
-                "activation's type with activations=(...)"
+                f"it {state}. Capture it with at='output', capture the activations with types=nn.ReLU, or pass the type of its "
+                "activation as activations=(...)"
             )
         else:
-            why = f"it is {state}: no output of it was seen"
+            why = f"it is {state}"
         return LayerNotFound(f"{key!r} was selected, but {why}. Captured here: {listed(log.index())}.")
     known = list(dict.fromkeys([*log.index(), *log.names()]))
     return LayerNotFound(f"no output is named {key!r}. Captured here: {listed(log.index())}.{did_you_mean(key, known)}")
@@ -97,4 +97,4 @@ def missing(log: Log, key: str) -> LayerNotFound:
 
 def _ordinal(number: int) -> str:
     words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-    return f"the {words[number - 1]}" if number <= len(words) else f"call number {number}"
+    return f"the {words[number - 1]} call" if number <= len(words) else f"call number {number}"

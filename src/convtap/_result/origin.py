@@ -1,4 +1,4 @@
-"""Where outputs come from: the model's class, its mode, its device, the versions and the date."""
+"""The origin of outputs: the model's class, mode and device, versions and date."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ def own_version() -> str:
 
 
 def versions() -> str:
-    """Returns the versions of convtap and torch that run."""
+    """Returns the versions of convtap and torch."""
     return f"convtap {own_version()}, torch {torch.__version__}"
 
 
 def class_name(model: nn.Module) -> str:
-    """Returns the name of a model's class; of a scripted model, of the class that it was made from."""
+    """Returns the name of a model's class, or of a scripted model's Python class."""
     return str(getattr(model, "original_name", None) or type(model).__name__)
 
 
 @dataclass
 class Origin:
-    """Where outputs come from. Each attribute has one entry, unless captures were joined or passes differ.
+    """The origin of outputs.
+
+    Each attribute has one entry, unless captures were joined or passes differ.
 
     Attributes:
         models: the names of the models' classes.
         dates: when the captures were opened.
-        versions: of convtap and torch.
-        modes: ``"train"`` or ``"eval"``, of the whole model in the forward passes; none for Keras, which has no such mode.
-        devices: those of the first input tensor of the forward passes.
+        versions: the versions of convtap and torch.
+        modes: ``"train"`` or ``"eval"``, the mode of the model in the forward passes. Keras models have no such mode.
+        devices: the devices of the first input tensors of the forward passes.
     """
 
     models: list[str] = field(default_factory=list)
@@ -52,11 +54,11 @@ class Origin:
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
-        """Returns the origin of what a capture of a model collects from now on."""
+        """Returns the origin for a capture of a model that opens now."""
         return cls([class_name(model)], [now()], [versions()])
 
     def joined(self, other: Origin) -> Origin:
-        """Returns the origin of the outputs of two captures."""
+        """Returns the origin of the joined outputs of two captures."""
         mine, others = vars(self), vars(other)
         return Origin(**{name: [*dict.fromkeys(mine[name] + others[name])] for name in mine})
 
@@ -68,7 +70,7 @@ class Origin:
             _add(self.devices, str(given.device))
 
     def forget_passes(self) -> None:
-        """Forgets what ``note`` noted."""
+        """Removes the modes and the devices."""
         self.modes.clear()
         self.devices.clear()
 

@@ -1,4 +1,4 @@
-"""Merges the statistics of all ranks of a distributed run, so that each has the whole."""
+"""Merges the statistics of all ranks of a distributed run."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from convtap._result.layer_statistics import LayerStatistics
 from convtap._result.statistics import merged_layer
 
 # Note: [Ranks]
-# Assumption: all ranks collect statistics of one model, and reach the end.
-# Failure: a rank that has no data, or that failed, has other layers than the others, or none; collectives that do not
-#   match wait for ever. All states at once may be too much for the memory of one rank.
-# Choice: the ranks first agree on the layers, in the order of the ranks, and on whether one of them failed; then each layer
-#   is gathered and merged by itself. A rank whose model raised takes no part: torch ends the others' wait as it would end
-#   that of any collective.
+# Assumption: all ranks compute statistics of one model, and reach the end of the ``with`` statement.
+# Failure: a rank without data, or a rank that failed, may lack layers that other ranks have. Collectives that do not match
+#   wait forever. The states of all layers and ranks at once may exceed the memory of one rank.
+# Choice: the ranks first exchange the names of their layers, and whether they failed. Then they gather and merge one layer at
+#   a time. A rank whose model raised does not take part. torch ends the wait of the other ranks as for any collective.
 
 
 def rank_count() -> int:
-    """Returns how many processes work together; 1 without ``torch.distributed``."""
+    """Returns the number of ranks, which is 1 without ``torch.distributed``."""
     found = torch.distributed
     return found.get_world_size() if found.is_available() and found.is_initialized() else 1
 
 
 def merge_ranks(layers: dict[str, LayerStatistics], failure: str | None) -> dict[str, LayerStatistics]:
-    """Returns the statistics of all ranks together, the same on each. See Note: [Ranks].
+    """Returns the merged statistics of all ranks, on each rank. See Note: [Ranks].
 
     Raises:
         ConvtapError: a rank failed.
-        InvalidValue: two ranks have other channels of one layer.
+        InvalidValue: a layer has different channels on two ranks.
     """
     names = _gathered((list(layers), failure))
     failed = {rank: text for rank, (_, text) in enumerate(names) if text is not None}
     if failed:
         rank, text = next(iter(failed.items()))
-        raise ConvtapError(f"the statistics of rank {rank} are not complete: {text}")
+        raise ConvtapError(f"the statistics of rank {rank} are incomplete: {text}")
     found: dict[str, LayerStatistics] = {}
     for name in dict.fromkeys(name for own, _ in names for name in own):
         mine = layers.get(name)

@@ -1,4 +1,4 @@
-"""Splits the outputs of a capture by input: rows without the batch axis."""
+"""Splits the outputs of a capture by input."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from convtap._tensors.layout import axes_of
 from convtap._tensors.nested import walk_tensors
 from convtap._tensors.statistics import shapes, shapes_text
 
-#: Cuts one tensor of a call: given the call, the path of the tensor in it, the tensor without batch axis, and the input.
+#: Cuts one input's tensor. Takes the call, the tensor's path in its output, the tensor without batch axis, and the input's row.
 Cut: TypeAlias = "Callable[[Call, str, Tensor, int], Tensor]"
 
 
 class Pass:
-    """The calls of one forward pass, and the inputs it was given."""
+    """The calls and the inputs of one forward pass."""
 
     def __init__(self, calls: list[Call], shape: tuple[int, ...] | None) -> None:
         self.calls = calls
@@ -50,7 +50,7 @@ class Pass:
                 one = self.cut(key, tensor, row, axes_of(tensor.shape, layout_of(call, path)).batch)
                 if key in found:
                     raise Unsupported(
-                        f"two outputs would both be {key!r} here: a layer of that name, and a part of another layer's "
+                        f"two outputs have the key {key!r}: that of the layer with this name, and a part of another layer's "
                         "output. Read them with acts.calls()."
                     )
                 found[key] = (one if cut is None else cut(call, call.part + path, one, row)).clone()
@@ -62,14 +62,14 @@ class Pass:
         if tensor.dim() <= batch or tensor.shape[batch] != self.size:
             axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
             raise Unsupported(
-                f"{key!r} has shape {tuple(tensor.shape)}: {axis} and the input batch is {self.size}, so its rows are not "
-                f"the inputs. Read it whole with acts[{key!r}], or leave it out of the selection."
+                f"the rows of {key!r} with shape {tuple(tensor.shape)} are not the inputs, since {axis} and the input batch is "
+                f"{self.size}. Read the whole output with acts[{key!r}], or select only the other layers."
             )
         return tensor.select(batch, row)
 
 
 class Samples:
-    """The inputs of a block, numbered through its forward passes."""
+    """The inputs of a capture, numbered across its forward passes."""
 
     def __init__(self, log: Log) -> None:
         by_pass = log.by_pass()
@@ -78,41 +78,41 @@ class Samples:
         self._why = next((why for number in by_pass for why in _doubts(number, by_pass, log.unclear)), None)
 
     def _check(self) -> None:
-        """Refuses passes whose rows may not be the inputs."""
+        """Raises Unsupported if the rows of a pass may not be its inputs."""
         if self._why is not None:
             raise Unsupported(
-                f"the outputs cannot be told apart by input: {self._why}. Call the model or one of its methods once for "
-                "each input, or open a capture for each; acts.calls() has all outputs in order."
+                f"the outputs cannot be split by input, since {self._why}. Call the model or one of its methods once for "
+                "each input, open a capture for each input, or read all outputs in order with acts.calls()."
             )
 
     @property
     def count(self) -> int:
-        """How many inputs there are."""
+        """The number of inputs."""
         self._check()
         return self._ends[-1] if self._ends else 0
 
     def all(self) -> list[dict[str, Tensor]]:
-        """Returns every input's outputs."""
+        """Returns the outputs of each input."""
         self._check()
         return [found.row(row) for found in self.passes for row in range(found.size)]
 
     def valid(self, lengths: Any, timeline: Any) -> list[dict[str, Tensor]]:
-        """Returns every input's outputs, each cut to the frames that its input makes by itself."""
+        """Returns the outputs of each input, cut to the frames of the unpadded input."""
         if lengths is None or timeline is None:
             raise InvalidValue(
-                f"samples needs {'lengths' if lengths is None else 'timeline'} as well: "
+                f"{'lengths' if lengths is None else 'timeline'}= is missing. Pass lengths= and timeline= together: "
                 "acts.samples(lengths=[16000, 12000], timeline=timeline(model, example))."
             )
         if not hasattr(timeline, "__cutter__"):
             raise InvalidType(
-                f"timeline is a {type(timeline).__name__}, and it must be what timeline(model, example) returns."
+                f"timeline is a {type(timeline).__name__}. Pass the result of convtap.timeline(model, example)."
             )
         numbers = whole_numbers(lengths, "lengths")
         total = self.count
         if len(numbers) != total:
             raise InvalidValue(
-                f"lengths has {plural(len(numbers), 'number')}, and {plural(total, 'input')} ran in this block. Give the "
-                "samples of each, over all forward passes."
+                f"lengths has {plural(len(numbers), 'number')} for {plural(total, 'input')}. Pass the number of samples of "
+                "each input, over all forward passes."
             )
         rows: list[dict[str, Tensor]] = []
         cutter = timeline.__cutter__()
@@ -127,16 +127,18 @@ class Samples:
         try:
             i = operator.index(i)
         except TypeError:
-            raise InvalidType(f"sample({i!r}): it must be the number of one input: sample(0) for the first.") from None
+            raise InvalidType(f"i={i!r} is not the number of an input. Write sample(0) for the first input.") from None
         self._check()
         found, row = self.locate(i)
         return found.row(row)
 
     def locate(self, i: int) -> tuple[Pass, int]:
-        """Returns the forward pass of one input, and the input's row there; a negative position counts from the end."""
+        """Returns the forward pass of an input and its row; a negative ``i`` counts back."""
         total = self._ends[-1] if self._ends else 0
         if not -total <= i < total:
-            raise OutOfRange(f"there is no sample {i}: {plural(total, 'input')} here, numbered from 0.")
+            raise OutOfRange(
+                f"sample {i} does not exist, since the capture has {plural(total, 'input')}. Numbers start at 0."
+            )
         row = i % total
         place = bisect.bisect_right(self._ends, row)
         found = self.passes[place]
@@ -150,7 +152,7 @@ def _keys(calls: list[Call]) -> list[str]:
 
 
 def by_key_in_pass(log: Log) -> dict[str, list[Any]]:
-    """Returns the outputs of all forward passes, by the key of each call within its pass."""
+    """Returns the outputs of all passes by the key of each call within its pass."""
     by_pass = log.by_pass()
     found: dict[str, list[Any]] = {}
     for number in sorted(by_pass):
@@ -163,33 +165,39 @@ def joined_outputs(name: str, outputs: list[Any], dim: int) -> Tensor:
     """Joins outputs of a layer along an axis.
 
     Raises:
-        Unsupported: one is not a single tensor, or the shapes do not fit together.
+        Unsupported: an output is not a single tensor, or the shapes do not match.
     """
     if not all(isinstance(output, Tensor) for output in outputs):
         raise Unsupported(
-            f"{name!r} returns {shapes_text(shapes(outputs[0]))}, not a single tensor, so its calls cannot be joined. Take one "
-            f"of its tensors: capture(model, {name + '[0]'!r}), or read them with acts.calls({name!r})."
+            f"{name!r} returns {shapes_text(shapes(outputs[0]))}, which is not a single tensor that can be joined. Capture one "
+            f"of its tensors with capture(model, {name + '[0]'!r}), or read the calls with acts.calls({name!r})."
         )
     try:
         return torch.cat(outputs, dim)
     except (RuntimeError, IndexError) as error:
         found = listed([str(tuple(output.shape)) for output in outputs])
-        raise Unsupported(f"the calls of {name!r} cannot be joined along axis {dim}: {found}. {error}") from error
+        raise Unsupported(
+            f"the outputs of {name!r} cannot be joined along axis {dim}, since their shapes are {found} ({error}). Pass "
+            f"another axis as dim=, or read the calls with acts.calls({name!r})."
+        ) from error
 
 
 def _doubts(number: int, by_pass: dict[int, list[Call]], unclear: dict[int, tuple[str, int]]) -> Iterator[str]:
-    """Says why the rows of a pass may not be its inputs, if there is another pass that they may belong to."""
+    """Yields why the rows of a pass may belong to another pass."""
     why, first = unclear.get(number, ("", -1))
     if first < 0 or not why:
         name, times = Counter(call.name for call in by_pass[number]).most_common(1)[0]
         if number in unclear and times > 1:
-            yield f"{name!r} ran several times outside of any call of the model"
+            yield f"{name!r} ran several times outside of a call of the model"
     elif any(other == first or unclear.get(other, ("", -1))[1] == first for other in by_pass if other != number):
         yield why
 
 
 def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
-    """Whether the input was one (C, T) or (T,) signal: every Conv1d gives (C, T) then, or (1, C, T) after an unsqueeze."""
+    """Returns whether the input was one signal (C, T) or (T,) without a batch axis.
+
+    Every Conv1d then returns (C, T), or (1, C, T) after an unsqueeze.
+    """
     convolutions = [tensor for call in calls if is_convolution(call) for _, tensor in walk_tensors(shown_value(call))]
     if len(shape) > 2 or not convolutions:
         return False
@@ -199,17 +207,17 @@ def _is_single(calls: list[Call], shape: tuple[int, ...]) -> bool:
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:
-    """Reads a (B,) tensor, array or sequence of lengths.
+    """Returns the numbers of a (B,) tensor, array or sequence of lengths.
 
     Raises:
-        InvalidType: it holds something else than whole numbers.
-        InvalidValue: a number is negative, or there is more than one axis.
+        InvalidType: a value is not a whole number.
+        InvalidValue: a number is negative, or the number of axes is not one.
     """
-    hint = f"Pass one whole number an input, such as {name}=[16000, 12000]."
+    hint = f"Pass one whole number per input, such as {name}=[16000, 12000]."
     if isinstance(values, (str, bytes)) or not (isinstance(values, Iterable) or hasattr(values, "__array__")):
         raise InvalidType(f"{name} is a {type(values).__name__}. {hint}")
     if getattr(values, "ndim", 1) != 1:
-        raise InvalidValue(f"{name} has shape {tuple(values.shape)}, and it must have one axis. {hint}")
+        raise InvalidValue(f"{name} has shape {tuple(values.shape)}, which is not one axis. {hint}")
     found = values.tolist() if hasattr(values, "tolist") else list(values)
     numbers: list[int] = []
     for value in found:
@@ -219,7 +227,7 @@ def whole_numbers(values: Any, name: str) -> list[int]:
         try:
             numbers.append(int(value) if whole else operator.index(value))
         except TypeError:
-            raise InvalidType(f"{name} holds {value!r}, which is no whole number. {hint}") from None
+            raise InvalidType(f"{name} holds {value!r}, which is not a whole number. {hint}") from None
         if isinstance(value, bool) or numbers[-1] < 0:
-            raise InvalidValue(f"{name} holds {value!r}, and an input cannot have that many samples. {hint}")
+            raise InvalidValue(f"{name} holds {value!r}, which is not a number of samples. {hint}")
     return numbers

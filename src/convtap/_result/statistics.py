@@ -1,4 +1,4 @@
-"""The statistics of many layers, as a mapping from names: printed, merged, saved, drawn."""
+"""The statistics of many layers, as a mapping from layer names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _OF_CHANNELS = ("channels", "dead", "saturated")
 
 @public
 class Statistics(Mapping[str, LayerStatistics]):
-    """The statistics of each layer over everything that ran, by name, in execution order.
+    """The statistics of each layer, by name, in execution order.
 
-    They may be read at any time, also while they are being collected.
+    They can be read at any time, even while the model runs.
     """
 
     def __init__(self, layers: dict[str, LayerStatistics] | None = None) -> None:
@@ -34,13 +34,13 @@ class Statistics(Mapping[str, LayerStatistics]):
         """Returns the statistics of a layer.
 
         Raises:
-            LayerNotFound: there are none of a layer of this name.
+            LayerNotFound: the layer has no statistics.
         """
         found = self._layers.get(name)
         if found is None:
             names = list(self._layers)
             near = did_you_mean(name, names) if isinstance(name, str) else ""
-            raise LayerNotFound(f"no statistics are of {name!r}. Collected here: {listed(names)}.{near}")
+            raise LayerNotFound(f"{name!r} has no statistics. Layers with statistics: {listed(names)}.{near}")
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -51,26 +51,28 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that the statistics take, however many values there were."""
+        """The bytes of memory that the statistics take, for any number of values."""
         return sum(layer.nbytes for layer in self._layers.values())
 
     def clear(self) -> None:
-        """Forgets everything, as if collecting began here."""
+        """Removes all statistics."""
         self._layers.clear()
 
     def merge(self, other: Statistics) -> Statistics:
-        """Returns the statistics of both together, such as those of two parts of a data set.
+        """Returns the merged statistics of two parts, such as parts of a data set.
 
         Raises:
             InvalidType: ``other`` is not a ``Statistics``.
-            InvalidValue: a layer has other channels, or other quantiles, than in ``other``.
+            InvalidValue: a layer has different channels or quantiles in ``other``.
         """
         if not isinstance(other, Statistics):
-            raise InvalidType(f"merge takes Statistics, and got {type(other).__name__}. Write: a.merge(b).")
+            raise InvalidType(
+                f"other is a {type(other).__name__}, which is not a Statistics. Write for example a.merge(b)."
+            )
         return Statistics(merged([dict(self), dict(other)]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the statistics to one safetensors file, which ``Statistics.load`` reads back.
+        """Writes the statistics to one safetensors file; see ``Statistics.load``.
 
         Raises:
             StoreError: the file cannot be written.
@@ -79,15 +81,17 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Reads what ``save`` wrote.
+        """Loads the statistics that ``save`` wrote.
 
         Raises:
-            StoreError: there is no such file, or ``save`` did not write it.
+            StoreError: the file does not exist, or ``save`` did not write it.
         """
         return cls(read(path))
 
     def plot(self, layers: Any = None) -> Any:
-        """Draws the distribution of each layer, and its dead and saturated channels; see ``convtap.plot.statistics``.
+        """Draws the distribution of each layer, and its dead and saturated channels.
+
+        ``convtap.plot.statistics`` describes the figure.
 
         Raises:
             MissingExtra: matplotlib is not installed.
@@ -95,10 +99,10 @@ class Statistics(Mapping[str, LayerStatistics]):
         return importlib.import_module("convtap.plot").statistics(self, layers)
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a layer, over all of its channels.
+        """Returns a table with one line per layer, over all of its channels.
 
         Args:
-            rows: the most layers to print, the first and the last; None for all.
+            rows: the maximum number of layers to print, the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -151,10 +155,10 @@ def _row(layer: LayerStatistics) -> list[Any]:
 
 
 def merged(parts: list[dict[str, LayerStatistics]]) -> dict[str, LayerStatistics]:
-    """Returns the statistics of several parts together, as new ones.
+    """Returns the statistics of several parts, merged into new ones.
 
     Raises:
-        InvalidValue: a layer has other channels, or other quantiles, in another part.
+        InvalidValue: a layer has different channels or quantiles in two parts.
     """
     found: dict[str, LayerStatistics] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -163,19 +167,18 @@ def merged(parts: list[dict[str, LayerStatistics]]) -> dict[str, LayerStatistics
 
 
 def merged_layer(parts: list[LayerStatistics]) -> LayerStatistics:
-    """Returns one layer's statistics in several parts together, as new ones on the CPU."""
+    """Returns the statistics of one layer in several parts, merged on the CPU."""
     first = parts[0]
     total: ChannelStatistics = source_of(first).to("cpu")
     calls = first.calls
     for part in parts[1:]:
         for what, mine, theirs in (
-            ("channels", first.channels, part.channels),
-            ("relative error of its quantiles", first.relative_error, part.relative_error),
+            ("numbers of channels", first.channels, part.channels),
+            ("relative errors of quantiles", first.relative_error, part.relative_error),
         ):
             if mine != theirs:
                 raise InvalidValue(
-                    f"{first.name!r} has two {what if what == 'channels' else 'values'}: {mine} and {theirs}"
-                    f"{'' if what == 'channels' else f' ({what})'}. Collect both with the same model and options."
+                    f"{first.name!r} has two {what}, {mine} and {theirs}. Compute both with the same model and options."
                 )
         total.merge(source_of(part))
         calls += part.calls
@@ -183,11 +186,11 @@ def merged_layer(parts: list[LayerStatistics]) -> LayerStatistics:
 
 
 def statistics_of(calls: Iterable[Call], per: str, runs: str, quantiles: float | None) -> Statistics:
-    """Returns the statistics of calls that are kept; the options are those of ``convtap.statistics``.
+    """Returns the statistics of kept calls, with options as in ``convtap.statistics``.
 
     Raises:
-        InvalidValue: an option has a value that cannot be used.
-        Unsupported: an output has no values, or a layer has other channels in another call.
+        InvalidValue: an option is invalid.
+        Unsupported: an output has no ordinary values, or its number of channels changes between calls.
     """
     layers: dict[str, LayerStatistics] = {}
     accumulator = Accumulator(layers, **row_options(per, runs, quantiles))

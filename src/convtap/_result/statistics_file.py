@@ -1,4 +1,4 @@
-"""Statistics on disk, in one safetensors file: the states of the layers, and their names in the metadata."""
+"""Writes and reads statistics as one safetensors file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEY, _FORMAT = "convtap_statistics", 1
 
 
 def write(layers: Mapping[str, LayerStatistics], path: str | os.PathLike[str]) -> None:
-    """Writes statistics: to a temporary name, then renamed, so that a file of this name is always whole."""
+    """Writes statistics to a file, which gets its name only when it is complete."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -41,32 +41,36 @@ def write(layers: Mapping[str, LayerStatistics], path: str | os.PathLike[str]) -
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
-    """Reads what ``write`` wrote; see ``Statistics.load``."""
+    """Reads statistics from a file that ``write`` wrote; see ``Statistics.load``."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except FileNotFoundError:
-        raise StoreError(f"there is no file {str(path)!r}. stats.save(path) writes one.") from None
+        raise StoreError(f"the file {str(path)!r} does not exist. Write it with stats.save(path).") from None
     except (SafetensorError, OSError) as error:
         raise StoreError(
-            f"{str(path)!r} cannot be read: {error}. It is not whole, or not a safetensors file."
+            f"{str(path)!r} cannot be read as a safetensors file: {error}. Write it again with stats.save(path)."
         ) from error
     if text is None:
         raise StoreError(
-            f"{str(path)!r} does not hold statistics. stats.save(path) writes them, and acts.save outputs."
+            f"{str(path)!r} does not hold statistics. Write them with stats.save(path), or read outputs with convtap.load."
         )
     try:
         content = json.loads(text)
         if content["format"] > _FORMAT:
             raise StoreError(
-                f"{str(path)!r} has format {content['format']}, and this convtap reads up to {_FORMAT}. Update convtap."
+                f"{str(path)!r} has format {content['format']}, but this convtap reads formats up to {_FORMAT}. Update it: "
+                "pip install -U convtap."
             )
         return {layer["name"]: _layer(layer, number, tensors) for number, layer in enumerate(content["layers"])}
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(f"{str(path)!r} does not describe its layers as stats.save() does: {error!r}.") from error
+        raise StoreError(
+            f"the metadata of {str(path)!r} does not describe its layers: {error!r}. Write the file again with "
+            "stats.save(path)."
+        ) from error
 
 
 def _layer(about: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> LayerStatistics:

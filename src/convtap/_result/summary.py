@@ -1,4 +1,4 @@
-"""The table of a capture: one line a call, with the statistics of its values if they are asked for."""
+"""The table of a capture, with one line per call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from convtap._result.log import Log
 from convtap._table import Rows, Table, human_bytes
 from convtap._tensors.statistics import STATISTICS, dtype_text, shapes_text, statistics
 
-#: Above so many calls, the line of totals sums the bytes of the values: to find shared memory takes microseconds a call.
+#: Above this number of calls, the totals do not consider shared memory, which takes microseconds per call to find.
 _MANY = 10_000
 
 
 def call_table(log: Log, stats: bool, most: int | None, coverage: Coverage) -> Table:
-    """Makes the table of a log; only the rows that it shows are computed here."""
+    """Makes the table of a log, and computes only the rows that it shows."""
     columns = ["layer", "shape", "dtype", "device", "bytes", *(STATISTICS if stats else ())]
     calls = log.numbered()
     places = list(log.calls)
@@ -38,12 +38,19 @@ def _totals(calls: list[Call], coverage: Coverage) -> str:
 
 
 def _row(log: Log, places: list[Any], stats: bool, place: Any) -> list[Any]:
-    """The cells of a call, from its place in the log and those of all calls of the table."""
+    """Returns the cells of a call.
+
+    Args:
+        log: the log.
+        places: the keys of the table's calls in the log.
+        stats: whether to add statistics.
+        place: the key of the call.
+    """
     call = log.calls.get(place)
     if call is None:
         raise NotCaptured(
-            f"row {places.index(place)} was cleared since this table was made, which has its first and last rows only. Make "
-            "it with acts.summary(rows=None) to have all rows at once."
+            f"row {places.index(place)} is not available, since its output was cleared after this table was made. Make the "
+            "table with acts.summary(rows=None), which computes all rows at once."
         )
     key = call.key
     device = "" if call.device is None else str(call.device)

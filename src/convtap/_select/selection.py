@@ -116,7 +116,7 @@ class Selection:
         return any(pattern.fullmatch(name) for pattern in self._patterns)
 
     def has_parameter(self, name: str) -> bool:
-        """Returns whether a parameter that is no module's weight has a name."""
+        """Returns whether a parameter that is not a module's weight has this name."""
         return name in self._loose
 
     def _choose(self, selector: Any) -> Iterable[str]:

@@ -147,7 +147,10 @@ def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tenso
 
 
 def cut_windows(hits: Iterable[Hit], x: Any, padding_value: float = 0.0) -> list[tuple[Hit, Window]]:
-    """Cuts the window of each hit out of the data; each input is read once. The arguments are those of ``windows``."""
+    """Cuts the window of each hit out of the data, and reads each input once.
+
+    The arguments are those of ``windows``.
+    """
     every = _checked(hits)
     if isinstance(padding_value, bool) or not isinstance(padding_value, Real):
         raise InvalidType(f"padding_value is a {type(padding_value).__name__}. Pass a number: padding_value=0.0.")

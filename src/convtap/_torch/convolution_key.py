@@ -205,10 +205,7 @@ def tokens_here() -> tuple[Token, ...]:
 
 
 def _stash(tokens: tuple[Token, ...]) -> None:
-    """Stores the captures for threads that torch itself starts.
-
-    See Note: [References lent by torch].
-    """
+    """Stores captures for torch's threads. See Note: [References lent by torch]."""
     if _steals():
         give_reference(tokens)
     torch._C._stash_obj_in_tls(_STASH, tokens)

@@ -1,4 +1,4 @@
-"""Finds the frames of a thread that run some code, without a walk through the whole stack each time."""
+"""Finds the frames of a thread that run some code, without a full stack walk."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import CodeType, FrameType
 from convtap._torch.frame_marks import Marks
 
 # Note: [Long stacks]
-# Assumption: what called a function stays the same while the function runs, so what lies beyond its frame does too. That
-#   does not hold for a generator or a coroutine, which another caller may resume.
-# Failure: a training framework, a notebook or a test runner is a hundred frames or more, and to walk through them for each
+# Assumption: the caller of a function stays the same while the function runs, and so do all outer frames. A generator or a
+#   coroutine is different, since another caller may resume it.
+# Failure: a training framework, a notebook or a test runner adds a hundred frames or more. Walking through them for each
 #   convolution costs more than the convolution.
-# Choice: a walk that comes to the end of the stack marks the frames that it passed at 16, 32, 64, … with what it found
-#   beyond them, and the next one stops there. It passes at most twice as many frames as are new, and 16.
+# Choice: a walk to the end of the stack marks the frames at steps 16, 32, 64, … with the frames that it found beyond them.
+#   The next walk stops at the first mark. It passes at most twice the number of new frames, plus 16.
 
 _NEAR = 16
 _RESUMED = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
@@ -24,8 +24,8 @@ class FrameSearch:
     """Finds the frames that run some code. See Note: [Long stacks].
 
     Attributes:
-        wanted: the code objects by their ``id``.
-        steps: how many frames were looked at.
+        wanted: the code objects to find, by their ``id``.
+        steps: the number of frames that walks have visited.
     """
 
     def __init__(self, wanted: Mapping[int, CodeType]) -> None:
@@ -34,7 +34,7 @@ class FrameSearch:
         self._beyond = Marks()
 
     def frames(self, frame: FrameType | None) -> Iterator[FrameType]:
-        """Yields the frames that are wanted, from a frame outwards."""
+        """Yields the frames that run the code, from a frame outwards."""
         wanted, beyond = self.wanted, self._beyond
         only = next(iter(wanted.values())) if len(wanted) == 1 else None
         found: list[FrameType] = []

@@ -1,4 +1,4 @@
-"""A lock that an interrupt does not leave locked."""
+"""A lock that stays usable after an interrupt."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 # Note: [Locks and interrupts]
-# Assumption: ``with lock`` unlocks what it locked, whenever Ctrl-C comes.
-# Failure: since Python 3.14 a signal's handler may run after a built-in ``__enter__`` has returned and before its ``with``
-#   is in force. KeyboardInterrupt then leaves the lock locked, and the next capture waits for it without an end: with
+# Assumption: ``with lock`` releases the lock whenever Ctrl-C comes.
+# Failure: since Python 3.14, a signal handler may run after a built-in ``__enter__`` has returned and before the ``with``
+#   statement is in force. KeyboardInterrupt then leaves the lock locked, and the next capture waits for it forever. With
 #   interrupts at random moments of a loop of such statements, one in four did.
-# Choice: an ``__enter__`` in Python, after which no handler runs, and which unlocks what it locked when one interrupts it. The
-#   ``__exit__`` stays built in: a handler runs before the first line of one in Python, and after the last of a built-in one.
+# Choice: an ``__enter__`` in Python. Python runs no handler after it, and it releases the lock if a handler interrupts it. The
+#   ``__exit__`` stays built in: a handler would run before the first line of a Python ``__exit__``, but runs only after a
+#   built-in one has ended.
 
 _Base: Any = object if TYPE_CHECKING else type(threading.RLock())
 
 
 class Lock(_Base):  # type: ignore[misc]
-    """Is locked inside of ``with``, by one thread at a time. See Note: [Locks and interrupts]."""
+    """A reentrant lock for ``with`` statements. See Note: [Locks and interrupts]."""
 
     def __enter__(self) -> None:
         try:
             self.acquire()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # interrupted while it waited: it is another thread's
+            with contextlib.suppress(RuntimeError):  # interrupted while waiting, so another thread holds it
                 self.release()
             raise
 
