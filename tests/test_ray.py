@@ -161,7 +161,7 @@ def test_each_module_keeps_the_mode_that_the_factory_gave_it_and_no_hook_stays()
         ({"model": net()}, InvalidType, r"^model is a Sequential, and it must be a function that returns one"),
         ({"model": lambda: 3}, InvalidType, r"^model\(\) returned a int, and it must return a torch\.nn\.Module"),
         ({"layers": "9"}, LayerNotFound, "no layer is named '9'"),
-        ({"calls": "all"}, InvalidValue, r"^calls='all' is none of 'error', 'cat', 'keys'"),
+        ({"calls": "all"}, InvalidValue, r"^calls='all' is invalid. Pass one of 'error', 'cat', 'keys'"),
         ({"at": "activation"}, InvalidValue, r"^at='activation' is none of 'output', 'input'"),
         ({"inputs": 3}, InvalidType, r"^inputs is a int, and it must name a column, or be a function of a batch"),
         ({"lengths": [1]}, InvalidType, r"^lengths is a list, and it must name a column"),

@@ -178,7 +178,7 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
             differences.append(f"{key}: {show(before)} then, {show(after)} now")
     if differences:
         raise StoreError(
-            f"{where} was begun with other arguments ({'; '.join(differences)}). Pass another directory, or the same arguments "
+            f"{where} was begun with other arguments: {'; '.join(differences)}. Pass another directory, or the same arguments "
             "as before."
         )
 
@@ -190,7 +190,7 @@ def _reduce_difference(before: Any, after: Any) -> str:
         return f"reduce of {key!r}: {_reduce_difference(before.get(key), after.get(key)).removeprefix('reduce: ')}"
     then, now = (_reduce_name(value) for value in (before, after))
     if then == now:
-        return f"reduce: the code of {then} has changed, and reduce_id= can stand for it"
+        return f"reduce: the code of {then} has changed (with reduce_id=, convtap compares a name instead)"
     return f"reduce: {then} then, {now} now"
 
 

@@ -142,7 +142,12 @@ class _Unread:
 def resized(name: str, found: int, expected: int) -> StoreError:
     """Returns the error for a shard whose size has changed."""
     what = "truncated" if found < expected else "too long"
+    return changed(name, f"{what}: it has {found} bytes instead of {expected}")
+
+
+def changed(name: str, problem: object) -> StoreError:
+    """Returns the error for a shard that was whole when the store was opened."""
     return StoreError(
-        f"{name!r} is {what}: it has {found} bytes instead of {expected}, but it was whole when the store was opened. Restore "
-        "the file, or run extract(..., resume=True) and open the store again."
+        f"{name!r} was whole when the store was opened, but now it is not ({problem}). Restore the file, or run extract(..., "
+        "resume=True) and open the store again."
     )

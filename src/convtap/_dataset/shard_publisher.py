@@ -105,11 +105,12 @@ class ShardPublisher:
 
 
 def _unwritten(path: Path, error: OSError) -> str:
-    why = "since the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "to disk"
-    return (
-        f"{str(path)!r} cannot be written {why} ({error}). Make room and run the same call again to resume, or begin a new "
-        "store with reduce=, dtype= or fewer layers."
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{str(path)!r} cannot be written, since the disk is full ({error}). Make room and run the same call again to "
+            "resume, or begin a new store with reduce=, dtype= or fewer layers."
+        )
+    return f"{str(path)!r} cannot be written: {error}. Check the disk, and run the same call again to resume."
 
 
 def _check_room(store: Path, batches: Sequence[Batch], missing: int) -> float | None:

@@ -108,7 +108,7 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
             return self._labels(id)
         if id not in self._labels:
             raise InvalidValue(
-                f"labels has no entry for the id {id!r}; it has {listed(map(repr, self._labels), 3)}. Add it, or pass a "
+                f"labels has no entry for the id {id!r}, only for {listed(map(repr, self._labels), 3)}. Add it, or pass a "
                 "function of the id."
             )
         return self._labels[id]

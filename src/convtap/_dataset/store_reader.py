@@ -11,7 +11,7 @@ from convtap._dataset.file_system import is_on_network
 from convtap._dataset.index import read_index
 from convtap._dataset.layout import read_description
 from convtap._dataset.sample_positions import SamplePositions
-from convtap._dataset.shard_file import CalledFile, MappedFile
+from convtap._dataset.shard_file import CalledFile, MappedFile, changed
 from convtap._dataset.shard_reader import Shard
 from convtap._dataset.summary import missing, unreadable
 from convtap._errors import InvalidValue, OutOfRange, StoreError, listed
@@ -93,7 +93,7 @@ class StoreReader:
         try:
             shard = Shard(f"{self.path}/{name}")
         except StoreError as error:
-            raise _changed(name, error) from error
+            raise changed(name, error) from error
         if {key: shard.column(key) for key in shard.columns} != self.index.columns[number]:
             raise StoreError(f"{name!r} was replaced after the store was opened. Open it again: Store(path).")
         return shard
@@ -104,7 +104,7 @@ class StoreReader:
         try:
             state = path.stat()
         except OSError as error:
-            raise _changed(name, error) from error
+            raise changed(name, error) from error
         if (state.st_size, state.st_mtime_ns) != known:
             self.shard(number)
         return _OpenShard(self._file(path, name, known[0]), self.index.columns[number])
@@ -119,7 +119,7 @@ class StoreReader:
         try:
             return CalledFile(path, name, size)
         except OSError as error:
-            raise _changed(name, error) from error
+            raise changed(name, error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -137,13 +137,6 @@ class StoreReader:
             f"no sample has the id {id!r}. Pass one of the {len(self)} ids ({some}, …), or a slice of positions: view[0:10]."
             f"{hint}"
         )
-
-
-def _changed(name: str, error: Exception) -> StoreError:
-    return StoreError(
-        f"{name!r} was whole when the store was opened, but now is not: {error}. Restore the file, or run extract(..., "
-        "resume=True) and open the store again."
-    )
 
 
 class _OpenShard:
