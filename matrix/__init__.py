@@ -1,1 +1,1 @@
-"""Runs the tests on many Pythons and versions of torch, and writes docs/versions.md: ``python -m matrix``."""
+"""Runs the tests on several versions of Python and torch: ``python -m matrix``."""

@@ -1,4 +1,7 @@
-"""``python -m matrix [ROW ...]``: runs the rows whose result is not of these sources, and writes docs/versions.md."""
+"""Runs rows of the matrix and writes docs/versions.md: ``python -m matrix [ROW ...]``.
+
+A row is skipped if it has passed with the same sources.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from matrix.suite import measured, sources, stamp, system
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 1 if a row did not pass, or if one that was asked for by its name cannot run here."""
+    """Returns 1 if a row failed, or if a row that was named cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m matrix", description=__doc__)
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help="such as python3.14-torch2.13.0 (default: all of the page)"
+        "rows", nargs="*", metavar="ROW", help="a row such as python3.14-torch2.13.0 (default: all rows of the page)"
     )
-    parser.add_argument("--again", action="store_true", help="also rows whose result is of these sources")
-    parser.add_argument("--install", action="store_true", help="make the environments, and run nothing")
-    parser.add_argument("--page", action="store_true", help="write the page from the results, and run nothing")
+    parser.add_argument("--again", action="store_true", help="also run rows that have passed with the same sources")
+    parser.add_argument("--install", action="store_true", help="only make the environments")
+    parser.add_argument("--page", action="store_true", help="only write the page from the results")
     parser.add_argument("--minutes", type=float, default=40, help="the time limit of a row (%(default)s)")
     args = parser.parse_args(argv)
     well = True
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in [] if args.page else chosen(args.rows):
         before = results().get(row.name, {})
         if before.get("sources") == sources() and before["outcome"] == "passed" and not (args.again or args.install):
-            print(f"{row.name}: passed on {before['date']}, and the sources are the same", flush=True)
+            print(f"{row.name}: passed on {before['date']} with the same sources", flush=True)
             continue
         well &= _run(row, args.minutes, args.install, before, is_asked_for=bool(args.rows))
         PAGE.write_text(page(results()), encoding="utf-8")
@@ -38,13 +41,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(row: Row, minutes: float, install: bool, before: dict[str, Any], is_asked_for: bool) -> bool:
-    """Runs a row and writes its result. Returns whether it passed; one that cannot run here may not be asked for."""
+    """Runs a row and writes its result.
+
+    Returns:
+        Whether the row passed, or, if it cannot run here, whether it was not named.
+    """
     print(f"{row.name}: ", end="", flush=True)
     try:
         python = prepared(row)
     except Unavailable as reason:
         print(f"skipped: {reason}", flush=True)
-        if not before.get("passed"):  # what another machine measured stays
+        if not before.get("passed"):  # a result of another machine stays
             _write({"name": row.name, "runs": row.runs, "system": system(), "outcome": f"skipped: {reason}", **stamp()})
         return not is_asked_for
     if install:

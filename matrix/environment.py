@@ -1,4 +1,7 @@
-"""Finds interpreters, and makes an environment for each row with uv, which stores a package once for all of them."""
+"""Finds interpreters, and makes an environment for each row with uv.
+
+uv stores a package once for all environments.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from matrix.rows import PINS, ROOT, Row
 
 ENVIRONMENTS = Path(os.environ.get("CONVTAP_MATRIX_ENVS", ROOT / ".venv-matrix"))
 
-#: What a torch pins itself.
+#: The packages that a version of torch pins itself.
 OF_TORCH = {"torch", "torchvision", "sympy"}
 
 
@@ -23,14 +26,16 @@ print("%d.%d" % sys.version_info[:2] + "t" * bool(sysconfig.get_config_var("Py_G
 
 
 class Unavailable(Exception):
-    """The machine cannot make an environment; the message says why."""
+    """The machine cannot make an environment, for the reason in the message."""
 
 
 def interpreter(version: str) -> Path:
-    """Returns a Python of a version (``3.14``, ``3.14t``): the newest of pyenv's, or the one on the path.
+    """Returns the newest Python of a version (``3.14``, ``3.14t``).
+
+    It comes from pyenv, or else from the path.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: the machine has no such Python.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     folders = [
@@ -44,24 +49,24 @@ def interpreter(version: str) -> Path:
     for candidate in candidates:
         if candidate.exists() and _version(candidate) == version:
             return candidate
-    raise Unavailable(f"there is no python{version} on this machine")
+    raise Unavailable(f"python{version} is not installed on this machine")
 
 
 def _version(python: Path) -> str:
-    """Returns the version of an interpreter, such as ``3.14t``; empty if it does not run."""
+    """Returns an interpreter's version, such as ``3.14t``; empty if it does not run."""
     done = subprocess.run([python, "-c", _ITS_VERSION], capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def prepared(row: Row) -> Path:
-    """Makes the environment of a row, or brings it up to date. Returns its interpreter.
+    """Makes or updates the environment of a row. Returns its interpreter.
 
     Raises:
-        Unavailable: there is no such Python here, or a package does not install.
+        Unavailable: the machine has no such Python, or a package cannot be installed.
     """
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if uv is None:
-        raise Unavailable("there is no uv on this machine; make matrix installs it")
+        raise Unavailable("uv is not installed on this machine; make matrix installs it")
     folder = ENVIRONMENTS / row.name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     settings = {"UV_CACHE_DIR": str(ENVIRONMENTS / ".uv-cache"), "UV_PYTHON_DOWNLOADS": "never"}
@@ -76,11 +81,14 @@ def prepared(row: Row) -> Path:
 
 
 def _pins(row: Row) -> dict[str, str]:
-    """Returns the exact versions for a row: those of constraints.txt, which asks for Python 3.11 and torch's own."""
+    """Returns the versions of constraints.txt that fit a row.
+
+    constraints.txt is for Python 3.11 and its version of torch.
+    """
     if row.python == "3.10":
         return {}
     loose = OF_TORCH | row.pinned.keys()
-    if row.pinned.keys() & {"numpy", "transformers"}:  # others were made for another version of it
+    if row.pinned.keys() & {"numpy", "transformers"}:  # the pinned packages need another version of these
         return {name: PINS[name] for name in ("pytest", "hypothesis") if name not in loose}
     return {name: version for name, version in PINS.items() if name not in loose}
 

@@ -15,11 +15,11 @@ COLUMNS = (
     "Python",
     "torch",
     "NumPy",
-    "what ran",
+    "tests",
     "passed",
     "failed",
     "skipped",
-    "left out",
+    "deselected",
     "result",
     "date",
     "commit",
@@ -27,17 +27,16 @@ COLUMNS = (
 
 TEXT = """# Versions
 
-`make matrix` runs the tests on the Pythons and the versions of torch below, each in an environment of its own, and writes this
-page. A result holds for its date and its commit. A result that names a test says where the run hung or was cut off, or where
-the process died.
+`make matrix` runs the tests on the versions of Python and torch below, each in an environment of its own, and writes this page. A
+result holds for its date and its commit. If a result names a test, the run hung, was cut off or crashed in that test.
 
 {table}
 
-{failures}- The *core suite* is every test that needs no package beyond the extra `test-core`: `pytest --core`. *Left out*
-  counts the tests that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names them with the package, and
-  whole files, which the column does not count. `make test` runs them all, with the versions of `constraints.txt`.
+{failures}- The *core suite* is every test that needs only the extra `test-core`: `pytest --core`. *Deselected* counts the tests
+  that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names them with the package, and whole files, which
+  the column does not count. `make test` runs them all, with the versions of `constraints.txt`.
 - The rows of Keras and transformers run only the tests that need that package: `matrix/rows.py` lists them.
-- The tests run on the CPU, on one thread, also where torch is the build for CUDA.
+- The tests run on the CPU, on one thread, even with torch's build for CUDA.
 - {skips}
 
 ## Not run
@@ -48,26 +47,26 @@ the process died.
 
 ```console
 $ make matrix                                  # every row that has not passed with these sources
-$ make matrix PAIRS=python3.12-torch2.10.0     # one row; any pair will do
+$ make matrix PAIRS=python3.12-torch2.10.0     # one row, of any pair of versions
 $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 minutes at most
 ```
 
-The command uses the interpreters on the path and those of pyenv, skips a row whose Python it does not find, and prints why.
-A test that takes ten minutes is a hang: it ends the row, which names it. A row that takes 40 minutes is cut off. The
-environments go to `.venv-matrix`, or the folder that `CONVTAP_MATRIX_ENVS` names; each takes up to 6 GB with a CUDA build of
-torch. uv stores a package once for all of them, so all take about 40 GB. `UV_TORCH_BACKEND=cpu` takes the builds for the CPU
-instead, from PyTorch's own index. The results are `matrix/results/*.json`.
+The command uses the interpreters on the path and those of pyenv. It skips a row whose Python it does not find, and prints the
+reason. A test that takes ten minutes counts as hung and ends the row, which names it. A row that takes 40 minutes is cut off. The
+environments are in `.venv-matrix`, or in the folder of the variable `CONVTAP_MATRIX_ENVS`. Each takes up to 6 GB with a CUDA build
+of torch. uv stores a package once, so all take about 40 GB together. `UV_TORCH_BACKEND=cpu` installs the builds for the CPU
+instead, from PyTorch's own index. The results are in `matrix/results/*.json`.
 """
 
-NOT_RUN = """- **Windows and macOS.** No machine was at hand. `.github/workflows/ci.yml` runs the core suite on both, for those
-  who have such a service. `tests/test_other_systems.py` fakes what the source says is different there: the locks of Windows,
-  which also keep others from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`,
-  which leaves the content in the drive's memory on macOS. `os.kill` would end the process on Windows without the user's
-  SIGTERM handler, and a test in `tests/test_extract_crash.py` forbids it.
-- **Free-threaded Python** (3.13t, 3.14t). No such build was at hand. `import convtap` refuses a Python that runs without its
-  global lock, by an ImportError that names `PYTHON_GIL=1`, because calls are counted without a lock of their own.
+NOT_RUN = """- **Windows and macOS.** No such machine was available. `.github/workflows/ci.yml` runs the core suite on both, if the
+  service is available. `tests/test_other_systems.py` fakes the known differences: the locks of Windows, which also keep other
+  processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`, which leaves the
+  content in the drive's memory on macOS. On Windows `os.kill` would end the process without the user's SIGTERM handler, so a test
+  in `tests/test_extract_crash.py` forbids it.
+- **Free-threaded Python** (3.13t, 3.14t). No such build was available. On a Python that runs without its global lock,
+  `import convtap` raises an ImportError that names `PYTHON_GIL=1`, because convtap counts calls without a lock of its own.
   `tests/test_free_threading.py` fakes such a Python.
-- **CUDA.** These runs use the CPU only; see [limits](limits.md)."""
+- **CUDA.** These runs use only the CPU; see [limits](limits.md)."""
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -77,7 +76,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def page(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Writes the page; a row without a result says so."""
+    """Returns the page, which also lists rows without a result."""
     planned = {row.name: {"name": row.name, "runs": row.runs, "outcome": "not run yet"} for row in all_rows()}
     rows = list({**planned, **found}.values())
     failed = [f"  - {test}: {_cell(why)}" for row in rows for test, why in _failures(row)]
@@ -88,7 +87,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Writes a table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -107,7 +106,7 @@ def _failures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _skips(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Says why tests were skipped, and how often."""
+    """Describes why tests were skipped, with their numbers."""
     reasons: dict[str, int] = {}
     for row in rows:
         for why, count in row.get("skips", {}).items():

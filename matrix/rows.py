@@ -1,4 +1,4 @@
-"""What the matrix runs: pairs of Python and torch, and single rows for other packages."""
+"""The rows of the matrix: pairs of Python and torch, and rows for other packages."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _PAIR = re.compile(r"python(3\.\d+t?)-torch(\d+\.\d+\.\d+)")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: an environment, and the tests that run in it.
+    """An environment and the tests that run in it.
 
     Attributes:
-        name: names the environment and the file of the result.
-        python: such as ``3.14``, or ``3.14t`` for the free-threaded build.
-        packages: what is installed beside the dependencies and the extra ``test-core``.
+        name: the name of the environment and of the file of the result.
+        python: the version, such as ``3.14``, or ``3.14t`` for the free-threaded build.
+        packages: the packages to install beside the dependencies and the extra ``test-core``.
         tests: the arguments of pytest.
-        runs: says the same in words.
+        runs: a description of the tests.
     """
 
     name: str
@@ -59,14 +59,14 @@ def pair(python: str, torch: str) -> Row:
 
 
 def single(package: str, version: str, tests: Sequence[str], runs: str, *packages: str) -> Row:
-    """Returns the row of another package, on the Python and the torch that ``make test`` uses."""
+    """Returns the row of another package, with the Python and torch of ``make test``."""
     return Row(
         f"{package}{version}", "3.11", (f"torch=={TORCH}", f"{package}=={version}", *packages), tuple(tests), runs
     )
 
 
 def all_rows() -> list[Row]:
-    """Returns the rows of the page, in its order."""
+    """Returns the rows in the order of the page."""
     return [
         *(pair(python, TORCH) for python in PYTHONS),
         *(pair("3.11", torch) for torch in TORCHES),
@@ -81,7 +81,9 @@ def all_rows() -> list[Row]:
 
 
 def chosen(names: Sequence[str]) -> list[Row]:
-    """Returns the rows of these names; ``python3.12-torch2.10.0`` need not be one of the page's.
+    """Returns the rows with these names.
+
+    A name may also be a pair that is not on the page, such as ``python3.12-torch2.10.0``.
 
     Raises:
         SystemExit: a name is neither a row nor a pair.
@@ -91,6 +93,6 @@ def chosen(names: Sequence[str]) -> list[Row]:
     for name in names or known:
         match = _PAIR.fullmatch(name)
         if name not in known and match is None:
-            raise SystemExit(f"there is no row {name!r}. Choose from {', '.join(known)}, or any pythonX.Y-torchX.Y.Z.")
+            raise SystemExit(f"{name!r} is not a row. Pass one of {', '.join(known)}, or any pythonX.Y-torchX.Y.Z.")
         rows.append(known.get(name) or pair(*match.groups()))  # type: ignore[union-attr]
     return rows

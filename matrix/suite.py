@@ -1,4 +1,7 @@
-"""Runs the tests of a row within a time limit, and says how they ended: passed, failed, hung, crashed or cut off."""
+"""Runs the tests of a row within a time limit, and finds how they ended.
+
+A row passes, fails, hangs, crashes, or is cut off by the time limit.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any
 
 from matrix.rows import ROOT, Row
 
-#: A test that takes longer is a hang. The slowest takes half a minute on a quiet machine.
+#: A test that takes longer counts as hung. The slowest takes half a minute on an idle machine.
 TEST_SECONDS = 600
 
 _VERSIONS = """
@@ -36,13 +39,13 @@ print(json.dumps(found))
 
 
 def measured(row: Row, python: Path, minutes: float, log: Path) -> dict[str, Any]:
-    """Runs a row's tests. Returns the result: what ran, how it ended, when and of which commit."""
+    """Runs a row's tests. Returns the result with versions, date and commit."""
     log.unlink(missing_ok=True)
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "CONVTAP_MATRIX_LOG": str(log), "PYTHONUNBUFFERED": "1"}
     command = [str(python), "-m", "pytest", "-p", "matrix.watch", "-p", "no:cacheprovider", "-rf"]
     command += ["-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true", *row.tests]
-    start, here = time.monotonic(), stamp()  # of before: somebody may work on the sources meanwhile
+    start, here = time.monotonic(), stamp()  # before the run, since the sources may change meanwhile
     with open(log.with_suffix(".txt"), "w", encoding="utf-8") as output:
         ended = run_within(command, minutes * 60, output, environment)
     result = {"name": row.name, "runs": row.runs, "versions": _versions(python), "system": system()}
@@ -55,7 +58,11 @@ def measured(row: Row, python: Path, minutes: float, log: Path) -> dict[str, Any
 
 
 def run_within(command: list[str], seconds: float, output: Any, environment: dict[str, str]) -> bool:
-    """Runs a command and what it starts, for so long at most. Returns whether it ended by itself."""
+    """Runs a command, and ends it and its children after the time limit.
+
+    Returns:
+        Whether the command ended by itself.
+    """
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=os.name != "nt"
     )
@@ -65,7 +72,7 @@ def run_within(command: list[str], seconds: float, output: Any, environment: dic
         return False
     finally:
         if os.name != "nt":
-            with contextlib.suppress(ProcessLookupError):  # also what the tests left behind
+            with contextlib.suppress(ProcessLookupError):  # also processes that the tests left behind
                 os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
@@ -73,16 +80,16 @@ def run_within(command: list[str], seconds: float, output: Any, environment: dic
 
 
 def events(log: Path) -> list[dict[str, Any]]:
-    """Returns what ``matrix.watch`` wrote."""
+    """Returns the events that ``matrix.watch`` wrote."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def outcome(found: Iterable[dict[str, Any]], ended: bool, now: float) -> dict[str, Any]:
-    """Counts the tests, and names those that failed, and the one that hung or ended the process.
+    """Counts the tests, and names those that failed, hung or ended the process.
 
     Args:
-        ended: the process ended by itself; pytest also ends it when a test takes longer than ``TEST_SECONDS``.
-        now: when that was.
+        ended: whether the process ended by itself, or pytest ended it after a test of more than ``TEST_SECONDS``.
+        now: the time at which it ended.
     """
     tests: dict[str, str] = {}
     failures: dict[str, str] = {}
@@ -118,14 +125,14 @@ def system() -> str:
 
 
 def stamp() -> dict[str, str]:
-    """Returns the date, the commit, and a checksum of the sources, which tells whether a result is still theirs."""
+    """Returns the date, the commit and the checksum of the sources."""
     changed = _git("status", "--porcelain", "--", "src", "tests", "examples", "pyproject.toml")
     commit = _git("rev-parse", "--short=9", "HEAD") + (" with changes" if changed else "")
     return {"date": datetime.date.today().isoformat(), "commit": commit, "sources": sources()}
 
 
 def sources() -> str:
-    """Returns a checksum of what a result depends on: the package, the tests and the examples."""
+    """Returns a checksum of the package, the tests and the examples."""
     digest = hashlib.sha256()
     paths = [path for folder in ("src", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
     for path in sorted([*paths, ROOT / "pyproject.toml"]):

@@ -1,4 +1,7 @@
-"""A plugin of pytest that writes what happens to a file at once, so that a run that hangs or dies leaves what it did."""
+"""A pytest plugin that writes each event to a file at once.
+
+The file of a run that hangs or crashes holds the events before that.
+"""
 
 from __future__ import annotations
 

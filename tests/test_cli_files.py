@@ -325,8 +325,8 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         (["compare", "build.st", "other.st", "--atol", "1"], "atol does not apply to statistics"),
         (["compare", "build"], "the following arguments are required: B"),
         (["compare", "a", "b", "--atol", "much"], "argument --atol: invalid float value: 'much'"),
-        (["verify", "build"], "'build' is no store"),
-        (["verify", "gone"], "there is no directory 'gone'"),
+        (["verify", "build"], "'build' is not a store"),
+        (["verify", "gone"], "the directory 'gone' does not exist"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(here, capsys, argv, says):

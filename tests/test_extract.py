@@ -157,7 +157,7 @@ def test_batches_that_are_others_each_time_or_samples_twice_are_refused(tmp_path
     class Mixed(BatchSampler):
         pass
 
-    with pytest.raises(InvalidValue, match="the Mixed makes other batches each time it is read.*fix its seed"):
+    with pytest.raises(InvalidValue, match="the Mixed makes other batches each time it is read.*Fix its seed"):
         extract(model, DataLoader(data, batch_sampler=Mixed(RandomSampler(data), 4, False)), tmp_path)
     weighted = WeightedRandomSampler([1.0] * 10, 10)
     with pytest.raises(InvalidValue, match="the WeightedRandomSampler draws other samples each time"):
@@ -217,13 +217,13 @@ def test_ids_are_what_the_function_returns(tmp_path):
     ("ids", "error", "message"),
     [
         (lambda batch: [1, 1], InvalidValue, "the id 1 comes twice"),
-        (lambda batch: ["a", 1], InvalidType, "gave 1 among ids of type str"),
-        (lambda batch: [0.5, 1], InvalidType, "gave the id 0.5, and an id is an int or a str"),
-        (lambda batch: "ab", InvalidType, "returned 'ab', and it must return one int or str for each sample"),
+        (lambda batch: ["a", 1], InvalidType, "returned 1 among ids of type str"),
+        (lambda batch: [0.5, 1], InvalidType, "returned the id 0.5. Return an int or a str"),
+        (lambda batch: "ab", InvalidType, "returned 'ab', not a list. Return one int or str for each sample"),
         (
             lambda batch: [1, 2, 3],
             Unsupported,
-            r"layer '0' gives shape \(2, 4, 48\): axis 0 is 2 and the batch has 3 samples",
+            r"rows of layer '0' are not the samples: axis 0 of \(2, 4, 48\) is 2, but the batch has 3",
         ),
     ],
 )
@@ -248,23 +248,33 @@ def test_an_id_of_an_earlier_batch_or_run_is_known(tmp_path):
         (X, {}, InvalidType, r"data is a Tensor.*TensorDataset\(x\)"),
         ({"x": X}, {}, InvalidType, "data is a dict"),
         (5, {}, InvalidType, "data is a int"),
-        ([X], {"batch_size": 2}, InvalidValue, "an iterable of batches already"),
-        (DataLoader(TensorDataset(X)), {"batch_size": 2}, InvalidValue, "the DataLoader has its own"),
-        (TensorDataset(X), {"batch_size": 0}, InvalidValue, "batch_size=0 must be"),
+        ([X], {"batch_size": 2}, InvalidValue, "do not apply to a list, which is an iterable of batches"),
+        (
+            DataLoader(TensorDataset(X)),
+            {"batch_size": 2},
+            InvalidValue,
+            "do not apply to a DataLoader, which has its own",
+        ),
+        (TensorDataset(X), {"batch_size": 0}, InvalidValue, "batch_size=0 is not a positive int"),
         ([5], {}, InvalidType, "a batch is a int"),
         ([X], {"inputs": lambda batch: batch}, InvalidType, r"inputs\(batch\) returned a Tensor.*\(args, kwargs\)"),
-        ([X], {"inputs": 3}, InvalidType, "inputs is a int, and it must be a function"),
-        ([X], {"calls": "all"}, InvalidValue, "calls='all' is none of"),
-        ([X], {"mode": "test"}, InvalidValue, "mode='test' is none of"),
+        ([X], {"inputs": 3}, InvalidType, "inputs is a int, not a function"),
+        ([X], {"calls": "all"}, InvalidValue, "calls='all' is invalid. Pass one of 'error', 'cat', 'keys'"),
+        ([X], {"mode": "test"}, InvalidValue, "mode='test' is invalid. Pass one of 'eval', 'train'"),
         ([X], {"reduce": 3}, InvalidType, "reduce is a int"),
         ([X], {"layers": "1.conv"}, LayerNotFound, "no layer is named '1.conv'"),
         ([X], {"shard_bytes": "many"}, InvalidValue, "shard_bytes='many'"),
-        ([X], {"device": "nowhere"}, InvalidValue, "device='nowhere' is no device"),
+        ([X], {"device": "nowhere"}, InvalidValue, "device='nowhere' is not a device"),
         ([X], {"device": "meta"}, InvalidValue, "device='meta', but the model is on 'cpu'"),
-        ([X], {"autocast": True}, InvalidType, "autocast is True"),
-        ([X], {"part": (2, 2)}, InvalidValue, r"part=\(2, 2\) must be \(i, n\)"),
+        ([X], {"autocast": True}, InvalidType, "autocast=True is not a dtype"),
+        ([X], {"part": (2, 2)}, InvalidValue, r"part=\(2, 2\) is not \(i, n\)"),
         ([X], {"part": (0, 2)}, InvalidValue, "part 0 of 2 of an iterable cannot count.*ids="),
-        ([X], {"labels": lambda batch: ["a"] * 10}, InvalidType, r"labels\(batch\) returned a list that is no tensor"),
+        (
+            [X],
+            {"labels": lambda batch: ["a"] * 10},
+            InvalidType,
+            r"labels\(batch\) returned a list, which is not a tensor",
+        ),
         ([X], {"labels": lambda batch: [1]}, InvalidValue, r"labels\(batch\) returned shape \(1,\) for 10 samples"),
     ],
 )
@@ -422,7 +432,7 @@ def test_a_layer_that_runs_several_times_is_an_error_or_joined_or_numbered(tmp_p
     store = extract(model, [X], tmp_path / "keys", calls="keys")
     assert store.layers == ["conv#0", "conv#1", "conv#2", "last"]
     assert torch.equal(torch.stack(list(store["conv#1"])), second)
-    with pytest.raises(AmbiguousCall, match=r"'conv' ran several times.*conv#0, conv#1, conv#2\. Take one"):
+    with pytest.raises(AmbiguousCall, match=r"'conv' ran several times.*conv#0, conv#1, conv#2\. Read one"):
         store["conv"]
     assert store["last"].shape == (10, 2, 50)
 
@@ -437,7 +447,7 @@ def test_a_layer_that_ran_in_some_batches_only_is_absent_for_the_others(tmp_path
     assert view.absent == [4, 5, 8, 9]
     assert len(view) == len(list(view)) == 6
     assert torch.equal(view[4:5][0], view[6])
-    with pytest.raises(NotCaptured, match="layer 'conv' did not run for the sample 5: it ran for 6 of 10 samples"):
+    with pytest.raises(NotCaptured, match="layer 'conv' did not run for the sample 5, only for 6 of 10 samples"):
         view[5]
     assert set(store.sample(5)) == {"last"}
     assert set(store.sample(6)) == {"conv", "last"}
@@ -485,18 +495,18 @@ def test_structures_of_tensors_keep_their_structure_in_the_names(tmp_path):
     store = extract(model, [X], tmp_path, types=Dicts)
     assert store.layers == ["0[out]", "0[parts][0]"]
     assert torch.equal(torch.stack(list(store["0[parts][0]"])), X)
-    with pytest.raises(LayerNotFound, match=r"'0' returns a structure.*0\[out\], 0\[parts\]\[0\]"):
+    with pytest.raises(LayerNotFound, match=r"'0' returned a structure.*0\[out\], 0\[parts\]\[0\]"):
         store["0"]
 
 
 def test_a_sample_axis_that_does_not_match_names_the_layer_and_both_numbers(tmp_path):
     model = Structured()
     with pytest.raises(
-        Unsupported, match=r"layer 'lstm\[1\]\[0\]' gives shape \(1, 10, 3\): axis 0 is 1 and the batch has 10"
+        Unsupported, match=r"'lstm\[1\]\[0\]' are not the samples: axis 0 of \(1, 10, 3\) is 1, but the batch has 10"
     ):
         extract(model, [X], tmp_path / "a", types=nn.LSTM)
     folded = nn.Sequential(nn.Unflatten(2, (2, 25)), nn.Flatten(0, 2), nn.Unflatten(1, (1, 25)), nn.Conv1d(1, 3, 3))
-    with pytest.raises(Unsupported, match=r"layer '3' gives shape \(10, 3, 23\)"):
+    with pytest.raises(Unsupported, match=r"rows of layer '3' are not the samples: axis 1 of \(10, 3, 23\)"):
         extract(folded, [X[:5]], tmp_path / "b")
 
 
@@ -517,7 +527,7 @@ class HoldsObject(nn.Module):
 
 
 def test_an_output_that_is_no_tensor_is_named(tmp_path):
-    with pytest.raises(Unsupported, match="the output 'object' is a object, no tensor"):
+    with pytest.raises(Unsupported, match="the output 'object' is a object, but a store holds tensors"):
         extract(HoldsObject(), [X], tmp_path, types=(nn.Conv1d, GivesObject))
 
 
@@ -590,7 +600,7 @@ def test_reduce_by_glob_and_a_layers_own_name_comes_first(tmp_path):
     functions = {"*": lambda t: t[..., :1], "1": lambda t: t[..., :2], "[12]": lambda t: t[..., :3]}
     store = by_layer(functions, tmp_path, model)
     assert {name: store[name].shape[-1] for name in store.layers} == {"0": 1, "1": 2, "2": 1}
-    with pytest.raises(StoreError, match=r"reduce of '1': the code of .*lambda.* is another"):
+    with pytest.raises(StoreError, match=r"reduce of '1': the code of .*lambda.* has changed"):
         by_layer({**functions, "1": lambda t: t[..., :4]}, tmp_path, model)
     with pytest.raises(StoreError, match=r"reduce: one for each of \*, 1, \[12\] then, none now"):
         by_layer(None, tmp_path, model)
@@ -645,7 +655,7 @@ def test_a_layer_that_changes_its_dtype_between_batches_is_named(tmp_path):
     model = nn.Sequential(nn.Conv1d(1, 1, 1))
     batches = [X[:2], X[:2]]
     dtypes = iter([torch.float32, torch.float64])
-    with pytest.raises(Unsupported, match=r"layer '0' gives several dtypes.*torch\.float32, torch\.float64"):
+    with pytest.raises(Unsupported, match=r"outputs of layer '0' have several dtypes.*torch\.float32, torch\.float64"):
         extract(model, batches, tmp_path, reduce=lambda t: t.to(next(dtypes)), reduce_id="r")
 
 
@@ -744,7 +754,7 @@ def test_scripted_models_are_extracted_as_a_whole_and_in_part(scripted, tmp_path
 
 
 def test_uninitialized_parameters_are_named(tmp_path):
-    with pytest.raises(Unsupported, match=r"0\.weight is not initialized yet"):
+    with pytest.raises(Unsupported, match=r"0\.weight of a lazy module is not initialized yet"):
         extract(nn.Sequential(nn.LazyConv1d(2, 3)), [X], tmp_path)
 
 
@@ -774,7 +784,7 @@ def test_the_bar_shows_samples_bytes_and_the_forecast(tmp_path, capfd):
 
 def test_a_store_error_is_raised_before_the_model_runs(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(StoreError, match="is no store and not empty"):
+    with pytest.raises(StoreError, match="is not a store, but holds x"):
         extract(two_convs(), [5], tmp_path)
 
 

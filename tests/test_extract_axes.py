@@ -386,13 +386,13 @@ def test_an_axis_that_nobody_says_is_assumed_aloud(tmp_path):
     store = unsaid(tmp_path / "s")
     view = store["layer"]
     assert repr(view) == "<layer: (4, 4, 6) float32, axis -1 taken as time>"
-    assert "the last axis was taken as time, since nothing said which it is: layer" in str(store)
+    assert "the time axis is unknown, so the last axis is used: layer" in str(store)
     with pytest.warns(
-        UserWarning, match=r"nothing said which axis .* 'layer' is time, and axis -1 of \(4, 6\) is taken"
+        UserWarning, match=r"the time axis of the rows of 'layer' is unknown, so axis -1 of \(4, 6\) is used"
     ):
         assert next(view.frames(100)).shape == (24, 4)
     data = store.dataset()
-    with pytest.warns(UserWarning, match="nothing said which axis"):
+    with pytest.warns(UserWarning, match="the time axis of the rows of 'layer' is unknown"):
         assert data.collate([data[0], data[1]])[2]["layer"].tolist() == [6, 6]
 
 
@@ -403,9 +403,11 @@ def test_a_user_may_say_the_axis_when_reading(tmp_path, dim):
     for given in (dim, {"layer": dim}):
         data = store.dataset(time_dim=given)
         assert data.collate([data[0], data[1]])[2]["layer"].tolist() == [4, 4]
-    with pytest.raises(InvalidValue, match=r"time_dim=2 is no axis of the rows of 'layer', whose shape is \(4, 6\)"):
+    with pytest.raises(
+        InvalidValue, match=r"time_dim=2 is not an axis of the rows of 'layer', whose shape is \(4, 6\)"
+    ):
         store["layer"].frames(3, time_dim=2)
-    with pytest.raises(InvalidValue, match="time_dim=-3 is no axis"):
+    with pytest.raises(InvalidValue, match="time_dim=-3 is not an axis"):
         store.dataset(time_dim=-3)
     with pytest.raises(TypeError, match="time_dim is a str"):
         store["layer"].frames(3, time_dim="-1")

@@ -97,7 +97,7 @@ def test_other_data_of_equal_length_are_refused_and_the_same_data_go_on(make, op
 
 def test_shapes_that_differ_are_named(tmp_path):
     extract(TensorDataset(A), tmp_path, batch_size=4)
-    with pytest.raises(StoreError, match=r"batch 0 differ: float32 \(4, 1, 30\) then, float64 \(4, 1, 20\) now\. Give"):
+    with pytest.raises(StoreError, match=r"batch 0 differ: float32 \(4, 1, 30\) then, float64 \(4, 1, 20\) now\. Pass"):
         extract(TensorDataset(A[..., :20].double()), tmp_path, batch_size=4)
 
 

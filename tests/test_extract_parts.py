@@ -65,12 +65,12 @@ def test_batches_that_are_there_twice_are_read_once_and_named(tmp_path):
     shutil.copytree(tmp_path / "rank-00000", tmp_path / "rank-00001")
     store = Store(tmp_path)
     assert_whole(store)
-    assert "40 batches twice: the later copies, in rank-00001/shard-000000.safetensors" in repr(store)
+    assert "40 batches stored twice: the later copies, in rank-00001/shard-000000.safetensors" in repr(store)
 
 
 def test_another_model_or_option_on_one_rank_is_refused_and_names_the_rank(tmp_path):
     run(tmp_path, part=(0, 2))
-    with pytest.raises(StoreError, match=r"^rank 1 of 2: .* was begun with something else.*dtype: None then"):
+    with pytest.raises(StoreError, match=r"^rank 1 of 2: .* was begun with other arguments: dtype: None then"):
         run(tmp_path, part=(1, 2), dtype=torch.float16)
     assert not (tmp_path / "rank-00001").exists()
 
@@ -85,7 +85,7 @@ def test_a_rank_that_writes_first_wins_when_two_begin_at_once_with_different_opt
             return super().__getitem__(i)
 
     options = {"batch_size": 3, "collate_fn": padded, "progress": False}
-    with pytest.raises(StoreError, match=r"^rank 0 of 2: .*begun with something else.*at: 'output' then, 'input' now"):
+    with pytest.raises(StoreError, match=r"^rank 0 of 2: .*begun with other arguments: at: 'output' then, 'input' now"):
         extract(model(), Slow(), tmp_path, part=(0, 2), at="input", **options)
     assert Store(tmp_path).missing == list(range(0, 40, 2))
 

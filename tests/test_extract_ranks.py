@@ -65,7 +65,7 @@ def test_three_ranks_of_which_one_dies_for_good_are_gone_on_with_by_two_bit_for_
     assert torchrun(3, path, "die").returncode != 0
     store = Store(path)
     assert any(number % 3 == 2 for number in store.missing)
-    assert "rank 2 (" in repr(store).partition("of 3 ranks, ")[2]
+    assert "rank 2 (" in repr(store).partition("of 3 ranks ")[2]
     done = torchrun(2, path, "live")
     assert done.returncode == 0, done.stderr
     store = Store(path)
@@ -98,8 +98,8 @@ def test_an_iterable_that_is_split_among_the_ranks_already_is_refused_and_names_
     options = {"ids": lambda batch: batch[1], "progress": False}
     extract(model(), iter(numbered()[0::2]), tmp_path, part=(0, 2), **options)
     message = (
-        r"^rank 1 of 2: the data begins with the samples '1-0', '1-1', and for the process that began this store it "
-        r"began with '0-0', '0-1'\. Every process must be given the whole iterable"
+        r"^rank 1 of 2: the data begins with the samples '1-0', '1-1', but the process that began this store read "
+        r"'0-0', '0-1' first\. Pass every process the whole iterable"
     )
     with pytest.raises(StoreError, match=message):
         extract(model(), iter(numbered()[1::2]), tmp_path, part=(1, 2), **options)
@@ -159,9 +159,7 @@ def test_info_shows_ranks_gaps_and_doubles(tmp_path, capsys):
     assert main(["info", str(tmp_path / "s")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "written by 3 ranks, 8 batches each" in said
-    assert (
-        "of 5 ranks, 2 are not done: rank 1 (8 batches, nothing written), rank 4 (8 batches, nothing written)" in said
-    )
+    assert "2 of 5 ranks are not done: rank 1 (8 batches, nothing written), rank 4 (8 batches, nothing written)" in said
     (tmp_path / "s" / "rank-00003" / "shard-000001.safetensors").unlink()
     assert main(["info", str(tmp_path / "s")]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -175,7 +173,7 @@ def test_after_a_resume_with_fewer_ranks_the_gaps_are_those_of_the_new_ranks(tmp
     run(tmp_path, part=(0, 2))
     store = Store(tmp_path)
     assert store.missing == [number for number in range(40) if number % 2 and number % 5 != 1]
-    assert "of 2 ranks, 1 is not done: rank 1 (16 batches)" in repr(store)
+    assert "1 of 2 ranks is not done: rank 1 (16 batches)" in repr(store)
     assert_whole(run(tmp_path))
     assert "not done" not in repr(Store(tmp_path))
 
@@ -192,6 +190,6 @@ def test_two_ranks_with_the_same_part_are_refused_by_the_lock_of_its_folder(tmp_
             return super().__getitem__(i)
 
     with pytest.raises(
-        StoreError, match=r"is extracting into '.*rank-00001', and a rank's folder takes one process.*part="
+        StoreError, match=r"is extracting into '.*rank-00001', and only one process at a time can write .*part="
     ):
         extract(model(), Slow(torch.randn(4, 1, 50)), tmp_path, part=(1, 2), progress=False)

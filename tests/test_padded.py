@@ -557,7 +557,9 @@ def test_the_input_that_is_named_comes_before_the_one_that_extract_finds(tmp_pat
     for number, signal in enumerate(("right", 1, -1)):
         named = extract(model, data, tmp_path / str(number), "right", signal=signal, **options)
         assert [tuple(row.shape) for row in named["right"]] == [(2, 46), (2, 16)]
-    with pytest.raises(Unsupported, match="'right', and .* not depend on the signal 'left', but on the input 'right'"):
+    with pytest.raises(
+        Unsupported, match="'right' is unknown, .* not depend on the signal 'left', but on the input 'right'"
+    ):
         extract(model, data, tmp_path / "left", "right", signal="left", **options)
 
 
@@ -603,6 +605,6 @@ def test_extract_of_activations_says_that_the_way_to_them_is_not_followed(tmp_pa
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.GroupNorm(1, 4), nn.ReLU())
     x = torch.randn(2, 1, 20)
     x[1, :, 12:] = 0
-    with pytest.warns(CoverageWarning, match="between the convolution and its activation is not followed"):
+    with pytest.warns(CoverageWarning, match="the layers between the convolution and its activation are not followed"):
         store = extract(model, [x], tmp_path / "s", at="activation", lengths=lambda batch: [20, 12], progress=False)
     assert "not followed" in store.padding["0"]

@@ -161,7 +161,7 @@ def test_each_module_keeps_the_mode_that_the_factory_gave_it_and_no_hook_stays()
         ({"model": net()}, InvalidType, r"^model is a Sequential, but each actor has to make its own model"),
         ({"model": lambda: 3}, InvalidType, r"^model\(\) returned a int. Return a torch\.nn\.Module"),
         ({"layers": "9"}, LayerNotFound, "no layer is named '9'"),
-        ({"calls": "all"}, InvalidValue, r"^calls='all' is none of 'error', 'cat', 'keys'"),
+        ({"calls": "all"}, InvalidValue, r"^calls='all' is invalid. Pass one of 'error', 'cat', 'keys'"),
         ({"at": "activation"}, InvalidValue, r"^at='activation' is invalid. Pass 'output' or 'input'"),
         ({"inputs": 3}, InvalidType, r"^inputs is a int. Pass the name of a column, or a function of a batch"),
         ({"lengths": [1]}, InvalidType, r"^lengths is a list. Pass the name of a column"),

@@ -116,7 +116,7 @@ def test_the_hosted_workflow_runs_every_row():
 def test_any_pair_can_be_run_and_another_name_is_refused():
     (row,) = chosen(["python3.12-torch2.10.0"])
     assert (row.python, row.packages, row.tests) == ("3.12", ("torch==2.10.0",), ("--core",))
-    with pytest.raises(SystemExit, match="there is no row 'torch2'. Choose from python3.10-torch"):
+    with pytest.raises(SystemExit, match="'torch2' is not a row. Pass one of python3.10-torch"):
         chosen(["torch2"])
 
 
@@ -129,7 +129,7 @@ def test_the_tests_of_a_row_are_there():
 
 def test_an_interpreter_is_found_by_its_version_and_a_missing_one_is_named():
     assert interpreter(f"{sys.version_info.major}.{sys.version_info.minor}").exists()
-    with pytest.raises(Unavailable, match=r"there is no python3\.99 on this machine"):
+    with pytest.raises(Unavailable, match=r"python3\.99 is not installed on this machine"):
         interpreter("3.99")
 
 
@@ -159,12 +159,12 @@ def test_a_row_that_cannot_run_here_is_skipped_with_the_reason_and_keeps_what_an
     elsewhere, capsys, monkeypatch
 ):
     def unavailable(row):
-        raise Unavailable("there is no python3.13t on this machine")
+        raise Unavailable("python3.13t is not installed on this machine")
 
     monkeypatch.setattr(command, "prepared", unavailable)
     assert command.main(["python3.13t-torch2.13.0"]) == 1
-    assert "skipped: there is no python3.13t" in capsys.readouterr().out
-    assert "skipped: there is no python3.13t" in (elsewhere / "PAGE").read_text()
+    assert "skipped: python3.13t is not installed" in capsys.readouterr().out
+    assert "skipped: python3.13t is not installed" in (elsewhere / "PAGE").read_text()
     write(elsewhere, outcome="passed", passed=2, sources="other")
     command.main(["python3.13t-torch2.13.0"])
-    assert "there is no python3.13t" not in (elsewhere / "PAGE").read_text()
+    assert "python3.13t is not installed" not in (elsewhere / "PAGE").read_text()

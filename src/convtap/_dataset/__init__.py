@@ -1,1 +1,1 @@
-"""A data set's outputs on disk: the run that writes shards, and the store that reads them."""
+"""Extracts a data set's outputs into shards on disk, which a store reads."""

@@ -1,4 +1,4 @@
-"""Checksums of the contents of each batch: stored with its rows, and compared by a later run."""
+"""Checksums of each batch, by which a later run recognizes its data."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ PARTS = ("inputs", "ids", "lengths", "labels")
 
 _FIRST_BATCH = ".beginning.json"
 
-#: A checksum for each of ``PARTS``; 0 for one that is not there.
+#: A checksum for each of ``PARTS``; 0 for a missing one.
 Contents: TypeAlias = "tuple[int, ...]"
 
 # Note: [Other data]
-# Assumption: rows are stored under the numbers of their batches, so a later run must get the same batches.
+# Assumption: rows are stored under the numbers of their batches, so a later run must read the same batches.
 # Failure: another data set of equal length passes for the same one, and its samples get the rows of the first.
-# Choice: each batch is stored with a checksum of its contents. A later run reads the first, the middle and the last batch
-#   that is stored and compares them before it writes: enough for another data set, another order or another tail, and
-#   cheap. What has no random access is compared as it passes; if nothing is missing, its first batch only. Every process
-#   also compares batch 0 with the process that wrote the first shard.
-# Data that are others each time they are read (random augmentation) cannot be told from other data by one look. Where a
-#   batch can be read again, and then differs from itself, nothing is compared.
+# Choice: each batch is stored with a checksum of its contents. Before a later run writes, it reads the first, the middle and
+#   the last stored batch and compares them. This is cheap, and finds another data set, another order or another tail. Data
+#   without random access are compared as they pass, or by their first batch only if nothing is missing. Every process also
+#   compares its batch 0 with that of the process that wrote the first shard.
+# Data that change each time they are read (random augmentation) look like other data. If a batch can be read again and then
+#   differs from itself, nothing is compared.
 
 # Note: [The whole iterable]
-# Assumption: every process gets the same iterable, of which it takes its part of the batches.
-# Failure: loaders that know the ranks themselves (a node splitter, split_dataset_by_node) give each process other samples, and
-#   a part of a part is computed: the batches are all there, by their numbers, and half of the samples is not.
-# Choice: the process that writes the first shard notes batch 0. One that finds another batch there stops before it writes.
+# Assumption: every process gets the same iterable and takes its part of the batches.
+# Failure: loaders that know the ranks (a node splitter, split_dataset_by_node) yield other samples in each process, which
+#   then computes a part of a part. Every batch number is stored, but half of the samples are missing.
+# Choice: the process that writes the first shard notes batch 0. A process whose batch 0 differs stops before it writes.
 
 
 def contents_of(inputs: Any, ids: Any, lengths: Any, labels: Any) -> Contents:
-    """Returns the checksums of a batch: of the model's arguments, and of what ids=, lengths= and labels= returned."""
+    """Returns the checksums of the model's arguments, ids, lengths and labels."""
     return tuple(0 if part is None else 1 + _checksum(part) for part in (inputs, ids, lengths, labels))
 
 
@@ -57,7 +57,7 @@ def _checksum(value: Any) -> int:
 
 
 def _pieces(value: Any) -> Iterator[Any]:
-    """Yields the bytes of tensors, arrays and plain values in a structure; of other objects, the type."""
+    """Yields the bytes of the values in a structure; for other objects, the type."""
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield raw_bytes(value) or type(value).__name__.encode()
@@ -83,22 +83,24 @@ def _pieces(value: Any) -> Iterator[Any]:
 
 
 def shapes_in(inputs: Any) -> str:
-    """Writes what kinds of tensors a model is called with: ``float32 (4, 1, 16000)``."""
+    """Describes the tensors in a model's arguments: ``float32 (4, 1, 16000)``."""
     tensors = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for _, t in walk_tensors(inputs)]
     return listed(tensors, 3)
 
 
 class SameData:
-    """Compares batches with those that the stored rows were computed from. See Note: [Other data], [The whole iterable].
+    """Compares batches with those that the stored rows were computed from.
+
+    See Note: [Other data], [The whole iterable].
 
     Args:
-        path: the store.
+        path: the directory of the store.
         index: where its batches lie.
-        rank: which rank this is, to begin a message with; empty if there is one only.
-        again: reads a batch once more and returns its contents; None where that is not possible.
+        rank: the beginning of each message, such as ``"rank 1 of 2: "``; empty for a single rank.
+        again: reads a batch again and returns its contents; returns None if that is not possible.
 
     Attributes:
-        refused: whether the data were refused, so that nothing of them is to be written.
+        refused: whether the data differ, so that none of their outputs may be written.
     """
 
     def __init__(self, path: Path, index: Index, rank: str, again: Callable[[int], Contents | None]) -> None:
@@ -111,7 +113,7 @@ class SameData:
         self.refused = False
 
     def numbers(self) -> list[int]:
-        """Returns which batches to look at: 0, and the first, the middle and the last that are stored."""
+        """Returns the batches to compare: 0, and the first, middle and last stored."""
         stored = self._index.batches[:, 0]
         some = stored[[0, len(stored) // 2, len(stored) - 1]].tolist() if len(stored) else []
         return sorted({0, *some})
@@ -120,13 +122,13 @@ class SameData:
         """Compares a batch.
 
         Args:
-            number: which batch it is.
+            number: the number of the batch.
             contents: its checksums.
             inputs: the arguments of the model.
-            ids: the ids of its samples, if the data are an iterable and the user names them.
+            ids: the ids of its samples, if the data are an iterable and the user passed ``ids``.
 
         Raises:
-            StoreError: it is not the one that the store has rows of.
+            StoreError: the stored rows were computed from another batch.
         """
         if number == 0:
             self._first = {"contents": contents, "shapes": shapes_in(inputs), **({} if ids is None else _ids_seen(ids))}
@@ -134,10 +136,12 @@ class SameData:
         self._compare(number, contents, self._stored(number))
 
     def note_first(self) -> None:
-        """Notes the first batch in the store, unless it has one; to be called before a shard is written.
+        """Notes the first batch in the store, unless one is noted.
+
+        It must run before a shard is written.
 
         Raises:
-            StoreError: it has another one: another process was first.
+            StoreError: another process has noted another batch.
         """
         begun_before = len(self._index.batches) and not self._noted()  # by an earlier version
         if self._first is not None and not begun_before:
@@ -151,10 +155,9 @@ class SameData:
             return
         if "digest" in first and "digest" in seen and first["digest"] != seen["digest"]:
             self._refuse(
-                f"{self._rank}the data begins with the samples {_shown(seen)}, and for the process that began this store it "
-                f"began with {_shown(first)}. Every process must be given the whole iterable, in the same order: extract deals "
-                "its batches to the ranks itself. Leave out what splits or shuffles it (a node splitter, "
-                "split_dataset_by_node)."
+                f"{self._rank}the data begins with the samples {_shown(seen)}, but the process that began this store read "
+                f"{_shown(first)} first. Pass every process the whole iterable in the same order, without a node splitter or "
+                "split_dataset_by_node, since extract divides the batches among the ranks itself."
             )
         shapes = (first.get("shapes"), seen["shapes"])
         self._compare(0, seen["contents"], first.get("contents"), shapes)
@@ -179,9 +182,8 @@ class SameData:
             else " in their values"
         )
         self._refuse(
-            f"{self._rank}{str(self._path)!r} was begun with other data, so its samples would not go together. The "
-            f"{' and the '.join(other)} of batch {number} differ{how}. Give another directory, or the data of before in the "
-            "same order."
+            f"{self._rank}{str(self._path)!r} was begun with other data. The {' and the '.join(other)} of batch {number} "
+            f"differ{how}. Pass another directory, or the same data in the same order."
         )
 
     def _refuse(self, message: str) -> NoReturn:
@@ -198,7 +200,7 @@ class SameData:
 
 
 def _ids_seen(ids: Iterable[Any]) -> dict[str, Any]:
-    """Writes the ids of a batch in short."""
+    """Returns the first ids of a batch, their number and their digest."""
     names = [repr(name) for name in ids] if hasattr(ids, "__iter__") else [repr(ids)]
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
     return {"ids": names[:3], "count": len(names), "digest": digest}

@@ -1,4 +1,4 @@
-"""Numbers the batches of a data set or an iterable, in an order that a resume finds again."""
+"""Numbers the batches of a data set in an order that a resumed run finds again."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from convtap._dataset.loader_worker import EndingWorker
 from convtap._dataset.options import ExtractOptions
 from convtap._errors import InvalidType, InvalidValue
 
-#: Whether a batch is to be computed, by its number.
+#: Whether to compute a batch, by its number.
 Wanted = Callable[[int], bool]
 
 
 class Even(Sequence[list[int]]):
-    """The samples 0 to ``length`` in order, ``size`` a batch; the last batch holds the rest."""
+    """The samples 0 to ``length`` in batches of ``size``; the last one is smaller."""
 
     def __init__(self, length: int, size: int) -> None:
         self.samples = length
@@ -37,7 +37,7 @@ class Even(Sequence[list[int]]):
         return -(-self.samples // self.size)
 
     def rows(self, number: int) -> int:
-        """Returns how many samples a batch has."""
+        """Returns the number of samples in a batch."""
         return min(self.size, self.samples - number * self.size)
 
     def __getitem__(self, number: Any) -> Any:
@@ -50,7 +50,7 @@ class MapPlan:
     """Batches of a map-style data set, loaded by a ``DataLoader``.
 
     Attributes:
-        identity: what a resume must find again.
+        identity: the properties of the data that a resumed run compares.
     """
 
     def __init__(self, dataset: Any, groups: Sequence[list[int]], settings: dict[str, Any]) -> None:
@@ -61,7 +61,8 @@ class MapPlan:
         twice = None if even else repeated(groups)
         if twice is not None:
             raise InvalidValue(
-                f"sample {twice} is in the data loader's batches more than once, and a store holds each id once."
+                f"sample {twice} is in the data loader's batches more than once, but a store holds each id once. Pass a "
+                "batch_sampler that yields each index once."
             )
         self.identity = {
             "length": len(dataset),
@@ -80,9 +81,9 @@ class MapPlan:
     def batches(
         self, wanted: Wanted, looked: Sequence[int] = ()
     ) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields the number, the indices and the content of each batch that is looked at, then of each wanted one.
+        """Yields the number, indices and content of ``looked``, then wanted batches.
 
-        A batch that is looked at only and cannot be read is left out.
+        A batch that is only looked at is skipped if it cannot be read.
         """
         first = [number for number in looked if number < len(self._groups) and not wanted(number)]
 
@@ -101,19 +102,19 @@ class MapPlan:
             yield number, self._groups[number], batch
 
     def some(self, looked: Sequence[int]) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields some of the batches."""
+        """Yields the batches with these numbers."""
         return self.batches(lambda number: False, looked)
 
     def again(self, number: int) -> Any:
-        """Reads a batch once more; None if it cannot be read."""
+        """Reads a batch again; returns None if it cannot be read."""
         return next((batch for _, _, batch in self.some([number])), None)
 
 
 class IterPlan:
-    """Any iterable of batches; unwanted batches are passed over.
+    """Any iterable of batches; unwanted batches are skipped.
 
     Attributes:
-        seen: how many batches there are, once the end was reached.
+        seen: the number of batches, once the iterable is exhausted.
     """
 
     seen: int | None = None
@@ -124,13 +125,13 @@ class IterPlan:
         self.identity: dict[str, Any] = {"length": None, "batches": count, "batch_size": None, "composition": None}
 
     def count(self, wanted: Wanted) -> int | None:
-        """Returns None: the number of samples of an iterable is not known."""
+        """Returns None, since the number of samples of an iterable is unknown."""
         return None
 
     def batches(
         self, wanted: Wanted, looked: Sequence[int] = ()
     ) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields the number and the content of each batch that is wanted or looked at, as they come."""
+        """Yields each batch that is wanted or in ``looked``, as they come."""
         number = -1
         for number, batch in enumerate(self._batches):
             if wanted(number) or number in looked:
@@ -138,9 +139,9 @@ class IterPlan:
         self.seen = number + 1
 
     def some(self, looked: Sequence[int]) -> Generator[tuple[int, list[int] | None, Any], None, None]:
-        """Yields some of the batches: of a sequence those that are asked for, of another iterable the first.
+        """Yields these batches of a sequence, or the first batch of another iterable.
 
-        A generator is closed after that, so that it cannot be taken for a whole one.
+        A generator is closed afterwards, so that a later loop cannot mistake it for a complete one.
         """
         if isinstance(self._batches, Sequence):
             yield from ((number, None, self._batches[number]) for number in looked if number < len(self._batches))
@@ -152,16 +153,16 @@ class IterPlan:
             self._batches.close()
 
     def again(self, number: int) -> Any:
-        """Reads a batch once more; None if it cannot be read. What passes in an order of its own has no second look."""
+        """Reads a batch of a sequence again; returns None for other iterables."""
         return self._batches[number] if isinstance(self._batches, Sequence) else None
 
 
 def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
-    """Decides how data is read.
+    """Returns the plan by which ``data`` is read.
 
     Raises:
-        InvalidType: it is neither a data set, nor a loader, nor an iterable of batches.
-        InvalidValue: it is empty, or its batches are others each time.
+        InvalidType: ``data`` is not a data set, a loader or an iterable of batches.
+        InvalidValue: ``data`` is empty, or its batches change each time they are read.
     """
     batch_size = options.batch_size
     settings = {"num_workers": options.num_workers, "collate_fn": options.collate_fn}
@@ -169,23 +170,26 @@ def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
     settings["worker_init_fn"] = EndingWorker(None) if options.num_workers else None
     if isinstance(data, DataLoader):
         if has_settings:
-            raise InvalidValue("the DataLoader has its own batch_size, num_workers and collate_fn: set them there.")
+            raise InvalidValue(
+                "batch_size, num_workers and collate_fn do not apply to a DataLoader, which has its own. Set them there: "
+                "DataLoader(dataset, batch_size=16)."
+            )
         return _from_loader(data)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidValue(f"batch_size={batch_size!r} must be a positive number of samples, such as 16.")
+        raise InvalidValue(f"batch_size={batch_size!r} is not a positive int. Pass a number of samples: batch_size=16.")
     if isinstance(data, IterableDataset):
         return IterPlan(DataLoader(data, batch_size=batch_size, **settings))  # type: ignore[arg-type]
     if _is_map_style(data):
         return MapPlan(data, _nonempty(Even(_length(data), batch_size)), settings)
     if isinstance(data, (Tensor, str, bytes, dict)) or hasattr(data, "__array__") or not isinstance(data, Iterable):
         raise InvalidType(
-            f"data is a {type(data).__name__}. Pass a map-style Dataset, a DataLoader, or an iterable of batches; a tensor "
-            "with samples on axis 0 is TensorDataset(x), or [x] as a single batch."
+            f"data is a {type(data).__name__}. Pass a map-style Dataset, a DataLoader or an iterable of batches. For a tensor "
+            "with samples on axis 0 write TensorDataset(x), or [x] for a single batch."
         )
     if has_settings:
         raise InvalidValue(
-            f"data is a {type(data).__name__}, an iterable of batches already, so batch_size, num_workers and collate_fn "
-            "mean nothing for it. For single samples pass a Dataset or a DataLoader."
+            f"batch_size, num_workers and collate_fn do not apply to a {type(data).__name__}, which is an iterable of "
+            "batches. Leave them out, or pass single samples as a Dataset or a DataLoader."
         )
     if isinstance(data, Sequence):
         _nonempty(data)
@@ -204,14 +208,14 @@ def _length(data: Any) -> int:
         return len(data)
     except TypeError:
         raise InvalidType(
-            f"the {type(data).__name__} has no length, so its samples cannot be numbered. Give it __len__, or make it an "
+            f"the {type(data).__name__} has no length, so its samples cannot be numbered. Define __len__, or derive it from "
             "IterableDataset."
         ) from None
 
 
 def _nonempty(groups: Any) -> Any:
     if not len(groups):
-        raise InvalidValue("the data has length 0: there is nothing to extract.")
+        raise InvalidValue("the data has length 0. Pass a data set with at least one sample.")
     return groups
 
 
@@ -241,7 +245,7 @@ def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
     batching: Any = loader.batch_sampler
     if type(batching) is not BatchSampler:
         return _stable(batching, _OTHER_BATCHES)
-    # a DistributedSampler deals single samples to ranks, some of them twice; here whole batches are dealt
+    # a DistributedSampler divides single samples among the ranks, some of them twice; extract divides whole batches
     if type(batching.sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
         return Even(_length(loader.dataset), batching.batch_size)
     order = _stable(batching.sampler, _OTHER_SAMPLES)
@@ -249,20 +253,20 @@ def _groups(loader: DataLoader[Any]) -> Sequence[list[int]]:
 
 
 _OTHER_SAMPLES = (
-    "draws other samples each time, so a resume could not tell what is missing. Give the samples once each: "
+    "draws other samples each time, so a resumed run could not find the missing ones. Pass each sample once: "
     "DataLoader(Subset(dataset, indices), ...)."
 )
 _OTHER_BATCHES = (
-    "makes other batches each time it is read, and the batches of a store must stay the same: fix its seed, or let it shuffle "
+    "makes other batches each time it is read, but the batches of a store must stay the same. Fix its seed, or let it shuffle "
     "whole batches only."
 )
 
 
 def _stable(sampler: Any, problem: str) -> list[Any]:
-    """Returns what a sampler yields: in its own order if it has one, sorted if it shuffles.
+    """Returns the items of a sampler, sorted if it shuffles.
 
-    A sampler does not say whether it shuffles, so it is read again; a few items more often, since they come in the same
-    order by chance (three items in one of six times), and a resume would then refuse its own store.
+    A sampler does not tell whether it shuffles, so it is read again. Few items are read several times: they can come in the
+    same order by chance (three items in one of six times), and a resumed run would then refuse its own store.
     """
 
     def read() -> list[Any]:
@@ -285,7 +289,7 @@ def _digest_of(groups: Sequence[list[int]]) -> str:
 
 
 def repeated(groups: Iterable[Iterable[Any]]) -> Any:
-    """Returns the first thing that is there twice, or None."""
+    """Returns the first item that occurs twice, or None."""
     seen: set[Any] = set()
     for group in groups:
         for item in group:

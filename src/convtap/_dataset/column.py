@@ -1,4 +1,4 @@
-"""One layer's rows in one shard: where they lie in the file, and the reading of them."""
+"""Reads one layer's rows in one shard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convtap._dataset.shard_file import CalledFile, MappedFile
 
-#: NumPy's types for those of safetensors. What NumPy has no type for is read as ints of the same size.
+#: NumPy's types for those of safetensors. Types that NumPy lacks are read as ints of the same size.
 _NUMPY = {
     "F64": "f8",
     "F32": "f4",
@@ -34,15 +34,15 @@ class Column(NamedTuple):
     """Where one layer's rows lie in a shard.
 
     Attributes:
-        dtype: the dtype of the rows, by its name in torch.
-        stored: the type that they have in the file, by its name in safetensors.
-        at: where they begin, in bytes from the beginning of the file.
-        length: the first axis of the tensor in the file: the number of rows, or of all their numbers if their shapes differ.
+        dtype: torch's name of the dtype of the rows.
+        stored: safetensors' name of their type in the file.
+        at: the offset of the first row, in bytes from the beginning of the file.
+        length: the first axis of the tensor in the file: the number of rows, or of all elements if the shapes differ.
         shape: its other axes; complex numbers have a last axis of 2.
-        ends: where the ends of rows of different shapes lie; 0 if all have one shape.
-        sizes: where the shapes of such rows lie; 0 if all have one shape.
-        rows: how many such rows there are.
-        axes: how many numbers a shape has.
+        ends: the offset of the ends of rows of different shapes; 0 if all rows have one shape.
+        sizes: the offset of the shapes of such rows; 0 if all rows have one shape.
+        rows: the number of such rows.
+        axes: the number of axes in a stored shape.
     """
 
     dtype: str
@@ -57,22 +57,22 @@ class Column(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many numbers the rows have together, as they are in the file."""
+        """The number of elements of all rows, as stored in the file."""
         return self.length * math.prod(self.shape)
 
 
 def numpy_dtype(stored: str) -> Any:
-    """Returns the NumPy dtype that a type of safetensors is read as."""
+    """Returns the NumPy dtype as which a type of safetensors is read."""
     import numpy as np
 
     return np.dtype(_NUMPY[stored])
 
 
 def typed(stored: Tensor, dtype: str) -> Tensor:
-    """Returns stored numbers in the dtype of the layer's output."""
+    """Returns stored elements in the dtype of the layer's output."""
     wanted: torch.dtype = getattr(torch, dtype)
     if wanted.is_complex:
-        # NumPy's arrays without numbers have strides that torch does not take
+        # empty NumPy arrays have strides that torch rejects
         return torch.view_as_complex(stored) if stored.numel() else torch.empty(stored.shape[:-1], dtype=wanted)
     return stored if stored.dtype == wanted else stored.view(wanted)
 
@@ -90,7 +90,7 @@ class ColumnReader:
         self._copies = file.copies
         self._wanted = column.dtype
         self._dtype = numpy_dtype(column.stored)
-        # an item of an array with one axis is no array, so rows without axes get one here
+        # an item of an array with one axis is not an array, so rows without axes get one here
         self._is_scalar = not column.shape and not column.ends
         self._shape = (1,) if self._is_scalar else column.shape
         self._rows = file.array(self._dtype, (column.length, *self._shape), column.at)
@@ -115,7 +115,7 @@ class ColumnReader:
         return typed(self._tensor(self._rows[first:last]), self._wanted).reshape(shape)
 
     def block(self, count: int) -> Tensor:
-        """Returns an empty block for so many rows of one shape, as they are in the file."""
+        """Returns an uninitialized block for ``count`` rows, as stored in the file."""
         import numpy as np
 
         return torch.from_numpy(np.empty((count, *self._shape), self._dtype))
@@ -124,14 +124,14 @@ class ColumnReader:
         """Reads rows of one shape into a block.
 
         Args:
-            block: made by ``block`` of this reader, or of one of another shard; for as many rows.
-            rows: an array of ints: which rows, in ascending order.
+            block: a result of ``block`` of this reader, or of another shard's, for as many rows.
+            rows: the numbers of the rows, as an array of ints in ascending order.
         """
         self._check()
         self._gather(self._rows, rows, block.numpy())
 
     def restored(self, stored: Tensor) -> Tensor:
-        """Returns a row, or a block of them, in the dtype and the shape of the layer's output."""
+        """Returns a row or a block in the dtype and shape of the layer's output."""
         return typed(stored.squeeze(-1) if self._is_scalar else stored, self._wanted)
 
     def _tensor(self, found: Any) -> Tensor:

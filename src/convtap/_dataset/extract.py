@@ -1,4 +1,4 @@
-"""The public ``extract``: checks its options, and opens the store that the job fills."""
+"""The public ``extract``."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def extract(
     resume: bool = True,
     progress: bool = True,
 ) -> Store:
-    """Runs a model over a data set and streams the outputs of its layers to disk, in bounded memory.
+    """Runs a model over a data set and streams its layers' outputs to disk.
 
-    A run that was killed resumes where it stopped when it is called again with the same arguments. The store then is that of
-    an uninterrupted run, bit for bit.
+    Memory stays bounded. A killed run resumes where it stopped if you call it again with the same arguments. The resulting
+    store equals that of an uninterrupted run, bit for bit.
 
     Examples:
         >>> import tempfile, torch
@@ -75,54 +75,55 @@ def extract(
         (10, torch.Size([4, 48]), (10, 8, 46))
 
     Args:
-        model: any PyTorch model; it stays as it is.
-        data: a map-style ``Dataset``; a ``DataLoader`` over one (its batches, workers and collate function are kept, a
-            shuffling sampler is replaced by the order of the data set, and the last, smaller batch is not dropped); or any
-            iterable of batches.
-        into: a directory: new, empty, or begun by the same call.
-        layers: what to extract, as in ``capture``; None for every 1-D convolution.
-        types: the module types to choose from.
+        model: any PyTorch model; it is not changed.
+        data: a map-style ``Dataset``, a ``DataLoader`` over one, or any iterable of batches. The loader's batches, workers and
+            collate function are kept. The order of the data set replaces a shuffling sampler, and the last, smaller batch is
+            not dropped.
+        into: a directory that is new, empty, or begun by the same call.
+        layers: the layers to extract, as in ``capture``; None for every 1-D convolution.
+        types: the module types to select from.
         at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
-        reduce: a function of each output, run on its own device before it is stored. It sees the batch; with ``lengths``, it
-            sees one sample at a time, such as (C, T) or (T, C), cut to its real frames. Or a mapping from layers to functions,
-            by name or by glob (a layer's own name comes first, then the first glob that matches); a layer without an entry
-            is stored as it is.
-        reduce_id: a name for ``reduce`` that a resume compares instead of its code.
-        dtype: what to cast floating-point outputs to.
-        inputs: turns a batch into ``(args, kwargs)`` for the model. By default a tensor or array is passed, a mapping is
-            passed as keywords, and of a tuple or list, such as (x, labels), the first element is passed.
-        ids: from a batch, one int or str for each sample. By default indices of the data set, or a running count.
-        lengths: from a batch, (B,) numbers of real input samples: each row is cut to its real frames. A warning
-            names the layers whose frames are still not those of each input alone; ``Store.padding`` keeps it.
-        signal: with ``lengths``: which input they are of, by the name or the position of the argument; None for the one that
-            is as long as the longest row and reaches the layers.
+        reduce: a function of each output, run on the output's device before it is stored. Its argument is the output of the
+            batch, or with ``lengths`` that of one sample, such as (C, T) or (T, C), cut to its real frames. Or a mapping from
+            layers to functions, by name or by glob (a layer's own name comes first, then the first glob that matches); a layer
+            without an entry is stored unchanged.
+        reduce_id: a name for ``reduce`` that a resumed run compares instead of its code.
+        dtype: the dtype to cast floating-point outputs to.
+        inputs: turns a batch into ``(args, kwargs)`` for the model. By default the model gets a tensor or array as its
+            argument, a mapping as keywords, and the first element of a tuple or list, such as (x, labels).
+        ids: turns a batch into one int or str for each sample. The default is the index in the data set, or a running count.
+        lengths: turns a batch into (B,) numbers of real input samples. Each row is cut to its real frames. A warning
+            names the layers whose frames still differ from those of each input alone; ``Store.padding`` keeps it.
+        signal: with ``lengths``, the input that they measure, by the name or the position of the argument; None for the one
+            that is as long as the longest row and reaches the layers.
         time_dim: the axis of the model's input that is time, such as 1 for (B, T, C); None for the last one.
-        calls: what to do with a layer that runs several times in one forward pass: an ``"error"``, ``"cat"`` to join its
-            calls on time, ``"keys"`` to store each as ``name#k``.
-        labels: from a batch, one label (a number, or a row of numbers) for each sample, to store with it.
-        batch_size: samples a batch, for a ``Dataset``.
-        num_workers: processes that load samples, for a ``Dataset``.
-        collate_fn: joins samples to a batch, for a ``Dataset``.
-        device: where inputs go; where the model is, if None.
+        calls: what to do if a layer runs several times in one forward pass: raise an ``"error"``, join its calls on time with
+            ``"cat"``, or store each as ``name#k`` with ``"keys"``.
+        labels: turns a batch into one label (a number, or a row of numbers) for each sample, which is stored with it.
+        batch_size: the number of samples in a batch, for a ``Dataset``.
+        num_workers: the number of processes that load samples, for a ``Dataset``.
+        collate_fn: joins samples into a batch, for a ``Dataset``.
+        device: the device to move inputs to; None for the model's.
         method: the name of the method to run, such as ``"encode"``; None to call the model itself.
-        mode: ``"eval"`` or ``"train"`` during the run; each module gets its own mode back.
+        mode: ``"eval"`` or ``"train"`` during the run; afterwards each module has its own mode again.
         autocast: a dtype to run the model in, such as ``torch.bfloat16``.
-        compile: run under ``torch.compile``.
-        stop: end each forward pass once every selected layer has run once, as in ``capture``: it needs ``layers``. Later
-            calls of these layers are lost, and a model that keeps state from batch to batch misses what it does at the end
-            of a pass.
-        part: ``(i, n)``: compute the i-th of n parts only, for job arrays. Under ``torch.distributed`` it is the rank.
-        shard_bytes: the size of a file, as an int or ``"256MB"``; it holds whole batches, at least one. Up to two files are in
-            memory.
-        resume: go on with a store that is there; False to refuse it.
-        progress: show a bar.
+        compile: whether to run under ``torch.compile``.
+        stop: whether to end each forward pass once every selected layer has run once, as in ``capture``. It needs ``layers``.
+            Later calls of these layers are not recorded, and a model that updates its state at the end of a pass does not
+            do so.
+        part: ``(i, n)`` to compute only the i-th of n parts, for job arrays. The default under ``torch.distributed`` is the
+            rank.
+        shard_bytes: the size of a file, as an int or such as ``"256MB"``. A file holds whole batches, at least one. Up to two
+            files are in memory.
+        resume: whether to resume an existing store; False to raise an error instead.
+        progress: whether to show a progress bar.
 
     Raises:
-        StoreError: the directory cannot be used, was begun with other arguments, is in use, or the disk is full.
+        StoreError: the directory cannot be used, was begun with other arguments, or is in use, or the disk is full.
         LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
         NotCaptured: nothing was captured in the first batch, or a layer was bypassed.
         Unsupported: the rows of a layer's output are not the samples, or it ran several times.
-        ConvtapError: an argument cannot be used (then it is a TypeError or a ValueError as well).
+        ConvtapError: an argument is invalid (also a TypeError or a ValueError).
     """
     options = extract_options(
         model,
@@ -157,7 +158,7 @@ def extract(
 
 
 def _fill(path: Path, data: Any, options: ExtractOptions) -> Store:
-    """Runs the model over the data, and returns the store."""
+    """Runs the model over the data. Returns the store."""
     runner = Runner(options)
     planned = plan(data, options)
     i, n = _part(options, planned)
@@ -178,7 +179,7 @@ def _fill(path: Path, data: Any, options: ExtractOptions) -> Store:
 
 
 def _identity(options: ExtractOptions, planned: MapPlan | IterPlan) -> dict[str, Any]:
-    """Returns what a resume compares."""
+    """Returns the arguments that a resumed run compares."""
     return {
         "layers": _layers_of(options.selection),
         "at": options.capture.at,
@@ -205,13 +206,16 @@ def _reduce_identity(reduce: Reduce | None) -> Any:
 
 
 def _layers_of(selection: Selection) -> list[str]:
-    """The names under which a selection is stored: modules and parts in definition order, then functions by name."""
+    """Returns the stored names of a selection.
+
+    Modules and parts come first, in definition order, then functions by name.
+    """
     functions = selection.function_names
     return [*(name for name in selection.names if name not in functions), *sorted(functions)]
 
 
 def _part(options: ExtractOptions, planned: MapPlan | IterPlan) -> tuple[int, int]:
-    """Returns which part of how many this process computes: the part of the options, else its rank."""
+    """Returns ``part`` of the options, else the rank and the number of ranks."""
     if options.part is not None:
         i, n = options.part
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -220,6 +224,6 @@ def _part(options: ExtractOptions, planned: MapPlan | IterPlan) -> tuple[int, in
         return 0, 1
     if n > 1 and isinstance(planned, IterPlan) and options.ids is None:
         raise InvalidValue(
-            f"part {i} of {n} of an iterable cannot count the samples that it does not see. Pass ids=, or a map-style Dataset."
+            f"part {i} of {n} of an iterable cannot count the samples of the other parts. Pass ids=, or a map-style Dataset."
         )
     return i, n

@@ -1,4 +1,4 @@
-"""Whether a path is on a network file system, as far as the system says."""
+"""Tells whether a path is on a network file system."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NETWORK = (
 
 
 def is_on_network(path: Path) -> bool:
-    """Whether a path is on a network file system, or on one that a process serves (FUSE).
+    """Whether a path is on a network or FUSE file system.
 
-    Only Linux lists its mounts; elsewhere, and for a file system that is not on its list, the answer is no.
+    Only Linux lists its mounts. On other systems, and for unknown file systems, the result is False.
     """
     try:
         device = os.stat(path).st_dev

@@ -1,4 +1,4 @@
-"""What a store was made from (model, reduction, data, options), in a form that a resume compares."""
+"""Fingerprints of the model, the functions and the options, for resumed runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """Describes a model: its classes, and each parameter's and buffer's name, dtype, shape and a hash of its values."""
+    """Describes the classes, parameters and buffers of a model.
+
+    Each tensor is described by its dtype, its shape and a hash of its values.
+    """
     tree = ModuleTree(model)
     classes = [f"{name}: {_class_name(module)}({_settings(module)})" for name, module in tree.names.items()]
     return {
@@ -36,12 +39,12 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _class_name(module: nn.Module) -> str:
-    # without the Python module: a script that is run is ``__main__``, and imported by a worker it is something else
+    # without the Python module: a script's is ``__main__`` when it is run, and another when a worker imports it
     return type(module).__qualname__
 
 
 def _settings(module: nn.Module) -> str:
-    """Kernel size, stride and the like, for torch's own modules: their text is the same in every process."""
+    """Returns the settings of torch's own modules, equal in every process."""
     return module.extra_repr() if type(module).__module__.startswith("torch.nn.") else ""
 
 
@@ -51,7 +54,7 @@ def _tensors(tree: ModuleTree) -> Iterable[tuple[str, Tensor]]:
             if tensor is not None:
                 if is_lazy(tensor):
                     raise Unsupported(
-                        f"{name}.{key} is not initialized yet (a lazy module). Run the model once, model(x), before extract."
+                        f"{name}.{key} of a lazy module is not initialized yet. Run the model once before extract: model(x)."
                     )
                 yield f"{name}.{key}", tensor
 
@@ -69,7 +72,7 @@ def _values(tensor: Tensor) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview | None:
-    """Returns the bytes of a tensor's values in order; None where a tensor has none, or not in memory of its own."""
+    """Returns the bytes of a tensor's values, or None if it has none of its own."""
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return None
     values = tensor.detach()
@@ -79,10 +82,9 @@ def raw_bytes(tensor: Tensor) -> memoryview | None:
 
 
 def function_identity(function: Any) -> str | None:
-    """Names a function and hashes its code, with what it closes over; None for None.
+    """Names a function and hashes its code and closure; returns None for None.
 
-    Two functions with the same code in the same Python version are the same. Values that cannot be written down, such as
-    objects in a closure, count by their type only.
+    Two functions with the same code in the same Python version are equal. Other objects in a closure count by their type only.
     """
     if function is None:
         return None
@@ -150,17 +152,22 @@ _WHAT: dict[str, Callable[[Any], str]] = {
 
 
 def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: str) -> None:
-    """Compares the identity of a store (None if it is not begun yet) with that of this call.
+    """Compares the identity of a store with that of this call.
+
+    Args:
+        stored: the identity of the store; None if it was not begun yet.
+        now: the identity of this call.
+        where: the store, for the message.
 
     Raises:
-        StoreError: something differs; the message names each thing that does.
+        StoreError: they differ. The message names each difference.
     """
     if stored is None:
         return
     differences = []
     for key in dict.fromkeys([*stored, *now]):
         before, after = stored.get(key), now.get(key)
-        if before == after or key not in stored:  # a store of an earlier version does not have it
+        if before == after or key not in stored:  # a store of an earlier version lacks it
             continue
         if key == "model":
             differences.append(_model_difference(before or {}, after or {}))
@@ -171,8 +178,8 @@ def check_same(stored: Mapping[str, Any] | None, now: Mapping[str, Any], where: 
             differences.append(f"{key}: {show(before)} then, {show(after)} now")
     if differences:
         raise StoreError(
-            f"{where} was begun with something else, so its samples would not go together. {'; '.join(differences)}. "
-            "Give another directory, or the same arguments as before."
+            f"{where} was begun with other arguments: {'; '.join(differences)}. Pass another directory, or the same arguments "
+            "as before."
         )
 
 
@@ -183,7 +190,7 @@ def _reduce_difference(before: Any, after: Any) -> str:
         return f"reduce of {key!r}: {_reduce_difference(before.get(key), after.get(key)).removeprefix('reduce: ')}"
     then, now = (_reduce_name(value) for value in (before, after))
     if then == now:
-        return f"reduce: the code of {then} is another (reduce_id= names it for good)"
+        return f"reduce: the code of {then} has changed (with reduce_id=, convtap compares a name instead)"
     return f"reduce: {then} then, {now} now"
 
 
@@ -202,7 +209,7 @@ def _model_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> st
         return f"the model's parameters: only then {listed(gone, 3)}, only now {listed(come, 3)}"
     changed = [name for name in old if old[name] != new[name]]
     if not changed:
-        return "the model: its modules are of other classes or settings"
+        return "the model: its modules have other classes or settings"
     name = changed[0]
     (then, _, _), (now, _, _) = old[name].rpartition(" "), new[name].rpartition(" ")
     if then != now:

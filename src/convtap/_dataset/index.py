@@ -1,4 +1,4 @@
-"""Where every sample of a store lies: gathered from the headers of all shards."""
+"""Finds where each sample of a store lies, from the headers of its shards."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError
 
 # Note: [No saved index]
-# Assumption: the headers of the shards hold where every sample lies.
-# Failure: a file that saves the reading of them can contradict them.
-# Choice: none is saved. A header is read in 0.1 ms on one core (8 layers, 1000 samples), so that a store of 10^6 samples in
-#   1000 shards opens in 0.1 s.
+# Assumption: the headers of the shards tell where every sample lies.
+# Failure: a saved index can contradict them.
+# Choice: the index is not saved. Reading a header takes 0.1 ms on one core (8 layers, 1000 samples), so a store of 10^6
+#   samples in 1000 shards opens in 0.1 s.
 
 
 @dataclass
 class LayerSummary:
-    """What all rows of a layer have in common.
+    """The common properties of all rows of a layer.
 
     Attributes:
         dtype: their dtype, as text; several are joined by ``|``.
-        shape: a row's shape, with None for an axis that varies; None if even the number of axes does.
-        elements: how many numbers they have together.
-        time: which axis of a row is time, counted from the end; None if there is none.
-        timed: whether that is known; None in shards of earlier versions, which do not hold it.
+        shape: a row's shape, with None for an axis that varies; None if the number of axes varies.
+        elements: the number of elements of all rows.
+        time: the axis of a row that is time, counted from the end; None if no axis is.
+        timed: whether ``time`` is known; None in shards of earlier versions, which do not store it.
     """
 
     dtype: str
@@ -38,7 +38,10 @@ class LayerSummary:
 
     @property
     def time_dim(self) -> int | None:
-        """Which axis of a row is time: as it is known, else the only one that varies, else what is assumed; None for none."""
+        """The axis of a row that is time, or None.
+
+        It is the known axis, else the only one that varies, else the assumed one.
+        """
         varying = [place for place, size in enumerate(self.shape or ()) if size is None]
         if self.timed or self.shape is None:
             return self.time
@@ -48,19 +51,19 @@ class LayerSummary:
 
     @property
     def is_assumed(self) -> bool:
-        """Whether the time axis was not known when the rows were written, and they do not tell it either."""
+        """Whether neither the extraction nor the shapes of the rows tell the time axis."""
         shape = self.shape or ()
         return self.timed is False and len(shape) > 1 and sum(size is None for size in shape) != 1
 
     @property
     def time_note(self) -> str:
-        """A note on the time axis, to follow a shape; empty if it is the last one, as usual."""
+        """A note on the time axis that follows a shape; empty if it is the last axis."""
         if self.is_assumed:
             return f", axis {self.time_dim} taken as time"
         return "" if self.time_dim in (None, -1) else f", time is axis {self.time_dim}"
 
     def merge(self, other: LayerSummary) -> None:
-        """Takes another shard's rows in."""
+        """Adds the rows of another shard."""
         dtype, shape = other.dtype, other.shape
         if dtype != self.dtype and dtype not in self.dtype.split("|"):
             self.dtype += f"|{dtype}"
@@ -79,19 +82,19 @@ class LayerSummary:
 
 @dataclass
 class Index:
-    """Where every sample lies.
+    """The place of each sample in a store.
 
     Attributes:
-        files: by shard name, its size and time.
-        bad: by shard name, why it cannot be read.
-        layers: by key.
+        files: the size and time of each shard, by name.
+        bad: why a shard cannot be read, by name.
+        layers: the summary of each layer, by key.
         batches: one line a batch, in the order of their numbers: number, rows, shard, place in the shard.
         present: (batches, layers): whether the layer ran in the batch.
         ids: one for each sample, in the order of the batches.
-        duplicates: (number, shard) of batches that another shard holds already.
-        columns: of each shard, by layer key, where the rows lie.
-        begins: of each batch, its first row among those of a layer that ran in every batch of its shard.
-        others: by the key of a layer that did not, the same for its rows.
+        duplicates: (number, shard) of batches that another shard also holds.
+        columns: for each shard, where the rows of each layer lie, by key.
+        begins: for each batch, its first row among those of a layer that ran in every batch of the shard.
+        others: the same for a layer that did not run in every batch, by key.
     """
 
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -113,7 +116,7 @@ class Index:
 
     @property
     def numbers(self) -> set[int]:
-        """The numbers of the batches that are here."""
+        """The numbers of the stored batches."""
         return set(self.batches[:, 0].tolist())
 
 
@@ -135,7 +138,7 @@ def read_index(path: Path) -> Index:
 
 
 class _Reading:
-    """What was gathered from the shards that were read so far, in the order of the shards."""
+    """Collects the contents of the shards read so far, in the order of the shards."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[int, int]] = {}
@@ -147,12 +150,12 @@ class _Reading:
         self._ids: list[Any] = []
         self._begins = [_empty("int64", 0)]
         self._count = 0
-        self._runs: dict[str, list[list[int]]] = {}  # by layer, the first line and the end of the lines that it ran in
-        # a layer that ran in some of a shard's batches only, the shard's first line, and the begins of its batches
+        self._runs: dict[str, list[list[int]]] = {}  # by layer, the first line and the end of the lines in which it ran
+        # a layer that ran in only some of a shard's batches, the shard's first line, and the begins of its batches
         self._others: list[tuple[str, int, list[int]]] = []
 
     def add(self, name: str, state: tuple[int, int], shard: Shard) -> None:
-        """Takes in a shard, as a whole or, if something of it cannot be read, not at all."""
+        """Adds a shard, or nothing of it if part of it cannot be read."""
         import numpy as np
 
         ids = shard.id_array()
@@ -172,7 +175,7 @@ class _Reading:
             self._ids.append(ids)
         first, self._count = self._count, self._count + len(lines)
         for key, about in shard.columns.items():
-            if key not in new:  # what most shards are: like the one before, and quicker than to merge
+            if key not in new:  # most shards are like the one before, and this is faster than merging
                 self._layers[key].elements += columns[key].elements
             elif key in self._layers:
                 self._layers[key].merge(new[key])
@@ -188,11 +191,11 @@ class _Reading:
                 runs.append([first, self._count])
 
     def _is_known(self, key: str, column: Column, kind: Any) -> bool:
-        """Whether a layer's rows have one shape, and all that the summary holds of them is as in the shard before."""
+        """Whether a layer's rows have one shape and the same summary as in the last shard."""
         return column.length > 0 and not column.ends and self._known.get(key) == (column.dtype, column.shape, kind)
 
     def ordered(self) -> Index:
-        """Brings batches into the order of their numbers; of those that are there twice, the first counts."""
+        """Returns the index with batches in order; the first of duplicate batches counts."""
         import numpy as np
 
         batches, begins, ids = np.concatenate(self._lines), np.concatenate(self._begins), _joined(self._ids)
@@ -205,7 +208,7 @@ class _Reading:
         if len(kept) != len(order) or (kept != np.arange(len(kept))).any():
             rows = batches[kept, 1]
             starts = np.cumsum(batches[:, 1]) - batches[:, 1]
-            # of each sample, where it was: its batch's old start, and its place in the batch
+            # the old place of each sample: its batch's old start, and its place in the batch
             ids = ids[np.repeat(starts[kept] - (np.cumsum(rows) - rows), rows) + np.arange(rows.sum())]
             batches, present, begins = batches[kept], present[kept], begins[kept]
             others = {key: rows[kept] for key, rows in others.items()}
@@ -213,7 +216,7 @@ class _Reading:
         return Index(self.files, self.bad, self._layers, *tables)
 
     def _present(self, begins: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns which layers ran in which lines, and the begins of layers that did not run in a whole shard."""
+        """Returns which layers ran in which lines, and the entries of ``Index.others``."""
         import numpy as np
 
         present = np.zeros((len(begins), len(self._layers)), np.bool_)
@@ -239,6 +242,7 @@ def _joined(ids: list[Any]) -> Any:
 
     if len({array.dtype.kind for array in ids}) > 1:
         raise StoreError(
-            "some shards have int ids and others str, so they are not of one extraction. Remove the ranks that do not belong."
+            "some shards have int ids and others str, so they are of several extractions. Remove the folders of the ranks that "
+            "do not belong here."
         )
     return np.concatenate(ids) if ids else _empty("int64", 0)

@@ -1,4 +1,4 @@
-"""The loop of one process: batch by batch through the model into shards, except those that are stored already."""
+"""Runs the missing batches of one process through the model and stores their rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from convtap._time.padded import warn
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A batch before the model runs: the model's arguments, and the results of the user's functions."""
+    """The model's arguments for a batch, with its ids, lengths and labels."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -49,10 +49,10 @@ class _Prepared:
 
 
 class Job:
-    """What one process has to do for one store.
+    """The work of one process for one store.
 
     Args:
-        part, parts: which of the batches are its own: those whose number, divided by ``parts``, leaves ``part``.
+        part, parts: the process computes the batches whose number modulo ``parts`` is ``part``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Job:
         return self._mine(number) and number not in self._done
 
     def run(self, claim: Callable[[], None]) -> None:
-        """Computes what is missing. ``claim`` is called before a shard is written."""
+        """Computes the missing batches. Calls ``claim`` before it writes a shard."""
         total, left = self._plan.count(self._mine), self._plan.count(self._wanted)
         if left == 0 or (isinstance(self._plan, IterPlan) and self._is_complete()):
             with contextlib.closing(self._plan.some(self._looked)) as batches:
@@ -111,12 +111,12 @@ class Job:
                     raise
         except Terminated:
             raise StoreError(
-                f"SIGTERM ended the extraction, and the handler that was there before let the process live. "
-                f"{human_bytes(publisher.written)} were written; the same call goes on from there."
+                f"SIGTERM ended the extraction after {human_bytes(publisher.written)} were written, and the program's own "
+                "handler did not end the process. Run the same call again to resume."
             ) from None
         if isinstance(self._plan, IterPlan) and self._plan.seen is not None:
             if not self._plan.seen:
-                raise InvalidValue("the data has length 0: its iterator gave no batch, so there is nothing to extract.")
+                raise InvalidValue("the data has length 0. Pass an iterable that yields at least one batch.")
             write_finished(self._folder.path, self._plan.seen)
         self._warn_of_idle()
 
@@ -146,7 +146,7 @@ class Job:
                 _show(bar, publisher, len(batch.ids))
 
     def _take(self, number: int, indices: list[int] | None, batch: Any) -> Batch | None:
-        """Compares a batch if it is one of those, and computes it if it is missing."""
+        """Compares a batch if its number is in ``_looked``. Computes it if it is missing."""
         prepared = self._prepare(batch)
         if number in self._looked:
             self._look(number, prepared)
@@ -167,7 +167,7 @@ class Job:
         self._same.look(number, prepared.contents, (prepared.args, prepared.kwargs), ids)
 
     def _again(self, number: int) -> Contents | None:
-        """Reads a batch once more, if it has a place of its own in the data."""
+        """Reads a batch again and returns its contents, or None if that is not possible."""
         batch = self._plan.again(number)
         return None if batch is None else self._prepare(batch).contents
 
@@ -192,20 +192,20 @@ class Job:
         idle = self._runner.idle()
         if idle and (exact & set(idle)):
             warn_user(
-                f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, and nothing is stored of them: "
-                f"{listed(idle)}. list_layers(model, example=x) shows how each layer is used.",
+                f"{plural(len(idle), 'selected layer')} did not run in any batch of this run, so the store lacks their "
+                f"outputs: {listed(idle)}. Print list_layers(model, example=x) to see how each layer is used.",
             )
 
 
 def _show(bar: Any, publisher: ShardPublisher, samples: int) -> None:
-    """Shows that samples were computed, how many bytes are on the disk, and about how many there will be."""
+    """Advances the progress bar and shows the bytes written and forecast."""
     about = "" if publisher.forecast is None else f" of about {human_bytes(publisher.forecast)}"
     bar.set_postfix_str(f"{human_bytes(publisher.written)}{about} written", refresh=False)
     bar.update(samples)
 
 
 class _Done:
-    """Which batches are stored already."""
+    """The numbers of the stored batches."""
 
     def __init__(self, index: Index) -> None:
         import numpy as np
@@ -213,7 +213,7 @@ class _Done:
         numbers = index.batches[:, 0]
         here = np.zeros(int(numbers.max()) + 1 if len(numbers) else 0, np.bool_)
         here[numbers] = True
-        self._here = here.tobytes()  # a byte each: asked of every batch of the data, so it has to be quick
+        self._here = here.tobytes()  # a byte each, for a fast lookup of every batch of the data
 
     def __contains__(self, number: int) -> bool:
         return number < len(self._here) and self._here[number] == 1
@@ -224,11 +224,11 @@ def _checked_labels(found: Any, size: int) -> Tensor:
         labels = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidType(
-            f"labels(batch) returned a {type(found).__name__} that is no tensor of numbers. Labels of other kinds can be "
-            "given when they are read: store.dataset(labels={id: label})."
+            f"labels(batch) returned a {type(found).__name__}, which is not a tensor of numbers. Pass labels of other kinds to "
+            "the reader: store.dataset(labels={id: label})."
         ) from None
     if not labels.dim() or labels.shape[0] != size:
         raise InvalidValue(
-            f"labels(batch) returned shape {tuple(labels.shape)} for {size} samples. Return a row for each."
+            f"labels(batch) returned shape {tuple(labels.shape)} for {size} samples. Return one row for each sample."
         )
     return labels.detach().cpu().contiguous()

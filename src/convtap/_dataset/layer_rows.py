@@ -1,4 +1,4 @@
-"""The rows of one layer in all shards of a store, read by the positions of their samples."""
+"""Reads one layer's rows from all shards of a store, by the samples' positions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class LayerRows:
 
     Args:
         reader: the store.
-        name: what the store calls the layer.
-        key: what its shards call it.
+        name: the layer's name in the store.
+        key: the layer's key in the shards.
 
     Attributes:
         name: as above.
-        about: what all rows have in common.
-        here: of each batch, whether the layer ran in it; None if it ran in all.
+        about: the common properties of all rows.
+        here: whether the layer ran, for each batch; None if it ran in all.
     """
 
     def __init__(self, reader: StoreReader, name: str, key: str) -> None:
@@ -34,7 +34,7 @@ class LayerRows:
         self.here = None if here.all() else here
         begins = index.others.get(key, index.begins)
         self._tables = (index.starts, index.batches[:, 2], begins)
-        # of a memoryview a single item comes as an int, at once
+        # an item of a memoryview is an int, without a conversion
         self._starts, self._shards, self._begins = (table.data for table in self._tables)
         self.about = index.layers[key]
         shape = self.about.shape
@@ -47,8 +47,8 @@ class LayerRows:
         """Returns the row of a sample.
 
         Raises:
-            NotCaptured: the layer did not run for it.
-            StoreError: its shard has changed since the store was opened, or cannot be read.
+            NotCaptured: the layer did not run for the sample.
+            StoreError: the shard has changed since the store was opened, or cannot be read.
         """
         line = bisect_right(self._starts, position) - 1
         if self.here is not None and not self.here[line]:
@@ -57,7 +57,7 @@ class LayerRows:
         return column.row(self._begins[line] + position - self._starts[line])
 
     def each(self, positions: Any) -> list[Tensor]:
-        """Returns the rows of many samples, each as ``at`` does; those of one shard are read together.
+        """Returns the rows of many samples, and reads those of one shard together.
 
         Args:
             positions: an array of ints, in any order.
@@ -72,7 +72,7 @@ class LayerRows:
         return found
 
     def together(self, positions: Any) -> list[Tensor]:
-        """Returns the rows of many samples as ``each`` does, but those of one shape in one piece of memory."""
+        """Returns the rows of many samples; those of one shape share one block of memory."""
         if not self._are_alike or not self._reader.copies:
             return self.each(positions)
         found: list[Any] = [None] * len(positions)
@@ -82,13 +82,13 @@ class LayerRows:
         return found
 
     def block(self, positions: Any) -> Tensor:
-        """Returns the rows of many samples as one tensor: a layer's whose rows have one shape and dtype."""
+        """Returns many rows of one shape and dtype as one tensor."""
         order, parts = self._by_shard(positions)
         stacked = self._stacked(parts, len(positions))
         return stacked if (order[1:] > order[:-1]).all() else stacked[torch.from_numpy(order.argsort())]
 
     def _stacked(self, parts: list[tuple[int, Any]], count: int) -> Tensor:
-        """Reads the rows of shards one after another into one tensor."""
+        """Reads the rows of several shards into one tensor."""
         if not parts:
             shape: Any = self.about.shape
             return torch.empty((0, *shape), dtype=getattr(torch, self.about.dtype))
@@ -100,7 +100,7 @@ class LayerRows:
         return column.restored(block)
 
     def _by_shard(self, positions: Any) -> tuple[Any, list[tuple[int, Any]]]:
-        """Returns the order in which to read, and for each shard its number and its rows, in ascending order."""
+        """Returns the order of reading, and each shard's number and rows."""
         import numpy as np
 
         starts, shards, begins = self._tables
@@ -118,6 +118,6 @@ class LayerRows:
         index = self._reader.index
         ran = int(index.batches[self.here, 1].sum())
         return NotCaptured(
-            f"layer {self.name!r} did not run for the sample {index.ids[position].item()!r}: it ran for "
-            f"{ran} of {plural(len(self._reader), 'sample')}. view.ids are those, view.absent the others."
+            f"layer {self.name!r} did not run for the sample {index.ids[position].item()!r}, only for "
+            f"{ran} of {plural(len(self._reader), 'sample')}. Read one of view.ids; view.absent lists the others."
         )

@@ -1,4 +1,4 @@
-"""The directory of a store: its description, a locked folder for each rank, and the notes in them."""
+"""The directory of a store, which holds its description and the ranks' folders."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _RANK = re.compile(r"rank-(\d{5,})")
 
 # Note: [Locks]
 # Assumption: one process at a time writes into a rank's folder.
-# Failure: an flock is inherited by the data loader's forked workers, which outlive a killed parent by seconds, so a resume
-#   would find a folder locked that no process writes into.
-# Choice: a POSIX record lock, which belongs to the process alone. It does not keep the process from locking twice, so the
-#   folders that this process holds are remembered here.
+# Failure: the data loader's forked workers inherit an flock and outlive a killed parent by seconds, so a resumed run would
+#   find a locked folder into which no process writes.
+# Choice: a POSIX record lock, which belongs to the process alone. It does not keep the process from locking twice, so this
+#   set holds the folders that the process has locked.
 _held: set[Path] = set()
 
 
 def write_first(path: Path, content: bytes) -> None:
-    """Writes a small file, unless it exists: another process may have been first."""
+    """Writes a small file, unless another process has already written it."""
     with contextlib.suppress(FileExistsError):
         write_whole(path, lambda temporary: temporary.write_bytes(content), replace=False)
 
@@ -43,14 +43,16 @@ def read_description(path: Path) -> dict[str, Any]:
     """Reads ``store.json``.
 
     Raises:
-        StoreError: the directory is missing, foreign, newer than this convtap, or nothing was extracted into it yet.
+        StoreError: the directory is missing, is not a store, is newer than this convtap, or has no extraction yet.
     """
     file = path / DESCRIPTION
     if not path.exists():
-        raise StoreError(f"there is no directory {str(path)!r}. extract(model, data, {str(path)!r}) fills one.")
+        raise StoreError(
+            f"the directory {str(path)!r} does not exist. Write a store into it: extract(model, data, {str(path)!r})."
+        )
     if not path.is_dir():
         raise StoreError(
-            f"{str(path)!r} is a file, and a store is a directory. convtap.load reads what acts.save wrote."
+            f"{str(path)!r} is a file, but a store is a directory. Read a file of acts.save with convtap.load(path)."
         )
     try:
         found = json.loads(file.read_bytes())
@@ -59,29 +61,33 @@ def read_description(path: Path) -> dict[str, Any]:
         shards = list(shard_files(path))
         if shards:
             raise StoreError(
-                f"{str(path)!r} has {listed(shards, 2)} and no {DESCRIPTION}: half of a store. Copy the whole directory."
+                f"{str(path)!r} has {listed(shards, 2)} but no {DESCRIPTION}, so it is incomplete. Copy the whole directory."
             ) from None
         raise StoreError(
-            f"{str(path)!r} is no store: it has no {DESCRIPTION}. extract(...) fills a directory."
+            f"{str(path)!r} is not a store, since it has no {DESCRIPTION}. Pass a directory that extract(...) has written."
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{str(file)!r} is damaged, or convtap did not write it.") from None
+        raise StoreError(
+            f"{str(file)!r} is damaged, or convtap did not write it. Pass a directory that extract(...) has written."
+        ) from None
     if kind != _KIND:
         raise StoreError(
-            f"{str(file)!r} was not written by convtap: its kind is {kind!r}. Pass the directory of a store."
+            f"{str(file)!r} has the kind {kind!r}, so convtap did not write it. Pass the directory of a store."
         )
     if version > VERSION:
-        raise StoreError(f"{str(path)!r} has format {version}, and this convtap reads up to {VERSION}: update convtap.")
+        raise StoreError(
+            f"{str(path)!r} has format {version}, but this convtap reads up to {VERSION}. Update it: pip install -U convtap."
+        )
     if not _is_whole(found.get("identity")):
         raise StoreError(
-            f"{str(file)!r} is damaged: what it says of the extraction is not all there. Copy the whole directory again, or "
-            "extract once more into another one."
+            f"{str(file)!r} is damaged, since its description of the extraction is incomplete. Copy the whole directory "
+            "again, or extract into another one."
         )
     return found  # type: ignore[no-any-return]
 
 
 def _is_whole(identity: Any) -> bool:
-    """Whether the identity of a store has what readers ask it for."""
+    """Whether the identity of a store has all entries that readers need."""
     if not isinstance(identity, dict):
         return False
     layers, data, given = identity.get("layers"), identity.get("data"), identity.get("given", [])
@@ -91,14 +97,14 @@ def _is_whole(identity: Any) -> bool:
 
 
 def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
-    """Makes a directory for a store. Returns the identity of the store that is there already, or None.
+    """Makes a directory. Returns the identity of the store that it holds, or None.
 
     Raises:
-        StoreError: the path is a file, holds something else, cannot be written, or (``resume=False``) is a store.
+        StoreError: the path is a file, holds other files, cannot be written, or is a store although ``resume=False``.
     """
     shown = str(path)
     if path.exists() and not path.is_dir():
-        raise StoreError(f"into={shown!r} is a file. Give the path of a directory; it is made if it does not exist.")
+        raise StoreError(f"into={shown!r} is a file. Pass the path of a directory, which may be new.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
@@ -107,22 +113,22 @@ def prepare(path: Path, *, resume: bool) -> dict[str, Any] | None:
             others = [name for name in names if not _RANK.fullmatch(name)] or list(shard_files(path))
             if others and not (path / DESCRIPTION).exists():
                 raise StoreError(
-                    f"into={shown!r} is no store and not empty: it holds {listed(others)}. Give a new or empty directory."
+                    f"into={shown!r} is not a store, but holds {listed(others)}. Pass a new or empty directory."
                 )
             return None
     except OSError as error:
-        raise StoreError(f"into={shown!r} cannot be written: {error}. Give a writable directory.") from error
+        raise StoreError(f"into={shown!r} cannot be written: {error}. Pass a writable directory.") from error
     if not resume:
         raise StoreError(
-            f"into={shown!r} is a store already, and resume=False begins a new one. Give another directory, delete this "
-            "one, or pass resume=True to compute only what is missing."
+            f"into={shown!r} is already a store, but resume=False begins a new one. Pass another directory, delete this "
+            "one, or pass resume=True to compute only the missing batches."
         )
     identity: dict[str, Any] = read_description(path)["identity"]
     return identity
 
 
 def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Gives a directory an identity, once and for all. Returns the one it has: another process may have been first."""
+    """Writes the identity of a store, unless it has one. Returns the one it has."""
     content = {"kind": _KIND, "version": VERSION, "identity": identity}
     if not (path / DESCRIPTION).exists():
         write_first(path / DESCRIPTION, json.dumps(content, indent=1).encode())
@@ -131,7 +137,7 @@ def describe(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> dict[str, tuple[int, int]]:
-    """Lists the shards of all ranks: by name (``rank-00000/shard-000000.safetensors``) the size and the time in ns."""
+    """Returns the size and the time in ns of each shard, by its path in the store."""
     found = {}
     for rank in rank_folders(path):
         with os.scandir(path / rank) as entries:
@@ -148,10 +154,12 @@ def rank_folders(path: Path) -> list[str]:
 
 
 class RankFolder:
-    """The folder of one rank, locked inside the context; half-written files of a killed process are removed.
+    """The folder of one rank, locked inside the context.
+
+    Entering it removes half-written files of a killed process.
 
     Raises:
-        StoreError: another process has it.
+        StoreError: another process has locked it.
     """
 
     def __init__(self, store: Path, rank: int) -> None:
@@ -191,13 +199,13 @@ class RankFolder:
 
     def _refusal(self, owner: str) -> StoreError:
         return StoreError(
-            f"{owner} is extracting into {str(self.path)!r}, and a rank's folder takes one process at a time. Wait for it, "
-            "give another directory, or give each process its part: extract(..., part=(i, n)), or under torchrun "
-            "torch.distributed.init_process_group() first."
+            f"{owner} is extracting into {str(self.path)!r}, and only one process at a time can write into a rank's folder. "
+            "Wait for it, pass another directory, or compute a part in each process: extract(..., part=(i, n)), or under "
+            "torchrun torch.distributed.init_process_group() first."
         )
 
     def next_number(self) -> int:
-        """Returns the number of the next shard: one more than any that is, or was, here."""
+        """Returns the number of the next shard, larger than any used before."""
         numbers = [int(match[1]) for entry in self.path.iterdir() if (match := _SHARD.match(entry.name))]
         return max(numbers, default=-1) + 1
 
@@ -208,7 +216,7 @@ def _lock_file(handle: int) -> None:
     except ImportError:  # Windows
         import msvcrt
 
-        # a byte far behind the owner's name, which others could not read otherwise
+        # a byte far behind the owner's name, so that other processes can read the name
         os.lseek(handle, 1 << 20, os.SEEK_SET)
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
@@ -222,7 +230,7 @@ def check_part(part: Any) -> tuple[int, int]:
     """Checks ``part=(i, n)``.
 
     Raises:
-        InvalidValue: it is not a pair of ints with 0 <= i < n.
+        InvalidValue: ``part`` is not a pair of ints with 0 <= i < n.
     """
     try:
         i, n = part
@@ -231,18 +239,18 @@ def check_part(part: Any) -> tuple[int, int]:
         good = False
     if not good:
         raise InvalidValue(
-            f"part={part!r} must be (i, n) with 0 <= i < n: the i-th of n parts, as in part=(3, 100) for the fourth of 100."
+            f"part={part!r} is not (i, n) with 0 <= i < n. Pass the i-th of n parts, such as part=(3, 100) for the fourth."
         )
     return part[0], part[1]
 
 
 def note_part(folder: RankFolder, part: int, parts: int) -> None:
-    """Notes in a rank's folder which part of how many its process computes."""
+    """Notes in a rank's folder the part that its process computes."""
     _note(folder.path / "part.json", {"part": part, "parts": parts})
 
 
 def read_note(file: Path) -> dict[str, Any]:
-    """Reads a note; empty if it is missing or damaged, since no row is read by one."""
+    """Reads a note. It is empty if missing or damaged, since no row depends on it."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(file.read_bytes())
         return found if isinstance(found, dict) else {}
@@ -250,32 +258,32 @@ def read_note(file: Path) -> dict[str, Any]:
 
 
 def read_parts(path: Path) -> int:
-    """Returns how many parts the latest run was divided into."""
+    """Returns the number of parts of the latest run."""
     files = [path / rank / "part.json" for rank in rank_folders(path)]
     noted = [(file, read_note(file).get("parts")) for file in files]
     return max(((file.stat().st_mtime_ns, parts) for file, parts in noted if isinstance(parts, int)), default=(0, 1))[1]
 
 
 def write_finished(folder: Path, batches: int) -> None:
-    """Notes in a rank's folder that the data has come to its end, and how many batches it has."""
+    """Notes in a rank's folder how many batches the data has."""
     _note(folder / "finished.json", {"batches": batches})
 
 
 def read_finished(path: Path) -> int | None:
-    """Returns how many batches the data has, if a rank has come to its end."""
+    """Returns how many batches the data has, if a rank has reached its end."""
     found = (read_note(path / rank / "finished.json").get("batches") for rank in rank_folders(path))
     return next((batches for batches in found if isinstance(batches, int)), None)
 
 
 def write_padding(folder: Path, layers: dict[str, str]) -> None:
-    """Notes in a rank's folder which layers' frames are not those of each input alone, and why."""
+    """Notes in a rank's folder which layers' frames depend on padding, and why."""
     known = read_note(folder / "padding.json")
     if not layers.items() <= known.items():
         _note(folder / "padding.json", {**known, **layers})
 
 
 def read_padding(path: Path) -> dict[str, str]:
-    """Returns the notes of the ranks on padded batches, by layer."""
+    """Returns all ranks' notes on padded batches, by layer."""
     notes = [read_note(path / rank / "padding.json") for rank in rank_folders(path)]
     return {layer: str(cause) for note in notes for layer, cause in note.items()}
 
@@ -284,7 +292,7 @@ def set_aside(shard: Path) -> Path:
     """Renames a bad shard, so that it is not read and its number is not used again.
 
     Raises:
-        StoreError: it cannot be renamed. On Windows, a file that is open in any process cannot.
+        StoreError: the shard cannot be renamed, as on Windows if any process has it open.
     """
     target = shard.with_name(f"{shard.name}.bad")
     try:

@@ -1,4 +1,4 @@
-"""Ends a worker of a data loader when the process that extracts has ended."""
+"""Ends the workers of a data loader when the extracting process has ended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from multiprocessing.connection import wait
 from typing import Any
 
 # Note: [Workers of a killed run]
-# Assumption: a worker ends soon after the process that loads with it. torch has its workers ask every five seconds whether
-#   their parent's number has changed.
-# Failure: started by a fork server, as is the default on Linux since Python 3.14, a worker's parent is the server, and the
-#   server lives as long as any of its children. After a SIGKILL of the extraction both lived on, with the pipes that they
-#   had inherited.
-# Choice: such a worker has a thread that waits for the end of the process that asked for it, which multiprocessing tells by
-#   a pipe, and ends the worker. The server follows.
+# Assumption: a worker ends soon after the process that loads with it. torch's workers check every five seconds whether
+#   the id of their parent has changed.
+# Failure: a fork server starts the workers by default on Linux since Python 3.14. A worker's parent is then the server, which
+#   lives as long as any of its children. After a SIGKILL of the extraction both stayed alive, with the pipes that they had
+#   inherited.
+# Choice: such a worker has a thread that waits for the end of the process that requested the worker (multiprocessing signals
+#   it by a pipe) and then ends the worker. The server ends after it.
 
 
 class EndingWorker:

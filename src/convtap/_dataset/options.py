@@ -1,4 +1,4 @@
-"""The options of ``extract``, in one object that is checked once and does not change."""
+"""The checked options of ``extract``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FUNCTIONS = ("inputs", "ids", "lengths", "labels")
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """The options of an extraction. Making one checks those that need no model.
+    """The options of an extraction; the others are the arguments of ``extract``.
+
+    The constructor checks the options that do not depend on the model.
 
     Attributes:
-        capture: the options of the capture of each batch. With ``lengths``, ``reduce`` and ``dtype`` wait until rows are cut.
+        capture: the options of the capture of each batch. With ``lengths``, ``reduce`` and ``dtype`` apply after rows are cut.
         selection: the selected layers.
         reductions: the function of each layer.
-        device: where inputs go.
-
-    The others are the arguments of ``extract``.
+        device: the device of the inputs.
     """
 
     capture: CaptureOptions
@@ -65,21 +65,25 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         for name, choices in (("calls", ("error", "cat", "keys")), ("mode", ("eval", "train"))):
             if getattr(self, name) not in choices:
-                raise InvalidValue(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, choices))}.")
+                shown = ", ".join(map(repr, choices))
+                raise InvalidValue(f"{name}={getattr(self, name)!r} is invalid. Pass one of {shown}.")
         for name in (*FUNCTIONS, "collate_fn"):
             function = getattr(self, name)
             if function is not None and not callable(function):
-                raise InvalidType(f"{name} is a {type(function).__name__}, and it must be a function of a batch.")
+                raise InvalidType(
+                    f"{name} is a {type(function).__name__}, not a function. Pass a function of a batch: {name}=lambda batch: "
+                    "..."
+                )
         if self.compile and self.capture.stop:
             raise InvalidValue(
                 "stop=True cannot end a compiled forward pass. Pass stop=True or compile=True, not both."
             )
         if self.compile and self.method is not None:
             raise Unsupported(
-                f"compile=True compiles the model's forward, and method={self.method!r} is another one. Leave one of them out."
+                f"compile=True compiles the model's forward, not method={self.method!r}. Leave one of them out."
             )
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
-            raise InvalidType(f"autocast is {self.autocast!r}, and it must be a dtype such as torch.bfloat16, or None.")
+            raise InvalidType(f"autocast={self.autocast!r} is not a dtype. Pass one such as torch.bfloat16, or None.")
         if self.time_dim is not None:
             checked_time_dim(self.time_dim)
 
@@ -90,7 +94,7 @@ class ExtractOptions:
 
     @property
     def functions(self) -> list[str]:
-        """Which of the functions of a batch the user passed."""
+        """The names of the functions of a batch that the user passed."""
         return [name for name in FUNCTIONS if getattr(self, name) is not None]
 
 
@@ -109,14 +113,14 @@ def extract_options(
     shard_bytes: int | str = "32MB",
     **others: Any,
 ) -> ExtractOptions:
-    """Checks the arguments of ``extract``, which describes them, and returns them as one object.
+    """Checks the arguments of ``extract`` and returns them as one object.
 
     Raises:
         LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
-        InvalidType, InvalidValue, Unsupported: an argument cannot be used.
+        InvalidType, InvalidValue, Unsupported: an argument is invalid.
     """
     policy = Policy(reduce=reduce, dtype=dtype)
-    # what is missing is judged over all batches
+    # layers that did not run are reported after all batches
     capture = capture_options(model, layers, types=types, at=at, stop=stop).without_checks(
         policy if lengths is None else None
     )
@@ -136,10 +140,10 @@ def extract_options(
 
 
 def find_device(model: nn.Module, device: Any) -> torch.device:
-    """Returns where inputs go: where the model's first parameter is.
+    """Returns the device of the inputs, by default the first parameter's.
 
     Raises:
-        InvalidValue: ``device`` is not a device, or another one than the model's.
+        InvalidValue: ``device`` is not a device, or is not the model's.
     """
     tensors = [*model.parameters(), *model.buffers()]
     own = tensors[0].device if tensors else torch.device("cpu")
@@ -148,7 +152,7 @@ def find_device(model: nn.Module, device: Any) -> torch.device:
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InvalidValue(f"device={device!r} is no device. Write device='cuda', or leave it out.") from None
+        raise InvalidValue(f"device={device!r} is not a device. Pass device='cuda', or leave it out.") from None
     if tensors and asked.type not in {tensor.device.type for tensor in tensors}:
         raise InvalidValue(
             f"device={str(asked)!r}, but the model is on {str(own)!r}. Move it first: model.to({str(asked)!r})."

@@ -1,4 +1,4 @@
-"""Turns the outputs of one forward pass into rows, one for each sample."""
+"""Turns the outputs of a forward pass into rows, one for each sample."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from convtap._result.keys import numbered, separator, stems
 from convtap._tensors.layout import Axes, after
 from convtap._tensors.nested import Omitted, walk_leaves
 
-#: (layer, path of the part that was kept, value) of each call of one forward pass, in execution order.
+#: (layer, path of the kept part, value) of each call of one forward pass, in execution order.
 Calls = list[tuple[str, str, Any]]
 
 
 @dataclass(frozen=True)
 class RowMaker:
-    """How calls become rows.
+    """Turns calls into rows.
 
     Attributes:
-        options: those of the extraction; ``reduce`` and ``dtype`` are for rows that are cut, others have them already.
-        rule: the rule for valid frames; None to leave rows whole.
-        axes: which axis of an output is time, and the notes of that for the rows.
+        options: the options of the extraction. ``reduce`` and ``dtype`` apply only to cut rows; the capture applied them to
+            others.
+        rule: the rule for valid frames; None to keep whole rows.
+        axes: finds the time axis of an output, and notes it for the rows.
     """
 
     options: ExtractOptions
@@ -38,13 +39,13 @@ class RowMaker:
     axes: RowAxes
 
     def columns(self, calls: Calls, size: int) -> dict[str, Rows]:
-        """Turns the calls of one forward pass into rows by key, on the CPU.
+        """Returns the rows of one forward pass by key, on the CPU.
 
         Args:
             size: the number of samples in the batch.
 
         Raises:
-            Unsupported: a layer ran several times, or its rows are not the samples.
+            Unsupported: a layer ran several times, or the rows of its output are not the samples.
         """
         columns: dict[str, Rows] = {}
         for key, layer, part, path, tensor in self._tensors(calls):
@@ -64,7 +65,7 @@ class RowMaker:
         return columns
 
     def _tensors(self, calls: Calls) -> Iterator[tuple[str, str, str, str, Tensor]]:
-        """Yields key, layer, part, path in that and tensor of everything that is to be stored."""
+        """Yields the key, layer, part, path in the part and value of each tensor to store."""
         by_layer: dict[tuple[str, str], list[Any]] = {}
         for layer, part, value in calls:
             by_layer.setdefault((layer, part), []).append(value)
@@ -99,8 +100,8 @@ class RowMaker:
                 ) from error
             if not isinstance(reduced, Tensor):
                 raise InvalidType(
-                    f"reduce returned a {type(reduced).__name__}, and it must return a tensor. With lengths= it is given "
-                    "one sample (C, T): reduce=lambda t: t.mean(-1)."
+                    f"reduce returned a {type(reduced).__name__}, not a tensor. With lengths= its argument is one sample "
+                    "(C, T): reduce=lambda t: t.mean(-1)."
                 )
             row, axes = reduced, after(axes, row.shape, reduced.shape)
         self.axes.note(key, axes)
@@ -108,19 +109,19 @@ class RowMaker:
             row = cast(row, self.options.dtype)
         except InvalidValue as error:
             raise InvalidValue(f"layer {key!r}: {error}") from None
-        # its own memory: a part of the batch would keep all of it alive
+        # a copy, since a view would keep the whole batch alive
         return row.detach().to("cpu", copy=True).contiguous()
 
 
 def _stacked(rows: list[Tensor]) -> Rows:
-    """Puts rows of one shape into one tensor: thousands of small ones would weigh more than their numbers."""
+    """Stacks rows of one shape, since many small tensors take more memory."""
     if rows and all(row.shape == rows[0].shape and row.dtype == rows[0].dtype for row in rows):
         return torch.stack(rows)
     return rows
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Brings rows to the CPU; a part of a larger storage gets its own, or it would keep all of that alive."""
+    """Moves rows to the CPU, and copies a view, which would keep its storage alive."""
     if tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_quantized:
         return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
     return tensor.to("cpu")
@@ -132,27 +133,27 @@ def _joined(layer: str, values: list[Any], dim: int) -> Iterable[tuple[str, Tens
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) != len(values):
         raise Unsupported(
-            f"layer {layer!r} gives no single tensor, so calls='cat' cannot join its calls: calls='keys'."
+            f"layer {layer!r} returns a structure, so calls='cat' cannot join its calls. Pass calls='keys'."
         )
     try:
         return [("", torch.cat(tensors, dim))]
     except RuntimeError as error:
         shapes = listed([str(tuple(tensor.shape)) for tensor in tensors])
         raise Unsupported(
-            f"the calls of layer {layer!r} have shapes {shapes}, which cannot be joined on time: calls='keys'."
+            f"the calls of layer {layer!r} have shapes {shapes}, which cannot be joined on time. Pass calls='keys'."
         ) from error
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of an output, each with its path: ``[0]``, ``[1][0]``; ``key`` is of the whole."""
+    """Yields the path, such as ``[1][0]``, and value of each tensor of an output."""
     for path, leaf in walk_leaves(value):
         if leaf is None:
             continue
         if not isinstance(leaf, Tensor):
             kind = leaf.kind if isinstance(leaf, Omitted) else type(leaf).__name__
             raise Unsupported(
-                f"the output {key + path!r} is a {kind}, no tensor, and a store holds tensors. Leave the layer out of the "
-                "selection, select the parts of it that are tensors, or select the layers inside it."
+                f"the output {key + path!r} is a {kind}, but a store holds tensors. Deselect the layer, select the parts of "
+                f"its output that are tensors (layers='{key}[0]'), or select the layers inside it."
             )
         yield path, leaf
 
@@ -160,9 +161,8 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def _check_rows(key: str, tensor: Tensor, size: int, batch: int) -> None:
     if tensor.dim() and tensor.shape[batch] == size:
         return
-    axis = f"axis {batch} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
+    axis = f"axis {batch} of {tuple(tensor.shape)} is {tensor.shape[batch]}" if tensor.dim() else "it has no axis"
     raise Unsupported(
-        f"layer {key!r} gives shape {tuple(tensor.shape)}: {axis} and the batch has {size} samples, so its rows are not the "
-        "samples. Leave the layer out, bring the samples to axis 0 with reduce=, or, if the model really has other rows than "
-        "the data, give ids=."
+        f"the rows of layer {key!r} are not the samples: {axis}, but the batch has {size} samples. Deselect the layer, move "
+        "the samples to axis 0 with reduce=, or, if the model's rows really differ from the data's, pass ids=."
     )

@@ -1,4 +1,4 @@
-"""Runs one batch through the model, with its layers captured, and returns rows."""
+"""Runs batches through the model and returns its layers' outputs as rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from convtap._select.parts import split_key
 
 @contextmanager
 def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Puts a model into train or eval mode, and every module back into its own."""
+    """Sets a model to train or eval mode, and restores each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train(mode == "train")
@@ -34,15 +34,15 @@ def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 class Runner:
-    """Runs batches through a model, and turns the outputs of its selected layers into rows.
+    """Runs batches through a model and turns the selected layers' outputs into rows.
 
-    It is a context manager: the model is in the mode of the options inside.
+    Inside its context the model has the mode of the options.
 
     Attributes:
         options: the options of the extraction.
-        rule: how lengths become frames; None without ``lengths``.
-        axes: which axis of each row is time.
-        fresh: whether nothing was stored before, so that a first batch without any output is an error.
+        rule: turns lengths into frames; None without ``lengths``.
+        axes: finds the time axis of each row.
+        fresh: whether the store was empty, so that a first batch without any output is an error.
         ran: the layers, and the parts of layers, that have run so far.
     """
 
@@ -88,11 +88,11 @@ class Runner:
 
         Args:
             size: the number of samples in the batch.
-            lengths: how many input samples of each are real.
+            lengths: the number of real input samples of each.
 
         Raises:
-            NotCaptured: a layer was bypassed, or ran in another thread, or nothing at all ran in the first batch.
-            Unsupported: a layer ran several times, or its rows are not the samples.
+            NotCaptured: a layer was bypassed or ran in another thread, or no layer ran in the first batch.
+            Unsupported: a layer ran several times, or the rows of its output are not the samples.
         """
         options = self.options
         args, kwargs = moved(args, options.device), moved(kwargs, options.device)
@@ -106,7 +106,7 @@ class Runner:
             return self._rows.columns(calls, size)
 
     def idle(self) -> list[str]:
-        """Returns the selected modules, and parts of their outputs, that have not run so far."""
+        """Returns the selected modules and parts that have not run so far."""
         selection = self.options.selection
         return [name for name in selection.names if name not in self.ran and name not in selection.function_names]
 

@@ -11,19 +11,19 @@ from convtap._tensors.nested import walk_tensors
 
 
 def ids_as_list(found: Any) -> Any:
-    """Returns the result of ``ids`` as a list, if it has several items; it may be an array or an iterator."""
+    """Returns the result of ``ids`` as a list if it is an array or an iterable."""
     items = found.tolist() if hasattr(found, "tolist") else found
     return items if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__") else list(items)
 
 
 class SampleIds:
-    """Gives the samples of each batch their ids: the user's, the indices of the data set, or a running count."""
+    """Assigns ids to samples: the user's, the data set's indices, or a running count."""
 
     def __init__(self, index: Index, *, named: bool, counts: bool) -> None:
         self._named = named
         self._kind: type | None = None
         self._seen: set[Id] = set()
-        # of every batch so far, how many samples: where the running count stands when a batch is the next
+        # the number of samples in each batch so far, from which the running count follows
         self._sizes = dict(index.batches[:, :2].tolist()) if counts else {}
         self._counted = (0, 0)
         if named:
@@ -31,7 +31,7 @@ class SampleIds:
             self._kind = type(index.ids[0].item()) if len(index.ids) else None
 
     def of(self, number: int, indices: list[int] | None, found: Any, inputs: Any) -> list[Id]:
-        """Returns the ids of a batch; ``found`` is the result of the user's function for it."""
+        """Returns the ids of a batch; ``found`` is the result of the user's ``ids``."""
         if self._named:
             return self._checked(found)
         if indices is not None:
@@ -39,7 +39,7 @@ class SampleIds:
         first = next((tensor for _, tensor in walk_tensors(inputs) if tensor.dim()), None)
         if first is None:
             raise InvalidValue(
-                "the model is given no tensor with a batch axis, so nobody can count samples. Pass ids=."
+                "the model's inputs have no tensor with a batch axis, so convtap cannot count the samples. Pass ids=."
             )
         before, count = self._counted
         while before < number:
@@ -50,26 +50,28 @@ class SampleIds:
         return list(range(count, count + first.shape[0]))
 
     def keep(self, batch: Batch) -> None:
-        """Remembers the ids of a batch, which must not come again."""
+        """Notes the ids of a batch, which later batches must not repeat."""
         if self._named:
             self._seen.update(batch.ids)
 
     def _checked(self, found: Any) -> list[Id]:
         if not isinstance(found, list):
-            raise InvalidType(f"ids(batch) returned {brief(found)}, and it must return one int or str for each sample.")
+            raise InvalidType(f"ids(batch) returned {brief(found)}, not a list. Return one int or str for each sample.")
         names: list[Id] = found
         fresh: set[Id] = set()
         for name in names:
             if not isinstance(name, (int, str)) or isinstance(name, bool) or "\0" in str(name):
-                raise InvalidType(f"ids(batch) gave the id {name!r}, and an id is an int or a str (without NUL).")
+                raise InvalidType(
+                    f"ids(batch) returned the id {name!r}. Return an int or a str (without NUL) for each sample."
+                )
             self._kind = self._kind or type(name)
             if not isinstance(name, self._kind):
                 raise InvalidType(
-                    f"ids(batch) gave {name!r} among ids of type {self._kind.__name__}: all int, or all str."
+                    f"ids(batch) returned {name!r} among ids of type {self._kind.__name__}. Return only ints, or only strs."
                 )
             if name in self._seen or name in fresh:
                 raise InvalidValue(
-                    f"the id {name!r} comes twice, and a store holds each id once. Give each sample its own."
+                    f"the id {name!r} comes twice, but a store holds each id once. Return an id of its own for each sample."
                 )
             fresh.add(name)
         return names

@@ -1,4 +1,4 @@
-"""Where in the order of samples an id is: of one id, of many, or by a mask."""
+"""Finds the positions of samples by ids or by a mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LARGEST = 2**63 - 1
 class SamplePositions:
     """Finds ids in an array of all ids, which are int64 or text.
 
-    Ids that count up by one, as those of a data set do, are found by subtraction; others are sorted at the first question.
+    Consecutive ids, such as those of a data set, are found by subtraction. Others are sorted at the first lookup.
     """
 
     def __init__(self, ids: Any) -> None:
@@ -24,10 +24,10 @@ class SamplePositions:
         self._order: Any = None
 
     def find(self, id: Any) -> int | None:
-        """Returns the position of an id, or None if there is no such id.
+        """Returns the position of an id, or None if it is missing.
 
         Raises:
-            StoreError: several samples have it.
+            StoreError: several samples have the id.
         """
         if self._order is None:
             self._sort()
@@ -42,19 +42,19 @@ class SamplePositions:
         return None if position < 0 else int(position)
 
     def find_all(self, wanted: Any) -> Any:
-        """Returns an array of the positions of ids, -1 for one that is not there.
+        """Returns an array of the positions of ids, -1 for a missing one.
 
         Args:
             wanted: an array of ints, or of text if the ids are text.
 
         Raises:
-            StoreError: several samples have one of them.
+            StoreError: several samples have one of the ids.
         """
         import numpy as np
 
         if self._order is None:
             self._sort()
-        if wanted.dtype.kind == "O":  # ints that no int64 holds are among them
+        if wanted.dtype.kind == "O":  # some of the ints exceed int64
             found = [self.find(id) for id in wanted.tolist()]
             return np.array([-1 if position is None else position for position in found], np.int64)
         if not len(self._ids) or not len(wanted) or (wanted.dtype.kind == "U") != self._is_text:
@@ -71,7 +71,7 @@ class SamplePositions:
         double = is_there & (low + 1 < len(self._ids)) & (self._ids[after] == wanted)
         if double.any():
             id = wanted[double][0].item()
-            raise StoreError(f"several samples have the id {id!r}. Their positions can be read with view[a:b].")
+            raise StoreError(f"several samples have the id {id!r}. Read them by position: view[a:b].")
         return np.where(is_there, at, -1)
 
     def _sort(self) -> None:
@@ -84,7 +84,7 @@ class SamplePositions:
             self._order = np.argsort(ids, kind="stable")
 
     def _is_one(self, id: Any) -> bool:
-        """Whether something may be an id here."""
+        """Whether a value has the type of the ids."""
         import numpy as np
 
         if self._is_text:
@@ -94,10 +94,10 @@ class SamplePositions:
 
 
 def as_array(ids: Any) -> Any:
-    """Brings ids, or a mask, into an array of ints, text or bools with one axis; None if it is a single id.
+    """Returns ids or a mask as a one-dimensional array, or None for a single id.
 
     Raises:
-        InvalidType: it is none of that.
+        InvalidType: the items are not ints, texts or bools, or have several axes.
     """
     import numpy as np
 
@@ -105,7 +105,8 @@ def as_array(ids: Any) -> Any:
         ids = ids.tolist() if ids.is_floating_point() else ids.detach().cpu().numpy()
     if isinstance(ids, tuple):
         raise InvalidType(
-            f"view[{brief(ids)}]: a tuple selects no samples. Pass a list of ids: view[{brief(list(ids))}]."
+            f"view[{brief(ids)}] is indexed by a tuple, which does not select samples. Pass a list of ids: "
+            f"view[{brief(list(ids))}]."
         )
     if isinstance(ids, range):
         ids = np.arange(ids.start, ids.stop, ids.step)
@@ -118,8 +119,8 @@ def as_array(ids: Any) -> Any:
         return _array_of(ids.tolist())
     if ids.ndim > 1 or (ids.size and ids.dtype.kind not in "iuUb"):
         raise InvalidType(
-            f"view[{brief(ids)}]: an array of {ids.dtype} with {ids.ndim} axes selects no samples. Pass ids, or a mask, with "
-            "one axis: ints, texts or bools."
+            f"view[{brief(ids)}] is indexed by an array of {ids.dtype} with {ids.ndim} axes, which does not select samples. "
+            "Pass an array of ids (ints or texts) or a mask (bools) with one axis."
         )
     return ids
 
@@ -130,8 +131,8 @@ def _array_of(ids: list[Any]) -> Any:
     kinds = {_kind(type_) for type_ in set(map(type, ids))}
     if len(kinds) > 1 or None in kinds:
         raise InvalidType(
-            f"view[{brief(ids)}]: a list must hold ints, texts or bools, and only one kind of them. Positions are slices: "
-            "view[0:10]."
+            f"view[{brief(ids)}] is indexed by a list that is not all ints, all texts or all bools. Pass ids or a mask, or a "
+            "slice of positions: view[0:10]."
         )
     try:
         return np.array(ids, np.int64) if kinds == {"int"} else np.array(ids)
@@ -150,12 +151,12 @@ def positions_of(mask: Any, count: int) -> Any:
     """Returns the positions that a mask selects.
 
     Raises:
-        InvalidValue: it has another length than there are samples.
+        InvalidValue: the length of the mask is not the number of samples.
     """
     import numpy as np
 
     if len(mask) != count:
         raise InvalidValue(
-            f"the mask has {len(mask)} entries for {count} samples. Pass one for each sample of the view."
+            f"the mask has {len(mask)} entries for {count} samples. Pass one bool for each sample of the view."
         )
     return np.nonzero(mask)[0]

@@ -1,4 +1,4 @@
-"""The bytes of an open shard: through a memory map, or by read calls."""
+"""Reads the bytes of an open shard, through a memory map or by read calls."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from convtap._errors import StoreError
 
 # Note: [Mapped shards]
-# Assumption: a shard does not change once it has its name. It is written under another name, a new one has a new number,
-#   and a bad one is renamed.
-# Failure: where a mapped file was cut by another program, or its server or disk fails, the access ends the process with
-#   SIGBUS: there is no exception.
-# Choice: a map is read only after a look at the size of its file, so that a file that was cut is an error. On a network
-#   file system shards are read by calls, whose failures are all errors. Rows of ``copy=False`` are read by the user, with
-#   no look at the size; only they can still meet a file that was cut.
-# What is written into a row of ``copy=False`` stays in this process: its map is private.
+# Assumption: a shard does not change once it has its name. It is written under a temporary name, a new shard has a new
+#   number, and a bad one is renamed.
+# Failure: if another program truncates a mapped file, or its server or disk fails, an access ends the process with SIGBUS
+#   instead of an exception.
+# Choice: the size of the file is checked before each read of the map, so a truncated file raises an error. On a network
+#   file system shards are read by calls, whose failures are all errors. The user reads rows of ``copy=False`` without that
+#   check, so only they can still meet a truncated file.
+# Writes into a row of ``copy=False`` stay in this process, since its map is private.
 
 
 class MappedFile:
@@ -27,9 +27,9 @@ class MappedFile:
 
     Args:
         path: the file.
-        name: what errors call it.
-        size: the size that the file must have.
-        copies: whether the rows that are read are to be copied; without, they lie in the map, and can be written there.
+        name: the shard's name in errors.
+        size: the expected size of the file.
+        copies: whether to copy the rows that are read; if False, they lie in the map and are writable.
 
     Raises:
         OSError, ValueError: the file cannot be opened or mapped.
@@ -43,7 +43,7 @@ class MappedFile:
         self.copies = copies
 
     def check(self) -> None:
-        """Compares the size of the file. See Note: [Mapped shards]."""
+        """Checks the size of the file. See Note: [Mapped shards]."""
         if self._map.size() != self._size:
             raise resized(self._name, self._map.size(), self._size)
 
@@ -59,12 +59,14 @@ class MappedFile:
 
 
 class CalledFile:
-    """A shard that is read by calls. Its descriptor closes with the last reference, whatever thread that is in.
+    """A shard that is read by calls.
+
+    Its descriptor closes with the last reference, in any thread.
 
     Args:
         path: the file.
-        name: what errors call it.
-        size: the size that the file must have.
+        name: the shard's name in errors.
+        size: the expected size of the file.
 
     Raises:
         OSError: the file cannot be opened.
@@ -78,14 +80,14 @@ class CalledFile:
         self._size = size
 
     def check(self) -> None:
-        """Does nothing: a call finds out itself that bytes are missing."""
+        """Does nothing, since a read call itself fails if bytes are missing."""
 
     def array(self, dtype: Any, shape: tuple[int, ...], at: int) -> Any:
-        """Returns what reads an array when it is indexed on axis 0."""
+        """Returns an array that is read when it is indexed on axis 0."""
         return _Unread(self, dtype, shape, at)
 
     def gather(self, array: Any, rows: Any, target: Any) -> None:
-        """Reads rows of an array of this file, in ascending order, into another array; neighbors by one call."""
+        """Reads rows, in ascending order, into another array; adjacent ones in one call."""
         import numpy as np
 
         cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
@@ -93,10 +95,10 @@ class CalledFile:
             array.read(int(rows[first]), target[first:end])
 
     def read(self, buffer: memoryview, at: int) -> None:
-        """Fills a buffer.
+        """Fills a buffer with the bytes from ``at`` on.
 
         Raises:
-            StoreError: the file ends before, or it cannot be read.
+            StoreError: the file is too short, or cannot be read.
         """
         while len(buffer):
             try:
@@ -115,7 +117,7 @@ class CalledFile:
 
 
 class _Unread:
-    """An array in a file: an int or a slice on axis 0 reads that part of it."""
+    """An array in a file, of which an int or a slice on axis 0 reads a part."""
 
     def __init__(self, file: CalledFile, dtype: Any, shape: tuple[int, ...], at: int) -> None:
         self._file = file
@@ -133,11 +135,19 @@ class _Unread:
         return found
 
     def read(self, first: int, target: Any) -> None:
-        """Reads rows from one on into an array."""
+        """Reads the rows from ``first`` on into an array."""
         self._file.read(target.reshape(-1).view("u1").data, self._at + first * self._step)
 
 
 def resized(name: str, found: int, expected: int) -> StoreError:
-    """Returns the error for a shard that has another size than before."""
+    """Returns the error for a shard whose size has changed."""
     what = "truncated" if found < expected else "too long"
-    return StoreError(f"{name!r} {what}: it has {found} bytes of {expected}. It was whole when the store was opened.")
+    return changed(name, f"{what}: it has {found} bytes instead of {expected}")
+
+
+def changed(name: str, problem: object) -> StoreError:
+    """Returns the error for a shard that was whole when the store was opened."""
+    return StoreError(
+        f"{name!r} was whole when the store was opened, but now it is not ({problem}). Restore the file, or run extract(..., "
+        "resume=True) and open the store again."
+    )

@@ -1,4 +1,4 @@
-"""The format of a shard, and its writing: a safetensors file of whole batches, with a checksum of every part."""
+"""Writes shards: safetensors files of whole batches, with a checksum of each part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convtap._tensors.layout import Axes
 
 FORMAT = 1
 
-#: One layer's rows in one batch: stacked on axis 0, or one tensor a row where their shapes differ.
+#: One layer's rows in one batch: stacked on axis 0, or one tensor a row if their shapes differ.
 Rows: TypeAlias = "Tensor | list[Tensor]"
 Id: TypeAlias = "int | str"
 
@@ -40,7 +40,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-#: What is written at once, at least: a row of its own for each sample would be a system call a row.
+#: The least number of bytes in one write, since a write for each row would be slow.
 _WRITE_BYTES = 1 << 20
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
@@ -52,10 +52,10 @@ class Batch:
     Attributes:
         number: its place in the data set's order of batches.
         ids: one for each row.
-        columns: by layer key, the rows; a layer that did not run is not in it.
+        columns: the rows of each layer that ran, by key.
         labels: one row for each id, or None.
-        contents: the checksums of the data that it was computed from, or None.
-        axes: by layer key, which axis of a row is time, as far as that is known.
+        contents: the checksums of the data from which the rows were computed, or None.
+        axes: the time axis of the rows, by layer key, as far as it is known.
     """
 
     number: int
@@ -72,7 +72,7 @@ class Batch:
 
 
 def as_list(rows: Rows) -> list[Tensor]:
-    """Returns the tensors that rows consist of: one that is stacked, or one for each row."""
+    """Returns the tensors of rows: a stacked one, or one for each row."""
     return [rows] if isinstance(rows, Tensor) else rows
 
 
@@ -84,7 +84,7 @@ def _row_shapes(rows: Rows) -> list[tuple[int, ...]]:
 
 @dataclass
 class _Part:
-    """One tensor of the file: its name, type and shape, and the pieces that make it up."""
+    """One tensor of the file, in pieces."""
 
     name: str
     dtype: torch.dtype
@@ -114,12 +114,12 @@ def _int_part(name: str, values: Sequence[Any], shape: list[int]) -> _Part:
 
 
 def _storable(tensor: Tensor, key: str) -> Tensor:
-    """Brings a tensor into a form that safetensors has a type for, without changing a bit."""
+    """Returns the bits of a tensor in a type that safetensors has."""
     if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
         what = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device.type!r}"
         raise StoreError(
-            f"the output of {key!r} is {what}, which a shard has no form for. Extract it with "
-            "reduce=lambda t: t.dequantize() (or t.to_dense()), or leave the layer out of the selection."
+            f"the output of {key!r} is {what}, which a shard cannot store. Extract it with "
+            "reduce=lambda t: t.dequantize() (or t.to_dense()), or deselect the layer."
         )
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_complex():
@@ -137,8 +137,8 @@ def _column_parts(key: str, columns: list[Rows]) -> tuple[list[_Part], dict[str,
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     if len(dtypes) != 1:
         raise Unsupported(
-            f"layer {key!r} gives several dtypes in one data set: {listed(map(str, dtypes))}. "
-            "Pass dtype= to store all of it as one."
+            f"the outputs of layer {key!r} have several dtypes: {listed(map(str, dtypes))}. Pass one dtype for all, such as "
+            "dtype=torch.float32."
         )
     (dtype,) = dtypes
     pieces = [_storable(tensor, key) for tensor in tensors]
@@ -197,11 +197,11 @@ def _layout(batches: Sequence[Batch]) -> tuple[list[_Part], dict[str, Any]]:
         first = labels[0]
         if any(label.dtype != first.dtype or label.shape[1:] != first.shape[1:] for label in labels):
             raise Unsupported(
-                "labels differ in dtype or shape from batch to batch. Return one fixed-size row a sample."
+                "labels differ in dtype or shape from batch to batch. Return a row of one dtype and shape for each sample."
             )
         rows = sum(label.shape[0] for label in labels)
         parts.append(_Part("labels", first.dtype, [rows, *first.shape[1:]], labels))
-    # The widest types first, so that every tensor is aligned.
+    # the widest types come first, so that every tensor is aligned
     return sorted(parts, key=lambda part: -part.dtype.itemsize), about
 
 
@@ -214,7 +214,7 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
-        StoreError: an output has no form on disk.
+        StoreError: a shard cannot store one of the outputs.
     """
     parts, about = _layout(batches)
     about["crc32"] = {part.name: _LONGEST for part in parts}
@@ -230,8 +230,8 @@ def write_shard(path: Path, batches: Sequence[Batch]) -> int:
         start += size
     room = len(_header_text(header, about, str(_LONGEST)))
     room += -room % 8
-    # The header holds the checksums and comes first in the file: it is written last, into the room that was left for it,
-    # so that every batch is joined once. What was summed is written at once, while it is in the processor's cache.
+    # The header holds the checksums and comes first in the file. It is written last, into the room reserved for it, so that
+    # every batch is joined once. Each block is written right after its checksum, while it is in the processor's cache.
     with open(path, "wb", buffering=0) as file:
         file.seek(8 + room)
         for part in parts:
@@ -255,7 +255,7 @@ def _header_text(header: dict[str, Any], about: dict[str, Any], checksum: str) -
 
 
 def header_checksum(header: dict[str, Any]) -> str:
-    """Returns the checksum of a header, but for the place where it is written itself."""
+    """Returns the checksum of a header without its ``crc32`` entry."""
     metadata = {key: value for key, value in header["__metadata__"].items() if key != "crc32"}
     return str(zlib.crc32(json.dumps({**header, "__metadata__": metadata}).encode()))
 

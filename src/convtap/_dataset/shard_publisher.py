@@ -1,4 +1,4 @@
-"""Makes shards visible in a store: written in the background, each appears whole or not at all."""
+"""Writes shards in the background, so that each appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from convtap._table import human_bytes
 
 
 class ShardPublisher:
-    """Collects batches into shards. At most two shards are in memory: the one that fills and the one that is written.
+    """Collects batches into shards, which a thread writes.
+
+    At most two shards are in memory: the open one and the one being written.
 
     Args:
-        folder: where the shards go; it is locked.
-        shard_bytes: a shard is closed once it holds as many.
-        missing: the samples that all processes together have still to write; None if it is not known.
-        before: called before a shard is written; raises to refuse it.
+        folder: the locked folder of the shards.
+        shard_bytes: the size at which a shard is closed.
+        missing: the number of samples that all processes together have yet to write; None if unknown.
+        before: called before a shard is written; it may raise an error to refuse the shard.
 
     Attributes:
         written: the bytes of the shards written so far.
-        forecast: the bytes of all missing samples, estimated from the first shard; None before that, or if it is not known.
+        forecast: the bytes of all missing samples, estimated from the first shard; None before that, or if unknown.
     """
 
     def __init__(self, folder: RankFolder, shard_bytes: int, missing: int | None, before: Callable[[], None]) -> None:
@@ -47,7 +49,7 @@ class ShardPublisher:
         self._failed = False
 
     def add(self, batch: Batch) -> None:
-        """Adds a batch, and hands the shard over if it is full now.
+        """Adds a batch, and starts to write the shard if it is full.
 
         Raises:
             StoreError: a shard could not be written.
@@ -58,20 +60,20 @@ class ShardPublisher:
             self._hand_over()
 
     def flush(self) -> None:
-        """Writes the batches of the open shard, and returns when they are on the disk."""
+        """Writes the open shard. Returns when it is on the disk."""
         if self._batches:
             self._hand_over()
         self._wait()
 
     def rescue(self) -> None:
-        """Writes the open shard although something failed elsewhere; does nothing if the writing itself did."""
+        """Writes the open shard after an error elsewhere; does nothing if writing failed."""
         if not self._failed:
             with contextlib.suppress(Exception):
                 self.flush()
 
     def _hand_over(self) -> None:
         self._wait()
-        self._failed = True  # until it is known to go well
+        self._failed = True  # until the checks have passed
         if self.forecast is None and self._missing is not None:
             self.forecast = _check_room(self._folder.parent, self._batches, self._missing)
         self._before()
@@ -79,7 +81,7 @@ class ShardPublisher:
         batches, self._batches, self._filled = self._batches, [], 0
         path = self._folder / f"shard-{self._number:06d}.safetensors"
         self._number += 1
-        # Not a daemon: an interpreter that exits finishes the shard first.
+        # not a daemon, so that an interpreter finishes the shard before it exits
         self._thread = threading.Thread(target=self._write, args=(path, batches), name="convtap-writer")
         self._thread.start()
 
@@ -93,7 +95,7 @@ class ShardPublisher:
 
     def _write(self, path: Path, batches: list[Batch]) -> None:
         try:
-            # from here on the shard is visible: readers and resumed runs take any file of this name for a whole one
+            # then the shard is visible, since readers and resumed runs assume that a file of this name is whole
             self.written += write_whole(path, lambda temporary: write_shard(temporary, batches))
         except OSError as error:
             self._error = StoreError(_unwritten(path, error))
@@ -103,21 +105,24 @@ class ShardPublisher:
 
 
 def _unwritten(path: Path, error: OSError) -> str:
-    why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it cannot be written"
-    return (
-        f"{str(path)!r}: {why} ({error}). The shards before it are whole: make room (or use reduce=, dtype=, fewer layers "
-        "in a new store) and run the same call again; it goes on from there."
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{str(path)!r} cannot be written, since the disk is full ({error}). Make room and run the same call again to "
+            "resume, or begin a new store with reduce=, dtype= or fewer layers."
+        )
+    return f"{str(path)!r} cannot be written: {error}. Check the disk, and run the same call again to resume."
 
 
 def _check_room(store: Path, batches: Sequence[Batch], missing: int) -> float | None:
-    """Estimates from the first shard what all missing samples need: hours of computing are lost on a disk that is too small.
+    """Estimates the bytes of all missing samples from the first shard.
+
+    The check at the beginning saves hours of computing for a disk that is too small.
 
     Returns:
-        Their bytes; None if the shard has no samples.
+        The bytes, or None if the shard has no samples.
 
     Raises:
-        StoreError: even samples as small as the smallest here do not fit.
+        StoreError: samples as small as the smallest here would not fit.
     """
     rows = sum(len(batch.ids) for batch in batches)
     if not rows:
@@ -125,19 +130,19 @@ def _check_room(store: Path, batches: Sequence[Batch], missing: int) -> float | 
     mean = sum(batch.nbytes for batch in batches) / rows
     forecast, free = mean * missing, shutil.disk_usage(store).free
     numbers = (
-        f"{missing} samples of about {human_bytes(mean)} are {human_bytes(forecast)}, and "
+        f"{missing} samples of about {human_bytes(mean)} take {human_bytes(forecast)}, but "
         f"{str(store)!r} has {human_bytes(free)} free"
     )
-    remedies = "reduce=lambda t: t.mean(-1), dtype=torch.float16, or fewer layers take less"
+    remedy = "Use another disk, or extract less: reduce=lambda t: t.mean(-1), dtype=torch.float16, or fewer layers."
     if min(_least(batch) for batch in batches if batch.ids) * missing > free:
-        raise StoreError(f"it will not fit: {numbers}. Nothing was written. Give another disk; {remedies}.")
+        raise StoreError(f"the outputs do not fit on the disk, and nothing was written: {numbers}. {remedy}")
     if forecast > free:
-        warn_user(f"it may not fit: {numbers}. {remedies}.", UserWarning)
+        warn_user(f"the outputs may not fit on the disk: {numbers}. {remedy}", UserWarning)
     return forecast
 
 
 def _least(batch: Batch) -> float:
-    """Returns the fewest bytes that a sample of a batch can have."""
+    """Returns the fewest bytes that a sample of a batch may take."""
     return sum(
         rows.nbytes / len(batch.ids) if isinstance(rows, Tensor) else min(row.nbytes for row in rows)
         for rows in batch.columns.values()

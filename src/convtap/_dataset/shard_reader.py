@@ -1,4 +1,4 @@
-"""Reads what a shard says of itself: its header, ids and labels, and everything to verify it."""
+"""Reads the header, ids and labels of a shard, and verifies its checksums."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from convtap._dataset.column import Column, numpy_dtype, typed
 from convtap._dataset.shard_format import DTYPES, FORMAT, Id, header_checksum
 from convtap._errors import StoreError
 
-#: What is read at once when a shard is opened: the header, and of a small shard also the ids.
+#: The bytes read at once when a shard is opened: the header, and the ids of a small shard.
 _HEAD_BYTES = 1 << 14
 _CHECKSUM = re.compile(rb', "crc32": "(\d+)"\}')
 
 
 class Shard:
-    """The header of a shard, which is read and checked at once; the file is not kept open.
+    """The header of a shard, read and checked by the constructor.
+
+    The file is not kept open.
 
     Attributes:
         batches: ``(number, rows)`` of each batch.
-        columns: by layer key: ``dtype``, ``flat``, and ``present`` (which of the batches), if not all. ``time`` is the axis
-            of a row that is time, counted from the end (None if there is none), and ``timed`` is False if it was assumed;
-            shards of earlier versions have neither.
+        columns: by layer key, ``dtype``, ``flat``, and ``present`` (the places of its batches) if the layer did not run in
+            all. ``time`` is the axis of a row that is time, counted from the end (None if no axis is), and ``timed`` is False
+            if it was assumed; shards of earlier versions have neither.
 
     Raises:
         StoreError: the file is truncated, damaged, or not a shard.
@@ -59,7 +61,7 @@ class Shard:
         except (ValueError, KeyError, TypeError):
             raise StoreError("its header is damaged, or convtap did not write it") from None
         if about["format"] > FORMAT:
-            raise StoreError(f"it has format {about['format']}, and this convtap reads up to {FORMAT}: update convtap")
+            raise StoreError(f"it has format {about['format']}, but this convtap reads up to {FORMAT} (update convtap)")
         if _checksum_as_written(text) != checksum and header_checksum(header) != checksum:
             raise StoreError("its header is damaged: the checksum differs")
         self._data = 8 + len(text)
@@ -67,7 +69,7 @@ class Shard:
         self._parts: dict[str, Any] = header
         end = self._data + max((part["data_offsets"][1] for part in self._parts.values()), default=0)
         if size != end:
-            raise StoreError(f"{'truncated' if size < end else 'too long'}: it has {size} bytes of {end}")
+            raise StoreError(f"{'truncated' if size < end else 'too long'}: it has {size} bytes instead of {end}")
         self._crc32 = about["crc32"]
         self.batches: list[tuple[int, int]] = [(number, rows) for number, rows in about["batches"]]
         self.columns: dict[str, dict[str, Any]] = about["columns"]
@@ -83,7 +85,7 @@ class Shard:
         return Column(dtype, part["dtype"], at, length, tuple(shape), *places, *sizes["shape"])
 
     def begins(self, key: str) -> list[int]:
-        """Returns which row is the first of each batch among a layer's rows here; -1 for a batch that it did not run in."""
+        """Returns the first row of each batch among a layer's; -1 if it did not run."""
         found, row = [-1] * len(self.batches), 0
         for place in self.columns[key].get("present", range(len(self.batches))):
             found[place] = row
@@ -99,31 +101,34 @@ class Shard:
         return [text[start:end].decode() for start, end in pairwise(ends)]
 
     def id_array(self) -> Any:
-        """Returns the id of every row as a NumPy array; ints are not made one by one."""
+        """Returns the id of every row as a NumPy array, without a Python int for each."""
         import numpy as np
 
         return self._array("ids") if "ids" in self._parts else np.array(self.ids())
 
     def labels(self) -> Tensor | None:
-        """Returns the label of every row, or None if there are none."""
+        """Returns the label of every row, or None if the shard has no labels."""
         if "labels" not in self._parts:
             return None
         dtype = DTYPES[self._parts["labels"]["dtype"]]
         return typed(torch.from_numpy(self._array("labels").copy()), str(dtype).removeprefix("torch."))
 
     def contents(self, place: int) -> tuple[int, ...] | None:
-        """Returns the checksums of what a batch was computed from; None in a shard of an earlier version."""
+        """Returns the checksums of a batch's data; None in a shard of an earlier version."""
         return tuple(self._array("contents")[place].tolist()) if "contents" in self._parts else None
 
     def shape(self, key: str) -> list[int | None] | None:
-        """Returns the shape of a layer's rows here, None for an axis that varies; None if the number of axes does."""
+        """Returns the shape of a layer's rows, with None for an axis that varies.
+
+        The result is None if the number of axes varies.
+        """
         if not self.columns[key]["flat"]:
             length, *shape = self._parts[f"layer:{key}"]["shape"]
             if "complex" in self.columns[key]["dtype"]:
                 shape.pop()
             return shape if length else []
         sizes = self._array(f"shapes:{key}")
-        low, high = sizes.min(0), sizes.max(0)  # where a row has fewer axes, -1 fills up
+        low, high = sizes.min(0), sizes.max(0)  # a row with fewer axes is filled up with -1
         return (
             None
             if (low < 0).any()
@@ -131,7 +136,7 @@ class Shard:
         )
 
     def elements(self, key: str) -> int:
-        """Counts a layer's numbers here."""
+        """Returns the number of elements of a layer's rows."""
         return math.prod(self._parts[f"layer:{key}"]["shape"])
 
     def _array(self, name: str) -> Any:
@@ -147,11 +152,11 @@ class Shard:
         except OSError as error:
             raise StoreError(f"cannot be read: {error}") from error
         if len(found) != count:
-            raise StoreError(f"truncated: {name!r} is not all there")
+            raise StoreError(f"truncated: {name!r} is incomplete")
         return found.reshape(part["shape"])
 
     def problem(self) -> str | None:
-        """Reads everything and compares the checksums. Returns what is wrong, or None."""
+        """Reads the file and compares its checksums. Returns the problem, or None."""
         try:
             with open(self.path, "rb") as file:
                 for name, expected in self._crc32.items():
@@ -165,9 +170,9 @@ class Shard:
 
 
 def _checksum_as_written(text: bytes) -> str:
-    """Returns the checksum of a header as ``write_shard`` wrote it, without the text of the checksum itself.
+    """Returns the checksum of a header's text without the checksum itself.
 
-    It is that of ``header_checksum``, which takes a header to pieces and writes it anew, five times as fast.
+    It equals ``header_checksum``, which serializes the header again, and is five times as fast.
     """
     found = _CHECKSUM.search(text)
     if found is None:

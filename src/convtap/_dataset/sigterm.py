@@ -1,4 +1,4 @@
-"""Ends a run between two batches when the process is told to terminate."""
+"""Ends a run between two batches when SIGTERM arrives."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any
 
 
 class Terminated(BaseException):
-    """SIGTERM came. No Exception, so that a data set's or model's own ``except Exception`` lets it through."""
+    """SIGTERM arrived.
+
+    It does not derive from Exception, so an ``except Exception`` of the data set or the model does not catch it.
+    """
 
 
 class Termination:
-    """Holds SIGTERM back until the computed batches are on the disk, then passes it on to the handler of before.
+    """Delays SIGTERM until the computed batches are on the disk, then raises it again.
 
-    A scheduler sends it half a minute before SIGKILL, which loses the open shard and the one being written: all samples
-    of a run that has not filled its first shard. It interrupts only where a lost batch costs nothing: see
-    ``interruptible``. Outside the main thread, where Python allows no handler, it does nothing.
+    A scheduler sends it half a minute before SIGKILL, which would lose the open shard and the one being written: all samples
+    of a run that has not filled its first shard. It interrupts only code inside ``interruptible``, where no computed batch is
+    lost. Outside the main thread, where Python does not allow handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,7 @@ class Termination:
 
     def __exit__(self, *error: object) -> None:
         if self._installed:
-            # a handler that was not set from Python reads as None
+            # the handler is None if it was not set from Python
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
             if self._asked:
                 signal.raise_signal(signal.SIGTERM)  # on Windows, os.kill would end the process without the handler
@@ -49,7 +52,7 @@ class Termination:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, SIGTERM raises ``Terminated``; one that came before raises it now."""
+        """Raises ``Terminated`` inside the context if SIGTERM arrives or has arrived."""
         self._exposed = True
         try:
             if self._asked:

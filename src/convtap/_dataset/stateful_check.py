@@ -1,4 +1,4 @@
-"""Notices a model that keeps state from batch to batch, in a run that does not compute every batch."""
+"""Warns if a model keeps state across batches in a run that skips batches."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from convtap._select.module_tree import ModuleTree
 from convtap._tensors.nested import walk_tensors
 
 # Note: [State across batches]
-# Assumption: a batch's rows depend on the batch and the model alone, so batches can be computed in any run and on any rank.
-# Failure: a streaming model reads what the batch before has left in a buffer or an attribute; after a gap that is another
-#   batch, or none, and the rows are those of no uninterrupted run.
-# Choice: after a gap, look whether the first batches write into a tensor that was there before, or replace it by one of the
-#   same shape. (A cache that is filled or grows is no state in this sense.) Then warn, by name.
+# Assumption: a batch's rows depend only on the batch and the model, so batches can be computed in any run and on any rank.
+# Failure: a streaming model reads a buffer or an attribute that the previous batch has written. After a gap that was another
+#   batch, or none, so the rows differ from those of an uninterrupted run.
+# Choice: after a gap, check whether the first batches write into an existing tensor, or replace it by one of the same shape.
+#   (A cache that is filled or grows does not count as state.) Then warn, by name.
 
 _OTHERS = ("_parameters", "_buffers", "_modules")
 _LOOKS = 2  # a model that keeps state changes it in every batch
 
 
 class StateWatch:
-    """Looks at a model around the batches after a gap, and warns once. See Note: [State across batches]."""
+    """Checks a model's state around the batches after a gap, and warns once.
+
+    See Note: [State across batches].
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -31,14 +34,14 @@ class StateWatch:
         self._before: dict[str, tuple[Tensor, int]] | None = None
 
     def before(self, number: int) -> None:
-        """Is called before a batch is computed."""
+        """Notes the state; called before a batch is computed."""
         if number != self._next:
             self._looks = self._looks or _LOOKS
         self._next = number + 1
         self._before = _tensors(self._model) if self._looks > 0 else None
 
     def after(self) -> None:
-        """Is called when it is computed."""
+        """Compares the state; called after a batch is computed."""
         before, self._before = self._before, None
         if before is None:
             return
@@ -47,18 +50,18 @@ class StateWatch:
         self._looks = -1 if changed or self._looks == 1 else self._looks - 1
         if changed:
             warn_user(
-                f"the model keeps state from batch to batch ({listed(changed, 3)} changed in a batch), and this run does not "
-                "compute every batch, so its rows may differ from those of one uninterrupted run. Extract such a model in one "
-                "run and one process: give a new directory, without part=.",
+                f"the model keeps state from batch to batch ({listed(changed, 3)} changed in a batch), but this run does not "
+                "compute every batch, so its rows may differ from those of an uninterrupted run. Extract such a model in one "
+                "run and one process: pass a new directory, and leave part= out.",
             )
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """The buffers and plain tensor attributes of all modules, each with its version."""
+    """Returns the buffers and tensor attributes of all modules, with their versions."""
     found: dict[str, tuple[Tensor, int]] = {}
     for name, module in ModuleTree(model).names.items():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            continue  # what it writes in train mode, it does not read there
+            continue  # it does not read its running statistics in train mode, in which it writes them
         held: dict[str, Any] = {key: value for key, value in list(module.__dict__.items()) if key not in _OTHERS}
         for key, value in {**held, **module._buffers}.items():
             for path, tensor in walk_tensors(value):

@@ -1,4 +1,4 @@
-"""The public ``Store``: samples by id, layers as views, and what is missing or damaged."""
+"""The public ``Store``, which reads extracted outputs by layer and sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from convtap._table import MOST, Table
 
 @public
 class Store:
-    """The outputs that ``extract`` wrote, read back by sample id.
+    """Reads the outputs that ``extract`` wrote, by layer and sample id.
 
     Examples:
         >>> import tempfile, torch
@@ -42,14 +42,14 @@ class Store:
     Args:
         path: the directory that ``extract`` wrote ``into``.
         mmap: whether to read shards through memory maps; False to read them by calls. None maps them unless they are on a
-            network file system, or on one that has no maps.
-        copy: whether every row that is read owns its memory. With False, rows that are mapped lie in the file's own pages,
-            and hold their shard open: no time to copy, for rows that are read once. The file must not be cut while they
-            live. What is written into them stays in this process, where this store's later reads see it.
+            network file system, or on one without memory maps.
+        copy: whether every row that is read owns its memory. With False, mapped rows lie in the file's pages and keep their
+            shard open, which saves the copy of rows that are read once. The file must not be truncated while they exist.
+            Writes into them stay in this process, where later reads of this store see them.
 
     Raises:
-        StoreError: no store is there, or it is half of one, or newer than this convtap.
-        InvalidValue: ``copy=False`` together with ``mmap=False``.
+        StoreError: the directory is not a store, is only a part of one, or is newer than this convtap.
+        InvalidValue: ``copy=False`` is passed with ``mmap=False``.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool | None = None, copy: bool = True) -> None:
@@ -62,7 +62,10 @@ class Store:
             warn_user(unreadable(self._reader.index))
 
     def _shown_names(self) -> dict[str, str]:
-        """By the name to show, the key in the shards; they differ where ``calls="keys"`` saw a single call."""
+        """Returns the key in the shards by the shown name.
+
+        They differ if ``calls="keys"`` saw a single call.
+        """
         keys = list(self._reader.index.layers)
         if self._reader.identity.get("calls") != "keys":
             return {key: key for key in keys}
@@ -75,7 +78,7 @@ class Store:
 
     @property
     def layers(self) -> list[str]:
-        """The layers that have outputs here, in the order in which they ran."""
+        """The layers with outputs, in the order in which they ran."""
         return list(self._names)
 
     @property
@@ -93,10 +96,10 @@ class Store:
         return iter(self._names)
 
     def __getitem__(self, layer: str) -> LayerView:
-        """Returns a layer's outputs, as a view that reads them when they are asked for.
+        """Returns a view of a layer's outputs, which reads them when they are indexed.
 
         Raises:
-            LayerNotFound: no such layer has outputs here.
+            LayerNotFound: the store has no outputs of this layer.
             AmbiguousCall: the layer ran several times, and each call has its own key.
         """
         view = self._views.get(layer) if isinstance(layer, str) else None
@@ -104,8 +107,8 @@ class Store:
             return view
         if not isinstance(layer, str):
             raise InvalidType(
-                f"store[{layer!r}]: a store is indexed by layer name, and its view by sample: store[{self._first()!r}][id]; "
-                "all layers of one sample: store.sample(id)."
+                f"store[{layer!r}] is not indexed by a layer name. Write store[{self._first()!r}][id] for one layer of a "
+                "sample, or store.sample(id) for all its layers."
             )
         view = self._views[layer] = LayerView(self._reader, self._layer(layer))
         return view
@@ -119,10 +122,10 @@ class Store:
         return found
 
     def sample(self, id: Id) -> dict[str, Tensor]:
-        """Returns one sample's outputs by layer; a layer that did not run for it is not among them.
+        """Returns one sample's outputs by layer, without layers that did not run.
 
         Raises:
-            OutOfRange: no sample has this id.
+            OutOfRange: the store has no sample with this id.
         """
         position = self.position(id)
         line = self._reader.index.starts.searchsorted(position, "right") - 1
@@ -130,23 +133,24 @@ class Store:
         return {shown: self._layer(shown).at(position) for shown, key in self._names.items() if ran[key]}
 
     def position(self, id: Id) -> int:
-        """Returns where in the order of samples an id is.
+        """Returns the position of an id in the order of the samples.
 
         Raises:
-            OutOfRange: no sample has this id.
-            StoreError: several have it.
+            OutOfRange: the store has no sample with this id.
+            StoreError: several samples have this id.
         """
         return self._reader.position(id)
 
     # -- many samples
 
     def numpy(self, layer: str) -> Any:
-        """Returns all of a layer's outputs as one NumPy array. bfloat16 and float8 become float32, exactly.
+        """Returns all of a layer's outputs as one NumPy array.
 
-        It is (N, C, T), or (N, T, C) if the layer's rows are (T, C); see ``time_dim`` of ``store[layer]``.
+        The array is (N, C, T), or (N, T, C) if the layer's rows are (T, C); see ``time_dim`` of ``store[layer]``. bfloat16
+        and float8 become float32, exactly.
 
         Raises:
-            LayerNotFound: no such layer.
+            LayerNotFound: the store has no outputs of this layer.
             Unsupported: the shapes of its rows differ, or it did not run for every sample.
         """
         return self[layer].numpy()
@@ -157,19 +161,19 @@ class Store:
         labels: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
         time_dim: int | Mapping[str, int] | None = None,
     ) -> StoreDataset:
-        """Returns a map-style data set for a ``DataLoader``; it yields ``(id, {layer: Tensor})`` or ``(…, label)``.
+        """Returns a map-style data set for a ``DataLoader``.
 
-        Its ``collate`` pads ragged rows: ``DataLoader(data, batch_size=8, collate_fn=data.collate)``. The samples of a batch
-        are read together.
+        It yields ``(id, {layer: Tensor})``, or ``(id, {layer: Tensor}, label)``. Its ``collate`` pads ragged rows:
+        ``DataLoader(data, batch_size=8, collate_fn=data.collate)``. The samples of a batch are read together.
 
         Args:
-            layers: which layers; all if None.
-            labels: by id, or a function of the id; None for those that were extracted, if any.
+            layers: the layers; None for all.
+            labels: a mapping from ids to labels, or a function of the id; None for the extracted labels, if any.
             time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer; None
-                for the one that the store has, see ``time_dim`` of a view.
+                for the store's (see ``time_dim`` of a view).
 
         Raises:
-            LayerNotFound: no such layer.
+            LayerNotFound: the store has no outputs of one of the layers.
         """
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
         return StoreDataset(self._reader, [self._layer(name) for name in names], labels, time_dim)
@@ -180,29 +184,29 @@ class Store:
         """Reads every shard and compares its checksums.
 
         Returns:
-            ``(shard, what is wrong)`` for each bad one; empty if all is well.
+            ``(shard, problem)`` for each bad shard; empty if all are whole.
         """
         return verify(self.path, progress)
 
     @property
     def missing(self) -> list[int] | None:
-        """The numbers of the batches that are not here; None if their number is not known yet."""
+        """The numbers of the missing batches; None if the number of batches is unknown."""
         return missing(self.path, self._reader.identity, self._reader.index)
 
     @property
     def padding(self) -> dict[str, str]:
-        """The layers whose frames are not those of each input alone, since batches were padded, and why.
+        """The layers whose frames depend on the padding of batches, with the cause.
 
-        For example ``{"conv2": "same padding: the last 2 frames"}``; empty if ``extract`` padded nothing, or no frame
-        depends on the padding.
+        For example ``{"conv2": "same padding: the last 2 frames"}``; empty if no batch was padded, or no frame depends on
+        the padding.
         """
         return read_padding(self.path)
 
     def summary(self, rows: int | None = MOST) -> Table:
-        """Returns a table with one line a layer, and what is missing, double or unreadable.
+        """Returns a table of the layers, with notes on missing and unreadable batches.
 
         Args:
-            rows: the most layers to print, the first and the last; None for all.
+            rows: the largest number of layers to print, from the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.
@@ -227,15 +231,18 @@ class Store:
         parts = parts or [name for name, (base, _, path) in split.items() if layer == base + path]
         if parts and any(split[name][1] is not None for name in parts):
             return AmbiguousCall(
-                f"{layer!r} ran several times, and each call has its own key here: {listed(parts)}. "
-                f"Take one of them: store[{parts[-1]!r}]."
+                f"{layer!r} ran several times, and each call has its own key: {listed(parts)}. "
+                f"Read one of them: store[{parts[-1]!r}]."
             )
         if parts:
-            return LayerNotFound(f"{layer!r} returns a structure, and each tensor has its own key: {listed(parts)}.")
+            return LayerNotFound(
+                f"{layer!r} returned a structure, and each tensor has its own key: {listed(parts)}. Read one of them: "
+                f"store[{parts[0]!r}]."
+            )
         if layer in self._reader.identity["layers"]:
             return LayerNotFound(
                 f"{layer!r} was selected, but did not run for any sample (or, with at='activation', no activation followed "
-                f"it). Here: {listed(self._names)}."
+                f"it). The store has: {listed(self._names)}."
             )
         near = did_you_mean(layer, list(self._names))
-        return LayerNotFound(f"no layer is named {layer!r} here. There are: {listed(self._names)}.{near}")
+        return LayerNotFound(f"the store has no layer {layer!r}. It has: {listed(self._names)}.{near}")

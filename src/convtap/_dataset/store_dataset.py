@@ -21,15 +21,15 @@ from convtap._public import public
 
 @public
 class StoreDataset(torch.utils.data.Dataset[Any]):
-    """A store as a map-style data set: ``(id, {layer: Tensor})`` by position, or ``(id, {layer: Tensor}, label)``.
+    """A store as a map-style data set of ``(id, {layer: Tensor}[, label])``.
 
-    It holds the samples for which every one of its layers ran. A ``DataLoader`` takes whole batches from it, which are read
-    shard by shard.
+    It holds the samples for which all its layers ran. A ``DataLoader`` requests whole batches from it, which are read shard
+    by shard.
     """
 
     def __init__(self, reader: StoreReader, layers: Sequence[LayerRows], labels: Any, time_dim: Any = None) -> None:
         if not layers:
-            raise InvalidValue("layers is empty, so there is nothing to yield. Pass None for all layers.")
+            raise InvalidValue("layers is empty. Pass at least one layer, or None for all.")
         for layer in layers:
             given_axis(layer.name, layer.about, time_dim)
         self._reader = reader
@@ -45,8 +45,8 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
             self._stored = _stored_labels(reader)
         elif not callable(labels) and not isinstance(labels, Mapping):
             raise InvalidType(
-                f"labels is a {type(labels).__name__}, and it must be a dict by id or a function of the id. For a list in "
-                "the order of the data set, whose ids are 0, 1, …: labels=dict(enumerate(labels))."
+                f"labels is a {type(labels).__name__}. Pass a dict by id, or a function of the id; for a list in the order of "
+                "the ids 0, 1, … write labels=dict(enumerate(labels))."
             )
 
     def __len__(self) -> int:
@@ -63,13 +63,13 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
         return (id, outputs) if self._labels is None else (id, outputs, self._label(id))
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """Returns many samples, as a list in the order of their positions; those of one shard are read together.
+        """Returns a list of samples, and reads those of one shard together.
 
-        Rows of one shape lie in one piece of memory, which lives as long as any of them; those of ``Store(copy=False)`` lie in
-        the map.
+        Rows of one shape share one block of memory, which stays alive as long as any of them. Rows of ``Store(copy=False)``
+        lie in the map.
 
         Raises:
-            OutOfRange: there is no such position.
+            OutOfRange: a position is out of range.
         """
         import numpy as np
 
@@ -97,24 +97,30 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
         """Returns a position counted from the front."""
         position, count = operator.index(position), len(self)
         if not -count <= position < count:
-            raise OutOfRange(f"there is no position {position}: {plural(count, 'sample')} here, counted from 0.")
+            raise OutOfRange(
+                f"position {position} is out of range, since the data set has {plural(count, 'sample')}. Count from 0, or "
+                "from the end with -1."
+            )
         return int(position % count)
 
     def _label(self, id: Id) -> Any:
         if not isinstance(self._labels, Mapping):
             return self._labels(id)
         if id not in self._labels:
-            raise InvalidValue(f"labels has nothing for the id {id!r}; it has {listed(map(repr, self._labels), 3)}.")
+            raise InvalidValue(
+                f"labels has no entry for the id {id!r}, only for {listed(map(repr, self._labels), 3)}. Add it, or pass a "
+                "function of the id."
+            )
         return self._labels[id]
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """Joins samples into a batch: ``(ids, {layer: Tensor}, {layer: lengths}[, labels])``.
+        """Joins samples into ``(ids, {layer: Tensor}, {layer: lengths}[, labels])``.
 
-        Each layer is (B, C, T), or (B, T, C) if its rows are (T, C), with T the longest of the batch; shorter rows are filled
-        with zeros at the end of their time axis, and ``lengths`` (B,) holds the frames that are real.
+        Each layer is (B, C, T), or (B, T, C) if its rows are (T, C). T is the longest of the batch. Shorter rows are padded
+        with zeros at the end of their time axis, and ``lengths`` (B,) holds the numbers of real frames.
 
         Raises:
-            Unsupported: rows differ in another axis than the time.
+            Unsupported: rows differ in an axis that is not time.
         """
         ids = [sample[0] for sample in samples]
         times = {layer.name: time_axis(layer.name, layer.about, self._time_dim) or -1 for layer in self._layers}
@@ -129,7 +135,7 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
 
 
 def _stored_labels(reader: StoreReader) -> Tensor | None:
-    """Reads the labels that were extracted, in the order of the samples, or returns None if there are none."""
+    """Returns the extracted labels in the order of the samples, or None."""
     index = reader.index
     found: dict[int, Tensor | None] = {}
     parts = []

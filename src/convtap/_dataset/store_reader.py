@@ -1,4 +1,4 @@
-"""Finds the samples of a store by id and position, and keeps some of its shards open."""
+"""Finds samples by id, and keeps some of a store's shards open."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from convtap._dataset.file_system import is_on_network
 from convtap._dataset.index import read_index
 from convtap._dataset.layout import read_description
 from convtap._dataset.sample_positions import SamplePositions
-from convtap._dataset.shard_file import CalledFile, MappedFile
+from convtap._dataset.shard_file import CalledFile, MappedFile, changed
 from convtap._dataset.shard_reader import Shard
 from convtap._dataset.summary import missing, unreadable
 from convtap._errors import InvalidValue, OutOfRange, StoreError, listed
 
 # Note: [Open shards]
-# Assumption: a shard that is open takes a file descriptor, also if it is mapped.
-# Failure: a store has more shards than a process may open files, which is 1,024 on many systems.
-# Choice: a quarter of those, 4,096 at most. Where each layer's rows lie is in the index, so that opening a shard again reads
-#   nothing of it.
+# Assumption: an open shard takes a file descriptor, even if it is mapped.
+# Failure: a store can have more shards than a process may open files, which is 1,024 on many systems.
+# Choice: keep a quarter of that number open, 4,096 at most. The index holds the places of each layer's rows, so opening a
+#   shard again does not read its header.
 _MOST_OPEN = 4096
 
 
 class StoreReader:
-    """What a store and its views read from.
+    """Reads shards for a store and its views.
 
     Args:
         path: the directory of the store.
-        mapped: whether shards are mapped; None to decide by the file system.
-        copies: whether rows are copied out of a map.
+        mapped: whether to map shards; None to decide by the file system.
+        copies: whether to copy rows out of a map.
 
     Attributes:
         path, copies: as above.
-        identity: what the store was made from.
+        identity: the arguments of the extraction.
         index: where every sample lies.
     """
 
     def __init__(self, path: Path, mapped: bool | None = None, copies: bool = True) -> None:
         if mapped is False and not copies:
             raise InvalidValue(
-                "mmap=False reads rows into memory of their own, so copy=False has no effect. Leave one out."
+                "copy=False has no effect with mmap=False, which reads rows into memory of their own. Leave one of them out."
             )
         self.path = path
         self.identity: dict[str, Any] = read_description(path)["identity"]
@@ -56,11 +56,11 @@ class StoreReader:
         return len(self.index.ids)
 
     def position(self, id: Any) -> int:
-        """Returns where in the order of samples an id is.
+        """Returns the position of an id in the order of the samples.
 
         Raises:
-            OutOfRange: no sample has this id.
-            StoreError: several have it.
+            OutOfRange: the store has no sample with this id.
+            StoreError: several samples have this id.
         """
         position = self._positions.find(id)
         if position is None:
@@ -68,14 +68,14 @@ class StoreReader:
         return position
 
     def positions(self, ids: Any) -> Any:
-        """Returns an array of where in the order of samples an array of ids is; see ``position``."""
+        """Returns an array of the positions of an array of ids; see ``position``."""
         found = self._positions.find_all(ids)
         if len(found) and found.min() < 0:
             raise OutOfRange(self._unknown(ids[found < 0].tolist()[0]))
         return found
 
     def column(self, number: int, key: str) -> ColumnReader:
-        """Returns what reads a layer's rows in a shard, by the shard's number. See Note: [Open shards]."""
+        """Returns the reader of a layer's rows in a shard. See Note: [Open shards]."""
         shard = self._open.get(number)
         if shard is None:
             shard = self._open[number] = self._opened(number)
@@ -84,7 +84,7 @@ class StoreReader:
         return shard.readers.get(key) or shard.reader(key)
 
     def shard(self, number: int) -> Shard:
-        """Reads the header of a shard once more, by the shard's number.
+        """Reads the header of a shard again, by the shard's number.
 
         Raises:
             StoreError: the shard has changed since the store was opened, or cannot be read.
@@ -93,9 +93,9 @@ class StoreReader:
         try:
             shard = Shard(f"{self.path}/{name}")
         except StoreError as error:
-            raise StoreError(f"{name!r} {error}. It was whole when the store was opened.") from error
+            raise changed(name, error) from error
         if {key: shard.column(key) for key in shard.columns} != self.index.columns[number]:
-            raise StoreError(f"{name!r} is another file than when the store was opened. Open the store again.")
+            raise StoreError(f"{name!r} was replaced after the store was opened. Open it again: Store(path).")
         return shard
 
     def _opened(self, number: int) -> _OpenShard:
@@ -104,7 +104,7 @@ class StoreReader:
         try:
             state = path.stat()
         except OSError as error:
-            raise StoreError(f"{name!r} cannot be read: {error}. It was whole when the store was opened.") from error
+            raise changed(name, error) from error
         if (state.st_size, state.st_mtime_ns) != known:
             self.shard(number)
         return _OpenShard(self._file(path, name, known[0]), self.index.columns[number])
@@ -119,7 +119,7 @@ class StoreReader:
         try:
             return CalledFile(path, name, size)
         except OSError as error:
-            raise StoreError(f"{name!r} cannot be read: {error}. It was whole when the store was opened.") from error
+            raise changed(name, error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -133,11 +133,14 @@ class StoreReader:
             if missing(self.path, self.identity, self.index) != []
             else ""
         )
-        return f"no sample has the id {id!r}. There are {len(self)}: {some}, … Positions are slices: view[0:10].{hint}"
+        return (
+            f"no sample has the id {id!r}. Pass one of the {len(self)} ids ({some}, …), or a slice of positions: view[0:10]."
+            f"{hint}"
+        )
 
 
 class _OpenShard:
-    """An open shard, and what reads its layers' rows."""
+    """An open shard, with the readers of its layers' rows."""
 
     def __init__(self, file: MappedFile | CalledFile, columns: Mapping[str, Column]) -> None:
         self.file = file
@@ -150,7 +153,7 @@ class _OpenShard:
 
 
 def most_open() -> int:
-    """Returns how many shards may be open. See Note: [Open shards]."""
+    """Returns the largest number of open shards. See Note: [Open shards]."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""The account of a store: its layers, and what is missing, double or unreadable."""
+"""Summarizes the layers of a store and its missing or unreadable batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convtap._table import Table, human_bytes
 
 
 def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] | None:
-    """Returns the numbers of the batches that are not there, or None if their number is not known yet."""
+    """Returns the missing batches, or None if the number of batches is unknown."""
     count = identity["data"].get("batches")
     if count is None:
         count = read_finished(path)
@@ -28,7 +28,7 @@ def missing(path: Path, identity: Mapping[str, Any], index: Index) -> list[int] 
 
 
 def summary(path: Path, identity: Mapping[str, Any], index: Index, names: Mapping[str, str], most: int | None) -> Table:
-    """Returns a table with one line a layer. ``names`` maps the names to show to the keys of the layers."""
+    """Returns a table of the layers; ``names`` maps their shown names to their keys."""
     rows: list[tuple[Any, ...]] = []
     counts = dict(zip(index.layers, (index.present * index.batches[:, 1:2]).sum(0).tolist(), strict=True))
     for shown, key in names.items():
@@ -55,7 +55,7 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         notes.append(f"written by {len(ranks)} ranks, {f'{fewest} to ' if fewest < most else ''}{_batches(most)} each")
     absent = missing(path, identity, index)
     if absent is None:
-        notes.append("incomplete: the extraction has not reached the end of its data; run it again to go on")
+        notes.append("incomplete: the extraction has not reached the end of its data; run it again to resume")
     elif absent:
         total = _batches(len(absent) + len(index.batches))
         notes.append(
@@ -65,7 +65,7 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
     double = len(index.duplicates)
     if double:
         shards = sorted({index.names[shard] for _, shard in index.duplicates.tolist()})
-        notes.append(f"{_batches(double)} twice: the later copies, in {listed(shards, 3)}, are not used")
+        notes.append(f"{_batches(double)} stored twice: the later copies, in {listed(shards, 3)}, are not used")
     if "ids" in identity.get("given", ()) and (several := _several(index)):
         notes.append(f"{plural(len(several), 'id')} of several samples each: {listed(map(repr, several), 3)}")
     padding = read_padding(path)
@@ -76,14 +76,14 @@ def _notes(path: Path, identity: Mapping[str, Any], index: Index) -> list[str]:
         )
     assumed = [key for key, layer in index.layers.items() if layer.is_assumed]
     if assumed:
-        notes.append(f"the last axis was taken as time, since nothing said which it is: {listed(assumed, 4)}")
+        notes.append(f"the time axis is unknown, so the last axis is used: {listed(assumed, 4)}")
     if index.bad:
         notes.append(unreadable(index))
     return notes
 
 
 def _ranks(path: Path, index: Index) -> dict[int, int]:
-    """By rank, how many batches are read from its folder."""
+    """Returns the number of batches in each rank's folder."""
     import numpy as np
 
     counts = np.bincount(index.batches[:, 2], minlength=len(index.names)).tolist()
@@ -94,7 +94,7 @@ def _ranks(path: Path, index: Index) -> dict[int, int]:
 
 
 def _undone(absent: list[int], parts: int, ranks: Mapping[int, int]) -> list[str]:
-    """Describes which ranks the missing batches are of, if the latest run had several."""
+    """Describes the ranks with missing batches, if the latest run had several ranks."""
     if parts == 1:
         return []
     owners = Counter(number % parts for number in absent)
@@ -102,11 +102,11 @@ def _undone(absent: list[int], parts: int, ranks: Mapping[int, int]) -> list[str
         f"rank {rank} ({_batches(count)}{'' if ranks.get(rank) else ', nothing written'})"
         for rank, count in sorted(owners.items())
     ]
-    return [f"of {parts} ranks, {len(said)} {'is' if len(said) == 1 else 'are'} not done: {listed(said, 6)}"]
+    return [f"{len(said)} of {parts} ranks {'is' if len(said) == 1 else 'are'} not done: {listed(said, 6)}"]
 
 
 def _several(index: Index) -> list[Any]:
-    """The ids that more than one sample has: each rank sees its own, and cannot know."""
+    """Returns the ids of several samples, which one rank alone cannot find."""
     import numpy as np
 
     ids = np.sort(index.ids)
@@ -114,16 +114,16 @@ def _several(index: Index) -> list[Any]:
 
 
 def unreadable(index: Index) -> str:
-    """Describes which shards cannot be read."""
+    """Describes the shards that cannot be read."""
     bad = listed([f"{name} ({problem})" for name, problem in index.bad.items()], 3)
     return (
-        f"{len(index.bad)} of {plural(len(index.bad) + len(index.files), 'shard')} cannot be read, and their samples are "
-        f"missing here: {bad}. extract(..., resume=True) computes them again."
+        f"{len(index.bad)} of {plural(len(index.bad) + len(index.files), 'shard')} cannot be read, so their samples are "
+        f"missing: {bad}. Compute them again with extract(..., resume=True)."
     )
 
 
 def stem(key: str, layers: Container[str]) -> str:
-    """Returns a key without the number of its call; the path in a structure stays."""
+    """Returns a key without the number of its call, but with the path in a structure."""
     layer, _, part = split_key(key, layers)
     return layer + part
 

@@ -1,4 +1,4 @@
-"""Finds which axis of the stored rows is time: by the layers' types, else by following the input through the model."""
+"""Finds the time axis of rows from the layers' types or the model's timeline."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from convtap._tensors.nested import walk_tensors
 
 
 class RowAxes:
-    """The axes of the outputs that rows are made of, and of the rows that were made so far.
+    """The axes of layers' outputs and of the rows made from them.
 
     Args:
-        options: those of the extraction. Without ``time_dim`` the last axis of the input is time, unless the layers
+        options: the options of the extraction. Without ``time_dim`` the last axis of the input is time, unless the layers
             contradict that.
-        rule: what knows the time axis of each layer because rows are cut on it; None if they are not.
+        rule: the rule that cuts rows on their time axis; None if rows are not cut.
 
     Attributes:
-        found: by key, which axis of the latest row is time.
+        found: the axes of the latest row, by key.
     """
 
     def __init__(self, options: ExtractOptions, rule: ValidLengths | None) -> None:
@@ -34,7 +34,7 @@ class RowAxes:
         self._looked = False
 
     def look(self, calls: Iterable[tuple[str, str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Follows a first batch through the model, if a layer in it has a type whose time axis is not known."""
+        """Follows a first batch through the model if a layer's time axis is unknown."""
         if self._rule is not None or self._looked or self._at == "activation":
             return
         unknown = {layer for layer, part, value in calls if self._is_unknown(layer, part, value)}
@@ -45,20 +45,20 @@ class RowAxes:
             guide = ValidLengths(self._options, dim)
             try:
                 guide.learn(args, kwargs, [], unknown)
-            except Exception:  # the model cannot be followed on this axis, so nothing is known by it
+            except Exception:  # the model cannot be followed on this axis
                 continue
             if not self._is_contradicted(guide):
                 self._guide = guide
                 return
 
     def of(self, layer: str, part: str, path: str, shape: Sequence[int]) -> Axes:
-        """Returns which axis is what in a tensor of a layer's output.
+        """Returns the axes of a tensor of a layer's output.
 
         Args:
             layer: the layer.
-            part: the part of its output that alone is kept, such as ``"[0]"``, or nothing.
-            path: where the tensor lies in that.
-            shape: the tensor's.
+            part: the kept part of its output, such as ``"[0]"``; empty for the whole output.
+            path: the path of the tensor in that part.
+            shape: the shape of the tensor.
         """
         reduced = self._rule is None and self._options.reductions.of(layer + part) is not None
         place = part + path
@@ -76,7 +76,7 @@ class RowAxes:
         return known._replace(sure=False, timed=False) if reduced else known
 
     def note(self, key: str, axes: Axes) -> None:
-        """Notes which axis of a row is time; if rows of one key differ in that, it is no longer known."""
+        """Notes the axes of a row. Time becomes unknown if rows of one key differ in it."""
         before = self.found.get(key)
         if before is not None and before.time != axes.time:
             axes = axes._replace(timed=False)
@@ -86,7 +86,7 @@ class RowAxes:
         return any(not self.of(layer, part, path, tensor.shape).timed for path, tensor in walk_tensors(value))
 
     def _is_contradicted(self, guide: ValidLengths) -> bool:
-        """Whether a layer that knows its own time axis has another one by the timeline."""
+        """Whether the timeline contradicts the time axis of a layer's type."""
         side = "input" if self._at == "input" else "output"
         for (name, path), runs in guide.times.items():
             module = self._options.selection.tree.names.get(name)

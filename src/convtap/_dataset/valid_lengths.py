@@ -1,4 +1,4 @@
-"""Finds how many frames of each layer are real, from the numbers of real input samples."""
+"""Finds the number of real frames of each layer from the lengths of the inputs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from convtap._time.padded import Differences
 from convtap._time.record import Pass
 from convtap._time.signal import argument_of, likely_signals, signal_of, time_axis
 
-#: Over how many lengths the most frames that differ are looked for, at most.
+#: The largest number of lengths over which the most differing frames are searched.
 _LENGTHS = 512
 
 
 class ValidLengths:
-    """The rule of each layer, found by following the time axis of a batch through the model.
+    """Maps input lengths to frames by following time through the model.
 
     Args:
-        options: those of the extraction.
+        options: the options of the extraction.
         time_dim: the axis of the signal that is time; None for that of the options, or the last one.
 
     Attributes:
-        times: by layer and the path of a tensor, the time axis of each of its runs, once a batch was followed.
-        differences: the tensors of layers whose frames are not those of each input alone, and why.
+        times: the time axis of each run of a layer, by layer and path of the tensor, after the first batch.
+        differences: the causes by which frames differ from those of each input alone, by layer and path.
     """
 
     def __init__(self, options: ExtractOptions, time_dim: int | None = None) -> None:
@@ -54,16 +54,16 @@ class ValidLengths:
         self._has_warned = False
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: list[int], layers: Iterable[str]) -> None:
-        """Notes the lengths of a batch, and follows a first batch through the model, and the first padded one.
+        """Notes the lengths of a batch, and follows the first and the first padded batch.
 
-        Only a padded batch has a mask of the padding; later ones need no look.
+        Only a padded batch has a mask of the padding. Later batches are not followed.
 
         Args:
-            lengths: how many samples of the signal are real, for each row.
-            layers: the selected layers, by which the signal is told from the other arguments.
+            lengths: the number of real samples of the signal, for each row.
+            layers: the selected layers, which distinguish the signal from the other arguments.
 
         Raises:
-            InvalidValue: no tensor can be the signal, or a length is longer than it.
+            InvalidValue: no tensor can be the signal, or a length exceeds it.
         """
         example = as_example(self._model, args, kwargs, self._method)
         is_first = self._path is None
@@ -71,15 +71,15 @@ class ValidLengths:
         signal = dict(walk_tensors(example)).get(path)
         if signal is None:
             raise InvalidValue(
-                f"the lengths are of the input {argument_of(path)!r}, and a batch has no such tensor. Return the same "
-                "arguments for each batch with inputs=."
+                f"a batch lacks the input {argument_of(path)!r}, which the lengths measure. Return the same arguments for each "
+                "batch from inputs=."
             )
         self._path, self._lengths, self._full = path, lengths, int(signal.shape[time_axis(signal, self._time_dim)])
         for number in lengths:
             if number > self._full:
                 raise InvalidValue(
-                    f"lengths(batch) returned {number}, and the padded input has {self._full} samples: a row's length lies "
-                    "between."
+                    f"lengths(batch) returned {number}, but the padded input has {self._full} samples. Return the number of "
+                    "real samples of each row."
                 )
         self._is_padded = any(number < self._full for number in lengths)
         if self._is_padded and not is_first and not self._learned_padded:
@@ -88,14 +88,14 @@ class ValidLengths:
         self._learned_padded |= self._is_padded
 
     def _find(self, example: Any, lengths: list[int], layers: set[str]) -> str:
-        """Finds the signal: the named tensor, or of those that can be it, the first that reaches the most layers."""
+        """Returns the named signal, or the first candidate that reaches the most layers."""
         forward = forward_of(self._model, self._method)
         if self._signal is not None:
             path, signal = signal_of(example, self._signal, forward)
             if signal.dim() < 2:
                 raise InvalidValue(
-                    f"lengths= needs an input tensor (B, T) or (B, C, T), and signal={self._signal!r} has shape "
-                    f"{tuple(signal.shape)}. Name another argument: signal='audio'."
+                    f"signal={self._signal!r} has shape {tuple(signal.shape)}, but lengths= needs (B, T) or (B, C, T). Name "
+                    "another argument: signal='audio'."
                 )
             self.times, _ = self._follow(example, path, lengths)
             return path
@@ -117,7 +117,7 @@ class ValidLengths:
     def _follow(
         self, example: Any, path: str, lengths: list[int]
     ) -> tuple[dict[tuple[str, str], list[LayerTime]], set[str]]:
-        """Returns the time axis of each tensor of each layer, and which layers depend on the signal."""
+        """Returns the time axis of each tensor, and the layers that use the signal."""
         signal = dict(walk_tensors(example))[path]
         axis = time_axis(signal, self._time_dim)
         samples = int(signal.shape[axis])
@@ -132,23 +132,24 @@ class ValidLengths:
         return found, {record.name for record in records if record.depends}
 
     def axis(self, layer: str, path: str) -> int | None:
-        """Returns which axis of a tensor is time, counted from the end, or None if it is not known, or there is none."""
+        """Returns a tensor's time axis, counted from the end, or None if none is known."""
         dims = {one.dim if one.unknown is None else None for one in self.times.get((layer, path), [])}
         return dims.pop() if len(dims) == 1 else None
 
     def cut(self, layer: str, path: str, tensor: Tensor, batch: int = 0) -> list[Tensor] | None:
-        """Cuts each row of a tensor to its real frames; None for one that is to be left whole.
+        """Cuts each row of a tensor to its real frames; returns None to keep it whole.
 
-        Left whole is what does not come from the signal, beside something that does: a mask, a conditioning vector.
+        A tensor is kept whole if it does not depend on the signal but another one of the layer does, such as a mask or a
+        conditioning vector.
 
         Args:
             layer: the layer.
-            path: which tensor of its output, or input.
-            tensor: it, such as (B, C, T).
-            batch: its axis that is the samples; 1 for (T, B, C).
+            path: the path of the tensor in the layer's output, or input.
+            tensor: the tensor, such as (B, C, T).
+            batch: the axis of the samples; 1 for (T, B, C).
 
         Raises:
-            Unsupported: the number of real frames is not known.
+            Unsupported: the number of real frames is unknown.
         """
         times = self.times.get((layer, path), [])
         if not times and path and any(name == layer for name, _ in self.times):
@@ -173,12 +174,12 @@ class ValidLengths:
         expected = self._frames(layer, path, times, self._full)
         seen = tensor.shape[self._ask(layer + path, times, lambda time: time.dim)]
         if expected != seen:
-            why = f"for {self._full} input samples there are {seen} frames, and the geometry gives {expected}"
+            why = f"{self._full} input samples have {seen} frames, but the layers' geometry has {expected}"
             raise Unsupported(_unknown(layer + path, why))
 
     def _ask(self, key: str, times: list[LayerTime], question: Callable[[LayerTime], Any]) -> Any:
         if not times:
-            raise Unsupported(_unknown(key, "nothing of it depends on the signal"))
+            raise Unsupported(_unknown(key, "it does not depend on the signal"))
         if len(times) > 1:
             raise Unsupported(_unknown(key, f"{key!r} ran {len(times)} times, each with a time axis of its own"))
         try:
@@ -191,8 +192,8 @@ class ValidLengths:
     def _compare(self, key: str, time: LayerTime) -> None:
         """Notes whether a tensor's frames differ from those of each input alone.
 
-        It is looked at in its first padded batch: at the lengths of that, and at those around the longest one, after
-        which the numbers of frames repeat themselves.
+        The check runs in the first padded batch, for its lengths and for those around the longest one, after which the
+        numbers of frames repeat.
         """
         if not self._is_padded or key in self._compared:
             return
@@ -205,10 +206,10 @@ class ValidLengths:
             found.add(key, difference_of(time, length, self._full + period))
         self.differences.update(found.described())
         if self._at == "activation":
-            self.differences.setdefault(key, "what lies between the convolution and its activation is not followed")
+            self.differences.setdefault(key, "the layers between the convolution and its activation are not followed")
 
     def unwarned(self) -> dict[str, str]:
-        """Returns the differences when there are any for the first time, and nothing after that."""
+        """Returns the differences the first time that they exist, and later an empty dict."""
         if self._has_warned or not self.differences:
             return {}
         self._has_warned = True
@@ -224,17 +225,17 @@ def _has_zeros(rows: Tensor, lengths: list[int]) -> bool:
 
 def _unknown(layer: str, why: str) -> str:
     return (
-        f"lengths= needs the number of real frames of {layer!r}, and it is not known: {why.rstrip('.')}. Leave the layer "
-        "out (or that part of it, with 'layer[0]'), or extract without lengths= and cut the rows yourself."
+        f"the number of real frames of {layer!r} is unknown, but lengths= needs it: {why.rstrip('.')}. Deselect the layer (or "
+        "select a part of it: 'layer[0]'), or extract without lengths= and cut the rows yourself."
     )
 
 
 def checked_lengths(found: Any, size: int) -> list[int]:
-    """Checks what the user's ``lengths`` returned for a batch: one number of input samples a row.
+    """Returns the checked result of the user's ``lengths``: one int for each row.
 
     Raises:
-        InvalidType: it is not a sequence of ints.
-        InvalidValue: there are more or fewer than rows, or one is negative.
+        InvalidType: the result is not a sequence of ints.
+        InvalidValue: the result has more or fewer lengths than rows, or a negative one.
     """
     try:
         values = torch.as_tensor(found).reshape(-1)
@@ -243,7 +244,7 @@ def checked_lengths(found: Any, size: int) -> list[int]:
         good = False
     if not good:
         raise InvalidType(
-            f"lengths(batch) returned a {type(found).__name__} that is no sequence of ints. Return one number of input "
+            f"lengths(batch) returned a {type(found).__name__}, which is not a sequence of ints. Return one number of input "
             "samples for each row, such as batch['attention_mask'].sum(1)."
         )
     numbers: list[int] = values.tolist()
@@ -251,5 +252,5 @@ def checked_lengths(found: Any, size: int) -> list[int]:
         raise InvalidValue(f"lengths(batch) returned {len(numbers)} lengths for {size} rows. Return one for each row.")
     for number in numbers:
         if number < 0:
-            raise InvalidValue(f"lengths(batch) returned {number}, and a row has no fewer than 0 samples.")
+            raise InvalidValue(f"lengths(batch) returned {number}. Return the number of real samples, 0 or more.")
     return numbers

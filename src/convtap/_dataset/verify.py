@@ -1,4 +1,4 @@
-"""Compares the bytes of a store's shards with their checksums, and sets bad shards aside."""
+"""Verifies the checksums of a store's shards, and sets bad shards aside."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from convtap._table import Table
 
 
 def verify(path: Path, progress: bool) -> Table:
-    """Reads every shard that is in a store now. Returns ``(shard, what is wrong)`` for each bad one."""
+    """Reads every shard of a store. Returns ``(shard, problem)`` for each bad one."""
     index = read_index(path)
     bad = {**index.bad, **dict(_problems(path, index.files, progress))}
     checked = plural(len({*index.files, *bad}), "shard")
     title = f"{checked}, {len(bad)} bad" if bad else f"{checked}, all whole"
-    remedy = "extract(..., resume=True) with the same arguments sets them aside and computes their batches again."
-    return Table(("shard", "what is wrong"), sorted(bad.items()), title, [remedy] if bad else [])
+    remedy = "extract(..., resume=True) with the same arguments sets bad shards aside and computes their batches again."
+    return Table(("shard", "problem"), sorted(bad.items()), title, [remedy] if bad else [])
 
 
 def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: bool) -> None:
-    """Verifies the shards that this process answers for, and renames the bad ones, so that they are computed again.
+    """Renames the bad shards of this process, so that they are computed again.
 
-    It answers for its own folder, and for those of ranks that are there no more.
+    A process checks its own folder and those of ranks of larger runs.
     """
     ranks = {name: int(name[5:]) for name in rank_folders(path)}
     files = [name for name in shard_files(path) if ranks[name.split("/")[0]] % parts == part]
@@ -42,11 +42,11 @@ def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: 
             set_aside(path / name)
             found.append(f"{name} ({problem})")
     if found:
-        warn_user(f"set aside as .bad, to be computed again: {listed(found, 3)}.")
+        warn_user(f"damaged shards were renamed to .bad, and their batches are computed again: {listed(found, 3)}.")
 
 
 def _problems(path: Path, files: Iterable[str], progress: bool, leave: bool = True) -> Iterator[tuple[str, str]]:
-    """Yields each bad shard, and what is wrong with it."""
+    """Yields each bad shard and its problem."""
     from tqdm import tqdm
 
     names = list(files)

@@ -1,4 +1,4 @@
-"""Reads a layer of a store: by sample, as an array, and as frames in random order."""
+"""Reads a layer of a store by sample, as an array, or as shuffled frames."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _POOL_BYTES = 64 * 2**20
 
 @public
 class LayerView:
-    """One layer's outputs, read from the disk when they are asked for: each read touches its own bytes only.
+    """A view of one layer's outputs, which are read from disk when it is indexed.
 
-    ``view[id]`` is one sample's output, such as (C, T) or (T, C). ``view[ids]`` is a list of them, for a list, an array or a
-    tensor of ids, or a mask of bools; ``view[a:b]`` is a list of them by position. Iteration goes through all.
+    A read touches only the bytes of its rows. ``view[id]`` is one sample's output, such as (C, T) or (T, C). ``view[ids]``
+    is a list of outputs, for a list, an array or a tensor of ids, or a mask of bools. ``view[a:b]`` is a list of outputs by
+    position. Iteration yields all outputs.
     """
 
     def __init__(self, reader: StoreReader, rows: LayerRows) -> None:
@@ -55,15 +56,19 @@ class LayerView:
 
     @property
     def shape(self) -> tuple[int | None, ...] | None:
-        """The number of samples and the shape of a row, None for an axis that varies; None if the number of axes does."""
+        """The number of samples and the shape of a row, with None for an axis that varies.
+
+        The shape is None if the number of axes varies.
+        """
         return None if self._about.shape is None else (len(self), *self._about.shape)
 
     @property
     def time_dim(self) -> int | None:
-        """Which axis of a row is time, counted from the end: -1 for (C, T), -2 for (T, C); None if there is none, as in (C,).
+        """The axis of a row that is time, counted from the end.
 
-        It is known from the cut, the layer's type or the timeline; else it is the only axis that varies between rows, or else
-        assumed to be the last one, and the printed view shows that.
+        It is -1 for (C, T), -2 for (T, C), and None for rows without time, such as (C,). The cut, the layer's type or the
+        timeline determine it. Otherwise it is the only axis that varies between rows, or the last axis is assumed, which
+        the printed view shows.
         """
         return self._about.time_dim
 
@@ -82,14 +87,14 @@ class LayerView:
     # -- reading
 
     def __getitem__(self, id: Any) -> Any:
-        """Returns one sample's output by its id, or a list of outputs: for many ids, a mask, or a slice of positions.
+        """Returns one output by id, or a list for ids, a mask, or a slice of positions.
 
-        Many are read together, shard by shard, and come back in the order of the ids. A mask has a bool for each sample of
-        the view.
+        Many outputs are read together, shard by shard, and returned in the order of the ids. A mask has a bool for each
+        sample of the view.
 
         Raises:
-            OutOfRange: no sample has this id.
-            NotCaptured: the layer did not run for it.
+            OutOfRange: the store has no sample with this id.
+            NotCaptured: the layer did not run for the sample.
             InvalidType, InvalidValue: a list, an array or a mask does not select samples.
         """
         if isinstance(id, (int, str)):
@@ -109,7 +114,7 @@ class LayerView:
         return map(self._rows.at, positions)
 
     def _places(self, start: int, stop: int, step: int = 1) -> Any:
-        """Returns the positions in the store of some positions in the view."""
+        """Returns the positions in the store of positions in the view."""
         import numpy as np
 
         places = np.arange(start, stop, step)
@@ -125,13 +130,14 @@ class LayerView:
         if absent:
             raise Unsupported(
                 f"layer {self.name!r} did not run for {plural(absent, 'sample')} of {len(self._reader)} "
-                f"({listed(map(repr, self.absent), 3)}), so it is no full array. Read its rows: dict(zip(view.ids, view))."
+                f"({listed(map(repr, self.absent), 3)}), so its rows are not an array of all samples. Read them by id: "
+                "dict(zip(view.ids, view))."
             )
         shape = self.shape
         if shape is None or None in shape or "|" in self._about.dtype:
             raise Unsupported(
-                f"the rows of {self.name!r} differ in shape or dtype ({self!r}), so they are no single array. Read them one "
-                f"by one, or extract with reduce=lambda t: t.mean({self.time_dim or -1})."
+                f"the rows of {self.name!r} differ in shape or dtype ({self!r}), so they are not a single array. Read them "
+                f"one by one, or extract with reduce=lambda t: t.mean({self.time_dim or -1})."
             )
         found: Any = None
         step = max(1, _POOL_BYTES // max(1, self._about.elements // max(1, len(self)) * self.dtype.itemsize))
@@ -145,36 +151,39 @@ class LayerView:
     # -- frames
 
     def frames(self, n: int, shuffle: bool = True, seed: int = 0, time_dim: int | None = None) -> Iterator[Tensor]:
-        """Yields every frame once, in batches (n, C); the last one holds the rest.
+        """Yields every frame once, in batches (n, C); the last one is smaller.
 
-        For models of single frames, such as k-means and sparse autoencoders. A row (C, T) or (T, C) has T frames, a row (C,) is
-        one.
-        With ``shuffle`` the rows are read in random order, and their frames are drawn from a pool of about 64 MiB or
-        16 batches, so that a batch holds frames of many samples while memory stays bounded. The same ``seed`` yields the
-        same batches; use another one for each epoch.
+        It serves models of single frames, such as k-means and sparse autoencoders. A row (C, T) or (T, C) has T frames, and
+        a row (C,) is one frame. With ``shuffle`` the rows are read in random order, and their frames are drawn from a pool
+        of about 64 MiB or 16 batches, so a batch mixes frames of many samples while memory stays bounded. The same ``seed``
+        yields the same batches; use another one for each epoch.
 
         Args:
-            n: frames a batch.
+            n: the number of frames in a batch.
             shuffle: whether to mix the frames.
-            seed: of the mixing.
-            time_dim: the axis of a row that is time, counted from the end; None for the one that the store has (see
-                ``time_dim`` of the view). A warning names an axis that is only assumed.
+            seed: the seed of the random order.
+            time_dim: the axis of a row that is time, counted from the end; None for the store's (see ``time_dim`` of the
+                view). A warning names an axis that is only assumed.
 
         Raises:
-            InvalidValue: ``n`` is not a positive number, or ``time_dim`` not an axis of the rows.
+            InvalidValue: ``n`` is not a positive int, or ``time_dim`` is not an axis of the rows.
             Unsupported: the rows have more than two axes, or their channels differ.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InvalidValue(f"n={n!r} must be a positive number of frames a batch, such as 4096.")
+            raise InvalidValue(f"n={n!r} is not a positive int. Pass a number of frames in a batch, such as n=4096.")
         shape = self._about.shape
         if shape is None or len(shape) not in (1, 2):
             raise Unsupported(
-                f"the rows of {self.name!r} are no (C, T) or (C,): {self!r}. Frames are columns of (C, T), or rows of (T, C)."
+                f"the rows of {self.name!r} are not (C, T), (T, C) or (C,): {self!r}. Extract rows of one of these shapes, "
+                "such as reduce=lambda t: t.flatten(1, -2)."
             )
         time = time_axis(self.name, self._about, time_dim)
         others = [size for place, size in enumerate(shape, -len(shape)) if place != time]
         if None in others:
-            raise Unsupported(f"the channels of {self.name!r} differ between rows ({self!r}), so frames do not stack.")
+            raise Unsupported(
+                f"the numbers of channels of {self.name!r} differ between rows ({self!r}), so frames cannot be stacked. Pass "
+                "time_dim= if another axis is time."
+            )
         return self._frames(n, shuffle, seed, time)
 
     def _frames(self, n: int, shuffle: bool, seed: int, time: int | None) -> Iterator[Tensor]:
@@ -193,7 +202,7 @@ class LayerView:
                 limit = max(16 * n, _POOL_BYTES // (frames.shape[1] * frames.element_size()))
             if held >= limit + n:
                 rest = _mixed(pool, draw if shuffle else None)
-                # half of the pool goes out, so that new frames mix with the old ones
+                # half of the pool is yielded, so that new frames mix with the old ones
                 count = max((held - limit // 2 if shuffle else held) // n, 1) * n
                 yield from torch.split(rest[:count], n)
                 pool, held = [rest[count:].clone()], held - count
@@ -213,7 +222,7 @@ def _mixed(pool: list[Tensor], draw: torch.Generator | None) -> Tensor:
 
 
 def rows_where(index: Any, lines: Any) -> Any:
-    """Returns the positions of the samples in some of the batches."""
+    """Returns the positions of the samples in the selected batches."""
     import numpy as np
 
     return np.nonzero(np.repeat(lines, index.batches[:, 1]))[0]
