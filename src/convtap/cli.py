@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("sound", nargs="?", metavar="FILE.wav", help="a sound file (default: a short recording)")
-    demo.add_argument("--out", type=Path, default=Path("convtap-demo"), help="folder for the outputs (default: %(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("convtap-demo"), help="folder for the outputs (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
     add_commands(commands)
     return parser

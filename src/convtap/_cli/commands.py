@@ -174,7 +174,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "files, or a quoted pattern such as 'day1/*.wav'. Each file is one forward pass. May be repeated",
     )
     parser.add_argument(
-        "--shape", metavar="SHAPE", help="without --input: random numbers of this shape; with --input: reshape each input"
+        "--shape",
+        metavar="SHAPE",
+        help="without --input: random numbers of this shape; with --input: reshape each input",
     )
     parser.add_argument(
         "--sample-rate",

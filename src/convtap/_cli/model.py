@@ -58,9 +58,7 @@ def load_model(spec: str) -> nn.Module:
     if is_keras(type(found)):
         check_arguments(found, None, nn.Conv1d)  # its error names the setting for Keras's torch backend
     if not isinstance(found, nn.Module):
-        raise InvalidType(
-            f"{spec!r} returned a {type(found).__name__}, not a torch.nn.Module. Return the model."
-        )
+        raise InvalidType(f"{spec!r} returned a {type(found).__name__}, not a torch.nn.Module. Return the model.")
     return found
 
 
@@ -175,9 +173,7 @@ def _import_file(where: str) -> ModuleType:
     name = ".".join(names).removesuffix(".__init__")
     module: ModuleType = run_user_code(what, importlib.import_module, name)
     if not os.path.samefile(module.__file__ or os.devnull, path):
-        raise InvalidValue(
-            f"importing {name} loaded {module.__file__}, not {where!r}. Rename the package."
-        )
+        raise InvalidValue(f"importing {name} loaded {module.__file__}, not {where!r}. Rename the package.")
     return module
 
 
