@@ -487,7 +487,7 @@ def test_an_empty_capture_still_makes_a_page(acts, tmp_path):
     acts.clear()
     written = read(acts, tmp_path / "r.html", model=small()).written()
     assert "No outputs were captured." in written
-    assert "There are no outputs to draw." in written
+    assert "The capture has no outputs to draw." in written
 
 
 def test_bars_and_structures_are_on_the_page(tmp_path):

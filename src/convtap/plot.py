@@ -191,7 +191,7 @@ def channels(
     sample_rate: float | None = None,
     span: Span = None,
 ) -> Figure:
-    """Draws single channels of one layer for one input, each as a small line over time.
+    """Draws channels of one layer for one input, each as a small line over time.
 
     All lines have the same scale. An output without a time axis is drawn as bars.
 

@@ -38,7 +38,7 @@ def report(
     title: str | None = None,
     notes: str | None = None,
 ) -> None:
-    """Writes a self-contained HTML page of coverage, statistics, pictures and layer tree.
+    """Writes a self-contained HTML page of coverage, statistics and pictures.
 
     The head of the page names the model, its mode and device, the number of inputs, the versions and the date. An index with
     a filter stays in view. If the capture has more than 40 layers, they are folded by block, the module that contains them.
@@ -83,7 +83,7 @@ def report(
             raise InvalidType(f"{name} is a {type(text).__name__}, not text. Pass a string: {name}='…'.")
     rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
-    table, drawn, entries = "<p>No outputs were captured.</p>", "<p>There are no outputs to draw.</p>", None
+    table, drawn, entries = "<p>No outputs were captured.</p>", "<p>The capture has no outputs to draw.</p>", None
     if len(acts):
         outputs = CapturedOutputs(log_of(acts), axis, channels_last)
         found = drawn_input(outputs, sample, layers, signal, rows)

@@ -50,7 +50,7 @@ def ecg(inputs: int = 3, seconds: float = 2.0, sample_rate: int = 250) -> Tensor
 
 
 class AudioEncoder(nn.Module):
-    """An encoder like that of wav2vec 2.0, with random weights: (B, T) → (B, T / 320, width).
+    """An untrained encoder like wav2vec 2.0: (B, T) → (B, T / 320, width).
 
     It has seven strided Conv1d layers over the waveform, and a positional one. The kernels and strides are those of Baevski
     et al., 2020 (arXiv:2006.11477), section 4.2, with one frame per 20 ms at 16 kHz.
@@ -154,7 +154,7 @@ def _sound(out: Path, name: str, waveform: Tensor, rate: int) -> list[str]:
 
 
 def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, rate: int) -> list[str]:
-    """Writes the feature maps of the first input and the report. Returns the lines to print."""
+    """Writes the pictures and the report. Returns the lines to print."""
     times = timeline(model, signal)
     report, picture = path.with_suffix(".html"), path.with_suffix(".png")
     acts.report(report, model=model, signal=signal, sample_rate=rate, timeline=times)

@@ -81,7 +81,7 @@ def find_files(inputs: Sequence[str]) -> list[str]:
 def read_inputs(
     files: Sequence[str], shape: str | None = None, sample_rate: float | None = None, batch_size: int | None = None
 ) -> Iterator[Iterator[Given]]:
-    """Yields the inputs of each file, or random numbers if there are no files.
+    """Yields the inputs of each file, or random numbers without files.
 
     Args:
         files: the files to read, in this order.
@@ -228,7 +228,7 @@ def mixed_rates(rates: Sequence[float | None]) -> str:
 
 
 def call_error(given: Given) -> tuple[str, str]:
-    """Returns the problem and the fix of the message for a model that fails on an input."""
+    """Returns the problem and the fix, for a model that fails on an input."""
     shape = given.example.shape if isinstance(given.example, Tensor) else ()
     fix = "Pass an input that the model's forward accepts."
     if len(shape) == 3 and given.sample_rate is not None:

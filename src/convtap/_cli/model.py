@@ -1,4 +1,4 @@
-"""Builds the model of a command from ``pkg.module:factory`` or ``file.py:factory``."""
+"""Builds a command's model from ``pkg.module:factory`` or ``file.py:factory``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from convtap.plot import pages
 
 
 def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
-    """Prints a result as a table, with its first and last rows or, with ``--all``, every row."""
+    """Prints the first and last rows of a table, or all rows with ``--all``."""
     table = found.summary(rows=None if args.all else MOST, **options)
     table.whole = "--all"
     say(table)

@@ -36,7 +36,7 @@ _NO_INPUT = (
 
 
 def run_layers(args: argparse.Namespace) -> int:
-    """Prints the layers that a selection matches and, with an example, how each is used."""
+    """Prints the layers that a selection matches, and their use in an example."""
     given = None if args.example is None else read_example(args.example)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)
@@ -154,7 +154,7 @@ class _Inputs:
 
 
 def _offload(args: argparse.Namespace) -> str | None:
-    """Returns the device to offload outputs to, so that the outputs of many inputs fit."""
+    """Returns the device to offload to, so that the outputs of many inputs fit."""
     return None if args.device in (None, "cpu") else "cpu"
 
 

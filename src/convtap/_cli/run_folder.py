@@ -202,7 +202,7 @@ def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
 
 
 def _check(about: Mapping[str, Any]) -> None:
-    """Reads every entry once, so that a missing entry raises KeyError or TypeError here."""
+    """Reads every entry, and raises KeyError or TypeError if one is missing."""
     for key in ("class", "model", "date", "convtap", "torch"):
         about[key] + ""
     dict(about["options"])

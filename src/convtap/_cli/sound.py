@@ -30,7 +30,7 @@ _UNKNOWN_LENGTH = 0x7FFFF000
 
 
 class _Form(NamedTuple):
-    """The format of a WAV file: kind of number, channels, sample rate, bytes per number."""
+    """The format of a WAV file: number type, channels, rate, bytes per number."""
 
     kind: int
     channels: int
@@ -43,14 +43,14 @@ class _OtherForm(Exception):
 
 
 def read_sound(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
-    """Reads a sound file as a float32 waveform (channels, T) in -1 … 1, and its sample rate.
+    """Reads a float32 waveform (channels, T) in -1 … 1, and its sample rate.
 
     See Note: [WAV files].
 
     Raises:
-        StoreError: there is no such file, or it is not whole.
-        InvalidValue: it holds no sound.
-        MissingExtra: another package is needed to read it.
+        StoreError: the file does not exist, or is damaged.
+        InvalidValue: the file holds no samples.
+        MissingExtra: reading the file needs another package.
     """
     file = Path(path)
     try:

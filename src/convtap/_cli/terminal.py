@@ -43,7 +43,7 @@ _SPELLED = {
 
 
 def spelled(sign: str) -> str:
-    """Returns a character in ASCII, such as ``x`` for × or ``e`` for é, or else its code."""
+    """Returns a character in ASCII, such as ``x`` for ×, or its escape code."""
     if unicodedata.combining(sign):  # the accent of a decomposed letter
         return ""
     plain = "".join(_SPELLED.get(part, part) for part in unicodedata.normalize("NFKD", _SPELLED.get(sign, sign)))

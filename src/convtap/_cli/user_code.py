@@ -52,7 +52,7 @@ def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str 
 
 
 def told(error: BaseException) -> str:
-    """Returns the last line of an error's traceback, with the line of user code that raised it."""
+    """Returns an error as one line, with the line of user code that raised it."""
     text = " ".join(str(error).split()).rstrip(".")
     if len(text) > _LONG:
         text = f"{text[:_LONG]}…"

@@ -21,7 +21,7 @@ PERCENTILE = 99
 
 
 class Cells(NamedTuple):
-    """The cells of a (C, T) map as (rows, columns), and notes on what a cell stands for."""
+    """The cells of a (C, T) map as (rows, columns), and notes on the shrinking."""
 
     values: Array
     notes: list[str]
@@ -56,7 +56,7 @@ def _furthest_from_zero(values: Array) -> Array:
 
 
 def envelope(values: Array, bins: Array) -> tuple[Array, Array]:
-    """Returns the minimum and maximum of (..., T) values in each bin, NaN if a value is NaN."""
+    """Returns the minimum and maximum of (..., T) values in each bin, or NaN."""
     return np.minimum.reduceat(values, bins[:-1], axis=-1), np.maximum.reduceat(values, bins[:-1], axis=-1)
 
 
@@ -153,7 +153,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Returns a text of at most ``most`` printable characters, without its middle if longer."""
+    """Returns at most ``most`` characters of a text, without its middle."""
     text = printable(text)
     if len(text) <= most:
         return text
@@ -162,7 +162,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def count_bad(values: Array) -> str:
-    """Returns the counts of NaN and Inf values as text, empty if all values are finite."""
+    """Returns the counts of NaN and Inf values as text, empty if all are finite."""
     return written_bad(int(np.isnan(values).sum()), int(np.isinf(values).sum()))
 
 
@@ -172,5 +172,5 @@ def written_bad(nan: int, inf: int) -> str:
 
 
 def scale_text(limit: float, side: int) -> str:
-    """Returns the range of a colour scale as text: ``±1.5``, ``0 to 1.5`` or ``−1.5 to 0``."""
+    """Returns a colour scale as text: ``±1.5``, ``0 to 1.5`` or ``−1.5 to 0``."""
     return f"±{limit:.3g}" if not side else f"0 to {limit:.3g}" if side > 0 else f"−{limit:.3g} to 0"

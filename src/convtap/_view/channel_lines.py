@@ -110,7 +110,7 @@ def _one_call(outputs: CapturedOutputs, layer: str, sample: int) -> Call:
 
 
 def small_multiples(found: Channels, channels: Any, axis: TimeAxis) -> Figure:
-    """Draws channels as small lines below the signal, or as bars if they have one frame."""
+    """Draws channels as lines below the signal, or as bars if they have one frame."""
     count, frames = found.values.shape
     shown = _numbers(channels, count)
     if frames == 1 and found.extent is None:
@@ -163,7 +163,7 @@ def _ticks(axes: Axes, extent: tuple[float, float] | None, frames: int, most: in
 
 
 def _signal_height(found: Channels) -> int:
-    """Returns the height of the signal in pixels, including its title and axis numbers."""
+    """Returns the pixel height of the signal with its title and axis numbers."""
     if found.signal is None:
         return 0
     below = 36 if found.extent is None else 24

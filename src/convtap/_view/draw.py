@@ -45,7 +45,7 @@ ALARM = "#c00000"
 
 
 def new_figure(width: int, height: int, remedy: str = "Draw fewer layers at a time with layers=.") -> Figure:
-    """Returns an empty figure of a size in pixels, which a notebook shows without pyplot.
+    """Returns an empty figure of a size in pixels that a notebook can show.
 
     It chooses no backend and is not registered with pyplot, so Python frees it like any other object.
     """
@@ -132,7 +132,7 @@ def draw_map(axes: Axes, picture: Picture) -> None:
 
 
 def draw_bars(axes: Axes, picture: Picture) -> None:
-    """Draws one bar per channel, blue below zero and red above, or a cross for NaN or Inf."""
+    """Draws one bar per channel, blue or red, or a cross for NaN or Inf."""
     low, high = picture.cells
     bounds = edges(picture.channels, MAX_BARS)
     starts, widths = bounds[:-1] - 0.5, np.diff(bounds)

@@ -28,7 +28,7 @@ _REMEDY = "Draw fewer hits: windows(hits[:50], x)."
 
 
 class _Window(NamedTuple):
-    """A hit, the values of its window as (C, W), and a mask of the samples in the signal."""
+    """A hit, its window as (C, W), and a mask of the samples in the signal."""
 
     hit: Hit
     values: Array

@@ -87,7 +87,7 @@ def _strips(figure: Figure, rows: Sequence[Picture], axis: TimeAxis, top: int, r
 
 
 def _strip(picture: Picture, axis: TimeAxis, height: int) -> Array:
-    """Returns the pixels of one strip, (height, _ACROSS, 3), at its place on the time axis."""
+    """Returns the pixels (height, _ACROSS, 3) of one strip, placed on the time axis."""
     cells = picture.cells if picture.kind == "map" else _one_row(picture)
     cells = shrink(cells, height, _ACROSS).values
     limit = picture.limit if picture.kind == "map" else colour_limit(cells)

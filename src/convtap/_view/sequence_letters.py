@@ -1,4 +1,4 @@
-"""Draws one-hot sequences as coloured letters, or as coloured cells if they are long."""
+"""Draws one-hot sequences as coloured letters, or as cells if they are long."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from convtap._view.outputs import CapturedOutputs
 
 
 def one_signal(outputs: CapturedOutputs, signal: Any, sample: int) -> Array:
-    """Returns one input as (C, T), from a signal of shape (B, C, T), (B, T), (C, T) or (T,).
+    """Returns one input as (C, T), from (B, C, T), (B, T), (C, T) or (T,).
 
     Time is the axis that the timeline followed. Without a timeline it is the last axis, or the second to last if all outputs
     are channels last, as in a Keras model.

@@ -1,4 +1,4 @@
-"""Computes and draws each layer's quantiles, zeros and dead channels over all inputs."""
+"""Computes and draws each layer's quantiles, zeros and dead channels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def spreads(outputs: CapturedOutputs, layers: Chosen = None) -> list[Spread]:
 
 
 def spread_of(outputs: CapturedOutputs, name: str, tensors: list[tuple[Call, str]]) -> Spread:
-    """Computes the spread of all values of tensors, each a call and the tensor's path in it."""
+    """Computes the spread of all values of tensors, given as (call, path)."""
     parts, assumed = [], ""
     for call, path in tensors:
         tensor = dict(walk_tensors(call.output))[path]

@@ -1,4 +1,4 @@
-"""Draws statistics: the distribution of each layer's values, and a map of its channels."""
+"""Draws statistics: each layer's distribution, and a map of its channels."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class TimeAxis:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The ends of the shown part of the axis, or None until known. Sample n is around n."""
+        """The ends of the shown part of the axis, or None until they are known."""
         half = 0.5 * self.scale
         return self._whole if self.span is None else (self.span[0] - half, self.span[1] - half)
 
@@ -134,7 +134,7 @@ class TimeAxis:
             self._whole = min(first for first, _ in ends), max(last for _, last in ends)
 
     def check_span(self, shape: tuple[int, ...] | None) -> None:
-        """Checks that the span lies on the axis. Call it after every extent has widened the axis.
+        """Checks that the span lies on the axis, after ``widen`` with every extent.
 
         ``shape`` is the shape of the model's input. Its last samples may lie outside every frame.
 

@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
 
 def blocks(items: Sequence[tuple[str, str]]) -> list[Block] | None:
-    """Groups calls, given as (key, layer), by block, in the order of their first calls.
+    """Groups calls, given as (key, layer), by block in order of first calls.
 
     The block of a layer is the innermost module that contains another layer of the list. The result is None if there are at
     most MOST_UNFOLDED calls.
@@ -54,7 +54,7 @@ def parts_of(name: str) -> list[str]:
 
 
 def modules_around(layer: str) -> list[str]:
-    """Returns the names of the modules around a layer, innermost first, without the root."""
+    """Returns the modules around a layer, innermost first, without the root."""
     parts = parts_of(layer)
     return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
 

@@ -1,4 +1,4 @@
-"""Encodes map cells as bytes, so that the page's script can read values from images."""
+"""Encodes map cells as bytes that the page's script can read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def codes(cells: Array, limit: float, peak: float) -> Array:
 
 
 def colours(side: int) -> Array:
-    """Returns the colour of each code, as (n, 3) bytes, on the scale of ``palette(side)``."""
+    """Returns the colour of each code as (n, 3) bytes of ``palette(side)``."""
     values = np.clip(np.arange(-_ZERO, _ZERO + 1) / LINEAR, -1, 1)
     finite = palette(side)[colour_indices(values, 1.0, side)]
     return np.concatenate([finite, [NAN_COLOUR, INF_COLOUR, INF_COLOUR]]).astype(np.uint8)

@@ -16,7 +16,7 @@ _SIGNS = {"captured": "●", "not activated": "○", "idle": "○", "bypassed": 
 
 
 def coverage_section(coverage: Coverage) -> str:
-    """Returns the number of layers in each state, and each missing layer with its reason."""
+    """Returns the counts of layers by state, and each missing layer's reason."""
     missing = [layer for layer in coverage.values() if layer.state != "captured"]
     lines = [f"<p>{escape(counts_line(coverage))}</p>"]
     if len(missing) > MAX_ROWS:
@@ -34,7 +34,7 @@ def coverage_section(coverage: Coverage) -> str:
 
 
 def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
-    """Returns nested lists, open down to the selected layers, or to blocks if there are many.
+    """Returns nested lists, open down to the selected layers or their blocks.
 
     Without the model it contains only the selected layers.
     """

@@ -57,7 +57,7 @@ def label_html(names: Sequence[str]) -> str:
 
 
 def block_note(positions: Sequence[int], warns: Sequence[str]) -> str:
-    """Returns the counts of tensors and of warnings in a block, so that folding hides none."""
+    """Returns the counts of tensors and warnings in a block."""
     bad = sum(bool(warns[position]) for position in positions)
     alarm = f' <span class="alarm">{bad:,} with NaN or Inf</span>' if bad else ""
     return f" <span>{plural(len(positions), 'output')}</span>{alarm}"

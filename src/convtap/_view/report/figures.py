@@ -71,7 +71,7 @@ def _grid(names: list[str], rows: int) -> tuple[int, int]:
 
 
 def figures(found: Pictures, axis: TimeAxis, entries: Entries, sample: int) -> str:
-    """Returns the pictures of one input as HTML, with the signal first, folded by block."""
+    """Returns the pictures of one input as HTML, signal first, folded by block."""
     parts = [legend(), f"<p class='hint'>The pictures show sample {sample}."]
     if found.elsewhere:
         calls = plural(found.elsewhere, "call")
@@ -125,7 +125,7 @@ class _Plot(NamedTuple):
 
 
 def _plot(picture: Picture, axis: TimeAxis) -> str:
-    """Returns the picture with its channel numbers on the left and its time scale below."""
+    """Returns the picture with its channel numbers and its time scale."""
     image, height, beside, below, unit, data = _WRITERS[picture.kind](picture, axis)
     if picture.extent is not None:
         data["start"], data["stop"] = picture.extent

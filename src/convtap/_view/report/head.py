@@ -14,7 +14,7 @@ from convtap._view.report.page import escape, escaped_lines
 
 
 def model_name(acts: Activations, model: nn.Module | None) -> str:
-    """Returns the class name of the captured model or of ``model``, or an empty string."""
+    """Returns the class name of the captured model or of ``model``, or ``""``."""
     origin = log_of(acts).origin
     if origin is not None and origin.models:
         return ", ".join(origin.models)

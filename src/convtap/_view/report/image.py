@@ -80,7 +80,7 @@ def lines(values: Array) -> str:
 
 
 def _outline(across: Array, top: Array, bottom: Array) -> str:
-    """Draws up and down between the ends of each bin, with gaps at bins without values."""
+    """Draws a line between the ends of each bin, with gaps at bins without values."""
     steps, pen = [], "M"
     for x, first, second in zip(across, top, bottom, strict=True):
         if math.isnan(first):

@@ -41,7 +41,7 @@ def time_scale(axis: TimeAxis) -> str:
 
 
 def _round_step(step: float) -> float:
-    """Returns the smallest of 1, 2 or 5 times a power of ten that is at least ``step``."""
+    """Returns the least 1, 2 or 5 times a power of ten that is at least ``step``."""
     power = float(10.0 ** np.floor(np.log10(step)))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= step * (1 - 1e-9))
 
@@ -64,7 +64,7 @@ def _scale(numbers: list[tuple[float, str]]) -> str:
 
 
 def channel_numbers(picture: Picture) -> str:
-    """Returns the first and the last channel beside a map or lines, or those of a single row."""
+    """Returns the first and the last channel beside a map or lines."""
     first, last = "0", f"{picture.channels - 1:,}"
     if picture.kind == "map" and len(picture.cells) == 1:
         return _ends("channel" if first == last else "channels", first if first == last else f"{first}–{last}")

@@ -46,7 +46,7 @@ _NOTE = (
 
 
 def statistics_table(outputs: CapturedOutputs, entries: Entries, drawn: Pictures) -> str:
-    """Returns the table, sortable and folded by block, after a note if it is truncated."""
+    """Returns the table, folded by block, with a note if it is truncated."""
     found = []
     for call in outputs.calls[:MAX_ROWS]:
         for path, tensor in walk_tensors(call.output):
