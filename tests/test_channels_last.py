@@ -152,7 +152,7 @@ def test_a_block_of_unknown_layout_is_read_as_the_user_the_timeline_or_nobody_sa
     np.testing.assert_array_equal(cells(plot(acts, timeline=times, channels_last=False))[0], expected.T)
     with pytest.raises(LayerNotFound, match="no captured layer matches 'nope'"):
         plot(acts, channels_last="nope")
-    with pytest.raises(TypeError, match="int chooses nothing"):
+    with pytest.raises(TypeError, match="selector of type int"):
         plot(acts, channels_last=3)
 
 
