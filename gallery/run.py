@@ -40,7 +40,8 @@ carries its weights, so that nothing is downloaded at run time.
   those of modules, of functions, of TorchScript and of Keras alike.
 - *Captured* counts those that `capture(model)` returned, in order, with the right value. The right value is computed in float64
   from the convolution's input and weight, as products of windows and kernels. This uses neither convtap nor a convolution. A
-  value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains such a difference.
+  value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains such a
+  difference.
 - *Capture ÷ plain* is the median of {ROUNDS} interleaved rounds, each with a capture of its own, on one thread of a shared
   machine. The convolutions of Silero VAD are tiny, so the fixed cost of a captured call shows.
 - A Keras layer returns its output after the bias and the activation. PESTO's last layer is a subclass of `Conv1d` that drops
