@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
     _add_run(commands)
     _add_stats(commands)
     _add_drawing(commands)
+    _add_info(commands)
     _add_comparing(commands)
 
 
@@ -126,6 +127,9 @@ def _add_drawing(commands: Any) -> None:
     report.add_argument(
         "--out", type=Path, metavar="FILE.html", help="the page to write (default: a file in the folder)"
     )
+
+
+def _add_info(commands: Any) -> None:
     info = _command(
         commands,
         "info",
@@ -145,7 +149,7 @@ def _add_comparing(commands: Any) -> None:
         commands,
         "compare",
         on_files.run_compare,
-        "compare two saved captures; the exit status is 1 if they differ",
+        "compare two saved captures or statistics; the exit status is 1 if the captures differ",
         "convtap compare before after --sqnr 40",
     )
     compare.add_argument("a", metavar="A", help=f"the reference: {_SAVED} or saved statistics")
@@ -199,7 +203,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--types",
         action="append",
         metavar="TYPE",
-        help="module types to choose from, such as Conv1d,ReLU, or a class that the model defines (default: Conv1d)",
+        help="module types to choose from, such as Conv1d,ReLU, or a class that the model uses (default: Conv1d)",
     )
     parser.add_argument(
         "--device",
