@@ -38,8 +38,8 @@ _COLUMNS = (
 )
 _NOTE = (
     "<p class='hint'>The statistics are of the finite values, and std is the population standard deviation. A channel is "
-    "dead if it has the same value in every input at every frame. The channel axis is known from the layer's type, the "
-    "timeline or channels_last=. A question mark marks an axis that was assumed. All quantiles have the same scale, with "
+    "dead if it has the same value in every input at every frame. The channel axis comes from channels_last=, the timeline "
+    "or the layer's type. A question mark follows an axis that was assumed. All quantiles have the same scale, with "
     "zero in the middle: the line spans 1 to 99 %, the box spans 25 to 75 %, and the median is red. Click a heading to sort "
     "up, down, or in execution order. Click a name to go to the picture.</p>"
 )
