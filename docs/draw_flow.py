@@ -1,4 +1,4 @@
-"""Draws the folders of the package and what they import as an SVG picture, rank below rank."""
+"""Draws the folders of the package and their imports as an SVG picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.structure import MODULES, ORDER, arrows
 WIDTH, GAP, RISE, MARGIN = 256, 22, 40, 14
 TITLE, TEXT, SMALL = 14, 11, 10  # pixels
 
-#: What needs a lane: a room, or an arrow that passes a rank, as (who imports, what is imported).
+#: An object that needs a lane: a room, or an arrow that passes a rank, as (importing room, imported room).
 Node: TypeAlias = "str | tuple[str, str]"
 
 #: The colours of the rooms, by the first room that has them.
@@ -36,11 +36,11 @@ class Room:
 
     Attributes:
         name: the folder.
-        about: the lines that say what it is for.
-        implied: the lines that name its imports without an arrow.
-        rank: how far below the top it is.
-        lane: how far right of the left edge it is.
-        colour: of its step of the flow.
+        about: the lines with its summary.
+        implied: the lines with its imports that have no arrow.
+        rank: its rank, counted from the top.
+        lane: its lane, counted from the left.
+        colour: the colour of its step of the flow.
         top: its upper edge.
     """
 
@@ -64,7 +64,10 @@ class Room:
 
 
 def direct(imported: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Leaves out the imports that others imply: where a imports b and c, and b imports c, only a to b is left."""
+    """Removes the imports that others imply.
+
+    If a imports b and c, and b imports c, only the import of b by a remains.
+    """
 
     def reached(room: str) -> set[str]:
         return imported[room].union(*map(reached, imported[room]))
@@ -76,7 +79,10 @@ def direct(imported: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def ranks(edges: dict[str, set[str]]) -> dict[str, int]:
-    """Returns the rank of each room: below all that it imports, and no higher than it must be if it imports nothing."""
+    """Returns the rank of each room, below all rooms that it imports.
+
+    A room without imports is one rank above the first room that imports it.
+    """
     found: dict[str, int] = {}
     for room in ORDER:
         found[room] = 1 + max((found[other] for other in edges[room]), default=-1)
@@ -87,11 +93,11 @@ def ranks(edges: dict[str, set[str]]) -> dict[str, int]:
     return found
 
 
-# -- which lane a room stands in, and which lanes an arrow over several ranks passes
+# -- the lanes of rooms, and of arrows over several ranks
 
 
 def place(rooms: dict[str, Room], edges: dict[str, set[str]]) -> dict[tuple[str, str], list[int]]:
-    """Chooses a lane for each room of a rank after the other. Returns the lanes that each arrow passes through between."""
+    """Chooses the lane of each room. Returns the lanes that arrows pass through."""
     passed: dict[tuple[str, str], list[int]] = {
         (low, high): [] for low in ORDER for high in ORDER if high in edges[low]
     }
@@ -110,7 +116,7 @@ def place(rooms: dict[str, Room], edges: dict[str, set[str]]) -> dict[tuple[str,
 
 
 def _nodes(rooms: dict[str, Room], passed: dict[tuple[str, str], list[int]], rank: int) -> list[Node]:
-    """Returns what needs a lane in a rank: its rooms, and the arrows that pass it."""
+    """Returns the rooms of a rank and the arrows that pass it, which all need a lane."""
     found: list[Node] = [room.name for room in rooms.values() if room.rank == rank]
     return found + [edge for edge in passed if rooms[edge[1]].rank < rank < rooms[edge[0]].rank]
 
@@ -137,7 +143,7 @@ def _cost(lanes: tuple[int, ...], nodes: list[Node], ends: dict[Node, list[int]]
 
 
 def layout() -> tuple[list[Room], dict[tuple[str, str], list[tuple[float, float]]]]:
-    """Returns the boxes, and the points that each arrow goes through, from who imports to what is imported."""
+    """Returns the boxes, and the points of each arrow to an imported room."""
     imported = arrows()
     edges = direct(imported)
     found, rooms, colour = ranks(edges), {}, ""
@@ -168,7 +174,7 @@ def _points(
     tops: dict[int, float],
     bottoms: dict[int, float],
 ) -> list[tuple[float, float]]:
-    """Returns the points of one arrow, through the free lanes of the ranks between its ends."""
+    """Returns the points of one arrow, through the free lanes between its ends."""
     users = sorted((room for room in ORDER if high in edges[room]), key=lambda room: rooms[room].lane)
     above = sorted((room for room in ORDER if room in edges[low]), key=lambda room: rooms[room].lane)
     start = _port(rooms[low].left, above.index(high), len(above)), rooms[low].top
@@ -185,7 +191,7 @@ def _port(left: float, number: int, count: int) -> float:
 
 
 def summary(name: str) -> str:
-    """Returns the first line of a folder's, or a module's, docstring."""
+    """Returns the first line of the docstring of a folder or a module."""
     return (ast.get_docstring(ast.parse(MODULES[name].read_text())) or "").splitlines()[0].replace("``", "`")
 
 
@@ -197,7 +203,7 @@ def picture() -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:g} {high:g}" width="{wide:g}" height="{high:g}" '
         'font-family="Helvetica, Arial, sans-serif">',
-        "<title>The folders of convtap, and what each imports</title>",
+        "<title>The folders of convtap and their imports</title>",
         f'<rect width="{wide:g}" height="{high:g}" fill="#ffffff"/>',
     ]
     x = MARGIN

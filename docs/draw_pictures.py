@@ -1,6 +1,7 @@
-"""Draws the pictures of ``docs/pictures.md``: ``python -m docs.draw_pictures``. It takes a minute and needs convtap[plot].
+"""Draws the pictures of ``docs/pictures.md``: ``python -m docs.draw_pictures``.
 
-Two small networks are trained here, one to tell early heartbeats from normal ones, one to find a motif in DNA.
+It takes a minute and needs convtap[plot]. It trains two small networks: one finds early heartbeats, and the other finds a motif
+in DNA.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from examples import motifs
 
 FOLDER = Path(__file__).parent / "pictures"
 SPEECH = Path(__file__).parent.parent / "src" / "convtap" / "data" / "speech.wav"
-RATE = 250  # samples a second of the ECG
+RATE = 250  # samples per second of the ECG
 
 #: The waves of a heartbeat: seconds after its R peak, width in seconds, height in mV.
 WAVES = ((-0.17, 0.025, 0.15), (-0.03, 0.010, -0.12), (0.0, 0.011, 1.0), (0.03, 0.010, -0.25), (0.25, 0.045, 0.30))
 
 
 def heartbeats(count: int, seconds: int = 8) -> tuple[Tensor, Tensor]:
-    """Returns ECG-like signals (B, 1, T) in mV, and for each sample whether an early, wide beat lies there, (B, T)."""
+    """Returns ECG-like signals (B, 1, T) in mV, and a mask of early beats (B, T)."""
     time = torch.arange(seconds * RATE) / RATE
     signals, early = torch.zeros(count, len(time)), torch.zeros(count, len(time))
     for row in range(count):
@@ -48,7 +49,10 @@ def heartbeats(count: int, seconds: int = 8) -> tuple[Tensor, Tensor]:
 
 
 class BeatNet(nn.Module):
-    """Four convolutions over the signal, and the chance of an early beat in each frame of 16 ms: (B, 1, T) → (B, T / 4)."""
+    """Four convolutions that detect early beats: (B, 1, T) → (B, T / 4).
+
+    The output is the logit of an early beat in each frame of 16 ms.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +82,7 @@ def trained() -> BeatNet:
 
 
 def save(figure: Any, name: str) -> None:
-    """Writes a picture with a palette of 128 colours, which takes a third of the bytes."""
+    """Writes a picture with 128 colours, which takes a third of the bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -88,7 +92,7 @@ def save(figure: Any, name: str) -> None:
 
 
 def draw_heartbeats() -> None:
-    """Draws maps, a part of them, single channels, distributions and windows of the ECG network."""
+    """Draws the maps, span, channels, distributions and windows of the ECG network."""
     model = trained()
     x, early = heartbeats(12)
     row = int(early.sum(1).gt(0).nonzero()[0])  # the first input with an early beat
@@ -106,7 +110,7 @@ def draw_heartbeats() -> None:
 
 
 def draw_motifs() -> None:
-    """Draws the windows of DNA that a network trained on a motif answers to."""
+    """Draws the windows of DNA that drive a network trained on a motif most."""
     x, y = motifs.make_data()
     model = motifs.MotifNet()
     motifs.train(model, x, y)
@@ -133,7 +137,7 @@ def draw_index() -> None:
 
 
 def main() -> None:
-    """Draws all pictures, the same ones each time."""
+    """Draws all pictures, reproducibly."""
     torch.set_num_threads(1)
     for draw in (draw_heartbeats, draw_motifs, draw_index):
         torch.manual_seed(0)

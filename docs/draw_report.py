@@ -1,4 +1,4 @@
-"""Draws ``docs/report.png``, the report of the demo's audio encoder in a browser: ``python -m docs.draw_report``."""
+"""Draws ``docs/report.png``, the demo's report: ``python -m docs.draw_report``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from convtap import capture, timeline
-from convtap._cli.demo import SPEECH, AudioEncoder, read_wav
+from convtap._cli.demo import SPEECH, AudioEncoder
+from convtap._cli.sound import read_sound
 
 PICTURE = Path(__file__).parent / "report.png"
 SIZE = {"width": 1100, "height": 1500}
 
 
 def draw() -> None:
-    """Writes the picture: the head, the table, and the first maps with a value under the pointer."""
+    """Writes the picture of the head, the table, and a value under the pointer."""
     torch.manual_seed(0)
     model = AudioEncoder().eval()
-    waveform, rate = read_wav(SPEECH)
+    waveform, rate = read_sound(SPEECH)
     with torch.no_grad(), capture(model) as acts:
         model(waveform)
     times = timeline(model, waveform)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page = Path(folder) / "report.html"
-        notes = "Random weights, to look at the time axis only."
+        notes = "Random weights, to show the time axis."
         acts.report(page, model=model, signal=waveform, sample_rate=rate, timeline=times, notes=notes)
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         window = chromium.new_page(viewport=SIZE)

@@ -39,8 +39,8 @@ carries its weights, so that nothing is downloaded at run time.
 - *Convolutions* counts the 1-D convolutions of a plain run, without a capture. torch's dispatcher counts them, so it sees
   those of modules, of functions, of TorchScript and of Keras alike.
 - *Captured* counts those that `capture(model)` returned, in order, with the right value. The right value is computed in float64
-  from the convolution's input and weight, as products of windows and kernels: neither convtap nor a convolution is part of it.
-  A value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains such a
+  from the convolution's input and weight, as products of windows and kernels. This uses neither convtap nor a convolution. A
+  value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains such a
   difference.
 - *Capture ÷ plain* is the median of {ROUNDS} interleaved rounds, each with a capture of its own, on one thread of a shared
   machine. The convolutions of Silero VAD are tiny, so the fixed cost of a captured call shows.

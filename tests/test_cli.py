@@ -318,7 +318,7 @@ def test_inputs_of_several_rates_are_noted(here, capsys):
     sound("a.wav", np.zeros(20), 16000)
     sound("b.wav", np.zeros(20), 44100)
     assert main(["run", "mynets:build", "--input", "*.wav", "--out", "out"]) == 0
-    assert "1 input at 16000 Hz, 1 input at 44100 Hz: convtap does not resample" in capsys.readouterr().err
+    assert "rates (1 input at 16000 Hz, 1 input at 44100 Hz). convtap does not resample" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", ["input", "activation"])
@@ -381,8 +381,8 @@ def test_a_picture_of_an_earlier_run_is_noted(here, capsys):
     assert capsys.readouterr().err == ""
     assert main(command) == 0
     err = capsys.readouterr().err
-    assert "activations.png is of an earlier run. Make it anew: convtap plot out" in err
-    assert "report.html is of an earlier run. Make it anew: convtap report out" in err
+    assert "activations.png is from an earlier run. Write it again: convtap plot out" in err
+    assert "report.html is from an earlier run. Write it again: convtap report out" in err
 
 
 def test_run_with_finite_names_the_layer_and_exits_with_1(here, capsys):
@@ -443,22 +443,25 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
             "'mynets.py' does not name a model. Write mynets.py:build, where build is a function",
         ),
         (["layers", "C:\\nets\\mynets.py"], "does not name a model. Write C:\\nets\\mynets.py:build"),
-        (["layers", "model.pt"], "'model.pt' is a file of weights, and not the code of a model"),
+        (["layers", "model.pt"], "'model.pt' is a file of weights, not the code of a model"),
         (["layers", "mynets:build()"], "Write it without parentheses: mynets:build"),
         (
             ["layers", "mynet:build"],
-            "there is no module 'mynet' in the current folder or among the installed packages. Did you",
+            "the module 'mynet' is neither in the current folder nor among the installed packages. Did you",
         ),
-        (["layers", "far.net:build"], "A file elsewhere has its path: folder/mynet.py:build."),
-        (["layers", "mynet.py:build"], "there is no Python file 'mynet.py'. Did you mean 'mynets.py'?"),
-        (["layers", "./mynets:build"], "there is no Python file './mynets'. Did you mean 'mynets.py'?"),
-        (["layers", "mynets:biuld"], "'mynets' has no 'biuld'. Did you mean 'build'?"),
-        (["layers", "mynets:xyz"], "'mynets' has no 'xyz'. It defines build, other, Log, broken, Named, deep, ready"),
+        (["layers", "far.net:build"], "For a file in another folder write its path: folder/mynet.py:build."),
+        (["layers", "mynet.py:build"], "the Python file 'mynet.py' does not exist. Did you mean 'mynets.py'?"),
+        (["layers", "./mynets:build"], "the Python file './mynets' does not exist. Did you mean 'mynets.py'?"),
+        (["layers", "mynets:biuld"], "'mynets' does not define 'biuld'. Did you mean 'build'?"),
+        (
+            ["layers", "mynets:xyz"],
+            "'mynets' does not define 'xyz'. It defines build, other, Log, broken, Named, deep, ready",
+        ),
         (["layers", "mynets:returns_nothing"], "returned a NoneType, not a torch.nn.Module"),
         (["layers", "mynets:number"], "is of type int. Write the name of a function"),
         (
             ["layers", "mynets:needs_arguments"],
-            "needs the arguments width. Write a function without arguments beside it",
+            "requires the arguments width. Write a function without arguments in the same file",
         ),
         (
             ["layers", "mynets:fails"],
@@ -466,9 +469,9 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
         ),
         (
             ["layers", "mynets:pipes"],
-            "'mynets:pipes' failed: it prints to a pipe whose reader has closed it (mynets.py:",
+            "'mynets:pipes' failed: it printed to a pipe that the reader has closed (mynets.py:",
         ),
-        (["layers", "mynets:leaves"], "'mynets:leaves' failed: it ended the program with sys.exit(1) (mynets.py:"),
+        (["layers", "mynets:leaves"], "'mynets:leaves' failed: it called sys.exit(1) (mynets.py:"),
         (
             ["layers", "failing:build"],
             "importing 'failing' failed: RuntimeError: first line second line (failing.py:2).",
@@ -484,66 +487,66 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
         ),
         (
             ["layers", "mynets:build", "--layers", "3"],
-            "no layer is named '3'. The Conv1d layers here: 0, 2. convtap layers MODEL",
+            "no layer is named '3'. The model has these Conv1d layers: 0, 2. convtap layers MODEL",
         ),
         (
             ["layers", "mynets:build", "--types", "Relu"],
-            "--types Relu names no type of torch.nn or of the model, which has 2 Conv1d",
+            "--types Relu is not a type of torch.nn or of the model, which has 2 Conv1d",
         ),
         (
             ["layers", "mynets:build", "--types", "Linear"],
-            "the Sequential has 0 Linear, 2 Conv1d: pass --types Conv1d.",
+            "the Sequential has no Linear, but it has 2 Conv1d. Pass --types Conv1d.",
         ),
         (["layers", "mynets:build", "--device", "gpu"], "--device gpu is not a device that computes. Write cpu, cuda"),
         (["layers", "mynets:build", "--device", "meta"], "--device meta is not a device that computes"),
         (["layers", "mynets:build", "--example", "1,x"], "'1,x' is not a shape"),
-        (["layers", "mynets:build", "--example", "no.npy"], "there is no file 'no.npy'"),
+        (["layers", "mynets:build", "--example", "no.npy"], "the file 'no.npy' does not exist"),
         (
             ["layers", "mynets:build", "--example", "1,5,8"],
             "the model fails on '1,5,8', of shape 1,5,8 (float32): RuntimeError: Given groups=1",
         ),
-        (["run", "mynets:build", "--out", "out"], "there is no input. Give --input"),
+        (["run", "mynets:build", "--out", "out"], "the input is missing. Pass --input"),
         (["run", "mynets:Raises", "--shape", "1,1,4", "--out", "out"], "KeyError: 'lost' (mynets.py:"),
-        (["run", "mynets:Named", "--shape", "1,2,4", "--out", "out"], "Save all of its arguments by name: torch.save("),
+        (["run", "mynets:Named", "--shape", "1,2,4", "--out", "out"], "Save all arguments by name: torch.save("),
         (["run", "mynets:build", "--shape", "1,1,16"], "the following arguments are required: --out"),
-        (["run", "mynets:build", "--shape", "0,1,16", "--out", "out"], "has an axis of less than 1"),
-        (["run", "mynets:build", "--input", "no.npy", "--out", "out"], "there is no file 'no.npy'"),
+        (["run", "mynets:build", "--shape", "0,1,16", "--out", "out"], "has an axis of size less than 1"),
+        (["run", "mynets:build", "--input", "no.npy", "--out", "out"], "the file 'no.npy' does not exist"),
         (["run", "mynets:build", "--input", "gone*.npy", "--out", "out"], "no file matches 'gone*.npy'"),
         (
             ["run", "mynets:build", "--input", "empty", "--out", "out"],
-            "the folder 'empty' holds no input. An input is a .npy",
+            "the folder 'empty' holds no inputs. An input is a .npy",
         ),
         (
             ["run", "mynets:build", "--input", "mynets.py", "--out", "out"],
-            "is a file of another kind. An input is a .npy file, a",
+            "is not an input file. An input is a .npy file, a",
         ),
         (
             ["run", "mynets:build", "--input", "a.npy", "b.npy", "ok.npy", "--out", "out"],
-            "Name several inputs by a folder",
+            "For several inputs pass a folder",
         ),
         (["run", "mynets:build", "--input", "bad.npy", "--out", "out"], "'bad.npy' cannot be read"),
-        (["run", "mynets:build", "--input", "none.npy", "--out", "out"], "'none.npy' holds 0 values ((0, 1, 8))"),
+        (["run", "mynets:build", "--input", "none.npy", "--out", "out"], "'none.npy' is empty: its shape is (0, 1, 8)"),
         (
             ["run", "mynets:build", "--input", "bad.pt", "--out", "out"],
             "'bad.pt' cannot be read: it is not a file of torch.save",
         ),
         (
             ["run", "mynets:build", "--input", "code.pt", "--out", "out"],
-            "nothing else is loaded, since that could run code",
+            "(loading them could run code)",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--shape", "7,-1", "--out", "out"],
-            "holds (1, 1, 8), which is not 7,-1",
+            "'ok.npy' of shape (1, 1, 8) cannot be reshaped to 7,-1",
         ),
-        (["run", "mynets:build", "--input", "ints.npy", "--out", "out"], "save them so: numbers.astype('float32')."),
-        (["run", "mynets:Named", "--input", "x.wav", "--out", "out"], "there is no file 'x.wav'"),
+        (["run", "mynets:build", "--input", "ints.npy", "--out", "out"], "save them as such: array.astype('float32')."),
+        (["run", "mynets:Named", "--input", "x.wav", "--out", "out"], "the file 'x.wav' does not exist"),
         (
             ["run", "mynets:build", "--input", "s.wav", "--sample-rate", "16000", "--out", "out"],
-            "'s.wav' has 8000 samples a second, and --sample-rate says 16000.",
+            "'s.wav' has 8000 samples per second, which differs from --sample-rate 16000.",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--sample-rate", "0", "--out", "out"],
-            "--sample-rate 0 is not a rate",
+            "--sample-rate 0 is not a positive number",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--every", "0", "--out", "out"],
@@ -553,28 +556,31 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
             ["run", "mynets:build", "--input", "ok.npy", "--batch-size", "0", "--out", "out"],
             "--batch-size 0 is less than 1",
         ),
-        (["run", "mynets:build", "--input", "dict.pt", "--batch-size", "2", "--out", "out"], "Leave --batch-size out."),
+        (["run", "mynets:build", "--input", "dict.pt", "--batch-size", "2", "--out", "out"], "Remove --batch-size."),
         (
             ["run", "mynets:build", "--input", "stereo.wav", "--out", "out"],
             "write --shape 2,-1. For a model of one channel, write --shape 2,1,-1.",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py"],
-            "'mynets.py' is a file, and --out names a folder.",
+            "'mynets.py' is a file, not a folder.",
         ),
         (
             ["run", "mynets:build", "--input", "ok.npy", "--out", "mynets.py/x"],
-            "'mynets.py' is a file, and --out names a folder",
+            "'mynets.py' is a file, not a folder",
         ),
         (["run", "mynets:build", "--input", "text.pt", "--out", "out"], "holds a str"),
         (["run", "mynets:build", "--shape", "1,1,8", "--at", "start", "--out", "out"], "invalid choice: 'start'"),
-        (["stats", "mynets:build"], "there is no input. Give --input"),
+        (["stats", "mynets:build"], "the input is missing. Pass --input"),
         (
             ["stats", "mynets:build", "--shape", "1,1,8", "--out", "mynets.py/x"],
-            "'mynets.py' is a file, and --out names a folder",
+            "'mynets.py' is a file, not a folder",
         ),
         (["nonsense"], "invalid choice: 'nonsense'"),
-        (["layers", "mynets:build", "--nonsense"], "unknown arguments: --nonsense. convtap --help shows the commands."),
+        (
+            ["layers", "mynets:build", "--nonsense"],
+            "unknown arguments: --nonsense. Run convtap --help for the commands.",
+        ),
         ([], "required"),
     ],
 )

@@ -194,7 +194,7 @@ def test_outputs_that_another_program_put_there_are_not_drawn_with_the_old_signa
     load("build/activations.safetensors").save(tmp_path / "activations.safetensors")
     assert main(["plot", str(tmp_path), "--out", "made.png"]) == 0
     assert drawn[0][1]["signal"] is None
-    assert "inputs.safetensors is of other outputs" in capsys.readouterr().err
+    assert "inputs.safetensors belongs to other outputs" in capsys.readouterr().err
 
 
 def test_inputs_of_layers_are_not_placed_by_the_timeline_of_outputs(here, drawn, tmp_path):
@@ -235,7 +235,7 @@ def test_info_says_how_a_run_was_made(here, capsys):
     assert re.fullmatch(
         rf"\d{{4}}-\d\d-\d\dT.*, convtap {convtap.__version__}, torch {re.escape(torch.__version__)}", lines[1]
     )
-    assert lines[2] == "input 0: a.wav, of shape 1,1,400 (float32), 8000 samples a second"
+    assert lines[2] == "input 0: a.wav, of shape 1,1,400 (float32), 8000 samples per second"
     assert lines[-1].startswith("4 calls")
     assert main(["info", "less", "--stats"]) == 0
     out = capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         shard.write_bytes(content)
     assert main(["verify", str(folder)]) == damaged
     out = capsys.readouterr().out
-    assert ("every shard is as it was written" in out) is not damaged
+    assert ("the checksums of all shards match" in out) is not damaged
     assert ("1 bad" in out) is damaged
 
 
@@ -291,19 +291,19 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["plot", "buld"], "there is no file or folder 'buld'. Did you mean 'build'?"),
-        (["info", "xyz"], "there is no file or folder 'xyz'. convtap run and acts.save write some."),
+        (["plot", "buld"], "'buld' does not exist. Did you mean 'build'?"),
+        (["info", "xyz"], "'xyz' does not exist. Write it with convtap run or acts.save."),
         (
             ["plot", "empty"],
-            "the folder 'empty' has no activations.safetensors, and is not a store. convtap run writes one",
+            "the folder 'empty' has no activations.safetensors and is not a store. Write it with convtap run",
         ),
         (
             ["info", "."],
-            "and is not a store. Give one of its files: lone.safetensors.",
+            "and is not a store. Pass one of its files: lone.safetensors.",
         ),
         (["plot", "nets.py"], "'nets.py' cannot be read"),
-        (["report", "build/inputs.safetensors"], "holds the inputs of a run. Give its folder: 'build'."),
-        (["report", "build.st"], "'build.st' holds statistics. Draw them with: convtap plot build.st"),
+        (["report", "build/inputs.safetensors"], "holds the inputs of a run. Pass its folder: 'build'."),
+        (["report", "build.st"], "'build.st' holds statistics, not outputs. Draw it: convtap plot build.st"),
         (
             ["plot", "build", "--sample", "2"],
             "sample 2 does not exist, since the capture has 2 inputs. Numbers start at 0.",
@@ -311,17 +311,17 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         (["plot", "build", "--sample", "x"], "--sample x is not the number of an input. Write --sample 0"),
         (["plot", "build", "--layers", "3"], "no captured layer matches '3'"),
         (["plot", "build", "--channels", "0"], "channels"),
-        (["plot", "build", "--span", "1"], "'1' is not a part of the input. Write its start and its end: --span 1.5:3"),
+        (["plot", "build", "--span", "1"], "'1' is not a span. Write its start and stop: --span 1.5:3"),
         (["plot", "build", "--span", "9:10"], "span=(9, 10) is not within the time axis"),
         (["plot", "build", "--out", "maps.xyz"], "Format 'xyz' is not supported"),
         (["plot", "build", "--out", "gone/maps.png"], "the file 'gone/maps.png' cannot be written"),
         (["report", "build", "--out", "gone/maps.html"], "the file 'gone/maps.html' cannot be written"),
         (
             ["plot", "store", "--sample", "s9"],
-            "the store has no sample 's9'. Its ids: s0, s1, s2, s3, … (6). Did you mean",
+            "sample 's9' does not exist in the store. Its ids are s0, s1, s2, s3, … (6). Did you mean",
         ),
-        (["compare", "build", "build.st"], "'build' is a capture, and 'build.st' is statistics. Give two captures"),
-        (["compare", "store", "store"], "'store' is a store, and 'store' is a store. Give two captures"),
+        (["compare", "build", "build.st"], "'build' is a capture, and 'build.st' is statistics. Pass two captures"),
+        (["compare", "store", "store"], "'store' is a store, and 'store' is a store. Pass two captures"),
         (["compare", "build.st", "other.st", "--atol", "1"], "atol does not apply to statistics"),
         (["compare", "build"], "the following arguments are required: B"),
         (["compare", "a", "b", "--atol", "much"], "argument --atol: invalid float value: 'much'"),
@@ -350,7 +350,7 @@ def change(file, **about):
         (lambda file: change(file, model=None), "is damaged"),
         (lambda file: change(file, inputs=[{"name": "x"}]), "is damaged"),
         (lambda file: change(file, timeline={"time_dim": -1}), "is damaged"),
-        (lambda file: change(file, format=2), "is of a newer convtap. Update it: pip install -U convtap"),
+        (lambda file: change(file, format=2), "was written by a newer convtap. Update convtap: pip install -U convtap"),
     ],
 )
 def test_a_damaged_file_beside_the_outputs_says_what_to_do(here, capsys, tmp_path, damage, says):

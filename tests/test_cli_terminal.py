@@ -252,7 +252,7 @@ def test_a_bug_of_the_library_is_status_2_and_not_that_something_differs(monkeyp
     monkeypatch.setattr(convtap.cli, "_parser", failing(AssertionError("impossible")))
     assert main([]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("convtap: this error is a bug in convtap. Report it with the lines below.\n")
+    assert err.startswith("convtap: this error is a bug in convtap. Report it together with the lines below.\n")
     assert err.endswith("AssertionError: impossible\n")
 
 

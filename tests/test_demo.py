@@ -56,13 +56,13 @@ def short(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "there is no file"),
+        (lambda path: None, "does not exist. Pass the path of a sound file."),
         (lambda path: path.write_text("no sound"), "pip install soundfile"),
         (
             lambda path: path.write_bytes(SPEECH.read_bytes()[:100]),
-            "it has 56 of the 64,000 bytes of sound that it says",
+            "it has 56 of its 64,000 bytes of data",
         ),
-        (lambda path: short(path), "has 300 samples, and one frame of the encoder needs 400. Give a longer one."),
+        (lambda path: short(path), "has 300 samples, but one frame of the encoder needs 400. Pass a longer sound."),
     ],
 )
 def test_a_bad_sound_file_is_one_line_and_status_2(make, message, tmp_path, capsys, monkeypatch):

@@ -319,7 +319,7 @@ def test_an_output_without_a_time_axis_is_bars():
     figure = plot(captured(values))
     heights = sorted(patch.get_height() for patch in figure.axes[0].patches if patch.get_height())
     assert heights == [-2.0, 0.5, 1.0]
-    assert "no time axis: one bar a channel" in texts(figure)
+    assert "no time axis: one bar per channel" in texts(figure)
     assert "1 NaN" in texts(figure)
 
 
@@ -335,7 +335,7 @@ def test_a_layer_of_unknown_layout_says_which_axis_was_taken_as_time():
     model = nn.Sequential(nn.Unflatten(1, (1, 20)))
     with capture(model, types=nn.Unflatten) as acts:
         model(torch.randn(1, 20, 3)[:, :, 0])
-    assert "its last axis taken as time" in texts(plot(acts))
+    assert "last axis taken as time" in texts(plot(acts))
     assert "taken as time" not in texts(plot(captured(torch.randn(1, 4, 10))))
 
 
@@ -348,7 +348,7 @@ def test_the_timeline_says_which_axis_is_time():
     figure = plot(acts, timeline={"0": entry})
     np.testing.assert_array_equal(maps(figure)[0].get_array(), y[0].detach().numpy().T)
     assert maps(figure)[0].get_extent()[:2] == [-0.5, 19.5]
-    assert "time is its axis -2" in texts(figure)
+    assert "time is axis -2" in texts(figure)
 
 
 def test_the_place_of_a_structure_is_that_of_one_of_its_tensors():
@@ -570,20 +570,20 @@ def test_channels_of_an_output_without_time_are_bars():
             LayerNotFound,
             r"no captured layer matches 'convs.9'.*convs\.0.*Did you mean 'convs.0'",
         ),
-        ({"layers": []}, InvalidValue, "layers is empty, so nothing would be drawn"),
-        ({"layers": 3}, InvalidType, "layers: int chooses nothing here"),
-        ({"layers": [3]}, InvalidType, "layers: int chooses nothing here"),
+        ({"layers": []}, InvalidValue, "layers is empty. Pass layers=None"),
+        ({"layers": 3}, InvalidType, "layers has a selector of type int"),
+        ({"layers": [3]}, InvalidType, "layers has a selector of type int"),
         ({"sample": 1}, OutOfRange, "sample 1 does not exist, since the capture has 1 input"),
         ({"sample": "first"}, InvalidType, "sample is a str"),
         ({"sample": True}, InvalidType, "sample is a bool"),
-        ({"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),
+        ({"channels": 0}, InvalidValue, "channels=0 is less than 1"),
         ({"channels": 2.5}, InvalidType, "channels is 2.5"),
-        ({"sample_rate": 16000}, InvalidValue, "nothing here is counted in input samples"),
-        ({"sample_rate": -1, "signal": [0.0, 1.0]}, InvalidValue, "sample_rate=-1 is no rate"),
+        ({"sample_rate": 16000}, InvalidValue, "sample_rate=16000 has no effect without a signal or a timeline"),
+        ({"sample_rate": -1, "signal": [0.0, 1.0]}, InvalidValue, "sample_rate=-1 is not a positive number"),
         ({"sample_rate": "16k", "signal": [0.0, 1.0]}, InvalidType, "sample_rate is '16k'"),
         ({"timeline": 3}, InvalidType, "timeline is a int"),
         ({"signal": {"x": 1}}, InvalidType, "signal is a dict"),
-        ({"signal": torch.zeros(4, 1, 10)}, InvalidValue, "signal has 4 inputs along axis 0, and the block has 1"),
+        ({"signal": torch.zeros(4, 1, 10)}, InvalidValue, "signal has 4 inputs along axis 0, but the capture has 1"),
         ({"signal": torch.zeros(0)}, InvalidValue, r"signal has shape \(0,\)"),
         ({"signal": torch.zeros(1, 1, 1, 1)}, InvalidValue, r"signal has shape \(1, 1, 1, 1\)"),
         ({"signal": object()}, InvalidType, "signal is a object"),
@@ -599,13 +599,13 @@ def test_nothing_captured_is_said():
     acts = captured(torch.randn(1, 4, 10))
     acts.clear()
     for draw in (acts.plot, lambda: distributions(acts), lambda: channels(acts, "convs.0")):
-        with pytest.raises(NotCaptured, match="there is nothing to draw: no outputs were captured"):
+        with pytest.raises(NotCaptured, match="no outputs were captured, so the picture would be empty"):
             draw()
 
 
 def test_what_is_no_capture_is_named():
     for draw in (plot, distributions, lambda acts: channels(acts, "convs.0")):
-        with pytest.raises(InvalidType, match="acts is a dict, not a capture's outputs. Pass acts of"):
+        with pytest.raises(InvalidType, match="acts is a dict, not the result of a capture. Pass the acts of"):
             draw({})
 
 
@@ -615,19 +615,19 @@ def test_a_layer_of_another_pass_is_said():
         model[0](torch.randn(1, 1, 8))
         model[0](torch.randn(1, 1, 8))
         model[1](torch.randn(1, 1, 8))
-    with pytest.raises(LayerNotFound, match="1: captured, but not in the forward pass of sample 0"):
+    with pytest.raises(LayerNotFound, match="1 did not run in the forward pass of sample 0"):
         acts.plot(layers="1")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layer": "convs.9"}, LayerNotFound, "no output of sample 0 is named 'convs.9'"),
+        ({"layer": "convs.9"}, LayerNotFound, "sample 0 has no output 'convs.9'"),
         ({"layer": 0}, InvalidType, "layer is a int"),
-        ({"layer": "convs.0", "channels": [9]}, OutOfRange, "there is no channel 9: the layer has 4"),
+        ({"layer": "convs.0", "channels": [9]}, OutOfRange, "channel 9 does not exist: the layer has 4 channels"),
         ({"layer": "convs.0", "channels": []}, InvalidValue, "channels is empty"),
         ({"layer": "convs.0", "channels": "all"}, InvalidType, "channels is 'all'"),
-        ({"layer": "convs.0", "channels": 0}, InvalidValue, "channels=0 leaves nothing"),
+        ({"layer": "convs.0", "channels": 0}, InvalidValue, "channels=0 is less than 1"),
         ({"layer": "convs.1"}, Unsupported, r"'convs.1' has no values to draw: its shape is \(4, 0\)"),
     ],
 )

@@ -197,9 +197,9 @@ def test_a_position_without_one_letter_is_a_dot():
 def test_bad_letters_are_named(found):
     hits, x = found
     for letters, error, message in (
-        ("ACGT", InvalidValue, "has 4 letters, and the inputs have 2 channels"),
-        ("AC", InvalidValue, "is not one-hot.*Leave letters='AC' out"),
-        (4, InvalidType, "letters is 4. Pass one letter a channel"),
+        ("ACGT", InvalidValue, "has 4 letters, but the inputs have 2 channels"),
+        ("AC", InvalidValue, "is not one-hot.*Remove letters='AC'"),
+        (4, InvalidType, "letters is 4, not a string. Pass one letter per channel"),
     ):
         with pytest.raises(error, match=message):
             windows(hits, x, letters=letters)
@@ -207,5 +207,5 @@ def test_bad_letters_are_named(found):
         windows([], x)
     with pytest.raises(InvalidValue, match="sample_rate=0"):
         windows(hits, x, sample_rate=0)
-    with pytest.raises(Unsupported, match=r"the most is 6,000\. .*windows\(hits\[:50\], x\)"):
+    with pytest.raises(Unsupported, match=r"the limit is 6,000\. .*windows\(hits\[:50\], x\)"):
         windows(list(hits) * 100, x)

@@ -200,7 +200,7 @@ def test_pictures_are_limited_and_the_page_says_so(tmp_path):
         model(torch.randn(1, 1, 6))
     page = read(acts, tmp_path / "r.html")
     assert len(page.maps()) == 300
-    assert "The first 300 of 310 calls" in page.written()
+    assert "Shown: the first 300 of 310 calls" in page.written()
 
 
 def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_the_table_is_limited_and_the_page_says_so(acts, tmp_path, monkeypatch):
     monkeypatch.setattr("convtap._view.report.entries.MAX_ROWS", 1)
     page = read(acts, tmp_path / "r.html")
     assert len(page.all("tr")) == 2  # the headings and one call
-    assert "The first 1 of 2 calls; acts.summary() has all." in page.written()
+    assert "Shown: the first 1 of 2 calls. acts.summary() has all." in page.written()
 
 
 # -- its head
@@ -307,7 +307,7 @@ def test_title_and_notes_are_text_of_which_the_lines_stay(acts, tmp_path):
         ([f"c{i}" for i in range(40)], None),
         (
             ["stem", *(f"blocks.{i}.{part}.conv" for i in range(20) for part in "ab"), "head"],
-            [("outside of any block", 2), *((f"blocks.{i}", 2) for i in range(20))],
+            [("outside any block", 2), *((f"blocks.{i}", 2) for i in range(20))],
         ),
         (
             [*(f"features.{i}.conv" for i in range(10)), *(f"deep.{i}.{j}" for i in range(4) for j in range(8))],
@@ -448,7 +448,7 @@ def test_the_list_of_what_was_not_captured_is_limited_and_says_so(tmp_path, monk
         model(torch.zeros(1, 1, 4))
     acts.report(tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "The first 2 of 4 such layers." in page
+    assert "Shown: the first 2 of 4 layers without outputs." in page
     assert page.count("<td class='idle'>") == 2
 
 
@@ -487,7 +487,7 @@ def test_an_empty_capture_still_makes_a_page(acts, tmp_path):
     acts.clear()
     written = read(acts, tmp_path / "r.html", model=small()).written()
     assert "No outputs were captured." in written
-    assert "There is nothing to draw." in written
+    assert "The capture has no outputs to draw." in written
 
 
 def test_bars_and_structures_are_on_the_page(tmp_path):
@@ -504,9 +504,9 @@ def test_bars_and_structures_are_on_the_page(tmp_path):
         model(torch.randn(2, 9, 3))
     page = read(acts, tmp_path / "r.html")
     written = page.written()
-    assert "lstm[0] (9, 5) · time is its axis -2" in written
+    assert "lstm[0] (9, 5) · time is axis -2" in written
     assert "axis 0 is 1 and the input batch is 2" in written
-    assert "no time axis: one bar a channel" in written
+    assert "no time axis: one bar per channel" in written
     assert sum(attrs["d"].count("M") for attrs in page.all("path") if attrs.get("class") in ("up", "down")) == 7
 
 
@@ -516,7 +516,7 @@ def test_calls_of_other_passes_are_counted(tmp_path):
         model(torch.randn(1, 1, 9))
         model(torch.randn(1, 1, 9))
     assert (
-        "2 calls of other forward passes: choose another input with sample=."
+        "Other forward passes have 2 calls. Pass sample= to draw another input."
         in read(acts, tmp_path / "r.html").written()
     )
 
@@ -562,7 +562,7 @@ def test_an_error_leaves_the_old_file(acts, tmp_path):
         (".", {}, StoreError, "cannot be written"),
         ("r.html", {"model": 3}, InvalidType, "model is a int, not a torch.nn.Module"),
         ("r.html", {"layers": "nope"}, LayerNotFound, "no captured layer matches 'nope'"),
-        ("r.html", {"channels": 0}, InvalidValue, "channels=0 leaves nothing to draw"),
+        ("r.html", {"channels": 0}, InvalidValue, "channels=0 is less than 1"),
         ("r.html", {"title": 3}, InvalidType, "title is a int, not text. Pass a string: title='…'."),
         ("r.html", {"notes": ["a"]}, InvalidType, "notes is a list, not text. Pass a string: notes='…'."),
     ],
@@ -573,10 +573,10 @@ def test_a_bad_argument_is_named(acts, tmp_path, path, options, error, message):
 
 
 def test_what_is_no_capture_is_named(tmp_path):
-    with pytest.raises(InvalidType, match="acts is a dict, not a capture's outputs"):
+    with pytest.raises(InvalidType, match="acts is a dict, not the result of a capture"):
         report({}, tmp_path / "r.html")
 
 
 def test_a_path_that_is_none_is_named(acts):
-    with pytest.raises(InvalidType, match="path is a BytesIO, and it must name a file"):
+    with pytest.raises(InvalidType, match="path is a BytesIO, not the path of a file"):
         acts.report(io.BytesIO())

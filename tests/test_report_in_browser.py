@@ -194,7 +194,7 @@ def test_more_than_40_layers_are_folded_by_block_and_a_block_says_that_it_holds_
     blocks = visible(page, "table tr.block")
     assert len(blocks) == len(visible(page, "section#pictures summary")) == 17
     assert blocks[0].split() == ["start", "2", "outputs"]
-    assert blocks[-1].split() == ["outside", "of", "any", "block", "1", "output", "1", "with", "NaN", "or", "Inf"]
+    assert blocks[-1].split() == ["outside", "any", "block", "1", "output", "1", "with", "NaN", "or", "Inf"]
     page.locator("table tr.block button").nth(3).click()
     assert [name.rpartition(".")[2] for name in visible(page, "tbody td .name")] == [
         "filter",

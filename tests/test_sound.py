@@ -97,21 +97,21 @@ def test_a_file_of_more_than_4_gib_says_its_length_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "says"),
     [
-        (SPEECH.read_bytes()[:1000], StoreError, "it has 956 of the 64,000 bytes of sound that it says"),
-        (SPEECH.read_bytes()[:30], StoreError, "description of the sound is cut short"),
-        (SPEECH.read_bytes()[:40], StoreError, "it ends before the sound begins"),
-        (riff((b"data", b"12"), (b"fmt ", form())), StoreError, "its data comes before the description"),
+        (SPEECH.read_bytes()[:1000], StoreError, "it has 956 of its 64,000 bytes of data"),
+        (SPEECH.read_bytes()[:30], StoreError, "its format chunk is truncated"),
+        (SPEECH.read_bytes()[:40], StoreError, "it ends before its data begins"),
+        (riff((b"data", b"12"), (b"fmt ", form())), StoreError, "its data comes before its format"),
         (
             riff((b"fmt ", form()), (b"data", b"123")),
             StoreError,
-            "its 3 bytes of sound are not whole samples of 2 bytes",
+            "its 3 bytes of data are not a multiple of 2 bytes per frame",
         ),
-        (riff((b"fmt ", form(channels=0)), (b"data", b"12")), StoreError, "it says 0 channels"),
-        (riff((b"fmt ", form(rate=0)), (b"data", b"12")), StoreError, "0 a second"),
-        (riff((b"fmt ", form()), (b"data", b"")), InvalidValue, "holds 0 samples of sound"),
+        (riff((b"fmt ", form(channels=0)), (b"data", b"12")), StoreError, "its format has 0 channels"),
+        (riff((b"fmt ", form(rate=0)), (b"data", b"12")), StoreError, "0 frames per second"),
+        (riff((b"fmt ", form()), (b"data", b"")), InvalidValue, "holds 0 samples"),
         (riff((b"fmt ", form(7, width=1)), (b"data", b"1")), MissingExtra, "it is a WAV file of mu-law"),
         (riff((b"fmt ", form(1, width=8)), (b"data", b"12345678")), MissingExtra, "a WAV file of 64-bit integers"),
-        (b"no sound", MissingExtra, "it is not a WAV file. Install one (pip install soundfile)"),
+        (b"no sound", MissingExtra, "it is not a WAV file. Install it (pip install soundfile)"),
         (b"", MissingExtra, "ffmpeg -i x.wav x.16bit.wav"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_says_why(content, error, says, tmp_path, mon
 
 
 def test_a_missing_file_and_a_folder_say_so(tmp_path):
-    with pytest.raises(StoreError, match="there is no file"):
+    with pytest.raises(StoreError, match="does not exist"):
         read_sound(tmp_path / "x.wav")
     with pytest.raises(StoreError, match="cannot be read: "):
         read_sound(tmp_path)

@@ -896,7 +896,7 @@ def test_pictures_without_channels_or_quantiles_and_mistakes():
         stats.plot("z")
     with pytest.raises(InvalidType, match="layers is a int. Pass a name, a glob"):
         stats.plot(3)
-    with pytest.raises(NotCaptured, match="there are no statistics to draw"):
+    with pytest.raises(NotCaptured, match="the statistics are empty"):
         Statistics().plot()
 
 

@@ -1,4 +1,4 @@
-"""``python -m convtap``: the command line."""
+"""Runs the command line as ``python -m convtap``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line: ``convtap demo``, and what else a terminal is good for."""
+"""The entry point of the command line, ``convtap``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from convtap._result.origin import own_version
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns its exit status: 0, 1 if something differs or is bad, or 2 if the command failed."""
+    """Runs a command and returns its exit status.
+
+    The status is 0, or 1 if a check of the command failed, or 2 if the command itself failed.
+    """
     with any_encoding(), own_path():
         try:
             args = _parsed(argv)
@@ -32,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             complain(f"convtap: a file cannot be read or written: {error.strerror or error}{where}. Check its folder.")
         except KeyboardInterrupt:
             return INTERRUPTED
-        except Exception:  # Python's own exit status for it is 1, which means that something differs
-            complain("convtap: this error is a bug in convtap. Report it with the lines below.")
+        except Exception:  # Python would exit with status 1, which means that a check failed
+            complain("convtap: this error is a bug in convtap. Report it together with the lines below.")
             traceback.print_exc()
         return TROUBLE
 
@@ -42,18 +45,18 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        hint = "convtap --help shows the commands."
+        hint = "Run convtap --help for the commands."
         if getattr(args, "input", None) and any(os.path.exists(text) for text in rest):
-            hint = "Name several inputs by a folder, by a pattern in quotes (--input '*.wav'), or by --input for each."
+            hint = "For several inputs pass a folder, a pattern in quotes (--input '*.wav'), or --input several times."
         parser.exit(TROUBLE, f"convtap: unknown arguments: {' '.join(rest)}. {hint}\n")
     return args
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser that prints an error as one line, like the commands."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(TROUBLE, f"{self.prog}: {message}. {self.prog} --help shows an example.\n")
+        self.exit(TROUBLE, f"{self.prog}: {message}. Run {self.prog} --help for an example.\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:
@@ -67,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="convtap",
-        description="Taps the 1-D convolutions of PyTorch models.",
+        description="Captures the outputs of the 1-D convolutions of PyTorch models.",
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,13 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="five Conv1d layers and an audio encoder, tapped",
-        description="Shows the outputs of five Conv1d layers for each input, and of an audio encoder on a sound file.",
+        help="capture five Conv1d layers and an audio encoder",
+        description="Captures five Conv1d layers on ECG-like inputs, and an audio encoder on a sound file.",
         epilog="example: convtap demo speech.wav --out outputs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument("sound", nargs="?", metavar="FILE.wav", help="your own sound (default: a short recording)")
-    demo.add_argument("--out", type=Path, default=Path("convtap-demo"), help="folder for the outputs (%(default)s)")
+    demo.add_argument("sound", nargs="?", metavar="FILE.wav", help="a sound file (default: a short recording)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("convtap-demo"), help="folder for the outputs (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
     add_commands(commands)
     return parser

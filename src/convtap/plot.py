@@ -1,4 +1,4 @@
-"""Draws a capture with matplotlib: feature maps below the signal, how values are spread, and single channels."""
+"""Draws captures with matplotlib: feature maps, distributions and channels."""
 
 from __future__ import annotations
 
@@ -34,46 +34,49 @@ def plot(
     channels_last: bool | Chosen = None,
     span: Span = None,
 ) -> Figure:
-    """Draws each layer's output for one input: one (channels × time) map a call, in execution order.
+    """Draws each layer's output for one input, as one (channels × time) map per call.
 
-    Blue is below zero, red above, white at zero. Each map has its own colour limit, written in its title: 99 % of its
-    cells are within it, and the others have the full colour. An output without values below zero, such as a ReLU's, has a
-    scale from zero up, and one without values above zero a scale from zero down.
+    The maps are in execution order. Blue is below zero, white is zero, and red is above zero. Each map has its own colour
+    limit, written in its title: 99 % of its cells are within the limit, and the others have the full colour. The scale of
+    an output without negative values, such as a ReLU's, starts at zero. The scale of an output without positive values
+    ends at zero.
 
-    A map with more frames than columns shows each bin of frames as two columns, its minimum and its maximum; one with more
-    channels than rows shows neighbouring channels as one row, which has at each frame the value furthest from zero. Its
-    title says so. NaN is black, Inf is yellow, both are counted in the title and marked above the map. An output without a
-    time axis is drawn as bars, one a channel.
+    If a map has more frames than columns, each bin of frames is drawn as two columns, its minimum and its maximum. If it has
+    more channels than rows, neighbouring channels share a row, which shows at each frame the value furthest from zero. The
+    title says so. NaN is black and Inf is yellow. The title counts both, and marks above the map show where they are. An
+    output without a time axis is drawn as one bar per channel.
 
-    If the maps together would be higher than 6,000 pixels (about 60 of them), the figure is an index: one strip an output.
+    If all maps together would be higher than 6,000 pixels (about 60 maps), the figure is an index with one strip per output.
     ``pages`` then draws the maps on several pages.
 
     Args:
         acts: the outputs of a capture.
-        sample: which input, numbered from 0 through all forward passes.
-        layers: which calls: a name, a call key (``"conv#1"``), a glob, a ``re.Pattern``, or several; None for every call.
-        signal: the model's input, drawn on top: (B, C, T), (B, T), (C, T) or (T,); (B, T, C) with a timeline that follows axis
-            1, with Keras, or with ``channels_last=True``.
-        sample_rate: input samples a second: the time axis is in seconds.
-        timeline: ``convtap.timeline(model, x)``: everything is drawn on one time axis, each frame around the centre of its
-            receptive field and as wide as the stride. Without it each map has the full width, with its frames numbered.
-        channels: the most rows of a map.
-        channels_last: which outputs are (B, T, C): True for all, False for none, or a name, glob or pattern of layers, or
-            several. None: as the timeline or the layers' types say (Conv1d, LayerNorm, Linear, attention, recurrent and
-            Keras layers); the title of a map says if (B, C, T) was assumed.
-        span: ``(start, stop)`` zooms the signal and all layers on this part of the input: in samples, of which the last is
-            ``stop - 1``, or in seconds with ``sample_rate``. It needs ``timeline``.
+        sample: the number of the input, counted from 0 across all forward passes.
+        layers: the calls to draw; None for every call. Pass a name, a call key (``"conv#1"``), a glob, a ``re.Pattern``, or
+            several of them.
+        signal: the model's input, drawn above the maps: (B, C, T), (B, T), (C, T) or (T,). It is (B, T, C) for a timeline
+            that follows axis 1, for Keras, or with ``channels_last=True``.
+        sample_rate: input samples per second. The time axis is then in seconds.
+        timeline: the result of ``convtap.timeline(model, x)``. With it everything is drawn on one time axis: a frame lies
+            around the centre of its receptive field and is as wide as the stride. Without it each map has the full width,
+            and its frames are numbered.
+        channels: the maximum number of rows of a map.
+        channels_last: which outputs are (B, T, C): True for all, False for none, or one or several names, globs or patterns
+            of layers. With None, the timeline or the layer's type decides (Conv1d, LayerNorm, Linear, attention, recurrent
+            and Keras layers), and the title of a map says if (B, C, T) was assumed.
+        span: the part of the input to show for the signal and all layers, as ``(start, stop)``. It is in samples, up to
+            ``stop - 1``, or in seconds with ``sample_rate``. Needs ``timeline``.
 
     Returns:
-        A matplotlib Figure. A notebook shows it; elsewhere use ``figure.savefig("maps.png")``.
+        A matplotlib Figure. A notebook shows it. In a script, save it with ``figure.savefig("maps.png")``.
 
     Raises:
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` matches no captured call.
-        OutOfRange: there is no such input, or ``span`` is not within it.
-        Unsupported: there are more than 650 outputs, too many for an index on one page.
-        ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
+        OutOfRange: the input does not exist, or ``span`` is not within it.
+        Unsupported: the capture has more than 650 outputs, too many for an index on one page.
+        ConvtapError: another argument is invalid (also a TypeError or a ValueError).
 
     Examples:
         >>> import torch
@@ -83,7 +86,7 @@ def plot(
         >>> with capture(model) as acts:
         ...     y = model(torch.zeros(2, 1, 50))
         >>> figure = acts.plot(sample=1)
-        >>> len(figure.axes)  # two maps and the scale of colours
+        >>> len(figure.axes)  # two maps and the colour scale
         3
     """
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None, span=span)
@@ -102,26 +105,26 @@ def pages(
     channels_last: bool | Chosen = None,
     span: Span = None,
 ) -> list[Figure]:
-    """Draws the maps of ``plot`` on pages of at most 3,000 pixels, behind an index.
+    """Draws the maps of ``plot`` on pages of at most 3,000 pixels, after an index.
 
     Args:
         acts: the outputs of a capture.
-        sample: which input, as in ``plot``.
-        layers: which calls, as in ``plot``.
-        signal: the model's input, as in ``plot``, on top of each page.
-        sample_rate: input samples a second, as in ``plot``.
+        sample: the number of the input, as in ``plot``.
+        layers: the calls to draw, as in ``plot``.
+        signal: the model's input, as in ``plot``, at the top of each page.
+        sample_rate: input samples per second, as in ``plot``.
         timeline: the result of ``convtap.timeline``, as in ``plot``.
-        channels: the most rows of a map.
+        channels: the maximum number of rows of a map.
         channels_last: which outputs are (B, T, C), as in ``plot``.
         span: the part of the input to show, as in ``plot``.
 
     Returns:
-        A list of matplotlib Figures. The first is the index, with a strip and a page number for each output (two of more
-        than 325 outputs, and so on). If all maps fit on one page, it is the only one.
+        A list of matplotlib Figures. The first is the index, with a strip and a page number for each output. The index has
+        one page per 325 outputs. If all maps fit on one page, the list has only that page.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        NotCaptured, LayerNotFound, OutOfRange, ConvtapError: as ``plot``.
+        NotCaptured, LayerNotFound, OutOfRange, ConvtapError: as in ``plot``.
 
     Examples:
         >>> import torch
@@ -142,20 +145,22 @@ def pages(
 def distributions(
     acts: Activations, layers: Chosen = None, timeline: Any = None, channels_last: bool | Chosen = None
 ) -> Figure:
-    """Draws the spread of each layer's values over all inputs: quantiles, zeros, dead channels.
+    """Draws the distribution of each layer's values over all inputs.
+
+    Each layer has one row: the 1 % to 99 % quantiles (thin), the quartiles (thick) and the median (red) of the finite values,
+    the share of exact zeros, and the share of dead channels. A layer that runs several times in one forward pass, such as a
+    shared activation, has one row for each of these runs: ``act#0``, ``act#1``, …. A channel is dead if it has the same value
+    in every input at every frame. A channel with only one value is dead if that value is zero. A question mark after an axis
+    says that convtap assumed it to be the channels.
 
     Args:
         acts: the outputs of a capture.
-        layers: which layers, as in ``plot``; None for all.
+        layers: the layers to draw, as in ``plot``; None for all.
         timeline: the result of ``convtap.timeline``, as in ``plot``.
         channels_last: which outputs are (B, T, C), as in ``plot``.
 
     Returns:
-        A matplotlib Figure with one row a layer, over all inputs: the 1 % to 99 % quantiles (thin), the quartiles (thick) and
-        the median (red) of the finite values; the share of exact zeros; the share of dead channels. A layer that runs
-        several times in one forward pass, such as a shared activation, has one row for each of these runs: ``act#0``,
-        ``act#1``, …. A channel is dead if it has the same value in every input at every frame (if there is one value only:
-        if that is zero). A question mark follows the axis that was assumed to be the channels.
+        A matplotlib Figure.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -186,31 +191,34 @@ def channels(
     sample_rate: float | None = None,
     span: Span = None,
 ) -> Figure:
-    """Draws single channels of one layer for one input, each as its own small line over time.
+    """Draws channels of one layer for one input, each as a small line over time.
+
+    All lines have the same scale. An output without a time axis is drawn as bars.
 
     Args:
         acts: the outputs of a capture.
         layer: the layer's name or a call key.
-        sample: which input, numbered from 0 through all forward passes.
-        channels: how many, from channel 0 on; or which, such as ``[3, 17]`` or ``range(64, 128)``.
-        timeline: the result of ``convtap.timeline``, as in ``plot``: the lines lie over the input's time. Without it they
-            lie over the layer's frames.
+        sample: the number of the input, counted from 0 across all forward passes.
+        channels: the number of channels, starting at channel 0, or the channels to draw, such as ``[3, 17]`` or
+            ``range(64, 128)``.
+        timeline: the result of ``convtap.timeline``, as in ``plot``. With it the lines lie over the input's time, without it
+            over the layer's frames.
         channels_last: which outputs are (B, T, C), as in ``plot``.
         signal: the model's input, as in ``plot``, above each column of lines.
-        sample_rate: input samples a second: the time axis is in seconds.
+        sample_rate: input samples per second. The time axis is then in seconds.
         span: the part of the input to show, as in ``plot``.
 
     Returns:
-        A matplotlib Figure; all its lines have the same scale. An output without a time axis is drawn as bars.
+        A matplotlib Figure.
 
     Raises:
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
         LayerNotFound: the layer did not run on this input.
         AmbiguousCall: the layer ran several times on this input.
-        OutOfRange: there is no such input, or no such channel, or ``span`` is not within the input.
-        Unsupported: the picture would be higher than 6,000 pixels, or ``span`` is given and the layer's place is unknown.
-        ConvtapError: an argument cannot be used, or the layer's output has no row for each input.
+        OutOfRange: the input or a channel does not exist, or ``span`` is not within the input.
+        Unsupported: the picture would be higher than 6,000 pixels, or the layer has no known place for ``span``.
+        ConvtapError: an argument is invalid, or the layer's output does not have one row per input.
 
     Examples:
         >>> import torch
@@ -228,25 +236,26 @@ def channels(
 
 
 def windows(hits: Iterable[Hit], x: Any, *, sample_rate: float | None = None, letters: str | None = None) -> Figure:
-    """Draws the input windows of hits: what drives each channel most.
+    """Draws the input windows of hits, which drive each channel most.
+
+    The windows of each channel stand together, in the order of the hits, and all have the same scale. Above each window are
+    the number of its input, its first and its last sample, and the layer's output. Samples outside the signal are grey.
 
     Args:
-        hits: the hits that ``convtap.top`` returned, or some of them, such as ``hits[:20]``.
+        hits: hits that ``convtap.top`` returned, or some of them, such as ``hits[:20]``.
         x: all inputs of the data set, as in ``convtap.windows``.
-        sample_rate: input samples a second: positions are in seconds.
-        letters: one letter for each channel of one-hot inputs, such as ``"ACGT"``: each window is a row of letters. None for
-            lines, or a map of inputs with more than 8 channels.
+        sample_rate: input samples per second. Positions are then in seconds.
+        letters: one letter per channel of one-hot inputs, such as ``"ACGT"``, to draw each window as a row of letters. With
+            None, windows are lines, or maps if the inputs have more than 8 channels.
 
     Returns:
-        A matplotlib Figure: the windows of each channel together, in the order of the hits, all with one scale. Above each
-        window are the number of its input, its first and its last sample, and the layer's output. Samples outside of the
-        signal are grey.
+        A matplotlib Figure.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        InvalidValue: there are no hits, their windows differ in length, or ``letters`` does not fit the inputs.
+        InvalidValue: ``hits`` is empty, the windows differ in length, or ``letters`` does not fit the inputs.
         OutOfRange: ``x`` does not hold the input of a hit.
-        InvalidType: ``hits`` holds something else, or ``x`` is a single input or is not indexed by sample number.
+        InvalidType: ``hits`` holds other objects, or ``x`` is a single input or cannot be indexed by sample number.
         Unsupported: the picture would be higher than 6,000 pixels.
 
     Examples:
@@ -264,29 +273,31 @@ def windows(hits: Iterable[Hit], x: Any, *, sample_rate: float | None = None, le
 
 
 def _outputs_of(acts: Activations, axis: TimeAxis, channels_last: bool | Chosen) -> CapturedOutputs:
-    """Turns the public argument into the log that everything below reads."""
+    """Returns the outputs of ``acts``, after a check of its type."""
     if not isinstance(acts, Activations):
         raise InvalidType(
-            f"acts is a {type(acts).__name__}, not a capture's outputs. Pass acts of: with capture(model) as acts: model(x)"
+            f"acts is a {type(acts).__name__}, not the result of a capture. Pass the acts of: with capture(model) as acts: …"
         )
     return CapturedOutputs(log_of(acts), axis, channels_last)
 
 
 def statistics(stats: Statistics, layers: str | Sequence[str] | None = None) -> Figure:
-    """Draws the distribution of each layer's values, and a map of its dead and saturated channels.
+    """Draws the distribution of each layer's values and a map of its channels.
+
+    Each layer has one row as in ``distributions``, and one row of the map, with its channels from left to right. The map
+    shows which channels are dead, saturated, or have NaN or Inf. A column of several channels shows the worst of them.
 
     Args:
-        stats: what ``convtap.statistics`` collected.
+        stats: the result of ``convtap.statistics``.
         layers: names or globs of layers; None for all.
 
     Returns:
-        A matplotlib Figure: one row a layer as in ``distributions``, and one as channels from left to right. A column of
-        several channels shows the worst of them.
+        A matplotlib Figure.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        NotCaptured: there are no statistics.
-        LayerNotFound: ``layers`` names nothing that is here.
+        NotCaptured: ``stats`` is empty.
+        LayerNotFound: ``layers`` matches no layer of ``stats``.
     """
     from convtap._view.statistics_figure import statistics_figure
 

@@ -1,4 +1,4 @@
-"""Writes one HTML page of a capture: coverage, statistics, pictures and the layer tree. The page needs nothing but itself."""
+"""Writes a self-contained HTML report of a capture."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ def report(
     title: str | None = None,
     notes: str | None = None,
 ) -> None:
-    """Writes one self-contained HTML page: coverage, statistics, pictures and the layer tree.
+    """Writes a self-contained HTML page of coverage, statistics and pictures.
 
-    Its head says which model was captured, in which mode, on which device, of how many inputs, by which versions and when.
-    An index with a filter stays in view; more than 40 layers are folded by block, the module that they are in.
+    The head of the page names the model, its mode and device, the number of inputs, the versions and the date. An index with
+    a filter stays in view. If the capture has more than 40 layers, they are folded by block, the module that contains them.
 
-    The page loads nothing from anywhere, and works in any browser, from disk and on a phone. It is written under a
-    temporary name and then renamed, so that a file of this name is always whole. It needs no other package.
+    The page makes no network requests, and works in any browser, from disk and on a phone. convtap writes it to a temporary
+    file and then renames that, so the file is never incomplete. The report needs no other package.
 
     Args:
         acts: the outputs of a capture.
-        path: the file to write, such as ``"report.html"``; one that is there is replaced.
-        model: the model, to show its whole layer tree; without it the tree has the selected layers only.
-        sample: which input the pictures show, numbered from 0 through all forward passes.
-        layers: which layers have a picture, as in ``plot``. The table has all.
+        path: the file to write, such as ``"report.html"``. An existing file is overwritten.
+        model: the model, to show its whole layer tree. Without it the tree shows only the selected layers.
+        sample: the number of the input in the pictures, counted from 0 across all forward passes.
+        layers: the layers that have a picture, as in ``plot``. The table always has all layers.
         signal: the model's input, as in ``plot``.
-        sample_rate: input samples a second, as in ``plot``.
+        sample_rate: input samples per second, as in ``plot``.
         timeline: the result of ``convtap.timeline``, as in ``plot``.
-        channels: the most rows of a map.
+        channels: the maximum number of rows of a map.
         channels_last: which outputs are (B, T, C), as in ``plot``.
-        title: the heading of the page, in place of the model's class.
-        notes: free text below the head, such as what was tried. Its line breaks are kept.
+        title: the heading of the page, instead of the model's class.
+        notes: free text below the head, such as a description of the experiment. Line breaks are kept.
 
     Raises:
         StoreError: the file cannot be written.
         LayerNotFound: ``layers`` matches no captured call.
-        OutOfRange: there is no such input.
-        ConvtapError: another argument cannot be used (then it is a TypeError or a ValueError as well).
+        OutOfRange: the input does not exist.
+        ConvtapError: another argument is invalid (also a TypeError or a ValueError).
 
     Examples:
         >>> import tempfile
@@ -83,7 +83,7 @@ def report(
             raise InvalidType(f"{name} is a {type(text).__name__}, not text. Pass a string: {name}='…'.")
     rows = checked_count("channels", channels)
     axis = TimeAxis(timeline, sample_rate, has_signal=signal is not None)
-    table, drawn, entries = "<p>No outputs were captured.</p>", "<p>There is nothing to draw.</p>", None
+    table, drawn, entries = "<p>No outputs were captured.</p>", "<p>The capture has no outputs to draw.</p>", None
     if len(acts):
         outputs = CapturedOutputs(log_of(acts), axis, channels_last)
         found = drawn_input(outputs, sample, layers, signal, rows)
@@ -99,7 +99,7 @@ def report(
         Section("tree", "Layer tree", layer_tree(acts.coverage, model)),
     ]
     name = model_name(acts, model)
-    heading = title or (f"{name}: what convtap captured" if name else "What convtap captured")
+    heading = title or (f"{name}: captured outputs" if name else "Captured outputs")
     text = page(heading, head(acts, model, notes), index(sections, entries), sections, labels())
     try:
         write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -108,16 +108,18 @@ def report(
 
 
 def _checked(acts: Activations, path: str | os.PathLike[str], model: nn.Module | None) -> Path:
-    """Checks what is written of what, and returns where to."""
+    """Checks the arguments, and returns the path of the file to write."""
     if not isinstance(acts, Activations):
         raise InvalidType(
-            f"acts is a {type(acts).__name__}, not a capture's outputs. Write: acts.report('report.html')."
+            f"acts is a {type(acts).__name__}, not the result of a capture. Write acts.report('report.html')."
         )
     if model is not None and not isinstance(model, nn.Module):
-        raise InvalidType(f"model is a {type(model).__name__}, not a torch.nn.Module: report(path, model=model).")
+        raise InvalidType(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Write acts.report('report.html', model=model)."
+        )
     try:
         return Path(path)
     except TypeError:
         raise InvalidType(
-            f"path is a {type(path).__name__}, and it must name a file: acts.report('report.html')."
+            f"path is a {type(path).__name__}, not the path of a file. Write acts.report('report.html')."
         ) from None

@@ -1,1 +1,1 @@
-"""The commands of the command line."""
+"""Implements the commands of the command line."""

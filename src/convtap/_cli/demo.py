@@ -1,4 +1,4 @@
-"""What ``convtap demo`` shows: the outputs of five Conv1d layers for each input, and of an audio encoder on real sound."""
+"""Implements ``convtap demo``: five Conv1d layers, and an audio encoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def five_layers() -> nn.Sequential:
 
 
 def ecg(inputs: int = 3, seconds: float = 2.0, sample_rate: int = 250) -> Tensor:
-    """Generates ECG-like signals (B, 1, T): a heartbeat is a sum of five bumps, the P, Q, R, S and T waves."""
+    """Generates ECG-like signals (B, 1, T).
+
+    A heartbeat is a sum of five bumps: the P, Q, R, S and T waves.
+    """
     time = torch.arange(int(seconds * sample_rate)) / sample_rate
     waves = [(0.20, 0.025, 0.15), (0.33, 0.010, -0.12), (0.36, 0.011, 1.0), (0.39, 0.010, -0.25), (0.60, 0.045, 0.30)]
     rates = torch.linspace(60, 100, inputs) / 60
@@ -47,10 +50,10 @@ def ecg(inputs: int = 3, seconds: float = 2.0, sample_rate: int = 250) -> Tensor
 
 
 class AudioEncoder(nn.Module):
-    """An encoder in the manner of wav2vec 2.0: seven strided Conv1d layers over the waveform, and a positional one.
+    """An untrained encoder like wav2vec 2.0: (B, T) → (B, T / 320, width).
 
-    The kernels and strides are those of Baevski et al., 2020 (arXiv:2006.11477), section 4.2: one frame for 20 ms at
-    16 kHz. The weights are random. (B, T) → (B, T / 320, width).
+    It has seven strided Conv1d layers over the waveform, and a positional one. The kernels and strides are those of Baevski
+    et al., 2020 (arXiv:2006.11477), section 4.2, with one frame per 20 ms at 16 kHz.
     """
 
     KERNELS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
@@ -81,7 +84,7 @@ class AudioEncoder(nn.Module):
 
 
 def per_input(acts: Activations) -> Table:
-    """Tabulates the outputs for each input: shape (C, T) and range of each layer's."""
+    """Tabulates the shape (C, T) and range of each layer's output, for each input."""
     rows: list[tuple[Any, ...]] = []
     for i, sample in enumerate(acts.samples()):
         rows.extend((i, name, shapes_text(output.shape), *statistics(output)[:3]) for name, output in sample.items())
@@ -89,7 +92,7 @@ def per_input(acts: Activations) -> Table:
 
 
 def run(out: Path, sound: str | None = None) -> list[str]:
-    """Runs the demo, writes the outputs into a folder, and returns the text to print.
+    """Runs the demo, writes its files into a folder and returns the text to print.
 
     Raises:
         StoreError: the sound cannot be read, or the folder cannot be written.
@@ -99,7 +102,7 @@ def run(out: Path, sound: str | None = None) -> list[str]:
     waveform, rate = read_sound(path)
     if waveform.shape[-1] < 400:
         raise InvalidValue(
-            f"{str(path)!r} has {waveform.shape[-1]} samples, and one frame of the encoder needs 400. Give a longer one."
+            f"{str(path)!r} has {waveform.shape[-1]} samples, but one frame of the encoder needs 400. Pass a longer sound."
         )
     torch.manual_seed(0)
     make_folder(out)
@@ -151,7 +154,7 @@ def _sound(out: Path, name: str, waveform: Tensor, rate: int) -> list[str]:
 
 
 def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, rate: int) -> list[str]:
-    """Writes the feature maps of the first input, and the report. Returns what to say of them."""
+    """Writes the pictures and the report. Returns the lines to print."""
     times = timeline(model, signal)
     report, picture = path.with_suffix(".html"), path.with_suffix(".png")
     acts.report(report, model=model, signal=signal, sample_rate=rate, timeline=times)
@@ -165,7 +168,7 @@ def _pictures(acts: Activations, path: Path, model: nn.Module, signal: Tensor, r
 
 def _saved(path: Path, key: str) -> list[str]:
     return [
-        f"Saved to {path} ({human_bytes(path.stat().st_size)}). Read it back with",
+        f"Saved to {path} ({human_bytes(path.stat().st_size)}). Load it with",
         "",
         "    from convtap import load",
         f"    acts = load({str(path)!r})",

@@ -1,4 +1,4 @@
-"""Makes the model that a command names: ``pkg.module:factory`` or ``folder/file.py:factory``, on a device."""
+"""Builds a command's model from ``pkg.module:factory`` or ``file.py:factory``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".ke
 
 @contextmanager
 def own_path() -> Iterator[None]:
-    """Puts the paths on which modules are searched back; the model may import more while it runs."""
+    """Restores ``sys.path`` on exit, since the model may import more while it runs."""
     before = list(sys.path)
     try:
         yield
@@ -37,12 +37,13 @@ def own_path() -> Iterator[None]:
 
 
 def load_model(spec: str) -> nn.Module:
-    """Returns the model that a factory makes. The current folder is searched for its module first.
+    """Returns the model that a factory builds.
 
-    The random seed is 0 while it is made, so that a model with random weights is the same one every time.
+    The current folder is the first on the import path. The random seed is 0 during the call, so that a model with random
+    weights is the same each time.
 
     Raises:
-        InvalidValue: there is no such module or factory, or importing or calling it fails.
+        InvalidValue: the module or factory does not exist, or its import or call fails.
         InvalidType: the factory does not return an ``nn.Module``.
     """
     where, name = _split(spec)
@@ -50,34 +51,32 @@ def load_model(spec: str) -> nn.Module:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            raise InvalidValue(f"{where!r} has no {name!r}. {_instead(where, module, part)}")
+            raise InvalidValue(f"{where!r} does not define {name!r}. {_instead(where, module, part)}")
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
         found = _built(spec, name, found)
     if is_keras(type(found)):
-        check_arguments(found, None, nn.Conv1d)  # names the setting that makes it a model of torch
+        check_arguments(found, None, nn.Conv1d)  # its error names the setting for Keras's torch backend
     if not isinstance(found, nn.Module):
-        raise InvalidType(
-            f"{spec!r} returned a {type(found).__name__}, not a torch.nn.Module. Return the model from it."
-        )
+        raise InvalidType(f"{spec!r} returned a {type(found).__name__}, not a torch.nn.Module. Return the model.")
     return found
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """Splits a spec into the module or file and the name in it.
+    """Splits a spec into the module or file, and the name in it.
 
     Raises:
-        InvalidValue: it does not have the two.
+        InvalidValue: one of the two is missing.
     """
     where, _, name = spec.rpartition(":")
     if where and name.endswith("()"):
-        raise InvalidValue(f"{spec!r} has a call in it. Write it without parentheses: {spec[:-2]}")
+        raise InvalidValue(f"{spec!r} contains a call. Write it without parentheses: {spec[:-2]}")
     if where and all(part.isidentifier() for part in name.split(".")):
         return where, name
     if Path(spec).suffix.lower() in _WEIGHTS:
         raise InvalidValue(
-            f"{spec!r} is a file of weights, and not the code of a model. Write mynet.py:build, where build is a function "
-            "that makes the model, loads them and returns it."
+            f"{spec!r} is a file of weights, not the code of a model. Write mynet.py:build, where build is a function that "
+            "creates the model, loads the weights and returns the model."
         )
     code = where if where and not name else spec
     is_code = code.endswith(".py") or all(part.isidentifier() for part in code.split("."))
@@ -100,11 +99,11 @@ def _built(spec: str, name: str, factory: Any) -> Any:
             if parameter.default is parameter.empty
             and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ]
-    except (TypeError, ValueError):  # such as of a class without a signature
+    except (TypeError, ValueError):  # for example a class without a signature
         required = []
     if required:
         raise InvalidValue(
-            f"{spec!r} needs the arguments {', '.join(required)}. Write a function without arguments beside it: "
+            f"{spec!r} requires the arguments {', '.join(required)}. Write a function without arguments in the same file: "
             f"def build(): return {name}({required[0]}=…)"
         )
     with torch.random.fork_rng(devices=[]):
@@ -113,7 +112,7 @@ def _built(spec: str, name: str, factory: Any) -> Any:
 
 
 def _instead(where: str, module: ModuleType, name: str) -> str:
-    """Says which names of a module could make a model."""
+    """Returns a sentence with the names in a module that could return a model."""
     own = [
         key
         for key, value in vars(module).items()
@@ -121,7 +120,7 @@ def _instead(where: str, module: ModuleType, name: str) -> str:
         and (isinstance(value, nn.Module) or (callable(value) and getattr(value, "__module__", "") == module.__name__))
     ]
     near = did_you_mean(name, own or dir(module))
-    return near.strip() or (f"It defines {listed(own)}." if own else f"Define there {_WHAT}.")
+    return near.strip() or (f"It defines {listed(own)}." if own else f"Define {_WHAT}.")
 
 
 # -- importing
@@ -135,14 +134,14 @@ def _import_module(name: str) -> ModuleType:
         return run_user_code(f"importing {name!r} failed", _imported, name)  # type: ignore[no-any-return]
     except _NoSuchModule:
         files = sorted(path.stem for path in Path(here).glob("*.py"))
-        hint = did_you_mean(name, files) or " A file elsewhere has its path: folder/mynet.py:build."
+        hint = did_you_mean(name, files) or " For a file in another folder write its path: folder/mynet.py:build."
         raise InvalidValue(
-            f"there is no module {name!r} in the current folder or among the installed packages.{hint}"
+            f"the module {name!r} is neither in the current folder nor among the installed packages.{hint}"
         ) from None
 
 
 class _NoSuchModule(BaseException):
-    """The module itself is missing, and not one that it imports."""
+    """The module itself is missing, not one that it imports."""
 
 
 def _imported(name: str) -> ModuleType:
@@ -160,10 +159,10 @@ def _import_file(where: str) -> ModuleType:
         siblings = [str(Path(where).parent / file.name) for file in sorted(path.parent.glob("*.py"))]
         near = did_you_mean(where if where.endswith(".py") else f"{where}.py", siblings)
         raise InvalidValue(
-            f"there is no Python file {where!r}.{near or ' Write the path of the file: mynet.py:build.'}"
+            f"the Python file {where!r} does not exist.{near or ' Write the path of the file: mynet.py:build.'}"
         )
     names, folder = [path.stem], path.parent
-    while (folder / "__init__.py").is_file():  # a module of a package, which may import its neighbours as such
+    while (folder / "__init__.py").is_file():  # a module of a package may use relative imports
         names.insert(0, folder.name)
         folder = folder.parent
     sys.path[:0] = [str(folder), os.getcwd()]
@@ -174,21 +173,19 @@ def _import_file(where: str) -> ModuleType:
     name = ".".join(names).removesuffix(".__init__")
     module: ModuleType = run_user_code(what, importlib.import_module, name)
     if not os.path.samefile(module.__file__ or os.devnull, path):
-        raise InvalidValue(
-            f"{where!r} is not what is imported as {name}: that is {module.__file__}. Give the package another name."
-        )
+        raise InvalidValue(f"importing {name} loaded {module.__file__}, not {where!r}. Rename the package.")
     return module
 
 
 def _executed(path: Path) -> ModuleType:
-    """Imports a file under its own name, or under another one if a module has that."""
+    """Imports a file under its own name, or under another one if that name is taken."""
     known = sys.modules.get(path.stem)
     is_taken = known is not None and getattr(known, "__file__", None) != str(path)
     name = f"convtap_model_{path.stem}" if is_taken else path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # before it runs: its classes look it up
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # before it runs, since its classes look it up
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -201,12 +198,12 @@ def _executed(path: Path) -> ModuleType:
 
 
 def types_of(texts: Sequence[str] | None, model: nn.Module) -> dict[str, Any]:
-    """Returns the module types that ``--types`` names, as the argument of ``capture``; nothing without it.
+    """Returns the module types of ``--types`` as keyword arguments of ``capture``.
 
-    A type is one of ``torch.nn``, or any that the model has, by the name of its class.
+    A type is a class of ``torch.nn``, or the class of a module in the model. Without ``--types`` the result is empty.
 
     Raises:
-        InvalidValue: there is no such type.
+        InvalidValue: a type does not exist.
     """
     kinds: dict[str, dict[type, None]] = {}
     for module in model.modules():
@@ -222,9 +219,9 @@ def types_of(texts: Sequence[str] | None, model: nn.Module) -> dict[str, Any]:
             found.update(kinds[text])
         else:
             counts = Counter(type(module).__name__ for module in model.modules())
-            near = did_you_mean(text, list(counts)) or did_you_mean(text, dir(nn)) or " Name one of them: --types ReLU."
+            near = did_you_mean(text, list(counts)) or did_you_mean(text, dir(nn)) or " Write for example --types ReLU."
             has = ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
-            raise InvalidValue(f"--types {text} names no type of torch.nn or of the model, which has {has}.{near}")
+            raise InvalidValue(f"--types {text} is not a type of torch.nn or of the model, which has {has}.{near}")
     return {"types": tuple(found)} if found else {}
 
 
@@ -232,7 +229,7 @@ def on_device(model: nn.Module, text: str | None) -> nn.Module:
     """Moves the model to a device.
 
     Raises:
-        InvalidValue: there is no such device here, or the model does not fit on it.
+        InvalidValue: the device does not exist, or the model does not fit on it.
     """
     if text is None:
         return model
@@ -244,15 +241,15 @@ def on_device(model: nn.Module, text: str | None) -> nn.Module:
         raise InvalidValue(f"--device {text} is not a device that computes. Write cpu, cuda, cuda:1 or mps.")
     try:
         torch.zeros(1, device=device)
-    except Exception as error:  # each backend has its own
+    except Exception as error:  # each backend raises its own type
         sees = "" if device.type != "cuda" else f", which sees {torch.cuda.device_count()} CUDA devices"
         raise InvalidValue(
-            f"--device {text} cannot be used with this torch ({torch.__version__}){sees}: {one_line(error).rstrip('.')}. "
-            "Leave --device out to run on the CPU."
+            f"--device {text} cannot be used with torch {torch.__version__}{sees}: {one_line(error).rstrip('.')}. "
+            "Remove --device to run on the CPU."
         ) from None
     try:
         return model.to(device)
     except Exception as error:
         raise InvalidValue(
-            f"the model cannot be moved to {text}: {one_line(error).rstrip('.')}. Leave --device out to run on the CPU."
+            f"the model cannot be moved to {text}: {one_line(error).rstrip('.')}. Remove --device to run on the CPU."
         ) from error

@@ -1,4 +1,4 @@
-"""The commands on files: ``plot``, ``report``, ``info``, ``compare`` and ``verify``."""
+"""Implements the commands on files: plot, report, info, compare and verify."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from convtap.plot import pages
 
 
 def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
-    """Prints what has a table: its first and last rows, or with ``--all`` every one."""
+    """Prints the first and last rows of a table, or all rows with ``--all``."""
     table = found.summary(rows=None if args.all else MOST, **options)
     table.whole = "--all"
     say(table)
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    """Draws what a path holds."""
+    """Draws the outputs or statistics at a path."""
     check_plot()
     with Progress(2) as bar:
         with bar.step("reading"):
@@ -52,12 +52,12 @@ def _figures(saved: Saved, args: argparse.Namespace) -> list[Any]:
 
 
 def _numbered(path: Path, page: int) -> Path:
-    """The file of one page: ``maps-0.png`` is the index."""
+    """Returns the file of one page, such as ``maps-0.png`` for the index."""
     return path.with_name(f"{path.stem}-{page}{path.suffix}")
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Writes the report of what a path holds."""
+    """Writes the report of the outputs at a path."""
     with Progress(2) as bar:
         with bar.step("reading"):
             model = None if args.model is None else load_model(args.model)
@@ -73,7 +73,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Prints what a path holds."""
+    """Prints the contents of a path."""
     saved = open_saved(args.path)
     if saved.store is not None:
         show(saved.store, args)
@@ -87,12 +87,12 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Compares what two paths hold."""
+    """Compares the outputs or statistics at two paths."""
     a, b = open_saved(args.a), open_saved(args.b)
     if a.kind != b.kind or a.store is not None:
         raise InvalidValue(
-            f"{args.a!r} is {a.kind}, and {args.b!r} is {b.kind}. Give two captures (of convtap run or acts.save), or the "
-            "statistics of two data sets (of convtap stats)."
+            f"{args.a!r} is {a.kind}, and {args.b!r} is {b.kind}. Pass two captures (written by convtap run or acts.save), or "
+            "two statistics (written by convtap stats)."
         )
     sides: Any = (a.acts, b.acts) if a.stats is None else (a.stats, b.stats)
     found: Any = compare(*sides, atol=args.atol, rtol=args.rtol, sqnr_db=args.sqnr)
@@ -101,21 +101,24 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Compares the bytes of a store with their checksums."""
+    """Compares the shards of a store with their checksums."""
     from convtap._dataset.store import Store
 
     bad = Store(args.path).verify(progress=is_watched())
     if len(bad):
         show(bad, args)
         return DIFFERS
-    say(f"{args.path}: every shard is as it was written")
+    say(f"{args.path}: the checksums of all shards match")
     return SAME
 
 
 def _beside(saved: Saved, name: str, suffix: str) -> Path:
-    """The file to write where none is named: in the folder of a run or a store, or beside the file."""
+    """Returns the file to write without ``--out``.
+
+    It lies in the folder of the run, beside the saved file, or for a store in the current folder.
+    """
     if saved.store is not None:
-        return Path(f"{saved.path.name or 'store'}{suffix}")  # a store's folder holds nothing else
+        return Path(f"{saved.path.name or 'store'}{suffix}")  # a store's folder holds only the store
     return saved.path.with_name(name) if saved.path.name == OUTPUTS else saved.path.with_suffix(suffix)
 
 
@@ -125,7 +128,7 @@ def _note(text: str) -> None:
 
 
 def _of_run(run: Run) -> list[str]:
-    """Says how a capture was made, if ``convtap run`` made it."""
+    """Returns the lines that describe the run, if ``convtap run`` wrote the outputs."""
     if not run.about:
         return []
     about = run.about
@@ -135,6 +138,6 @@ def _of_run(run: Run) -> list[str]:
         f"{about['date']}, convtap {about['convtap']}, torch {about['torch']}",
     ]
     for number, one in enumerate(about["inputs"][:MOST]):
-        rate = "" if one["sample_rate"] is None else f", {one['sample_rate']:g} samples a second"
+        rate = "" if one["sample_rate"] is None else f", {one['sample_rate']:g} samples per second"
         lines.append(f"input {number}: {one['name']}, {one['described']}{rate}")
     return [*lines, ""]

@@ -1,4 +1,4 @@
-"""The commands that run a model: ``layers``, ``run`` and ``stats``."""
+"""Implements the commands that run a model: layers, run and stats."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ from convtap._result.activations import Activations
 from convtap._select.example import fitted, run_once
 from convtap._time.timeline import timeline
 
-_NO_INPUT = "there is no input. Give --input x.npy (or a sound file, or .pt), or --shape 1,1,16000 for random numbers"
+_NO_INPUT = (
+    "the input is missing. Pass --input x.npy (or a sound file or a .pt file), or --shape 1,1,16000 for random numbers"
+)
 
 
 def run_layers(args: argparse.Namespace) -> int:
-    """Prints which layers a selection selects, and with an example how each is used."""
+    """Prints the layers that a selection matches, and their use in an example."""
     given = None if args.example is None else read_example(args.example)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)
@@ -47,7 +49,7 @@ def run_layers(args: argparse.Namespace) -> int:
 
 
 def run_run(args: argparse.Namespace) -> int:
-    """Runs a model, and writes the outputs of its layers into a folder."""
+    """Runs a model and writes the outputs of its layers into a folder."""
     inputs = _Inputs(args)
     if args.plot:
         check_plot()
@@ -79,7 +81,7 @@ def run_run(args: argparse.Namespace) -> int:
 
 
 def run_stats(args: argparse.Namespace) -> int:
-    """Prints, and saves, statistics of the outputs of a model's layers over all inputs."""
+    """Prints and saves statistics of the outputs of a model's layers over all inputs."""
     inputs = _Inputs(args)
     if args.plot is not None:
         check_plot()
@@ -109,11 +111,11 @@ def run_stats(args: argparse.Namespace) -> int:
 
 
 class _Inputs:
-    """The inputs of a command: which of them run, and what is known of those that did.
+    """The inputs of a command.
 
     Attributes:
-        done: each input that ran, without its values.
-        first: the first one.
+        done: a description of each input that has run, without its values.
+        first: the first input.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -124,17 +126,19 @@ class _Inputs:
         if args.batch_size is not None and args.batch_size < 1:
             raise InvalidValue(f"--batch-size {args.batch_size} is less than 1. Write for example --batch-size 32")
         if args.sample_rate is not None and not args.sample_rate > 0:
-            raise InvalidValue(f"--sample-rate {args.sample_rate:g} is not a rate. Write for example --sample-rate 250")
+            raise InvalidValue(
+                f"--sample-rate {args.sample_rate:g} is not a positive number. Write for example --sample-rate 250"
+            )
         self._files = find_files(args.input or ())
         self.done: list[dict[str, Any]] = []
         self.first: Given | None = None
 
     def bar(self, more: int) -> Progress:
-        """A bar over the inputs, and some more steps."""
+        """Returns a progress bar over the inputs and ``more`` other steps."""
         return Progress(more + (max(1, len(self._files)) - 1) // self._every)
 
     def read(self, bar: Progress) -> Iterator[Given]:
-        """Yields the inputs to run, one after the other."""
+        """Yields the inputs to run, one at a time."""
         args, number = self._args, 0
         for parts in read_inputs(self._files, args.shape, args.sample_rate, args.batch_size):
             for place, given in enumerate(parts):
@@ -150,32 +154,32 @@ class _Inputs:
 
 
 def _offload(args: argparse.Namespace) -> str | None:
-    """Where the outputs go: off the device, so that those of many inputs fit."""
+    """Returns the device to offload to, so that the outputs of many inputs fit."""
     return None if args.device in (None, "cpu") else "cpu"
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what was captured, as they were written."""
+    """Returns the options that affect the capture, as the user wrote them."""
     found = {"layers": args.layers, "types": args.types, "at": args.at, "every": args.every, "device": args.device}
     shown = {key: ",".join(value) if isinstance(value, list) else value for key, value in found.items()}
     return {key: value for key, value in shown.items() if value not in (None, "output", 1)}
 
 
 def _times(model: nn.Module, given: Given | None, acts: Activations, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Returns where the layers' frames lie in time, if that can be followed."""
-    if given is None or args.at == "input":  # the timeline is of outputs
+    """Returns the places of the layers' frames in time, or None if they are unknown."""
+    if given is None or args.at == "input":  # a timeline describes outputs
         return None
     try:
         found = timeline(model, fitted(given.example, model), time_dim=args.time_dim)
         return run_folder.saved_times(found, acts)
-    except Exception as error:  # it is an addition to the run, and the model has run
+    except Exception as error:  # the run itself has succeeded, and the time axis is optional
         reason = str(error) if isinstance(error, ConvtapError) else told(error)
         complain(f"note: the pictures have no common time axis: {reason}")
         return None
 
 
 def _write(args: argparse.Namespace, acts: Activations, run: Run, model: nn.Module, bar: Progress) -> list[Path]:
-    """Writes what is asked for, and returns the files."""
+    """Writes the files of a run, and returns their paths."""
     with bar.step("writing"):
         files = run_folder.write(args.out, acts, run)
     options = drawing(acts, run, 0)
@@ -183,7 +187,7 @@ def _write(args: argparse.Namespace, acts: Activations, run: Run, model: nn.Modu
         path = args.out / name
         if not asked:
             if path.exists():
-                complain(f"note: {path} is of an earlier run. Make it anew: convtap {command} {args.out}")
+                complain(f"note: {path} is from an earlier run. Write it again: convtap {command} {args.out}")
             continue
         with bar.step(f"drawing {name}"):
             if name == PICTURE:
@@ -194,7 +198,7 @@ def _write(args: argparse.Namespace, acts: Activations, run: Run, model: nn.Modu
 
 
 def _on(given: Given, model: nn.Module, function: Callable[[Any], Any]) -> Any:
-    """Runs a function on one input, as the model takes it."""
+    """Calls a function with one input, on the model's device and in its type."""
     what, fix = call_error(given)
     try:
         return run_user_code(what, function, fitted(given.example, model), fix=fix)
@@ -202,5 +206,5 @@ def _on(given: Given, model: nn.Module, function: Callable[[Any], Any]) -> Any:
         if not isinstance(error.__cause__, TypeError):
             raise
         raise InvalidValue(
-            f"{what}: {told(error.__cause__)}. Save all of its arguments by name: torch.save({{'x': x, 'mask': mask}}, 'x.pt')"
+            f"{what}: {told(error.__cause__)}. Save all arguments by name: torch.save({{'x': x, 'mask': mask}}, 'x.pt')"
         ) from error

@@ -1,4 +1,4 @@
-"""Draws and reports for the command line: the options of pictures, and the files that they go to."""
+"""Writes pictures and reports for the command line."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from convtap._result.file import unwritable
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that pictures and reports share."""
     parser.add_argument(
-        "--sample", metavar="N", help="which input, numbered from 0; of a store, its id (default: the first)"
+        "--sample", metavar="N", help="the input, counted from 0, or a sample's id in a store (default: the first)"
     )
     parser.add_argument("--layers", action="append", metavar="NAME", help="a name, key or glob; may be repeated")
-    parser.add_argument("--channels", type=int, default=64, metavar="N", help="the most rows of a map (%(default)s)")
+    parser.add_argument(
+        "--channels", type=int, default=64, metavar="N", help="maximum number of rows of a map (default: %(default)s)"
+    )
     parser.add_argument("--channels-last", action="store_true", help="the outputs are (B, T, C)")
 
 
 def parse_span(text: str) -> tuple[float, float]:
-    """Parses the option ``--span``: two numbers and a colon between them.
+    """Parses the option ``--span``, two numbers separated by a colon.
 
     Raises:
-        argparse.ArgumentTypeError: it is something else.
+        argparse.ArgumentTypeError: the text has another form.
     """
     start, _, stop = text.partition(":")
     try:
         return float(start), float(stop)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a part of the input. Write its start and its end: --span 1.5:3"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a span. Write its start and stop: --span 1.5:3") from None
 
 
 def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace | None = None) -> dict[str, Any]:
@@ -51,20 +51,20 @@ def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace |
 
 
 def check_plot() -> None:
-    """Checks that matplotlib is there, before anything long runs.
+    """Checks that matplotlib is installed, before a long run.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtra("pictures need matplotlib, which is not installed. Install it: pip install 'convtap[plot]'")
 
 
 def write_picture(path: Path, figure: Any) -> Path:
-    """Writes a figure in the form that the file's name says.
+    """Writes a figure in the format of the file's suffix.
 
     Raises:
-        InvalidValue: matplotlib does not write such files.
+        InvalidValue: matplotlib does not support the format.
         StoreError: the file cannot be written.
     """
     content = io.BytesIO()
@@ -74,7 +74,7 @@ def write_picture(path: Path, figure: Any) -> Path:
     except ValueError as error:
         if kind in figure.canvas.get_supported_filetypes():
             raise
-        raise InvalidValue(f"{str(path)!r}: {one_line(error)}. Write for example --out maps.png") from None
+        raise InvalidValue(f"{str(path)!r} cannot be written: {one_line(error)}. Write --out maps.png") from None
     try:
         write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The folder that ``convtap run`` writes: the outputs, and beside them what pictures and reports need of the run."""
+"""Writes and reads the folder of ``convtap run``."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ PICTURE, REPORT = "activations.png", "report.html"
 _KEY, _FORMAT = "convtap_run", 1
 
 # Note: [The folder of a run]
-# Assumption: whoever draws a saved run has the folder, and maybe neither the model nor the input files.
-# Failure: a picture without the signal and with frames in place of seconds; or one that imports and runs the code that a
-#   folder from somewhere else names.
-# Choice: the signals, their rates and each layer's place on the time axis are kept in one file beside the outputs. Nothing is
-#   imported to read it. It has the size of the outputs' file, so that it is not taken for that of other outputs.
+# Assumption: the user who draws a saved run has the folder, but maybe neither the model nor the input files.
+# Failure: a picture lacks the signal and shows frames instead of seconds, or the command imports and runs code that a
+#   downloaded folder names.
+# Choice: one file beside the outputs keeps the signals, their rates and each layer's place on the time axis. Reading it
+#   imports nothing. It also records the size of the outputs' file, which detects a file that belongs to other outputs.
 
 
 class SavedLayerTime:
-    """A layer's place on the time axis, as ``convtap.timeline`` said it.
+    """A layer's place on the time axis, from ``convtap.timeline``.
 
     Attributes:
         stride: input samples from one frame to the next.
-        dim: which axis of the output is time, counted from the end.
-        path: which tensor of a structured output it is about.
-        segments: how many segments the time axis is cut into.
+        dim: the time axis of the output, counted from the end.
+        path: the tensor of a structured output that this describes.
+        segments: the number of segments that the time axis is cut into.
     """
 
     def __init__(self, about: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class SavedLayerTime:
         self._first: float = about["centre"]
 
     def centre(self, t: int) -> float:
-        """Returns the place of frame t on the input's axis, in samples."""
+        """Returns the centre of frame t on the input's axis, in samples."""
         return self._first + self.stride * t
 
 
@@ -63,8 +63,8 @@ class SavedTimeline(Mapping[str, SavedLayerTime]):
     """The layers of a run on the time axis of an input, by key.
 
     Attributes:
-        time_dim: which axis of the signal is time, counted from the end.
-        input_length: how many samples the input has.
+        time_dim: the time axis of the signal, counted from the end.
+        input_length: the number of samples of the input.
     """
 
     def __init__(self, about: Mapping[str, Any], signal: Tensor | None = None) -> None:
@@ -84,18 +84,18 @@ class SavedTimeline(Mapping[str, SavedLayerTime]):
 
 @dataclass
 class Run:
-    """What is known of a run beside its outputs.
+    """The description of a run, without its outputs.
 
     Attributes:
-        about: how it was made: versions, date, model, options; one entry of ``inputs`` for each forward pass.
-        signals: the input of each forward pass, by its number, if it can be drawn.
+        about: the versions, the date, the model and the options, and one entry of ``inputs`` per forward pass.
+        signals: the inputs that can be drawn, by the number of their forward pass.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
     signals: dict[int, Tensor] = field(default_factory=dict)
 
     def drawn(self, acts: Activations, sample: int) -> dict[str, Any]:
-        """Returns the arguments of a picture of one input: its signal, its samples a second, and the timeline."""
+        """Returns the picture arguments of one input: signal, sample rate and timeline."""
         samples, times, inputs = Samples(log_of(acts)), self.about.get("timeline"), self.about.get("inputs", [])
         number = samples.locate(sample)[0].calls[0].forward if samples.passes else 0
         signal = self.signals.get(number)
@@ -109,7 +109,7 @@ class Run:
 def described(
     spec: str, model: nn.Module, options: Mapping[str, Any], inputs: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns what ``Run.about`` holds of a run."""
+    """Returns the ``Run.about`` of a run."""
     return {
         "convtap": own_version(),
         "torch": torch.__version__,
@@ -122,7 +122,7 @@ def described(
 
 
 def signal_in(example: Any) -> Tensor | None:
-    """Returns the signal of an example, if it can be drawn."""
+    """Returns the signal of an example, or None if it cannot be drawn."""
     try:
         _, found = signal_of(example)
     except ConvtapError:
@@ -143,7 +143,7 @@ def saved_times(timeline: Any, acts: Activations) -> dict[str, Any]:
             try:
                 entry = timeline[key]
                 stride, centre = float(entry.stride), float(entry.centre(0))
-            except ConvtapError:  # the layer has no such place, or it is not known
+            except ConvtapError:  # the place of the layer is unknown
                 continue
             place = {"stride": stride, "centre": centre, "dim": entry.dim}
             layers[key] = {**place, "path": entry.path, "segments": entry.segments}
@@ -151,38 +151,38 @@ def saved_times(timeline: Any, acts: Activations) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a folder is there, or can be made, before anything long runs.
+    """Checks that a folder exists or can be created, before a long run.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: the folder is not writable.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise StoreError(f"{str(there)!r} is a file, and --out names a folder. Write another name: --out outputs")
+        raise StoreError(f"{str(there)!r} is a file, not a folder. Choose another folder: --out outputs")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise StoreError(f"the folder {str(there)!r} cannot be written. Write another one: --out outputs")
+        raise StoreError(f"the folder {str(there)!r} is not writable. Choose another folder: --out outputs")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, if it is not there.
+    """Creates a folder if it does not exist.
 
     Raises:
-        StoreError: it cannot be made.
+        StoreError: the folder cannot be created.
     """
     check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"the folder {str(folder)!r} cannot be made: {error.strerror or error}. Write another one: --out outputs"
+            f"the folder {str(folder)!r} cannot be created: {error.strerror or error}. Choose another one: --out outputs"
         ) from error
 
 
 def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
-    """Writes the outputs, and what is known of the run. Returns the files.
+    """Writes the outputs and the description of the run. Returns the files.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: a file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -190,7 +190,7 @@ def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
     outputs, inputs = folder / OUTPUTS, folder / INPUTS
     make_folder(folder)
     try:
-        inputs.unlink(missing_ok=True)  # until the end, what is there is of an earlier run
+        inputs.unlink(missing_ok=True)  # a file that exists here is from an earlier run
         acts.save(outputs)
         content = {**run.about, "format": _FORMAT, "bytes": outputs.stat().st_size}
         metadata = {_KEY: json.dumps(content)}
@@ -202,7 +202,7 @@ def write(folder: Path, acts: Activations, run: Run) -> list[Path]:
 
 
 def _check(about: Mapping[str, Any]) -> None:
-    """Reads once all that is read later; a KeyError or a TypeError says that it is not all there."""
+    """Reads every entry, and raises KeyError or TypeError if one is missing."""
     for key in ("class", "model", "date", "convtap", "torch"):
         about[key] + ""
     dict(about["options"])
@@ -214,10 +214,12 @@ def _check(about: Mapping[str, Any]) -> None:
 
 
 def read(outputs: Path) -> Run:
-    """Reads what is known of the run that wrote a file of outputs; nothing if ``convtap run`` did not.
+    """Reads the description of the run that wrote a file of outputs.
+
+    It is empty if ``convtap run`` did not write the file.
 
     Raises:
-        StoreError: the file beside it is damaged, or newer than this convtap.
+        StoreError: the file of the inputs is damaged, or was written by a newer convtap.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -228,16 +230,18 @@ def read(outputs: Path) -> Run:
         with safe_open(str(path), framework="pt") as file:
             about = json.loads((file.metadata() or {})[_KEY])
             if about["format"] > _FORMAT:
-                raise InvalidValue(f"{str(path)!r} is of a newer convtap. Update it: pip install -U convtap")
-            signals = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+                raise InvalidValue(
+                    f"{str(path)!r} was written by a newer convtap. Update convtap: pip install -U convtap"
+                )
+            signals = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         _check(about)
         if about["bytes"] != outputs.stat().st_size:
-            complain(f"note: {path} is of other outputs, so there is no signal and no common time axis.")
+            complain(f"note: {path} belongs to other outputs, so the pictures have no signal and no common time axis.")
             return Run()
         return Run(about, signals)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConvtapError):
             raise
         raise StoreError(
-            f"{str(path)!r} is damaged: {error!r}. Remove it, and pictures are drawn without it."
+            f"{str(path)!r} is damaged: {error!r}. Remove the file to draw pictures without the signal."
         ) from error

@@ -1,4 +1,4 @@
-"""Opens what a command names by its path: saved outputs, the folder of a run, saved statistics, or a store."""
+"""Opens a path: saved outputs, the folder of a run, saved statistics or a store."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ STATISTICS = "statistics.safetensors"
 
 @dataclass
 class Saved:
-    """What a path holds; one of the first three is not None.
+    """The contents of a path. Exactly one of acts, stats and store is not None.
 
     Attributes:
         path: the file, or the folder of a store.
         acts: the outputs of a capture.
         stats: statistics.
         store: a ``Store``.
-        run: what is known of the run that made the outputs.
+        run: the description of the run that wrote the outputs.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Saved:
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """The kind of the contents, in words."""
         return "a capture" if self.acts is not None else "statistics" if self.stats is not None else "a store"
 
 
@@ -50,7 +50,7 @@ def open_saved(text: str) -> Saved:
     """Opens a file or a folder.
 
     Raises:
-        StoreError: there is nothing, or nothing that convtap wrote, or it is damaged.
+        StoreError: the path does not exist, is damaged, or was not written by convtap.
     """
     path = Path(text)
     if path.is_dir():
@@ -62,7 +62,7 @@ def open_saved(text: str) -> Saved:
         folder = path.parent
         names = [str(folder / other.name) for other in folder.iterdir()] if folder.is_dir() else []
         raise StoreError(
-            f"there is no file or folder {text!r}.{did_you_mean(text, names) or ' convtap run and acts.save write some.'}"
+            f"{text!r} does not exist.{did_you_mean(text, names) or ' Write it with convtap run or acts.save.'}"
         )
     return _open_file(path)
 
@@ -74,11 +74,11 @@ def _open_file(path: Path) -> Saved:
         with safe_open(str(path), framework="pt") as file:
             keys = set(file.metadata() or {})
     except (SafetensorError, OSError):
-        keys = set()  # the reader of outputs says what is wrong
+        keys = set()  # load reports the problem
     if "convtap_statistics" in keys:
         return Saved(path, stats=Statistics.load(path))
     if "convtap_run" in keys:
-        raise StoreError(f"{str(path)!r} holds the inputs of a run. Give its folder: {str(path.parent)!r}.")
+        raise StoreError(f"{str(path)!r} holds the inputs of a run. Pass its folder: {str(path.parent)!r}.")
     return Saved(path, acts=load(path), run=run_folder.read(path))
 
 
@@ -90,34 +90,34 @@ def _open_store(folder: Path) -> Any:
         return Store(folder)
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     fix = (
-        f"Give one of its files: {listed(files)}."
+        f"Pass one of its files: {listed(files)}."
         if files
-        else "convtap run writes one, and extract(...) fills a store."
+        else "Write it with convtap run, or fill a store with extract(...)."
     )
-    raise StoreError(f"the folder {str(folder)!r} has no {OUTPUTS}, and is not a store. {fix}")
+    raise StoreError(f"the folder {str(folder)!r} has no {OUTPUTS} and is not a store. {fix}")
 
 
 def activations_of(saved: Saved, sample: str | None) -> tuple[Activations, int, str]:
-    """Returns outputs to draw, the number of the input that is meant among them, and what to say of it.
+    """Returns the outputs to draw, the number of the input among them, and a note.
 
     Args:
-        saved: what was opened.
-        sample: which input: its number, or its id in a store. None for the first.
+        saved: the opened path.
+        sample: the number of the input, or its id in a store; None for the first.
 
     Raises:
-        InvalidValue: these are statistics, which have no inputs; or ``sample`` is not a number.
-        OutOfRange: a store has no such sample.
+        InvalidValue: the path holds statistics, or ``sample`` is not a number.
+        OutOfRange: the sample does not exist in the store.
     """
     if saved.store is not None:
         id = _id_of(saved.store, sample)
         return _as_capture(saved.store, id), 0, f"sample {id} of {plural(len(saved.store), 'sample')}"
     if saved.acts is None:
-        raise InvalidValue(f"{str(saved.path)!r} holds statistics. Draw them with: convtap plot {saved.path}")
+        raise InvalidValue(f"{str(saved.path)!r} holds statistics, not outputs. Draw it: convtap plot {saved.path}")
     try:
         number = 0 if sample is None else int(sample)
     except ValueError:
         raise InvalidValue(
-            f"--sample {sample} is not the number of an input. Write --sample 0 for the first."
+            f"--sample {sample} is not the number of an input. Write --sample 0 for the first input."
         ) from None
     return saved.acts, number, ""
 
@@ -125,18 +125,20 @@ def activations_of(saved: Saved, sample: str | None) -> tuple[Activations, int, 
 def _id_of(store: Any, sample: str | None) -> Any:
     ids = store.ids
     if not ids:
-        raise OutOfRange(f"the store {str(store.path)!r} holds 0 samples. Fill it with extract(...) first.")
+        raise OutOfRange(f"the store {str(store.path)!r} holds 0 samples. Fill it with extract(...).")
     if sample is None:
         return ids[0]
     found = next((id for id in ids if str(id) == sample), None)
     if found is None:
         some = [str(id) for id in ids[:2000]]
-        raise OutOfRange(f"the store has no sample {sample!r}. Its ids: {listed(some, 4)}.{did_you_mean(sample, some)}")
+        raise OutOfRange(
+            f"sample {sample!r} does not exist in the store. Its ids are {listed(some, 4)}.{did_you_mean(sample, some)}"
+        )
     return found
 
 
 def _as_capture(store: Any, id: Any) -> Activations:
-    """Returns one sample of a store as the outputs of one forward pass on it."""
+    """Returns one sample of a store as the outputs of one forward pass."""
     rows: Iterable[tuple[str, Tensor]] = store.sample(id).items()
     log = Log(selected=dict.fromkeys(store.layers))
     for number, (name, row) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Writes to the terminal: in any encoding, quietly once the reader has gone, with progress where a person sees it."""
+"""Writes text, notes and progress to the terminal."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any, TextIO
 from convtap._errors import CoverageWarning, OffloadWarning, StoreError
 
 # Note: [Any encoding]
-# Assumption: a terminal or a pipe has an encoding of its own (cp1252, cp437, ascii), and the tables have signs such as × and …
-# Failure: Python raises UnicodeEncodeError for a sign that the encoding lacks, and the command ends before it says anything.
-# Choice: while a command runs, its streams have an error handler that spells such a sign in ASCII, also in the help and in
-#   what the user's model prints. A sign that the encoding has stays as it is.
+# Assumption: a terminal or a pipe has its own encoding (cp1252, cp437, ascii), and the tables contain characters such as ×.
+# Failure: Python raises UnicodeEncodeError for a character that the encoding lacks, and the command prints nothing.
+# Choice: while a command runs, its streams have an error handler that spells such a character in ASCII. This includes the
+#   help and the output of the user's model. A character that the encoding has stays as it is.
 
 _HANDLER = "convtap.spelled"
 
-#: How a sign is spelled where Unicode itself has no plain form of it.
+#: The ASCII spelling of characters that Unicode does not decompose.
 _SPELLED = {
     **dict.fromkeys("–—−‐‑", "-"),
     **dict.fromkeys("‘’", "'"),
@@ -43,8 +43,8 @@ _SPELLED = {
 
 
 def spelled(sign: str) -> str:
-    """Returns a sign in ASCII: ``x`` for ×, ``e`` for é; its code for one that has no such form."""
-    if unicodedata.combining(sign):  # the accent of a letter that was written as two
+    """Returns a character in ASCII, such as ``x`` for ×, or its escape code."""
+    if unicodedata.combining(sign):  # the accent of a decomposed letter
         return ""
     plain = "".join(_SPELLED.get(part, part) for part in unicodedata.normalize("NFKD", _SPELLED.get(sign, sign)))
     return plain.encode("ascii", "ignore").decode() or sign.encode("ascii", "backslashreplace").decode()
@@ -58,7 +58,7 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def any_encoding() -> Iterator[None]:
-    """Lets the standard streams take any text. See Note: [Any encoding]."""
+    """Lets the standard streams accept any text. See Note: [Any encoding]."""
     codecs.register_error(_HANDLER, _spell)
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [(stream, stream.errors) for stream in streams]
@@ -68,7 +68,7 @@ def any_encoding() -> Iterator[None]:
         yield
     finally:
         for stream, errors in before:
-            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            with contextlib.suppress(OSError, ValueError):  # the stream is closed, or its reader has exited
                 stream.reconfigure(errors=errors)
 
 
@@ -76,10 +76,12 @@ def any_encoding() -> Iterator[None]:
 
 
 def say(text: object) -> None:
-    """Prints to standard output. Once its reader has gone (``| head``), nothing more is printed, and the command goes on.
+    """Prints to standard output.
+
+    If the reader exits early (``| head``), later output is discarded, and the command continues.
 
     Raises:
-        StoreError: the output cannot be written, such as to a full disk.
+        StoreError: the output cannot be written, for example because the disk is full.
     """
     try:
         print(text)
@@ -89,10 +91,10 @@ def say(text: object) -> None:
 
 
 def flush() -> None:
-    """Writes out what standard output holds back.
+    """Flushes standard output.
 
     Raises:
-        StoreError: as ``say``.
+        StoreError: the output cannot be written.
     """
     try:
         if sys.stdout is not None:
@@ -102,25 +104,25 @@ def flush() -> None:
 
 
 def complain(text: str) -> None:
-    """Prints one line to standard error, where it can; what is said of options in Python, it says of those of a command."""
+    """Prints one line to standard error, with Python arguments written as options."""
     text = _LIST_LAYERS.sub("convtap layers MODEL", " ".join(text.split()))
     text = _OPTION.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", text)
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr)
 
 
-#: What the messages of the library say in Python.
+#: Python code in the messages of the library.
 _LIST_LAYERS = re.compile(r"list_layers\(model(, example=x)?\)")
 _OPTION = re.compile(r"\b(types|at|every|time_dim|sample_rate|sample)=(?:nn\.)?('?)(-?\w+)\2")
 
 
 def _silence(error: OSError) -> None:
-    """Leads standard output to nowhere after an error of it."""
+    """Redirects standard output to the null device after a write error."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what the stream still holds, Python writes at its end
+        os.dup2(nowhere, sys.stdout.fileno())  # since Python flushes the stream's buffer on exit
         os.close(nowhere)
-    # Windows has no error of its own for a pipe that the reader has closed
+    # Windows does not have a separate error for a pipe that the reader has closed
     if not (isinstance(error, BrokenPipeError) or error.errno in (errno.EPIPE, errno.EINVAL)):
         raise StoreError(
             f"standard output cannot be written: {error.strerror or error}. Redirect it to another file."
@@ -132,7 +134,7 @@ def _silence(error: OSError) -> None:
 
 @contextlib.contextmanager
 def notes() -> Iterator[None]:
-    """Collects convtap's own warnings, and prints each once as a line on standard error at the end."""
+    """Collects convtap's warnings, and prints each once to standard error on exit."""
     found: dict[str, None] = {}
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -161,15 +163,18 @@ def notes() -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Whether a person sees what goes to standard error."""
+    """Returns whether standard error is a terminal."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # the stream is closed
         return False
 
 
 class Progress:
-    """A bar over the steps of a command, on standard error and only on a terminal; it goes when the command is done."""
+    """A progress bar over the steps of a command, if standard error is a terminal.
+
+    The bar disappears when the command ends.
+    """
 
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
@@ -185,12 +190,12 @@ class Progress:
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Shows what runs while the body does, and counts it when it is done."""
+        """Shows a description while the body runs, and counts the step when it succeeds."""
         self._bar.set_description_str(what)
         yield
         self._bar.update()
 
     def add(self, steps: int) -> None:
-        """Adds steps that were not known at the start."""
+        """Adds steps that were unknown at the start."""
         if self._bar.total is not None:
             self._bar.total += steps

@@ -1,4 +1,4 @@
-"""Runs the user's code: what fails in it becomes one sentence, with the error and the line that raised it."""
+"""Runs the user's code, and reports its errors as one line."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ _LIBRARIES = tuple(
 
 
 def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str = "", **kwargs: Any) -> Any:
-    """Calls a function that runs code of the user's.
+    """Calls a function that runs the user's code.
 
     Args:
-        what: the beginning of the sentence, such as ``"'mynet:build' failed"``.
-        function: what to call.
-        fix: the sentence that says what to do.
+        what: the beginning of the message, such as ``"'mynet:build' failed"``.
+        function: the function to call.
+        args: its positional arguments.
+        fix: the sentence with the fix.
+        kwargs: its keyword arguments.
 
     Raises:
-        InvalidValue: the function failed; an error of convtap's is raised as it is.
+        InvalidValue: the function failed. An error of convtap is raised unchanged.
     """
     try:
         return function(*args, **kwargs)
@@ -38,19 +40,19 @@ def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str 
         raise
     except SystemExit as error:
         raise InvalidValue(
-            f"{what}: it ended the program with sys.exit({error.code!r}){_line(error)}. Put what is to run in a script only "
-            "below: if __name__ == '__main__':"
+            f"{what}: it called sys.exit({error.code!r}){_line(error)}. Move the code of the script below: "
+            "if __name__ == '__main__':"
         ) from error
     except BrokenPipeError as error:
         raise InvalidValue(
-            f"{what}: it prints to a pipe whose reader has closed it{_line(error)}. Write the output to a file: > out.txt"
+            f"{what}: it printed to a pipe that the reader has closed{_line(error)}. Write the output to a file: > out.txt"
         ) from error
     except Exception as error:
         raise InvalidValue(f"{what}: {told(error)}.{fix and ' '}{fix}") from error
 
 
 def told(error: BaseException) -> str:
-    """Returns the last line of an error's traceback, and the line of the user's code that it comes from."""
+    """Returns an error as one line, with the line of user code that raised it."""
     text = " ".join(str(error).split()).rstrip(".")
     if len(text) > _LONG:
         text = f"{text[:_LONG]}…"
@@ -67,7 +69,7 @@ def _line(error: BaseException) -> str:
 
 
 def _shown(file: str) -> str:
-    """Writes a path as seen from the current folder, if it lies in it."""
+    """Returns a path relative to the current folder, if it lies inside."""
     path = Path(file)
     try:
         return str(path.relative_to(Path.cwd()))

@@ -1,1 +1,1 @@
-"""Draws captures: the parts that plot and report share, matplotlib's figures, and the report in a folder of its own."""
+"""Draws captures as matplotlib figures and as an HTML report."""

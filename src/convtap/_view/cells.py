@@ -1,4 +1,4 @@
-"""Turns (C, T) values into the cells of a picture without losing an extreme, and chooses colours and labels for them."""
+"""Shrinks (C, T) values to the cells of a picture, and chooses colours and labels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 #: A NumPy array.
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-#: How many of the drawn cells lie within the colour limits, in percent; the others have the full colour.
+#: The percentage of the drawn cells that lie within the colour limits. The others have the full colour.
 PERCENTILE = 99
 
 # Note: [Shrinking]
 # Assumption: a picture has fewer columns than a signal has frames, and fewer rows than a layer has channels.
-# Failure: taking every n-th value drops spikes; averaging turns an oscillation around zero into nothing.
+# Failure: taking every n-th value drops spikes, and averaging an oscillation around zero returns zeros.
 # Choice: a bin of frames becomes two columns, its minimum and its maximum. A group of neighbouring channels becomes one
-#   row, which has at each frame the value furthest from zero. A NaN anywhere in a bin or a group is kept, and so is an Inf.
+#   row with the value furthest from zero at each frame. A NaN or Inf anywhere in a bin or a group is kept.
 
 
 class Cells(NamedTuple):
-    """The cells of a (C, T) map, (rows, columns), with NaN and Inf where it has them; and notes on what a cell stands for."""
+    """The cells of a (C, T) map as (rows, columns), and notes on the shrinking."""
 
     values: Array
     notes: list[str]
@@ -42,13 +42,13 @@ def shrink(values: Array, rows: int, columns: int) -> Cells:
 
 
 def edges(count: int, parts: int) -> Array:
-    """Returns the bounds of ``parts`` neighbouring groups of ``count`` things, or of ``count`` groups if that is fewer."""
+    """Returns the bounds of at most ``parts`` neighbouring groups of ``count`` items."""
     parts = min(count, parts)
     return np.arange(parts + 1, dtype=np.int64) * count // parts
 
 
 def _furthest_from_zero(values: Array) -> Array:
-    """Returns the value with the largest magnitude of each column of (n, T) values; NaN if there is one."""
+    """Returns the value with the largest magnitude in each column of (n, T), or NaN."""
     if len(values) == 1:
         return np.asarray(values[0])
     low, high = values.min(axis=0), values.max(axis=0)
@@ -56,31 +56,31 @@ def _furthest_from_zero(values: Array) -> Array:
 
 
 def envelope(values: Array, bins: Array) -> tuple[Array, Array]:
-    """Returns the minimum and the maximum of (..., T) values in each bin; both are NaN if the bin has one."""
+    """Returns the minimum and maximum of (..., T) values in each bin, or NaN."""
     return np.minimum.reduceat(values, bins[:-1], axis=-1), np.maximum.reduceat(values, bins[:-1], axis=-1)
 
 
 def finite_envelope(row: Array, bins: Array) -> tuple[Array, Array]:
-    """Returns the minimum and the maximum of the finite (T,) values in each bin; both are NaN if it has none."""
+    """Returns the minimum and maximum of the finite (T,) values in each bin, else NaN."""
     finite = np.where(np.isfinite(row), row, np.nan)
     return np.fmin.reduceat(finite, bins[:-1]), np.fmax.reduceat(finite, bins[:-1])
 
 
 def finite_range(values: Array) -> tuple[float, float]:
-    """Returns the lowest and the highest finite value; zeros if there are none."""
+    """Returns the lowest and the highest finite value, or zeros if no value is finite."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def bad_columns(cells: Array) -> Array:
-    """Returns the numbers of the columns that hold NaN or Inf."""
+    """Returns the indices of the columns that hold NaN or Inf."""
     return np.flatnonzero(~np.isfinite(cells).all(axis=0))
 
 
-# -- colours: blue below zero, white at it, red above; NaN and Inf stand out from both
+# -- colours: blue below zero, white at zero, red above; NaN and Inf differ from all of them
 
 _ANCHORS = ((23, 88, 159), (143, 189, 224), (255, 255, 255), (240, 160, 124), (168, 32, 46))
-#: Of a map with values on one side of zero only: the same colours, twice as many, and darker at the end.
+#: The anchors for values on one side of zero: the colours of that side, with a darker end and twice as many steps.
 _ONE_SIDED = {1: (*_ANCHORS[2:], (74, 6, 30)), -1: ((6, 28, 66), *_ANCHORS[:3])}
 STEPS = 64
 NAN_COLOUR = (0, 0, 0)
@@ -88,7 +88,7 @@ INF_COLOUR = (255, 205, 0)
 
 
 def hex_colour(rgb: Any) -> str:
-    """Writes a colour of three bytes, such as ``#17589f``."""
+    """Returns a colour of three bytes as text, such as ``#17589f``."""
     return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
@@ -97,22 +97,23 @@ NAN_HEX, INF_HEX = hex_colour(NAN_COLOUR), hex_colour(INF_COLOUR)
 
 
 def side_of(values: Array) -> int:
-    """Returns 1 if no finite value is below zero, -1 if none is above it, 0 if there are both or only zeros."""
+    """Returns the sign of the finite values: 1, -1, or 0 for both signs or only zeros."""
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not np.isfinite([low, high]).all():  # only then, since it copies the values
+    if not np.isfinite([low, high]).all():  # finite_range copies the values, so it runs only if needed
         low, high = finite_range(values)
     return int(high > 0) - int(low < 0)
 
 
 def scale_ends(limit: float, side: int) -> tuple[float, float]:
-    """Returns the lowest and the highest value of a scale of colours."""
+    """Returns the lowest and the highest value of a colour scale."""
     return (0.0 if side > 0 else -limit), (0.0 if side < 0 else limit)
 
 
 def palette(side: int = 0) -> Array:
-    """Returns the colours as (n, 3) bytes: 2 · STEPS + 1 from the lowest value to the highest, then NaN's, then Inf's.
+    """Returns the colours as (n, 3) bytes.
 
-    ``side`` is 1 for a scale from zero up, -1 for one from zero down.
+    There are 2 · STEPS + 1 colours from the lowest value to the highest, then those of NaN and Inf. ``side`` is 1 for a scale
+    that starts at zero, and -1 for a scale that ends at zero.
     """
     anchors = np.asarray(_ONE_SIDED.get(side, _ANCHORS), dtype=np.float64)
     positions = np.linspace(0, len(anchors) - 1, 2 * STEPS + 1)
@@ -121,9 +122,10 @@ def palette(side: int = 0) -> Array:
 
 
 def colour_limit(cells: Array) -> float:
-    """Returns the magnitude of the full colour: a percentile of the cells' own, so that a few spikes do not pale the rest.
+    """Returns the magnitude of the full colour, a percentile of the cells' magnitudes.
 
-    It is the largest magnitude if that percentile is zero, and 1 if all cells are zero.
+    With a percentile, a few spikes do not pale the other cells. If it is zero, the limit is the largest magnitude, or 1 if
+    all cells are zero.
     """
     magnitudes = np.abs(cells[np.isfinite(cells)].astype(np.float64))
     if not magnitudes.size:
@@ -132,7 +134,7 @@ def colour_limit(cells: Array) -> float:
 
 
 def colour_indices(cells: Array, limit: float, side: int = 0) -> Array:
-    """Returns the position of each cell's colour in the palette of the same side."""
+    """Returns the index of each cell's colour in ``palette(side)``."""
     low, high = (end / limit for end in scale_ends(limit, side))
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = np.clip(cells.astype(np.float64) / limit, low, high)
@@ -146,12 +148,12 @@ def colour_indices(cells: Array, limit: float, side: int = 0) -> Array:
 
 
 def printable(text: str) -> str:
-    """Writes line breaks, control and direction characters as escapes, so that nothing in the text is invisible."""
+    """Returns a text with line breaks, control and direction characters as escapes."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """Leaves out the middle of a text of more than ``most`` printable characters."""
+    """Returns at most ``most`` characters of a text, without its middle."""
     text = printable(text)
     if len(text) <= most:
         return text
@@ -160,15 +162,15 @@ def shortened(text: str, most: int) -> str:
 
 
 def count_bad(values: Array) -> str:
-    """Writes how many values are NaN and how many Inf, or nothing if none are."""
+    """Returns the counts of NaN and Inf values as text, empty if all are finite."""
     return written_bad(int(np.isnan(values).sum()), int(np.isinf(values).sum()))
 
 
 def written_bad(nan: int, inf: int) -> str:
-    """Writes how many values are NaN and how many Inf, or nothing if none are."""
+    """Returns counts of NaN and Inf as text, empty if both are zero."""
     return ", ".join(f"{count:,} {name}" for count, name in ((nan, "NaN"), (inf, "Inf")) if count)
 
 
 def scale_text(limit: float, side: int) -> str:
-    """Writes the values of a scale of colours: ``±1.5``, ``0 to 1.5`` or ``−1.5 to 0``."""
+    """Returns a colour scale as text: ``±1.5``, ``0 to 1.5`` or ``−1.5 to 0``."""
     return f"±{limit:.3g}" if not side else f"0 to {limit:.3g}" if side > 0 else f"−{limit:.3g} to 0"

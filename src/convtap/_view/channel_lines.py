@@ -1,4 +1,4 @@
-"""Draws single channels of one output, each as its own small line, all with the same scale."""
+"""Draws single channels of one output as small lines with the same scale."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Channels(NamedTuple):
     """The output of one call for one input, with its place on the time axis.
 
     Attributes:
-        title: its key, and the axis that was assumed.
-        frames: how many frames it has.
-        values: the part of it that the span shows, (C, T).
-        extent: where that begins and ends on the time axis, or None if it has no place there.
-        notes: which part it is.
-        signal: the input above it, or None.
+        title: the key of the call, and the axis that was assumed.
+        frames: the number of frames of the output.
+        values: the part of the output in the span, (C, T).
+        extent: the start and end of that part on the time axis, or None if its place is unknown.
+        notes: a note on the part that is shown.
+        signal: the input to draw above the channels, or None.
     """
 
     title: str
@@ -56,26 +56,26 @@ class Channels(NamedTuple):
 
 
 def one_map(outputs: CapturedOutputs, layer: str, sample: int, signal: Any = None) -> Channels:
-    """Reads one call's output for one input, and the signal of that input."""
+    """Returns one call's output for one input, with the signal of that input."""
     found, row = outputs.locate(sample)
     call, axis = _one_call(outputs, layer, sample), outputs.axis
     tensors = list(walk_tensors(call.output))
     if len(tensors) != 1:
         raise Unsupported(
-            f"{layer!r} returns {len(tensors)} tensors, and channels draws one. Draw them with acts.plot()."
+            f"{layer!r} returns {len(tensors)} tensors, but channels draws a single tensor. Draw all with acts.plot()."
         )
     (path, tensor), key = tensors[0], call.key
     axes = outputs.axes(call, path, tensor)
     one = found.cut(key, tensor, row, axes.batch)
     if is_blank(one):
-        raise Unsupported(f"{key!r} has no values to draw: its shape is {tuple(one.shape)}.")
+        raise Unsupported(f"{key!r} has no values to draw: its shape is {tuple(one.shape)}. Choose another layer.")
     values, notes = as_map(one, axes)
     frames = values.shape[1]
     extent = axis.extent(outputs.place(call), path, frames) if frames > 1 else None
     if axis.span is not None and extent is None:
         raise Unsupported(
-            f"span={axis.span} cannot zoom {key!r}, whose place on the time axis is not known. Leave span out to draw all "
-            "of its frames."
+            f"span={axis.span} does not apply to {key!r}: its place on the time axis is unknown. Remove span to draw all of "
+            "its frames."
         )
     given = None if signal is None else one_signal(outputs, signal, sample)
     axis.widen(extent, None if given is None else axis.signal_extent(given.shape[1]))
@@ -89,38 +89,38 @@ def one_map(outputs: CapturedOutputs, layer: str, sample: int, signal: Any = Non
 def _one_call(outputs: CapturedOutputs, layer: str, sample: int) -> Call:
     """Returns the call of a layer in the forward pass of one input."""
     if not isinstance(layer, str):
-        raise InvalidType(f"layer is a {type(layer).__name__}, and it must be one layer's name or a call key.")
+        raise InvalidType(
+            f"layer is a {type(layer).__name__}, not a string. Pass a layer's name or a call key, such as 'conv#1'."
+        )
     found, _ = outputs.locate(sample)
     here = {call.key: call for call in found.calls}
     name = outputs.log.resolve(layer)
     calls = [here[layer]] if layer in here else [call for call in found.calls if call.name == name]
     if not calls:
         raise LayerNotFound(
-            f"no output of sample {sample} is named {layer!r}. Its forward pass has {listed(here)}."
+            f"sample {sample} has no output {layer!r}. Its forward pass has {listed(here)}."
             f"{did_you_mean(layer, list(here))}"
         )
     if len(calls) > 1:
         raise AmbiguousCall(
-            f"{layer!r} ran {len(calls)} times in the forward pass of sample {sample}. Draw one of these calls: "
+            f"{layer!r} ran {len(calls)} times in the forward pass of sample {sample}. Pass the key of one call: "
             f"{listed([repr(call.key) for call in calls])}."
         )
     return calls[0]
 
 
 def small_multiples(found: Channels, channels: Any, axis: TimeAxis) -> Figure:
-    """Draws some channels as small lines below the signal, or all channels of one frame as bars."""
+    """Draws channels as lines below the signal, or as bars if they have one frame."""
     count, frames = found.values.shape
     shown = _numbers(channels, count)
     if frames == 1 and found.extent is None:
         return _bars(found, axis)
     if not frames:
-        raise Unsupported(
-            f"{found.title!r} has no frames in span={axis.span}. Choose another part of the input with span=."
-        )
+        raise Unsupported(f"{found.title!r} has no frames in span={axis.span}. Choose another span.")
     across = min(_ACROSS, len(shown))
     lines, above = -(-len(shown) // across), _signal_height(found)
     height = _TOP + above + lines * _STEP + _FOOT
-    figure = draw.new_figure(draw.WIDTH, height, "Draw some of the channels: channels=range(0, 64).")
+    figure = draw.new_figure(draw.WIDTH, height, "Draw fewer channels: channels=range(0, 64).")
     draw.write(figure, 20, 18, _headline(found, shown), weight="bold")
     low, high = finite_range(found.values[shown])
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1
@@ -154,7 +154,7 @@ def _headline(found: Channels, shown: list[int]) -> str:
 
 
 def _ticks(axes: Axes, extent: tuple[float, float] | None, frames: int, most: int, axis: TimeAxis) -> None:
-    """Puts ticks on a small axes: on the time axis if it has a place there, else one for some frames."""
+    """Sets the ticks of small axes, in time if the place is known, else in frames."""
     if extent is None or axis.bounds is None:
         draw.whole_ticks(axes, frames, most=most)
         return
@@ -163,7 +163,7 @@ def _ticks(axes: Axes, extent: tuple[float, float] | None, frames: int, most: in
 
 
 def _signal_height(found: Channels) -> int:
-    """Returns the pixels that the signal takes, with its title and the numbers of its axis, if that is its own."""
+    """Returns the pixel height of the signal with its title and axis numbers."""
     if found.signal is None:
         return 0
     below = 36 if found.extent is None else 24
@@ -171,7 +171,7 @@ def _signal_height(found: Channels) -> int:
 
 
 def _draw_signal(figure: Figure, found: Channels, left: int, width: int, is_first: bool, axis: TimeAxis) -> None:
-    """Draws the signal above a column of channels, so that both are read from top to bottom."""
+    """Draws the signal above a column of channels."""
     signal = found.signal
     if signal is None or signal.kind == "nothing":
         return
@@ -192,26 +192,30 @@ def _draw_signal(figure: Figure, found: Channels, left: int, width: int, is_firs
 def _bars(found: Channels, axis: TimeAxis) -> Figure:
     title, values = found.title, found.values[:, 0]
     if axis.span is not None or found.signal is not None:
-        raise Unsupported(f"{title!r} has no time axis: its channels are drawn as bars. Leave span and signal out.")
+        raise Unsupported(f"{title!r} has no time axis: its channels are drawn as bars. Remove span and signal.")
     count = len(values)
     figure = draw.new_figure(draw.WIDTH, 190)
     draw.write(figure, draw.LEFT, 24, f"{shortened(title, 70)}  ({count:,},)", weight="bold")
     axes = draw.place(figure, draw.LEFT, 30, draw.ACROSS, 120)
     draw.draw_bars(axes, bars(title, (count,), values, []))
-    axes.set_xlabel("channel" if count <= MAX_BARS else "channel (each bar the range of neighbours)", fontsize=7)
+    axes.set_xlabel("channel" if count <= MAX_BARS else "channel (each bar is the range of neighbours)", fontsize=7)
     return figure
 
 
 def _numbers(channels: Any, count: int) -> list[int]:
-    """Reads which channels to draw: the first so many, or some by number."""
+    """Returns the channels to draw, from their count or from a list of channels."""
     if isinstance(channels, (int, np.integer)) and not isinstance(channels, bool):
         return list(range(min(count, checked_count("channels", channels))))
     if isinstance(channels, (bool, str)) or not isinstance(channels, Iterable):
-        raise InvalidType(f"channels is {brief(channels)}. Pass how many, or which: channels=[3, 17].")
+        raise InvalidType(
+            f"channels is {brief(channels)}, not a number or a list. Pass channels=64, or channels=[3, 17]."
+        )
     shown = [int(channel) for channel in channels]
     wrong = [channel for channel in shown if not -count <= channel < count]
     if wrong:
-        raise OutOfRange(f"there is no channel {wrong[0]}: the layer has {count}, numbered from 0.")
+        raise OutOfRange(
+            f"channel {wrong[0]} does not exist: the layer has {count} channels. Pass numbers from 0 to {count - 1}."
+        )
     if not shown:
-        raise InvalidValue("channels is empty, so nothing would be drawn. Pass how many, or which: channels=[3, 17].")
+        raise InvalidValue("channels is empty. Pass channels=64, or channels=[3, 17].")
     return [channel % count for channel in shown]

@@ -1,4 +1,4 @@
-"""Draws with matplotlib: a figure laid out in whole pixels, and on its axes a map, bars, lines or a single line."""
+"""Draws maps, bars and lines with matplotlib, laid out in whole pixels."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 100
-#: The most pixels that a picture is high: browsers, viewers and papers do not show more of it well.
+#: The maximum height of a picture in pixels. Browsers and viewers do not show higher ones well.
 MAX_HEIGHT = 6000
 WIDTH = 1020  # pixels of a whole picture
-LEFT, RIGHT = 84, 36  # the unit of the time axis stands on the left of its numbers
+LEFT, RIGHT = 84, 36  # the unit of the time axis stands to the left of its numbers
 ACROSS = WIDTH - LEFT - RIGHT  # pixels of the axes
 
-#: Columns of a map: half the pixels, so that none is lost at half the resolution either.
+#: Columns of a map: half the pixels, so that every column stays visible at half the resolution.
 COLUMNS = ACROSS // 2
 
 INK = "#2b3a4a"
@@ -45,18 +45,18 @@ ALARM = "#c00000"
 
 
 def new_figure(width: int, height: int, remedy: str = "Draw fewer layers at a time with layers=.") -> Figure:
-    """Makes an empty figure of a size in pixels, which a notebook shows whether pyplot is imported or not.
+    """Returns an empty figure of a size in pixels that a notebook can show.
 
-    No backend is chosen and nothing is registered anywhere: the figure is freed like any other object.
+    It chooses no backend and is not registered with pyplot, so Python frees it like any other object.
     """
     if height > MAX_HEIGHT:
-        raise Unsupported(f"this picture would be {height:,} pixels high, and the most is {MAX_HEIGHT:,}. {remedy}")
+        raise Unsupported(f"this picture would be {height:,} pixels high, but the limit is {MAX_HEIGHT:,}. {remedy}")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtra(
-            "pictures are drawn with matplotlib, which is not installed (acts.report(path) needs none). "
-            "Install it with: pip install 'convtap[plot]'"
+            "pictures need matplotlib, which is not installed (acts.report(path) works without it). Install it: "
+            "pip install 'convtap[plot]'"
         ) from error
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
@@ -82,30 +82,33 @@ def place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
 
 
 def plain_numbers(axis: Any, form: str) -> None:
-    """Writes each number of an axis whole: an offset in a corner, such as +2.5e5, would lie on other text."""
+    """Formats the numbers of an axis without an offset, such as +2.5e5, in a corner."""
     from matplotlib.ticker import StrMethodFormatter
 
     axis.set_major_formatter(StrMethodFormatter(form))
 
 
 def write(figure: Figure, left: int, top: int, text: str, **style: Any) -> None:
-    """Writes text at a position in pixels. Nothing in it is read as mathematics."""
+    """Writes text at a position in pixels, without parsing it as mathematics."""
     across, down = figure.get_size_inches() * DPI
     style = {"fontsize": 8, "va": "bottom", "ha": "left", **style}
     figure.text(left / across, 1 - top / down, text, parse_math=False, **style)
 
 
 def not_finite(values: Array) -> str:
-    """Writes how many values are NaN or Inf, or nothing if none are."""
+    """Returns the count of NaN and Inf values as text, empty if all values are finite."""
     bad = int((~np.isfinite(values)).sum())
     return f"{bad:,} NaN or Inf" if bad else ""
 
 
 def draw_map(axes: Axes, picture: Picture) -> None:
-    """Draws a map as an image, channel 0 on top; NaN black, Inf yellow, and a mark above the columns that have one."""
+    """Draws a map as an image with channel 0 at the top.
+
+    NaN is black and Inf is yellow. Marks above the map show the columns that have one.
+    """
     from matplotlib.colors import ListedColormap
 
-    cells = picture.cells.astype(np.float64)  # twice the limit must not overflow
+    cells = picture.cells.astype(np.float64)  # so that twice the limit does not overflow
     first, last = picture.extent or (-0.5, picture.frames - 0.5)
     style: dict[str, Any] = {
         "aspect": "auto",
@@ -129,7 +132,7 @@ def draw_map(axes: Axes, picture: Picture) -> None:
 
 
 def draw_bars(axes: Axes, picture: Picture) -> None:
-    """Draws one bar a channel, blue below zero and red above; a channel with NaN or Inf gets a cross instead."""
+    """Draws one bar per channel, blue or red, or a cross for NaN or Inf."""
     low, high = picture.cells
     bounds = edges(picture.channels, MAX_BARS)
     starts, widths = bounds[:-1] - 0.5, np.diff(bounds)
@@ -149,7 +152,7 @@ def draw_bars(axes: Axes, picture: Picture) -> None:
 
 
 def whole_ticks(axes: Axes, count: int, most: int = 8) -> None:
-    """Puts ticks at whole numbers, of an axis that counts so many things."""
+    """Sets the ticks of an axis over ``count`` items to whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
@@ -161,7 +164,7 @@ def draw_lines(axes: Axes, picture: Picture, columns: int = ACROSS) -> None:
     """Draws the channels of a signal as lines, one below the other."""
     low, high = finite_range(picture.cells)
     height = (high - low) * 1.1 or 1.0
-    is_binary = bool(np.isin(picture.cells, (0, 1)).all())  # such as one-hot DNA, of which slopes would be wrong
+    is_binary = bool(np.isin(picture.cells, (0, 1)).all())  # such as one-hot DNA, for which sloped lines would be wrong
     for channel, row in enumerate(picture.cells):
         draw_line(axes, row, picture.extent, -channel * height, columns, is_binary)
     if picture.channels > 1:
@@ -181,9 +184,10 @@ def draw_line(
     is_binary: bool = False,
     cross: Array | None = None,
 ) -> None:
-    """Draws one channel over time: a line, or if it has more values than columns, its minimum and maximum in each.
+    """Draws one channel over time.
 
-    NaN and Inf leave a gap, with a cross at the bottom, if ``cross`` is true there. Zeros and ones are drawn as blocks.
+    It is a line, or the minimum and maximum in each column if it has more values than columns. NaN and Inf leave a gap, with
+    a cross at the bottom if ``cross`` is true there. Zeros and ones are drawn as blocks.
     """
     samples = len(row)
     first, last = extent or (-0.5, samples - 0.5)

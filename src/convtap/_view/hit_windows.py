@@ -1,4 +1,4 @@
-"""Draws the input windows of hits, grouped by channel: lines, maps, or the letters of one-hot sequences."""
+"""Draws the input windows of hits as lines, maps or letters, grouped by channel."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 _ACROSS = 4
 _HEAD, _GROUP, _TITLE, _GAP, _FOOT = 10, 22, 14, 8, 40
 _LETTERS = 15
-_REMEDY = "Draw fewer of the hits: windows(hits[:50], x)."
+_REMEDY = "Draw fewer hits: windows(hits[:50], x)."
 
 
 class _Window(NamedTuple):
-    """A hit, the values of its window as (C, W), and which of its samples are in the signal."""
+    """A hit, its window as (C, W), and a mask of the samples in the signal."""
 
     hit: Hit
     values: Array
@@ -36,7 +36,7 @@ class _Window(NamedTuple):
 
 
 def windows_figure(hits: Iterable[Hit], x: Any, sample_rate: float | None, letters: str | None) -> Figure:
-    """Draws the windows of hits, those of each channel together, in their order."""
+    """Draws the windows of hits in their order, grouped by channel."""
     rate = None if sample_rate is None else checked_rate(sample_rate)
     every = [
         _Window(hit, np.asarray(real_values(by_channel(hit, window)).cpu().numpy()), window.inside.cpu().numpy())
@@ -51,7 +51,7 @@ def windows_figure(hits: Iterable[Hit], x: Any, sample_rate: float | None, lette
 
 
 def _small_multiples(every: list[_Window], groups: dict[int, list[_Window]], rate: float | None) -> Figure:
-    """Draws each window as lines, or as a map if it has many channels; all have one scale."""
+    """Draws each window as lines, or as a map if it has many channels, with one scale."""
     count = max(len(window.values) for window in every)
     height = max(54, 22 * count) if count <= MAX_LINES else 64
     step, across = _TITLE + height + _GAP, min(_ACROSS, max(map(len, groups.values())))
@@ -74,13 +74,13 @@ def _small_multiples(every: list[_Window], groups: dict[int, list[_Window]], rat
             axes.set_title(_minus(f"{window.hit.value:.3g}"), fontsize=7, loc="right", pad=2, weight="bold")
         top += step * -(-len(group) // across)
     unit = "samples" if rate is None else "seconds"
-    text = f"{unit} from the start of the window · bold: the output · grey: outside of the signal · one scale"
+    text = f"{unit} from the start of the window · bold: the output · grey: outside the signal · one scale"
     draw.write(figure, draw.WIDTH // 2, top + 32, text, ha="center", fontsize=7)
     return figure
 
 
 def _draw_window(axes: Axes, window: _Window, values: Array, rate: float | None, columns: int) -> None:
-    """Draws one window from 0 on, with the samples outside of the signal in grey."""
+    """Draws one window, starting at 0, with the samples outside the signal in grey."""
     scale = 1.0 if rate is None else 1.0 / rate
     length = window.values.shape[1]
     extent = (-0.5 * scale, (length - 0.5) * scale)
@@ -109,7 +109,7 @@ def _draw_window(axes: Axes, window: _Window, values: Array, rate: float | None,
 
 
 def _outside(inside: Array) -> list[tuple[int, int]]:
-    """Returns where the runs of samples outside of the signal begin and stop."""
+    """Returns the start and stop of each run of samples outside the signal."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], ~inside, [False]]).astype(np.int8)))
     return [(int(first), int(stop)) for first, stop in edges.reshape(-1, 2)]
 
@@ -133,7 +133,7 @@ def _sequences(every: list[_Window], groups: dict[int, list[_Window]], rate: flo
             value = _minus(f"{window.hit.value:.3g}")
             draw.write(figure, left + width + 10, middle, value, va="center", fontsize=7, weight="bold")
         top += _LETTERS * len(group) + _GAP
-    text = f"position in the window of {length:,} · bold: the output · grey: outside of the signal"
+    text = f"position in the window of {length:,} · bold: the output · grey: outside the signal"
     draw.write(figure, left, top + 32, text, fontsize=7)
     return figure
 
@@ -143,7 +143,7 @@ def _group_title(channel: int, group: list[_Window]) -> str:
 
 
 def _place_text(hit: Hit, rate: float | None) -> str:
-    """Writes which input a window is of, and where in it it lies."""
+    """Returns the input of a window and its place in that input, as text."""
     if rate is None:
         return _minus(f"input {hit.sample:,} · {hit.start:,} to {hit.stop - 1:,}")
     digits = min(6, max(0, math.ceil(math.log10(rate))))
@@ -156,19 +156,19 @@ def _minus(text: str) -> str:
 
 def _checked_letters(letters: Any, every: list[_Window]) -> str:
     if not isinstance(letters, str):
-        raise InvalidType(f"letters is {brief(letters)}. Pass one letter a channel of the input: letters='ACGT'.")
+        raise InvalidType(f"letters is {brief(letters)}, not a string. Pass one letter per channel: letters='ACGT'.")
     for window in every:
         channels = len(window.values)
         if len(letters) != channels:
             raise InvalidValue(
-                f"letters={letters!r} has {plural(len(letters), 'letter')}, and the inputs have {plural(channels, 'channel')}. "
-                "Pass one letter a channel."
+                f"letters={letters!r} has {plural(len(letters), 'letter')}, but the inputs have {plural(channels, 'channel')}. "
+                "Pass one letter per channel."
             )
         shown = window.values[:, window.inside]
         is_one_hot = np.isin(shown, (0, 1)).all(axis=0) & (shown.sum(axis=0) == 1)
         is_equal = (shown == shown[:1]).all(axis=0)  # an unknown letter
         if not (is_one_hot | is_equal).all():
             raise InvalidValue(
-                f"input {window.hit.sample} is not one-hot, so it has no letters. Leave letters={letters!r} out to draw lines."
+                f"input {window.hit.sample} is not one-hot, so it has no letters. Remove letters={letters!r} to draw lines."
             )
     return letters

@@ -1,4 +1,4 @@
-"""Draws an index of many outputs on one time axis: a strip each, instead of a map."""
+"""Draws an index of many outputs, with one strip per output on one time axis."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from convtap._view.time_axis import TimeAxis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ROW, _LOW = 18, 9  # pixels of an output's row, and of one among very many
-_LEFT, _ACROSS = 250, draw.COLUMNS  # a pixel for each column of a map, so that the strip loses none
+_ROW, _LOW = 18, 9  # pixels of an output's row, normally and with very many outputs
+_LEFT, _ACROSS = 250, draw.COLUMNS  # one pixel per column of a map, so that the strip shows every column
 _HEAD, _FOOT, _SIGNAL = 44, 64, 40
 _BACKGROUND = (244, 246, 248)
 _NAME, _SIZE = 36, 26
-_LIMIT = "limit: of each strip its own, on its right"
+_LIMIT = "limit: written to the right of each strip"
 
-#: The most outputs of an index that reads well, and of one at all.
+#: The maximum number of outputs of an index with rows of the normal height, and of any index.
 MOST, MOST_AT_ALL = ((draw.MAX_HEIGHT - _HEAD - _SIGNAL - _FOOT) // row for row in (_ROW, _LOW))
 
 
 def index_page(
     found: Pictures, axis: TimeAxis, heading: str, pages: Sequence[int] | None = None, marks: str = "page"
 ) -> Figure:
-    """Draws one strip an output, with its name, its shape, its scale of colours and the page of its map."""
+    """Draws one strip per output, with its name, shape, colour scale and page."""
     rows, row = found.outputs, _ROW if len(found.outputs) <= MOST else _LOW
     top = _HEAD + (0 if found.signal is None else _SIGNAL)
     height = top + row * len(rows) + _FOOT
@@ -66,7 +66,7 @@ def _signal(figure: Figure, signal: Picture, axis: TimeAxis) -> None:
 
 
 def _strips(figure: Figure, rows: Sequence[Picture], axis: TimeAxis, top: int, row: int) -> None:
-    """Draws all strips as one image, since an axes for each of 300 takes seconds."""
+    """Draws all strips as one image, since separate axes for 300 strips take seconds."""
     image = np.full((row * len(rows), _ACROSS, 3), 255, np.uint8)
     gap = row // 4
     for number, picture in enumerate(rows):
@@ -87,7 +87,7 @@ def _strips(figure: Figure, rows: Sequence[Picture], axis: TimeAxis, top: int, r
 
 
 def _strip(picture: Picture, axis: TimeAxis, height: int) -> Array:
-    """Returns the pixels of one strip, (height, _ACROSS, 3), at its place on the time axis."""
+    """Returns the pixels (height, _ACROSS, 3) of one strip, placed on the time axis."""
     cells = picture.cells if picture.kind == "map" else _one_row(picture)
     cells = shrink(cells, height, _ACROSS).values
     limit = picture.limit if picture.kind == "map" else colour_limit(cells)
@@ -105,7 +105,7 @@ def _strip(picture: Picture, axis: TimeAxis, height: int) -> Array:
 
 
 def _one_row(picture: Picture) -> Array:
-    """Returns bars as one row of cells, each the end that is further from zero."""
+    """Returns bars as one row of cells, each with the end further from zero."""
     low, high = picture.cells
     return np.asarray(np.where(np.abs(high) >= np.abs(low), high, low))[None]
 

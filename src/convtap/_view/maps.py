@@ -1,4 +1,4 @@
-"""Lays out the feature maps of one input, one below the other, the signal on top; all heights in whole pixels."""
+"""Lays out the feature maps of one input below the signal, in whole pixels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLE, _TICKS, _GAP, _FOOT, _HEADING = 17, 15, 7, 46, 22
-_TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that one sign of a title or a note needs at most, nearly always
-_ROOMY = 12  # up to so many maps each gets twice the height
+_TITLE_SIGN, _NOTE_SIGN = 8.0, 5.6  # pixels that a character of a title or a note needs at most, with rare exceptions
+_ROOMY = 12  # up to this number of maps, each has twice the height
 
 
 class _Panel(NamedTuple):
-    """A picture, its height in pixels, and whether the numbers of its axis are written below it."""
+    """A picture, its height in pixels, and whether it has axis numbers below it."""
 
     picture: Picture
     height: int
@@ -28,12 +28,12 @@ class _Panel(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The pixels from its title to the next one's."""
+        """The pixels from its title to the next title."""
         return _TITLE + self.height + _GAP + (_TICKS if self.has_ticks else 0)
 
 
 def feature_maps(found: Pictures, axis: TimeAxis, heading: str = "") -> Figure:
-    """Draws the signal, if there is one, and below it one picture an output."""
+    """Draws the signal, if given, and below it one picture per output."""
     panels = _panels(found)
     figure = draw.new_figure(WIDTH, height_of(found, heading))
     top = 4
@@ -48,7 +48,7 @@ def feature_maps(found: Pictures, axis: TimeAxis, heading: str = "") -> Figure:
 
 
 def height_of(found: Pictures, heading: str = "") -> int:
-    """Returns how many pixels high the figure of some pictures is."""
+    """Returns the height in pixels of the figure of some pictures."""
     panels = _panels(found)
     return sum(panel.total for panel in panels) + (_FOOT if _maps(panels) else 8) + (_HEADING if heading else 0)
 
@@ -75,7 +75,7 @@ def _height(picture: Picture, roomy: bool) -> int:
 
 
 def _draw_panel(figure: Figure, panel: _Panel, top: int, axis: TimeAxis) -> None:
-    """Draws one picture with its title, its notes, its warning, and the unit of its axis."""
+    """Draws one picture with its title, notes, warning, and the unit of its axis."""
     picture = panel.picture
     notes = " · ".join(picture.notes)
     warning = draw.not_finite(picture.cells) if picture.kind == "lines" else picture.warning
@@ -109,10 +109,10 @@ def _draw_panel(figure: Figure, panel: _Panel, top: int, axis: TimeAxis) -> None
 
 
 def footer(figure: Figure, top: int, maps: list[Picture], text: str = "") -> None:
-    """Draws the scale of colours of each kind that the maps have, and says what a limit is."""
+    """Draws the colour scales that the maps use, and explains the limit."""
     if not maps:
         return
-    text = text or f"limit: written above each map, {PERCENTILE} % of its cells are within it"
+    text = text or f"limit: written above each map, and {PERCENTILE} % of its cells are within it"
     left = LEFT
     for side in (0, 1, -1):
         if not any(picture.side == side for picture in maps):

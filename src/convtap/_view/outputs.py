@@ -1,4 +1,4 @@
-"""Reads captured outputs for a picture: the chosen calls, the pass of an input, and the axes of each output."""
+"""Finds the calls, the forward pass and the axes of outputs for a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Chosen: TypeAlias = "str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | N
 
 
 class _Position(NamedTuple):
-    """The pass of a call, the calls of its layer there, and its number among them."""
+    """The pass of a call, its layer's calls in that pass, and its number among them."""
 
     forward: Pass
     runs: list[Call]
@@ -31,12 +31,14 @@ class _Position(NamedTuple):
 
 
 class CapturedOutputs:
-    """The outputs of a log. Their axes are as the user says, else the timeline, else the layers' types.
+    """The outputs of a log, with their axes.
+
+    The user's ``channels_last`` decides on the axes, else the timeline, else the layer's type.
 
     Args:
         log: the log of the capture.
-        axis: the picture's time axis, with its timeline if there is one.
-        channels_last: True or False for all outputs, or the layers whose outputs are (B, T, C); None if it is not known.
+        axis: the picture's time axis, with its timeline if given.
+        channels_last: True or False for all outputs, or the layers whose outputs are (B, T, C); None if unknown.
     """
 
     def __init__(self, log: Log, axis: TimeAxis, channels_last: bool | Chosen = None) -> None:
@@ -45,7 +47,7 @@ class CapturedOutputs:
         self.calls = list(log.calls.values())
         if not self.calls:
             raise NotCaptured(
-                "there is nothing to draw: no outputs were captured. Run the model inside the capture: "
+                "no outputs were captured, so the picture would be empty. Run the model inside the capture: "
                 "with capture(model) as acts: model(x)"
             )
         self.samples = Samples(log)
@@ -64,17 +66,17 @@ class CapturedOutputs:
         """Returns the forward pass of one input, and the input's row there."""
         if isinstance(sample, bool) or not hasattr(type(sample), "__index__"):
             raise InvalidType(
-                f"sample is a {type(sample).__name__}, and it must be the number of one input: sample=0 for the first."
+                f"sample is a {type(sample).__name__}, not an int. Pass the number of one input, such as sample=0."
             )
         return self.samples.locate(operator.index(sample))
 
     def chosen(self, layers: Any) -> list[Call]:
-        """Returns the calls that some names, call keys, globs and patterns match, in execution order; all for None."""
+        """Returns the calls that ``layers`` matches, in execution order; all for None."""
         if layers is None:
             return self.calls
         selectors = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
         if not selectors:
-            raise InvalidValue("layers is empty, so nothing would be drawn. Pass None for every captured layer.")
+            raise InvalidValue("layers is empty. Pass layers=None for every captured layer.")
         wanted: set[int] = set()
         for selector in selectors:
             matches = self._matching(selector)
@@ -82,7 +84,7 @@ class CapturedOutputs:
                 text = selector if isinstance(selector, str) else selector.pattern
                 names = list(dict.fromkeys(name for call in self.calls for name in (call.name, call.key)))
                 raise LayerNotFound(
-                    f"no captured layer matches {text!r}. Captured here: {listed([call.key for call in self.calls])}."
+                    f"no captured layer matches {text!r}. The captured calls are {listed([call.key for call in self.calls])}."
                     f"{did_you_mean(text, names)}"
                 )
             wanted.update(matches)
@@ -91,8 +93,8 @@ class CapturedOutputs:
     def _matching(self, selector: Any) -> set[int]:
         if not isinstance(selector, (str, re.Pattern)):
             raise InvalidType(
-                f"layers: {type(selector).__name__} chooses nothing here. Pass a name, a call key such as 'conv#1', a glob, "
-                "a re.Pattern, or several of them in a list."
+                f"layers has a selector of type {type(selector).__name__}. Pass a name, a call key such as 'conv#1', a glob, a "
+                "re.Pattern, or a list of them."
             )
         exact = (selector, self.log.resolve(selector)) if isinstance(selector, str) else ()
         pattern = re.compile(fnmatch.translate(selector)) if isinstance(selector, str) else selector
@@ -104,7 +106,10 @@ class CapturedOutputs:
         }
 
     def keys_in_pass(self) -> dict[int, str]:
-        """Returns the key of each call within its pass, by id: numbered if the layer ran several times in any pass."""
+        """Returns the key of each call within its pass, by id.
+
+        It is numbered if the layer ran several times in any pass.
+        """
         several = {call.name for call in self.calls if len(self._positions[id(call)].runs) > 1}
         return {
             id(call): record_of(call).key(self._positions[id(call)].number, 2 if call.name in several else 1)
@@ -128,7 +133,7 @@ class CapturedOutputs:
         return axes_of(shape, layout, batched=batched) if found is None else found
 
     def frames(self, call: Call, path: str, tensor: Tensor) -> int:
-        """Returns how many frames an output has; 1 without a time axis."""
+        """Returns the number of frames of an output, 1 without a time axis."""
         axes = self.axes(call, path, tensor)
         if axes.time is None:
             return 1
@@ -138,7 +143,10 @@ class CapturedOutputs:
         return int(row[axes.time])
 
     def _is_batched(self, call: Call, tensor: Tensor) -> bool:
-        """Returns whether an output has an axis of inputs: not if the model's input was a single signal without one."""
+        """Returns whether an output has a batch axis.
+
+        It does not if the model's input was a single signal without a batch axis.
+        """
         found = self._positions[id(call)].forward
         return not found.single or (found.unsqueezed and tensor.dim() == 3)
 
@@ -146,7 +154,7 @@ class CapturedOutputs:
 def checked_count(name: str, value: Any) -> int:
     """Checks an argument that counts rows or channels."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InvalidType(f"{name} is {value!r}, and it must be a whole number. Write for example {name}=64.")
+        raise InvalidType(f"{name} is {value!r}, not an int. Write for example {name}=64.")
     if value < 1:
-        raise InvalidValue(f"{name}={value} leaves nothing to draw. Write for example {name}=64.")
+        raise InvalidValue(f"{name}={value} is less than 1. Write for example {name}=64.")
     return int(value)

@@ -1,4 +1,4 @@
-"""Divides many feature maps into pages of a readable height, behind an index that names the page of each."""
+"""Divides many feature maps into pages, after an index."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from convtap._view.time_axis import TimeAxis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: The most pixels that a page of several is high.
+#: The maximum height in pixels of a page, if there are several pages.
 _PAGE = 3000
 
 
 def one_figure(found: Pictures, axis: TimeAxis) -> Figure:
-    """Draws the maps, or their index if the maps would be higher than a picture may be."""
+    """Draws the maps, or their index if the maps would be too high for one picture."""
     if height_of(found) <= MAX_HEIGHT:
         return feature_maps(found, axis)
     if len(found.outputs) > MOST_AT_ALL:
         raise Unsupported(
-            f"{len(found.outputs):,} outputs do not fit on one picture of {MAX_HEIGHT:,} pixels. Draw them on several with "
-            "convtap.plot.pages(acts), or some of them with acts.plot(layers=['encoder.*'])."
+            f"{len(found.outputs):,} outputs do not fit into a picture of {MAX_HEIGHT:,} pixels. Draw several pages with "
+            "convtap.plot.pages(acts), or fewer outputs with acts.plot(layers=['encoder.*'])."
         )
     return index_page(
         found,
         axis,
         f"index of {plural(len(found.outputs), 'output')}: their maps would be {height_of(found):,} pixels high. "
-        "convtap.plot.pages(acts) draws them on several pages, layers= draws some.",
+        "Draw several pages with convtap.plot.pages(acts), or fewer outputs with layers=.",
     )
 
 
 def page_figures(found: Pictures, axis: TimeAxis) -> list[Figure]:
-    """Draws the maps on pages, behind an index if there is more than one."""
+    """Draws the maps on one page, or on several pages after an index."""
     parts = _parts(found)
     if len(parts) == 1:
         return [feature_maps(found, axis)]
@@ -54,7 +54,7 @@ def page_figures(found: Pictures, axis: TimeAxis) -> list[Figure]:
 
 
 def _parts(found: Pictures) -> list[list[Picture]]:
-    """Returns the outputs of each page, as many as fit on it, and at least one."""
+    """Returns the outputs of each page: as many as fit, and at least one."""
     parts: list[list[Picture]] = []
     for picture in found.outputs:
         if parts and height_of(found._replace(outputs=[*parts[-1], picture]), "page") <= _PAGE:

@@ -1,4 +1,4 @@
-"""Prepares what is drawn of each output for one input: its cells, their extent on the time axis, and notes."""
+"""Prepares the picture of each output for one input: cells, place in time, notes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from convtap._view.outputs import CapturedOutputs, Chosen
 from convtap._view.signal import one_signal
 from convtap._view.time_axis import Place, TimeAxis
 
-#: More channels of a signal than this are drawn as a map, not as lines.
+#: The maximum number of channels of a signal that is drawn as lines. With more channels it is a map.
 MAX_LINES = 8
 
-#: Up to so many columns with NaN or Inf have a mark above them; more are seen without.
+#: The maximum number of columns with NaN or Inf that have marks. More columns are visible without marks.
 MAX_MARKS = 60
 
-#: More bars than this are drawn as ranges of neighbouring channels.
+#: The maximum number of bars. With more channels, neighbours share a bar.
 MAX_BARS = 256
 
 
@@ -34,15 +34,18 @@ class Picture:
     """One output for one input, or the signal, ready to be drawn.
 
     Attributes:
-        key: the key of the call, with the path of the tensor if it returns several; or ``"signal"``.
+        key: the key of the call, with the path of the tensor if the call returns several; or ``"signal"``.
         shape: the shape of the output for this input, such as (C, T).
-        kind: a map over time; lines over time; bars without a time axis; or nothing, if only the note can be shown.
+        kind: ``"map"`` over time, ``"lines"`` over time, ``"bars"`` without a time axis, or ``"nothing"`` if only the notes
+            can be shown.
         cells: the map's cells; for lines the values, (C, T); for bars two rows, the lower and the upper ends.
+        channels: the number of channels.
+        frames: the number of frames or samples that are shown.
         limit: the magnitude of the full colour.
-        side: 1 if the scale of colours goes from zero up, -1 if from zero down, 0 if it has both signs.
-        warning: how many values are NaN and how many Inf, or nothing.
-        extent: where it begins and ends on the time axis, in its unit, or None if it has no place on it.
-        notes: what else there is to know about it.
+        warning: the counts of NaN and Inf as text, or an empty string.
+        extent: the start and end on the time axis, in its unit, or None if the place is unknown.
+        notes: the notes in the title.
+        side: 1 if the colour scale starts at zero, -1 if it ends at zero, 0 if it has both signs.
     """
 
     key: str
@@ -59,12 +62,19 @@ class Picture:
 
     @property
     def size(self) -> str:
-        """The shape with separated thousands: ``(4, 1,200)``."""
+        """The shape with thousands separators, such as ``(4, 1,200)``."""
         return f"({', '.join(f'{size:,}' for size in self.shape)}{',' if len(self.shape) == 1 else ''})"
 
 
 class Pictures(NamedTuple):
-    """The pictures of one input, how many of its chosen calls there are, and how many chosen calls other passes have."""
+    """The pictures of one input.
+
+    Attributes:
+        signal: the picture of the signal, or None.
+        outputs: the pictures of the outputs.
+        here: the number of chosen calls in the pass of this input.
+        elsewhere: the number of chosen calls in other passes.
+    """
 
     signal: Picture | None
     outputs: list[Picture]
@@ -82,9 +92,10 @@ def pictures(
     signal_columns: int | None = None,
     most: int | None = None,
 ) -> Pictures:
-    """Prepares the signal and each chosen call for one input, once the time axis is wide enough for all of them.
+    """Prepares the signal and each chosen call for one input.
 
-    A map has at most ``rows`` and ``columns``, the signal ``signal_columns``; of the calls the first ``most`` are prepared.
+    It first widens the time axis to include all of them. A map has at most ``rows`` and ``columns``, and the signal has at
+    most ``signal_columns``. Only the first ``most`` calls are prepared.
     """
     values = None if signal is None else one_signal(outputs, signal, sample)
     if values is not None:
@@ -95,8 +106,8 @@ def pictures(
     here = [call for call in calls if id(call) in within]
     if not here:
         raise LayerNotFound(
-            f"{listed([call.key for call in calls])}: captured, but not in the forward pass of sample {sample}. "
-            f"That pass has {listed([call.key for call in found.calls])}."
+            f"{listed([call.key for call in calls])} did not run in the forward pass of sample {sample}. Choose from its "
+            f"calls: {listed([call.key for call in found.calls])}."
         )
     places = [(call, outputs.place(call)) for call in here[:most]]
     for call, place in places:
@@ -147,11 +158,11 @@ def signal_picture(values: Array, columns: int, axis: TimeAxis) -> Picture:
 
 
 def bars(key: str, shape: tuple[int, ...], values: Array, notes: list[str]) -> Picture:
-    """Returns (C,) values as bars from zero; of many, neighbours share a bar, with their range."""
+    """Returns (C,) values as bars from zero; neighbours share a bar if there are many."""
     low, high = envelope(values, edges(len(values), MAX_BARS))
     cells = np.stack([np.where(low > 0, 0, low), np.where(high < 0, 0, high)])
     finite = cells[np.isfinite(cells)]
-    each = "one bar a channel" if len(values) <= MAX_BARS else "each bar the range of neighbouring channels"
+    each = "one bar per channel" if len(values) <= MAX_BARS else "each bar is the range of neighbouring channels"
     span = f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite value"
     notes = [*notes, f"no time axis: {each}", span]
     return Picture(key, shape, "bars", cells, len(values), 1, warning=count_bad(values), notes=tuple(notes))
@@ -163,17 +174,17 @@ def is_blank(tensor: Tensor) -> bool:
 
 
 def as_map(tensor: Tensor, axes: Axes) -> tuple[Array, list[str]]:
-    """Returns one input's output, without batch axis, as (C, T) numbers, and notes on how it became that."""
+    """Returns one input's output as (C, T) numbers, and notes on the conversion."""
     notes = ["magnitudes of complex values"] if tensor.is_complex() else []
     array: Array = real_values(tensor.detach()).cpu().numpy()
     if array.ndim < 2 or axes.time is None or axes.channel is None:
         return array.reshape(-1, 1), notes
     if axes.time != -1:
-        notes.append(f"time is its axis {axes.time}" if axes.timed else f"its axis {axes.time} taken as time")
+        notes.append(f"time is axis {axes.time}" if axes.timed else f"axis {axes.time} taken as time")
     elif not axes.timed:
-        notes.append("its last axis taken as time")
+        notes.append("last axis taken as time")
     if array.ndim > 2:
-        notes.append("its other axes joined")
+        notes.append("other axes joined")
     array = np.moveaxis(array, (axes.channel, axes.time), (0, -1))
     return array.reshape(-1, array.shape[-1]), notes
 
@@ -210,14 +221,14 @@ def _map(
 
 
 def shown_note(noun: str, part: slice, count: int) -> list[str]:
-    """Writes which frames of an output are shown, if not all of them."""
+    """Returns a note with the frames that are shown, unless all are."""
     if part == slice(0, count):
         return []
     return [f"{noun}s {part.start:,} to {part.stop - 1:,}" if part.stop - part.start > 1 else f"{noun} {part.start:,}"]
 
 
 def _bad_of(values: Array, shown: Array) -> str:
-    """Writes how many values are NaN and Inf; of a part, also how many of them the part has."""
+    """Returns the counts of NaN and Inf as text, with the counts in the shown part."""
     warning, inside = count_bad(values), count_bad(shown)
     if not warning or shown.size == values.size:
         return warning

@@ -1,4 +1,4 @@
-"""Draws one-hot sequences as letters in the colours of their kind, or as coloured cells if they are long."""
+"""Draws one-hot sequences as coloured letters, or as cells if they are long."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ if TYPE_CHECKING:
 
 #: The colours of sequence logos for A, C, G, T and U.
 _BASES = {"A": "#1a7f37", "C": "#17589f", "G": "#c98a00", "T": "#a8202e", "U": "#a8202e"}
-#: So many colours are told apart; other alphabets take them in the order of their letters.
+#: The number of colours that other alphabets use, in the order of their letters.
 _MOST_COLOURS = 20
-#: Of samples outside of the signal.
+#: The colour of samples outside the signal.
 OUTSIDE = "#e3e7eb"
-#: The fewest and the most pixels that a letter has.
+#: The minimum and maximum width of a letter in pixels.
 _NARROWEST, WIDEST = 7, 18
 
 
 def draw_letters(axes: Axes, windows: list[Array], insides: list[Array], letters: str) -> None:
-    """Draws (C, W) windows, one a row; outside of the signal is grey, and a position without one letter a dot."""
+    """Draws (C, W) windows, one per row.
+
+    Samples outside the signal are grey. A position without a letter is a dot.
+    """
     from matplotlib.colors import to_rgb
 
     length = len(insides[0])
     fits = length * _NARROWEST <= axes.get_window_extent().width
     if not fits and len(letters) > _MOST_COLOURS:
         raise Unsupported(
-            f"windows of {length} samples have no room for letters, and {len(letters)} colours cannot be told apart. Leave "
-            "letters out to draw maps."
+            f"windows of {length} samples have no room for letters, and {len(letters)} letters need more colours than "
+            f"{_MOST_COLOURS}. Remove letters to draw maps."
         )
     image = np.ones((len(windows), length, 3))
     for row, (values, inside) in enumerate(zip(windows, insides, strict=True)):

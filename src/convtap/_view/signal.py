@@ -1,4 +1,4 @@
-"""Reads one input of the model as (C, T), out of the batch, the row or the array that the user passes as ``signal``."""
+"""Converts the argument ``signal`` to one input of the model as (C, T)."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from convtap._view.outputs import CapturedOutputs
 
 
 def one_signal(outputs: CapturedOutputs, signal: Any, sample: int) -> Array:
-    """Returns one input as (C, T), of a signal that is (B, C, T), (B, T), (C, T) or (T,).
+    """Returns one input as (C, T), from (B, C, T), (B, T), (C, T) or (T,).
 
-    Its time is the axis that the timeline followed; without a timeline the last one, or the one before it if all outputs are
-    channels last, as in a Keras model.
+    Time is the axis that the timeline followed. Without a timeline it is the last axis, or the second to last if all outputs
+    are channels last, as in a Keras model.
     """
     values = _numbers(signal)
     rank = values.ndim
     if not 1 <= rank <= 3 or not values.size:
         raise InvalidValue(
-            f"signal has shape {tuple(values.shape)}, and it must be the input of the model as (B, C, T), (B, T), (C, T) "
-            "or (T,), with at least one value."
+            f"signal has shape {tuple(values.shape)}, which cannot be drawn. Pass the model's input as (B, C, T), (B, T), "
+            "(C, T) or (T,), with at least one value."
         )
     time = _time_axis(outputs, rank)
     if rank == 3 or (rank == 2 and _has_batch(outputs, tuple(values.shape))):
         values = np.moveaxis(values, 1 if time == -rank else 0, 0)
         values = values[_row(outputs, len(values), sample)]
-        time = max(time, 1 - rank)  # of (T, B, C), the row is (T, C)
+        time = max(time, 1 - rank)  # a row of (T, B, C) is (T, C)
     return np.moveaxis(values, time, -1) if values.ndim == 2 else values[None]
 
 
 def _numbers(signal: Any) -> Array:
     if isinstance(signal, Tensor):
         if signal.device.type == "meta":
-            raise InvalidType("signal is on the meta device, so it has no values to draw.")
+            raise InvalidType("signal is on the meta device and has no values. Pass a tensor with values.")
         return np.asarray(real_values(signal.detach()).cpu().numpy())
     if isinstance(signal, (dict, str, bytes)):
         raise InvalidType(
-            f"signal is a {type(signal).__name__}, and it must be the tensor to draw: signal=inputs['input_values']."
+            f"signal is a {type(signal).__name__}, not a tensor. Pass one tensor: signal=inputs['input_values']."
         )
     try:
         values = np.asarray(signal)
@@ -53,12 +53,12 @@ def _numbers(signal: Any) -> Array:
         return values.astype(np.float64)
     except (TypeError, ValueError):
         raise InvalidType(
-            f"signal is a {type(signal).__name__}, and it must be a tensor or an array of numbers, such as the model's input."
+            f"signal is a {type(signal).__name__}, not a tensor or an array of numbers. Pass the model's input: signal=x."
         ) from None
 
 
 def _time_axis(outputs: CapturedOutputs, rank: int) -> int:
-    """Returns which axis of a signal is time, counted from the end."""
+    """Returns the time axis of a signal, counted from the end."""
     dim = outputs.axis.signal_dim
     if dim is not None and -rank <= dim < 0:
         return int(dim)
@@ -71,7 +71,10 @@ def _time_axis(outputs: CapturedOutputs, rank: int) -> int:
 
 
 def _has_batch(outputs: CapturedOutputs, shape: tuple[int, ...]) -> bool:
-    """Returns whether axis 0 of a two-axis signal counts inputs, as in the model's own input unless that was one (C, T)."""
+    """Returns whether axis 0 of a two-axis signal counts inputs.
+
+    It does in the model's own input, unless that was a single (C, T).
+    """
     passes = outputs.samples.passes
     if any(found.single for found in passes):
         return False
@@ -82,7 +85,7 @@ def _has_batch(outputs: CapturedOutputs, shape: tuple[int, ...]) -> bool:
 
 
 def _row(outputs: CapturedOutputs, rows: int, sample: int) -> int:
-    """Returns the row of one input in a signal of all inputs, or of the inputs of its own forward pass."""
+    """Returns the row of one input in a signal of all inputs or of one forward pass."""
     found, row = outputs.locate(sample)
     total = sum(one.size for one in outputs.samples.passes)
     if rows == total:
@@ -90,6 +93,6 @@ def _row(outputs: CapturedOutputs, rows: int, sample: int) -> int:
     if rows == found.size:
         return row
     raise InvalidValue(
-        f"signal has {plural(rows, 'input')} along axis 0, and the block has {total}. Pass the model's own input batch, or "
-        "the one input itself as (C, T) or (T,)."
+        f"signal has {plural(rows, 'input')} along axis 0, but the capture has {total}. Pass the model's input batch, or one "
+        "input as (C, T) or (T,)."
     )

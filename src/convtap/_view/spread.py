@@ -1,4 +1,4 @@
-"""Computes and draws the spread of each layer's values over all inputs: quantiles, zeros and dead channels."""
+"""Computes and draws each layer's quantiles, zeros and dead channels."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Spread:
     """The spread of one layer's values.
 
     Attributes:
-        name: the layer; with the path of the tensor if it returns several.
-        quantiles: of the finite values, at QUANTILES percent; None if there are none.
+        name: the layer's name, with the path of the tensor if the layer returns several.
+        quantiles: the quantiles of the finite values at QUANTILES percent, or None if no value is finite.
         zeros: the share of exact zeros among all values, or None without values.
-        dead: how many channels have one and the same value everywhere (if there is one value only: zero).
-        channels: how many channels there are; 0 if the calls do not agree on it.
-        warning: how many values are NaN and how many Inf, or nothing.
-        assumed: the axis that was assumed to be the channels, such as ``"axis 1"``; empty if it is known.
+        dead: the number of channels with the same value everywhere. A channel with only one value counts if it is zero.
+        channels: the number of channels, or 0 if the calls differ in it.
+        warning: the counts of NaN and Inf as text, or an empty string.
+        assumed: the axis that was assumed to be the channels, such as ``"axis 1"``; empty if the axis is known.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Spread:
 
     @property
     def dead_text(self) -> str:
-        """The dead channels of all, as text, with the axis that was assumed to be theirs."""
+        """The number of dead channels as text, with the assumed channel axis."""
         assumed = f" ({self.assumed}?)" if self.assumed else ""
         return f"{self.dead:,} of {self.channels:,}{assumed}" if self.channels else "–"
 
@@ -55,7 +55,7 @@ class Spread:
 def spreads(outputs: CapturedOutputs, layers: Chosen = None) -> list[Spread]:
     """Computes the spread of each chosen layer over all inputs, one layer at a time.
 
-    A layer that ran several times in one forward pass has one for each of these runs: ``act#0``, ``act#1``, …
+    A layer that ran several times in one forward pass has one spread per run: ``act#0``, ``act#1``, …
     """
     keys = outputs.keys_in_pass()
     groups: dict[str, list[tuple[Call, str]]] = {}
@@ -66,7 +66,7 @@ def spreads(outputs: CapturedOutputs, layers: Chosen = None) -> list[Spread]:
 
 
 def spread_of(outputs: CapturedOutputs, name: str, tensors: list[tuple[Call, str]]) -> Spread:
-    """Computes the spread of all values of some tensors, each a call and the path of the tensor in its output."""
+    """Computes the spread of all values of tensors, given as (call, path)."""
     parts, assumed = [], ""
     for call, path in tensors:
         tensor = dict(walk_tensors(call.output))[path]
@@ -103,41 +103,42 @@ def _dead(parts: list[Array]) -> int:
 
 
 def linear_up_to(widths: list[float]) -> float | None:
-    """Returns a power of ten up to which the common scale is linear, or None if one linear scale shows every layer."""
+    """Returns the power of ten up to which the common scale is linear.
+
+    It is None if one linear scale shows every layer.
+    """
     widths = sorted(width for width in widths if width > 0)
     if not widths or widths[-1] <= 10 * widths[len(widths) // 2]:
         return None
     return float(10.0 ** math.floor(math.log10(widths[len(widths) // 4])))
 
 
-# -- the figure: one row a layer
+# -- the figure: one row per layer
 
 TOP = 34
 _BOTTOM, _BETWEEN, _BAR, _WARNED, _MARGIN = 38, 24, 70, 130, 24
-_SIGN, _NUMBER_SIGN = 7.0, 5.6  # pixels that one sign of a label, or of a number, needs at most, nearly always
+_SIGN, _NUMBER_SIGN = 7.0, 5.6  # pixels that a character of a label or a number needs at most, with rare exceptions
 _CROWDED = 20
 
 
 def row_height(count: int) -> int:
-    """Returns the pixels of a row, of a figure with so many."""
+    """Returns the height in pixels of a row in a figure with ``count`` rows."""
     return 26 if count <= _CROWDED else 17
 
 
 def label_width(labels: list[str]) -> int:
-    """Returns the pixels on the left that labels need."""
+    """Returns the width in pixels that labels need on the left."""
     return _MARGIN + max(40, int(_SIGN * max(map(len, labels))))
 
 
 def spread_figure(found: list[Spread], below: int = 0, beside: int = 0) -> Figure:
-    """Draws one row a layer, and leaves so many pixels free below the rows or on their right."""
+    """Draws one row per layer, with free pixels below or beside the rows."""
     step = row_height(len(found))
     labels = [shortened(spread.name, 40) for spread in found]
     zeros = ["–" if one.zeros is None else f"{100 * one.zeros:.3g} %" for one in found]
     dead = [one.dead_text for one in found]
     left, height = label_width(labels), step * len(found)
-    figure = draw.new_figure(
-        draw.WIDTH, TOP + height + _BOTTOM + below, "Draw some of the layers: layers=['encoder.*']."
-    )
+    figure = draw.new_figure(draw.WIDTH, TOP + height + _BOTTOM + below, "Draw fewer layers: layers=['encoder.*'].")
     warned = _WARNED if any(spread.warning for spread in found) else 0
     sides = [_BAR + 8 + int(_NUMBER_SIGN * max(map(len, texts))) for texts in (zeros, dead)]
     width = draw.WIDTH - left - sum(sides) - 2 * _BETWEEN - warned - beside - _MARGIN
@@ -159,9 +160,10 @@ def spread_figure(found: list[Spread], below: int = 0, beside: int = 0) -> Figur
 
 
 def _quantiles(axes: Axes, rows: list[tuple[float, ...] | None]) -> None:
-    """Draws the 1 % to 99 % quantiles of each row as a thin bar, the quartiles as a thick one, the median as a dot.
+    """Draws the quantiles of each row.
 
-    A dot is seen at zero too, on the edge of a box and of the axes.
+    The 1 % to 99 % quantiles are a thin bar, the quartiles a thick bar, and the median is a dot. A dot stays visible at zero,
+    on the edge of a box and of the axes.
     """
     known = [(position, *row) for position, row in enumerate(rows) if row is not None]
     if known:
@@ -191,7 +193,7 @@ def _scale(axes: Axes, widths: list[float]) -> None:
 
 
 def _shares(figure: Figure, left: int, title: str, shares: list[float], texts: list[str], height: int) -> None:
-    """Draws shares between 0 and 1 as bars, each with its number beside the bars."""
+    """Draws shares between 0 and 1 as bars, each with its number beside it."""
     axes = draw.place(figure, left, TOP, _BAR, height)
     draw.write(figure, left, TOP - 6, title, weight="bold")
     axes.barh(range(len(shares)), shares, height=0.56, color="#f0a07c", ec=draw.INK, lw=0.4)

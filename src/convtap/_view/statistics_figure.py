@@ -1,4 +1,4 @@
-"""Draws statistics: how each layer's values are spread, and which of its channels are dead or saturated."""
+"""Draws statistics: each layer's distribution, and a map of its channels."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: What a channel is, from the most to the least harmless; a cell of several channels shows the worst of them.
+#: The states of a channel, from harmless to worst. A cell of several channels shows the worst of them.
 _STATES = (("", "#f2f2f2"), ("saturated", "#e8a33d"), ("dead", "#2b3a4a"), ("NaN or Inf", _draw.ALARM))
 _NOTHING = "#ffffff"
 _ROW, _TITLE, _FOOT, _SIGN = 14, 26, 46, 7.0
-#: Of more layers than this the map of channels is on the right of their rows, so that each layer has one row.
+#: With more layers than this, the map of channels is to the right of the rows, so that each layer has one row.
 _MANY, _BESIDE = 20, 200
 
 
 def statistics_figure(stats: Statistics, layers: Any) -> Figure:
-    """Draws one row a layer, and below the rows, or on their right if there are many, a map of channels.
+    """Draws one row per layer, and a map of channels below the rows or beside them.
 
     Raises:
-        LayerNotFound: ``layers`` names nothing that is here.
-        NotCaptured: there are no statistics.
+        LayerNotFound: ``layers`` matches no layer of ``stats``.
+        NotCaptured: ``stats`` is empty.
     """
     found = _chosen(stats, layers)
     if not found:
         raise NotCaptured(
-            "there are no statistics to draw. Run the model inside: with statistics(model) as stats: model(x)"
+            "the statistics are empty. Run the model inside the block: with statistics(model) as stats: model(x)"
         )
     spreads, rows = [_spread(layer) for layer in found], [layer for layer in found if layer.channels]
     if not rows:
@@ -61,11 +61,11 @@ def _chosen(stats: Statistics, layers: Any) -> list[LayerStatistics]:
         return list(stats.values())
     wanted = [layers] if isinstance(layers, str) else layers
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
-        raise InvalidType(f"layers is a {type(layers).__name__}. Pass a name, a glob, or a list of them.")
+        raise InvalidType(f"layers is a {type(layers).__name__}, not a string. Pass a name, a glob, or a list of them.")
     names: dict[str, None] = {}
     for one in wanted:
         globbed = [name for name in stats if fnmatch.fnmatchcase(name, one)]
-        names.update(dict.fromkeys(globbed or [stats[one].name]))  # which names what is here
+        names.update(dict.fromkeys(globbed or [stats[one].name]))  # the error of stats lists its layers
     return [stats[name] for name in stats if name in names]
 
 
@@ -79,7 +79,10 @@ def _spread(layer: LayerStatistics) -> Spread:
 
 
 def states_of(layer: LayerStatistics) -> Array:
-    """Returns the state of each channel: 0, or 1 if it is saturated, 2 if it is dead, 3 if it has NaN or Inf."""
+    """Returns the state of each channel.
+
+    It is 0, or 1 if the channel is saturated, 2 if it is dead, and 3 if it has NaN or Inf.
+    """
     found = np.zeros(layer.channels or 0, np.int64)
     found[layer.saturated] = 1
     found[layer.dead] = 2

@@ -1,1 +1,1 @@
-"""Writes the HTML page of a capture; it needs neither matplotlib nor a network."""
+"""Writes the HTML report of a capture, without matplotlib."""

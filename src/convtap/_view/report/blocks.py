@@ -1,4 +1,4 @@
-"""Groups layers by block, so that a page of many can be folded."""
+"""Groups layers by block, so that a page with many layers can be folded."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from typing import NamedTuple
 
 from convtap._select.module_tree import ROOT
 
-#: Up to so many layers are shown in one list.
+#: The maximum number of layers in one list.
 MOST_UNFOLDED = 40
 
-#: A block of more than MOST_UNFOLDED layers is cut into parts of so many.
+#: The size of the parts that a block of more than MOST_UNFOLDED layers is cut into.
 _PART = 20
 
 
 class Block(NamedTuple):
-    """Some layers of one block: its name, or those of the first and the last call of a part; and positions in the list."""
+    """Layers of one block, or of a part of it.
+
+    Attributes:
+        names: the name of the block, or the first and the last call of a part.
+        positions: the positions of its calls in the list.
+    """
 
     names: tuple[str, ...]
     positions: list[int]
 
 
 def blocks(items: Sequence[tuple[str, str]]) -> list[Block] | None:
-    """Groups calls, each its key and its layer, by block in the order of their first calls; None if they are few.
+    """Groups calls, given as (key, layer), by block in order of first calls.
 
-    The block of a layer is the innermost module that has another layer of the list in it.
+    The block of a layer is the innermost module that contains another layer of the list. The result is None if there are at
+    most MOST_UNFOLDED calls.
     """
     if len(items) <= MOST_UNFOLDED:
         return None
@@ -43,18 +49,18 @@ def _blocks(layers: dict[str, None]) -> dict[str, str]:
 
 
 def parts_of(name: str) -> list[str]:
-    """Returns the parts of a layer's name between its dots; ``F.conv1d`` is one."""
+    """Returns the parts of a layer's name between its dots; ``F.conv1d`` is one part."""
     return [name] if name == "F.conv1d" else name.split(".")
 
 
 def modules_around(layer: str) -> list[str]:
-    """Returns the names of the modules that a layer is in, the innermost first, without the root."""
+    """Returns the modules around a layer, innermost first, without the root."""
     parts = parts_of(layer)
     return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
 
 
 def _parts(name: str, positions: list[int], items: Sequence[tuple[str, str]]) -> list[Block]:
-    label = "outside of any block" if name == ROOT else name
+    label = "outside any block" if name == ROOT else name
     if len(positions) <= MOST_UNFOLDED:
         return [Block((label,), positions)]
     cuts = [positions[start : start + _PART] for start in range(0, len(positions), _PART)]

@@ -1,4 +1,4 @@
-"""Codes the cells of a map in a byte each, so that the page's script can read the values out of the image."""
+"""Encodes map cells as bytes that the page's script can read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from convtap._view.cells import INF_COLOUR, NAN_COLOUR, Array, colour_indices, p
 
 # Note: [Values in the image]
 # Assumption: a reader points at a cell to see its value, and 300 maps stay below 3 MB.
-# Failure: values as text beside the image are several times its size. The colours have no values beyond the limit, and a
-#   canvas does not return the exact pixels in a browser that resists fingerprinting.
-# Choice: a byte of the image is a code: LINEAR steps from zero to the limit of the colours, then OUTER steps to the peak,
-#   even in the logarithm, all of the full colour. The script decompresses the image's own bytes, and shows each value as
+# Failure: values as text take several times the size of the image. Colours do not distinguish values beyond the limit, and
+#   a browser that resists fingerprinting does not return a canvas's exact pixels.
+# Choice: a byte of the image is a code. It has LINEAR steps from zero to the colour limit, then OUTER logarithmic steps to
+#   the peak, all with the full colour. The script decompresses the image's bytes and shows each value as
 #   "≈ value ± half a step".
 
 #: Steps from zero to the limit, and from there to the peak, on each side of zero.
@@ -21,7 +21,7 @@ NAN, ABOVE, BELOW = 2 * _ZERO + 1, 2 * _ZERO + 2, 2 * _ZERO + 3
 
 
 def peak_of(cells: Array) -> float:
-    """Returns the largest finite magnitude; zero if there is none."""
+    """Returns the largest finite magnitude, or zero if no value is finite."""
     finite = cells[np.isfinite(cells)].astype(np.float64)
     return float(np.abs(finite).max()) if finite.size else 0.0
 
@@ -41,7 +41,7 @@ def codes(cells: Array, limit: float, peak: float) -> Array:
 
 
 def colours(side: int) -> Array:
-    """Returns the colour of each code, as (n, 3) bytes, on the scale of ``palette(side)``."""
+    """Returns the colour of each code as (n, 3) bytes of ``palette(side)``."""
     values = np.clip(np.arange(-_ZERO, _ZERO + 1) / LINEAR, -1, 1)
     finite = palette(side)[colour_indices(values, 1.0, side)]
     return np.concatenate([finite, [NAN_COLOUR, INF_COLOUR, INF_COLOUR]]).astype(np.uint8)

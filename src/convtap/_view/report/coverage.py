@@ -1,4 +1,4 @@
-"""Writes the coverage as HTML: the layers that were not captured, and the layer tree of the model."""
+"""Writes the coverage and the layer tree of the model as HTML."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _SIGNS = {"captured": "●", "not activated": "○", "idle": "○", "bypassed": 
 
 
 def coverage_section(coverage: Coverage) -> str:
-    """Writes how many layers are in each state, and each layer that was not captured with its reason."""
+    """Returns the counts of layers by state, and each missing layer's reason."""
     missing = [layer for layer in coverage.values() if layer.state != "captured"]
     lines = [f"<p>{escape(counts_line(coverage))}</p>"]
     if len(missing) > MAX_ROWS:
-        lines.append(f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(len(missing), 'such layer')}.</p>")
+        lines.append(
+            f"<p class='alarm'>Shown: the first {MAX_ROWS:,} of {plural(len(missing), 'layer')} without outputs.</p>"
+        )
     if missing:
         rows = "".join(
             f"<tr><td>{escape(layer.name)}</td><td class='{style_of(layer)}'>{escape(layer)}</td></tr>"
@@ -32,9 +34,9 @@ def coverage_section(coverage: Coverage) -> str:
 
 
 def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
-    """Writes nested lists, open down to the selected layers, or of many down to blocks of some.
+    """Returns nested lists, open down to the selected layers or their blocks.
 
-    Without the model only the selected layers are known.
+    Without the model it contains only the selected layers.
     """
     modules = {} if model is None else ModuleTree(model).names
     kinds = {name: type(module).__name__ for name, module in modules.items()}
@@ -47,9 +49,9 @@ def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
                 node = node.setdefault(part, {})
     note = others = ""
     if model is None:
-        note = "<p class='hint'>The selected layers only. With model=model this is the whole tree.</p>"
+        note = "<p class='hint'>This tree shows only the selected layers. Pass model=model to show the whole tree.</p>"
     if outside:
-        others = "<p class='soft'>Not under the name of a module or parameter of this model:</p>"
+        others = "<p class='soft'>Layers without a module or parameter of this name in the model:</p>"
         others += "".join(f"<p>{escape(name)}{_mark(coverage, name)}</p>" for name in outside)
     root = f"{escape(kinds.get(ROOT, 'model'))}{_mark(coverage, ROOT)}"
     below: dict[str, list[LayerCoverage]] = {}
@@ -61,7 +63,7 @@ def layer_tree(coverage: Coverage, model: nn.Module | None) -> str:
 
 
 def _is_inside(name: str, kinds: dict[str, str]) -> bool:
-    """Returns whether a name is that of a module of the model, or could be that of a parameter of one."""
+    """Returns whether a name is a module of the model, or could be a parameter of one."""
     return name in kinds or (name != "F.conv1d" and (name.rpartition(".")[0] or ROOT) in kinds)
 
 
@@ -71,7 +73,7 @@ def _mark(coverage: Coverage, name: str) -> str:
 
 
 def style_of(layer: LayerCoverage) -> str:
-    """Returns the class that the page's style has for the state of a layer."""
+    """Returns the CSS class for the state of a layer."""
     return layer.state.replace(" ", "-")
 
 
@@ -95,7 +97,7 @@ def _branch(
 
 
 def _counts(layers: list[LayerCoverage]) -> str:
-    """Writes how many of a module's layers are in each state."""
+    """Returns the number of a module's layers in each state, as HTML."""
     states = {style_of(layer): layer.state for layer in layers}
     return "".join(
         f' <span class="{style}">{_SIGNS[state]} {sum(layer.state == state for layer in layers):,} {state}</span>'

@@ -1,4 +1,4 @@
-"""Names the places of each captured tensor in the page, its row and its map, and writes the index of them."""
+"""Names the row and the map of each captured tensor, and writes the index."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Entries:
     """The captured tensors of the page.
 
     Attributes:
-        items: the key and the layer of each tensor that has a row, in execution order.
+        items: (key, layer) of each tensor that has a row, in execution order.
         row: the anchor of the row, by key.
         map: the anchor of the picture, by key.
-        drawn: the key and the layer of each picture.
+        drawn: (key, layer) of each picture.
     """
 
     def __init__(self, outputs: CapturedOutputs, found: Pictures) -> None:
@@ -35,13 +35,13 @@ class Entries:
         self.drawn = [(picture.key, layers[picture.key]) for picture in found.outputs]
 
     def link(self, key: str) -> str:
-        """Writes the name of a tensor, as a link to its picture if it has one."""
+        """Returns the name of a tensor as HTML, linked to its picture if it has one."""
         name = f'<span class="name">{name_html(key)}</span>'
         return f'<a href="#{self.map[key]}">{name}</a>' if key in self.map else name
 
 
 def folded(found: list[Block] | None, parts: Sequence[str], warns: Sequence[str]) -> str:
-    """Writes parts of a page one after another, those of a block in an element that unfolds it."""
+    """Returns the parts of a page in sequence, each block in an element that unfolds."""
     if found is None:
         return "".join(parts)
     return "".join(
@@ -52,19 +52,19 @@ def folded(found: list[Block] | None, parts: Sequence[str], warns: Sequence[str]
 
 
 def label_html(names: Sequence[str]) -> str:
-    """Writes what a block is called."""
+    """Returns the name of a block as HTML."""
     return " … ".join(map(name_html, names))
 
 
 def block_note(positions: Sequence[int], warns: Sequence[str]) -> str:
-    """Writes how many tensors a block has, and how many of them have a warning, so that folding hides none."""
+    """Returns the counts of tensors and warnings in a block."""
     bad = sum(bool(warns[position]) for position in positions)
     alarm = f' <span class="alarm">{bad:,} with NaN or Inf</span>' if bad else ""
     return f" <span>{plural(len(positions), 'output')}</span>{alarm}"
 
 
 def index(sections: list[Section], entries: Entries | None) -> str:
-    """Writes the index: the sections, a field that filters, and every captured tensor."""
+    """Returns the index: the sections, a filter field, and every captured tensor."""
     links = "".join(f'<a href="#{section.anchor}">{escape(section.heading)}</a>' for section in sections)
     items = [] if entries is None else entries.items
     lists = "" if entries is None else _lists(entries)

@@ -1,4 +1,4 @@
-"""Writes the pictures of one input as HTML: maps as PNG, lines and bars as SVG, each with its caption and its scale."""
+"""Writes the pictures of one input as HTML: maps as PNG, lines and bars as SVG."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from convtap._view.report.page import escape, name_html
 from convtap._view.report.scale import channel_numbers, marks, number_scale, place, time_scale, value_numbers
 from convtap._view.time_axis import TimeAxis
 
-#: The most columns of a map.
+#: The maximum number of columns of a map.
 COLUMNS = 600
 
-#: About the pixels of a map's height.
+#: The approximate height of a map in pixels.
 HEIGHT = 100
 
-#: Channels share rows if the columns would else be fewer.
+#: The minimum number of columns. Channels share rows if a map would have fewer.
 NARROWEST = 96
 
-#: More calls than this have no picture.
+#: The maximum number of calls with a picture.
 MAX_PICTURES = 300
 
-#: The most bytes of a page of up to MAX_PICTURES layers, without its layer tree; those of a layer without its map, of each
-#: sign of its name, and of each cell of a map of noise.
+#: The maximum bytes of a page of up to MAX_PICTURES layers, without its layer tree; the bytes of a layer without its map, of
+#: each character of its name, and of each cell of a map of noise.
 PAGE, LAYER, SIGN, CELL = 2_600_000, 3_600, 8, 1.31
 
 _EXPLANATION = (
-    f"Each map has its own limit (colour ±): {PERCENTILE} % of its cells are within it, the others have the full colour. "
-    "Where a bin of frames is one place, its minimum and its maximum stand side by side; where channels share a row, it has "
-    "the value furthest from zero. A map without values below zero, or above it, has a scale of its own from zero. "
-    "NaN is black, Inf is yellow."
+    f"Each map has its own colour limit: {PERCENTILE} % of its cells are within the limit, and the others have the full "
+    "colour. A bin of several frames is drawn as its minimum and its maximum, side by side. A row of several channels shows "
+    "the value furthest from zero. If a map has no values below zero, its scale starts at zero. If it has no values above "
+    "zero, its scale ends at zero. NaN is black, and Inf is yellow."
 )
 
 
 def legend() -> str:
-    """Writes the scale of colours and what a cell shows."""
+    """Returns the colour scale and an explanation of the cells."""
     stops = ", ".join(hex_colour(rgb) for rgb in palette()[: 2 * STEPS + 1 : 8])
     return (
         f'<p class="hint">−limit <span class="legend" style="background: linear-gradient(to right, {stops})"></span> +limit, '
-        f"white at zero. {escape(_EXPLANATION)}</p>"
+        f"white is zero. {escape(_EXPLANATION)}</p>"
     )
 
 
 def drawn_input(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: Any, rows: int) -> Pictures:
-    """Prepares the pictures of one input, of a size at which the page stays small."""
+    """Prepares the pictures of one input, sized so that the page stays small."""
     within = {id(call) for call in outputs.locate(sample)[0].calls}
     names = [call.key for call in outputs.chosen(layers) if id(call) in within][:MAX_PICTURES]
     rows, columns = _grid(names, rows)
@@ -60,7 +60,10 @@ def drawn_input(outputs: CapturedOutputs, sample: int, layers: Chosen, signal: A
 
 
 def _grid(names: list[str], rows: int) -> tuple[int, int]:
-    """Returns the most rows and columns of each map; of many maps fewer than ``rows``, so that time has room."""
+    """Returns the maximum rows and columns of each map.
+
+    With many maps, the rows are fewer than ``rows``, so that the time axis keeps enough columns.
+    """
     count = max(1, len(names))
     cells = max((PAGE - LAYER * count - SIGN * sum(map(len, names))) / CELL / count, 8 * NARROWEST)
     rows = min(rows, 1 << int(math.log2(cells / NARROWEST)))
@@ -68,15 +71,17 @@ def _grid(names: list[str], rows: int) -> tuple[int, int]:
 
 
 def figures(found: Pictures, axis: TimeAxis, entries: Entries, sample: int) -> str:
-    """Writes the pictures of one input, the signal first, folded by block."""
-    parts = [legend(), f"<p class='hint'>Sample {sample}."]
+    """Returns the pictures of one input as HTML, signal first, folded by block."""
+    parts = [legend(), f"<p class='hint'>The pictures show sample {sample}."]
     if found.elsewhere:
         calls = plural(found.elsewhere, "call")
-        parts.append(f" {calls} of other forward passes: choose another input with sample=.")
+        parts.append(f" Other forward passes have {calls}. Pass sample= to draw another input.")
     parts.append("</p>")
     if found.here > MAX_PICTURES:
         calls = plural(found.here, "call")
-        parts.append(f"<p class='alarm'>The first {MAX_PICTURES} of {calls}; choose others with layers=.</p>")
+        parts.append(
+            f"<p class='alarm'>Shown: the first {MAX_PICTURES} of {calls}. Pass layers= to choose other calls.</p>"
+        )
     if found.signal is not None:
         parts.append(figure(found.signal, axis))
     drawn = [figure(picture, axis, entries) for picture in found.outputs]
@@ -84,12 +89,12 @@ def figures(found: Pictures, axis: TimeAxis, entries: Entries, sample: int) -> s
 
 
 def figure(picture: Picture, axis: TimeAxis, entries: Entries | None = None) -> str:
-    """Writes one picture, on the time axis if it has a place there; of an output with the anchors of its entry."""
+    """Returns one picture as HTML, on the time axis if its place is known."""
     anchor = back = ""
     if entries is not None:
         anchor = f' id="{entries.map[picture.key]}"'
         row = entries.row.get(picture.key)
-        back = "" if row is None else f'<a class="back" href="#{row}" title="to its row in the table">↑ table</a>'
+        back = "" if row is None else f'<a class="back" href="#{row}" title="go to the row in the table">↑ table</a>'
     alarm = f' <span class="alarm">{escape(picture.warning)}</span>' if picture.warning else ""
     notes = f' <span class="soft">· {escape(" · ".join(picture.notes))}</span>' if picture.notes else ""
     name = f'<b class="name">{name_html(picture.key)}</b>'
@@ -100,7 +105,16 @@ def figure(picture: Picture, axis: TimeAxis, entries: Entries | None = None) -> 
 
 
 class _Plot(NamedTuple):
-    """The parts of a picture: its image, its height in pixels, what stands beside and below, and what the script reads."""
+    """The parts of a picture.
+
+    Attributes:
+        image: the image, as HTML.
+        height: its height in pixels.
+        beside: the numbers to its left.
+        below: the numbers below it.
+        unit: the unit of the numbers below it.
+        data: the attributes that the script reads.
+    """
 
     image: str
     height: int
@@ -111,7 +125,7 @@ class _Plot(NamedTuple):
 
 
 def _plot(picture: Picture, axis: TimeAxis) -> str:
-    """Writes the picture itself, with the numbers of its channels at the left and those of its time below."""
+    """Returns the picture with its channel numbers and its time scale."""
     image, height, beside, below, unit, data = _WRITERS[picture.kind](picture, axis)
     if picture.extent is not None:
         data["start"], data["stop"] = picture.extent
@@ -129,7 +143,7 @@ def _plot(picture: Picture, axis: TimeAxis) -> str:
 def _map(picture: Picture, axis: TimeAxis) -> _Plot:
     cells, peak = picture.cells, peak_of(picture.cells)
     data = base64.b64encode(png(codes(cells, picture.limit, peak), colours(picture.side))).decode()
-    alt = escape(f"map of {picture.key}, channels from top to bottom, time from left to right")
+    alt = escape(f"map of {picture.key} with channels from top to bottom and time from left to right")
     image = f'<img loading="lazy" alt="{alt}" src="data:image/png;base64,{data}">'
     height = len(cells) * max(1, round(HEIGHT / len(cells)))
     about = {"frames": picture.frames, "limit": picture.limit, "peak": peak}

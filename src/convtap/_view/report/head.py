@@ -1,4 +1,4 @@
-"""Writes the head of the report: what was captured, of which model, in which mode and on what, by which versions and when."""
+"""Writes the head of the report: model, mode, device, inputs, versions and dates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convtap._view.report.page import escape, escaped_lines
 
 
 def model_name(acts: Activations, model: nn.Module | None) -> str:
-    """Returns the name of the captured model's class, else of the one that is given; or nothing."""
+    """Returns the class name of the captured model or of ``model``, or ``""``."""
     origin = log_of(acts).origin
     if origin is not None and origin.models:
         return ", ".join(origin.models)
@@ -22,7 +22,7 @@ def model_name(acts: Activations, model: nn.Module | None) -> str:
 
 
 def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
-    """Writes the facts, and below them the notes."""
+    """Returns the facts about the capture, and the notes below them."""
     origin = log_of(acts).origin or Origin()
     present = versions()
     facts = {
@@ -41,7 +41,7 @@ def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
 
 
 def _inputs(acts: Activations) -> str:
-    """Writes how many inputs there were, in how many passes, and the shape of the model's input."""
+    """Returns the number of inputs and passes, and the shape of the model's input."""
     samples = Samples(log_of(acts))
     passes = samples.passes
     if not passes:
@@ -51,5 +51,5 @@ def _inputs(acts: Activations) -> str:
     count = plural(len(passes), "forward pass")
     try:
         return f"{plural(samples.count, 'input')} in {count}{shape}"
-    except Unsupported:  # whose rows may not be inputs
+    except Unsupported:  # the rows may not be inputs
         return f"{count}{shape}"

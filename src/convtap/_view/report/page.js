@@ -1,5 +1,5 @@
 "use strict";
-// Without this script the page shows everything; with it tables sort and fold, the field filters, and maps show values.
+// The page shows everything without this script. The script sorts and folds tables, filters layers, and shows values.
 const root = document.documentElement, index = document.querySelector(".index");
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
 root.classList.add("script");
@@ -100,7 +100,7 @@ narrow.addEventListener("change", settle);
 settle();
 document.addEventListener("click", (event) => { if (narrow.matches && !index.contains(event.target)) list.open = false; });
 
-// -- links: what they lead to is unfolded, and shown if the filter hides it
+// -- links: unfold the target, and show it if the filter hides it
 
 function reveal(hash) {
   const target = hash.length > 1 && document.getElementById(hash.slice(1));
@@ -121,7 +121,7 @@ document.addEventListener("click", (event) => {
 addEventListener("hashchange", () => reveal(location.hash));
 reveal(location.hash);
 
-// -- printing: everything that the filter leaves is unfolded on paper, and folded again after it
+// -- printing: unfold everything that the filter shows, and fold it again after printing
 
 const folded = [];
 addEventListener("beforeprint", () => {
@@ -142,11 +142,11 @@ const ends = (position, parts, all) => [Math.floor(position * all / parts), Math
 const about = (value, error) => {
   if (!error) return `${Number(value.toPrecision(4))}`;
   const digits = value ? Math.min(9, Math.max(1, Math.ceil(Math.log10(Math.abs(value) / error)) + 2)) : 1;
-  const unit = 10 ** (Math.floor(Math.log10(error)) - 1), wide = Math.ceil(1.06 * error / unit) * unit; // with what is rounded
+  const unit = 10 ** (Math.floor(Math.log10(error)) - 1), wide = Math.ceil(1.06 * error / unit) * unit; // includes the rounding
   return `≈ ${Number(value.toPrecision(digits))} ± ${Number(wide.toPrecision(2))}`;
 };
 
-// See Note: [Values in the image] in codes.py. The bytes of the PNG itself are read: those of a canvas may be altered.
+// See Note: [Values in the image] in codes.py. This reads the bytes of the PNG, since a browser may alter those of a canvas.
 const images = new WeakMap();
 async function decode(image) {
   const bytes = Uint8Array.from(atob(image.src.split(",")[1]), (sign) => sign.charCodeAt(0)), view = new DataView(bytes.buffer);

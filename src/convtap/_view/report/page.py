@@ -1,4 +1,4 @@
-"""Writes the frame of an HTML page that needs nothing but itself: its policy, its style and its script, and escaping."""
+"""Writes the frame of a self-contained HTML page, and escapes text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from typing import Any, NamedTuple
 from convtap._view.cells import printable
 from convtap._view.report.codes import LINEAR, OUTER
 
-#: More rows than this make a page that no browser opens at once.
+#: The maximum number of rows, since browsers open a page with more rows slowly.
 MAX_ROWS = 2000
 
-# The page may load nothing from anywhere: only its own style, its own script and the pictures inside it.
+# The policy allows only the style, the script and the pictures inside the page, and forbids all network requests.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 class Section(NamedTuple):
-    """A section of the page: its anchor, its heading, its HTML, and attributes of its element."""
+    """A section of the page.
+
+    Attributes:
+        anchor: the id of its element.
+        heading: its heading.
+        html: its content.
+        attributes: further attributes of its element.
+        can_unfold: whether it has a button that unfolds everything.
+    """
 
     anchor: str
     heading: str
@@ -28,23 +36,29 @@ class Section(NamedTuple):
 
 
 def escape(text: Any) -> str:
-    """Escapes text for any place in the page, attributes included: none of it is read as markup or is invisible."""
+    """Escapes text for any place in the page, including attributes.
+
+    No part of it is parsed as markup, and no character is invisible.
+    """
     return html.escape(printable(str(text)), quote=True)
 
 
 def escaped_lines(text: str) -> str:
-    """Escapes free text as ``escape`` does, but keeps its line breaks and the width of its tabs."""
+    """Escapes free text like ``escape``, but keeps line breaks and the width of tabs."""
     return "\n".join(escape(line.expandtabs(4)) for line in text.splitlines())
 
 
 def name_html(name: str) -> str:
-    """Writes the name of a layer, which may be broken after its dots; what stands before the last dot is soft."""
+    """Returns the name of a layer as HTML with line breaks allowed after its dots.
+
+    The part before the last dot is soft.
+    """
     around, dot, last = escape(name).rpartition(".")
     return f"<i>{around.replace('.', '.<wbr>')}.<wbr></i>{last}" if dot else last
 
 
 def page(title: str, head: str, index: str, sections: list[Section], style: str = "") -> str:
-    """Writes the whole page: the head and the sections, beside the index."""
+    """Returns the whole page: the index, the head and the sections."""
     body = "".join(map(_section, sections))
     return (
         f'<!DOCTYPE html><html lang="en" data-linear="{LINEAR}" data-outer="{OUTER}"><head><meta charset="utf-8">'

@@ -1,4 +1,4 @@
-"""Writes a picture's place on the time axis, the numbers of its axes, and marks above columns with NaN or Inf."""
+"""Writes the place, the scales and the NaN marks of a picture as HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from convtap._view.time_axis import TimeAxis
 
 
 def place(extent: tuple[float, float] | None, axis: TimeAxis) -> str:
-    """Writes a place on the time axis as a style; the full width without one."""
+    """Returns the CSS of a place on the time axis, or of the full width without one."""
     if extent is None or axis.bounds is None:
         return "left:0;width:100%"
     first, last = axis.bounds
@@ -19,7 +19,7 @@ def place(extent: tuple[float, float] | None, axis: TimeAxis) -> str:
 
 
 def marks(picture: Picture, axis: TimeAxis) -> str:
-    """Writes a mark above each column that has NaN or Inf."""
+    """Returns a mark above each column with NaN or Inf, unless there are too many."""
     wrong = bad_columns(picture.cells)
     if not 0 < len(wrong) <= MAX_MARKS:
         return ""
@@ -31,7 +31,7 @@ def marks(picture: Picture, axis: TimeAxis) -> str:
 
 
 def time_scale(axis: TimeAxis) -> str:
-    """Writes the numbers of the time axis."""
+    """Returns the numbers of the time axis."""
     if axis.bounds is None:
         return ""
     first, last = axis.bounds
@@ -41,13 +41,13 @@ def time_scale(axis: TimeAxis) -> str:
 
 
 def _round_step(step: float) -> float:
-    """Returns the smallest of 1, 2 or 5 times a power of ten that is at least ``step``."""
+    """Returns the least 1, 2 or 5 times a power of ten that is at least ``step``."""
     power = float(10.0 ** np.floor(np.log10(step)))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= step * (1 - 1e-9))
 
 
 def number_scale(count: int) -> str:
-    """Writes the numbers of frames or channels, the first and the last one among them."""
+    """Returns the numbers of frames or channels, including the first and the last."""
     step = max(1, int(_round_step((count - 1) / 8))) if count > 1 else 1
     last = count - 1
     numbers = dict.fromkeys([*range(0, max(1, last - step // 2), step), last])
@@ -55,7 +55,7 @@ def number_scale(count: int) -> str:
 
 
 def _scale(numbers: list[tuple[float, str]]) -> str:
-    """Writes numbers at their places in percent; those at an end stay inside."""
+    """Returns numbers at their places in percent. Numbers at an end stay inside."""
     spans = []
     for at, text in numbers:
         side = ' class="first"' if at < 3 else ' class="last"' if at > 97 else ""
@@ -64,7 +64,7 @@ def _scale(numbers: list[tuple[float, str]]) -> str:
 
 
 def channel_numbers(picture: Picture) -> str:
-    """Writes the first and the last channel beside a map or lines, or the channels that one row has."""
+    """Returns the first and the last channel beside a map or lines."""
     first, last = "0", f"{picture.channels - 1:,}"
     if picture.kind == "map" and len(picture.cells) == 1:
         return _ends("channel" if first == last else "channels", first if first == last else f"{first}–{last}")
@@ -72,7 +72,7 @@ def channel_numbers(picture: Picture) -> str:
 
 
 def value_numbers(low: float, high: float) -> str:
-    """Writes the ends of an axis of values."""
+    """Returns the ends of an axis of values."""
     return _ends(f"{high:.3g}", f"{low:.3g}")
 
 

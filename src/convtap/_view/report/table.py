@@ -1,4 +1,4 @@
-"""Writes the report's table: one row a captured tensor, with its statistics and the spread of its values."""
+"""Writes the report's table, with the statistics of each captured tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from convtap._view.report.image import box, thumbnail
 from convtap._view.report.page import MAX_ROWS, escape
 from convtap._view.spread import QUANTILES, Spread, linear_up_to, spread_of
 
-#: The headings, each with whether it holds numbers; the first column has no heading to sort by.
+#: The headings, each with whether its column holds numbers. The column of thumbnails is not sortable.
 _COLUMNS = (
     ("layer", False),
     ("shape, type, size", True),
@@ -37,16 +37,16 @@ _COLUMNS = (
     ("quantiles", True),
 )
 _NOTE = (
-    "<p class='hint'>Of the finite values; std is that of the population. A channel is dead if it has the same value in "
-    "every input at every frame. Which axis is the channels is known from the layer's type, the timeline, or "
-    "channels_last=; where it was assumed, a question mark says so. The quantiles have one scale, with zero in the middle: "
-    "the line from 1 to 99 %, the box from 25 to 75 %, the median in red. A heading sorts up, down, and back to the order "
-    "of execution. A name leads to the picture.</p>"
+    "<p class='hint'>The statistics are of the finite values, and std is the population standard deviation. A channel is "
+    "dead if it has the same value in every input at every frame. The channel axis comes from channels_last=, the timeline "
+    "or the layer's type. A question mark follows an axis that was assumed. All quantiles have the same scale, with "
+    "zero in the middle: the line spans 1 to 99 %, the box spans 25 to 75 %, and the median is red. Click a heading to sort "
+    "up, down, or in execution order. Click a name to go to the picture.</p>"
 )
 
 
 def statistics_table(outputs: CapturedOutputs, entries: Entries, drawn: Pictures) -> str:
-    """Writes the table, sortable and folded by block; headed by what it leaves out, if it does."""
+    """Returns the table, folded by block, with a note if it is truncated."""
     found = []
     for call in outputs.calls[:MAX_ROWS]:
         for path, tensor in walk_tensors(call.output):
@@ -54,7 +54,9 @@ def statistics_table(outputs: CapturedOutputs, entries: Entries, drawn: Pictures
     place = _common_scale([max(map(abs, spread.quantiles)) for spread, _ in found if spread.quantiles is not None])
     left_out, calls = "", len(outputs.calls)
     if calls > MAX_ROWS:
-        left_out = f"<p class='alarm'>The first {MAX_ROWS:,} of {plural(calls, 'call')}; acts.summary() has all.</p>"
+        left_out = (
+            f"<p class='alarm'>Shown: the first {MAX_ROWS:,} of {plural(calls, 'call')}. acts.summary() has all.</p>"
+        )
     thumbnails = {picture.key: _thumbnail(picture) for picture in drawn.outputs}
     rows = [_row(spread, tensor, place, entries, thumbnails) for spread, tensor in found]
     heads = "".join(
@@ -69,7 +71,7 @@ def statistics_table(outputs: CapturedOutputs, entries: Entries, drawn: Pictures
 
 
 def labels() -> str:
-    """Writes the style that puts the headings beside the cells, where the page is too narrow for columns."""
+    """Returns the style that puts headings beside cells, if the page is narrow."""
     rules = "".join(
         f'.layers tbody td:nth-child({number})::before {{ content: "{name}"; }}\n'
         for number, (name, _) in enumerate(_COLUMNS, 2)
@@ -79,7 +81,7 @@ def labels() -> str:
 
 
 def _bodies(entries: Entries, rows: list[str], warns: list[str]) -> str:
-    """Writes the rows, each block in a body of its own with a heading."""
+    """Returns the rows, with one table body and heading per block."""
     found = blocks(entries.items)
     if found is None:
         return f"<tbody>{''.join(rows)}</tbody>"
@@ -93,7 +95,10 @@ def _bodies(entries: Entries, rows: list[str], warns: list[str]) -> str:
 
 
 def _common_scale(widths: list[float]) -> Callable[[float], float]:
-    """Returns a function from a value to its place between -1 and 1, one for all layers; logarithmic if they differ a lot."""
+    """Returns a function from a value to its place between -1 and 1 for all layers.
+
+    The scale is logarithmic if the layers differ a lot.
+    """
     most, linear = max(widths, default=0.0) or 1.0, linear_up_to(widths)
     if linear is None:
         return lambda value: value / most
