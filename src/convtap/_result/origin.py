@@ -65,7 +65,7 @@ class Origin:
     def note(self, model: nn.Module, given: Tensor | None) -> None:
         """Notes the mode and the device of a forward pass."""
         if not is_keras(type(model)):
-            _add(self.modes, "train" if model.training else "eval")
+            _add(self.modes, "train" if getattr(model, "training", False) else "eval")  # a frozen model has no mode
         if given is not None:
             _add(self.devices, str(given.device))
 
