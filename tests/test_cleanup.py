@@ -240,7 +240,7 @@ def test_a_block_may_be_entered_again_after_it_closed_and_not_while_open():
     block = capture(model)
     with block as first:
         model(X)
-        with pytest.raises(ConvtapError, match="open already.*second one with capture"), block:
+        with pytest.raises(ConvtapError, match="already open.*second one with capture"), block:
             pass
         model(X)
     with block as second:

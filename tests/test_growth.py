@@ -220,7 +220,7 @@ def test_printing_many_calls_makes_the_keys_of_the_shown_rows_only():
     assert "100 of 10,001 rows shown: print(acts.summary(rows=None)) shows all" in text
     assert "10001 calls, 156.3 KiB of values (acts.nbytes counts shared memory once)" in text
     assert acts.nbytes == X.nbytes
-    assert acts._repr_html_().count("<tr>") == 102
+    assert acts._repr_html_().count("<tr>") == 103
     assert len(acts.summary(rows=None)) == count
 
 

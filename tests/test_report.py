@@ -7,6 +7,8 @@ import io
 import re
 import subprocess
 import sys
+import time
+from datetime import datetime, timezone
 from fractions import Fraction
 from html.parser import HTMLParser
 
@@ -227,8 +229,8 @@ def clock(monkeypatch):
     """Stops the clock for captures and reports, and returns what sets it."""
 
     def set_to(text):
-        monkeypatch.setattr("convtap._result.origin.now", lambda: text)
-        monkeypatch.setattr("convtap._view.report.head.now", lambda: text)
+        moment = datetime.strptime(text, "%Y-%m-%d %H:%M UTC").replace(tzinfo=timezone.utc)
+        monkeypatch.setattr(time, "time", moment.timestamp)
 
     return set_to
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from convtap._select.module_tree import is_keras
 
 
-def now() -> str:
-    """Returns the date and the time in UTC, to the minute."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+def date_text(seconds: float) -> str:
+    """Returns the date and the time in UTC, to the minute, of a number of seconds since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def own_version() -> str:
@@ -40,14 +41,14 @@ class Origin:
 
     Attributes:
         models: the names of the models' classes.
-        dates: when the captures were opened.
+        times: when the captures were opened, in seconds since 1970.
         versions: the versions of convtap and torch.
         modes: ``"train"`` or ``"eval"``, the mode of the model in the forward passes. Keras models have no such mode.
         devices: the devices of the first input tensors of the forward passes.
     """
 
     models: list[str] = field(default_factory=list)
-    dates: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
@@ -55,7 +56,12 @@ class Origin:
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
         """Returns the origin for a capture of a model that opens now."""
-        return cls([class_name(model)], [now()], [versions()])
+        return cls([class_name(model)], [time.time()], [versions()])
+
+    @property
+    def dates(self) -> list[str]:
+        """The dates and the times at which the captures were opened."""
+        return list(dict.fromkeys(map(date_text, self.times)))
 
     def joined(self, other: Origin) -> Origin:
         """Returns the origin of the joined outputs of two captures."""

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from convtap._errors import InvalidType, InvalidValue, LayerNotFound, did_you_mean, listed, plural
 from convtap._select.module_tree import ModuleTree, is_keras, is_kind, kind_name
@@ -216,7 +217,11 @@ class Selection:
     @cached_property
     def _loose(self) -> dict[str, int]:
         """The parameters outside of modules, by name, each with its number of axes."""
-        return {name: tensor.dim() for name, tensor in self.tree.parameters() if name not in self.tree.names}
+        return {
+            name: 0 if is_lazy(tensor) else tensor.dim()
+            for name, tensor in self.tree.parameters()
+            if name not in self.tree.names
+        }
 
     @property
     def _owners(self) -> Collection[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import nn
 
 from convtap._errors import Unsupported, plural
 from convtap._result.activations import Activations, log_of
-from convtap._result.origin import Origin, class_name, now, versions
+from convtap._result.origin import Origin, class_name, date_text, versions
 from convtap._result.samples import Samples
 from convtap._table import human_bytes
 from convtap._tensors.statistics import dtype_text
@@ -24,7 +26,7 @@ def model_name(acts: Activations, model: nn.Module | None) -> str:
 def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
     """Returns the facts about the capture, and the notes below them."""
     origin = log_of(acts).origin or Origin()
-    present = versions()
+    written, present = date_text(time.time()), versions()
     facts = {
         "Model": model_name(acts, model),
         "Mode": " and ".join(origin.modes),
@@ -33,7 +35,7 @@ def head(acts: Activations, model: nn.Module | None, notes: str | None) -> str:
         "Inputs": _inputs(acts),
         "Outputs": f"{len(acts):,}, {human_bytes(acts.nbytes)}",
         "Captured": ", ".join(origin.dates + origin.versions),
-        "Report written": now() if origin.versions == [present] else f"{now()}, {present}",
+        "Report written": written if origin.versions == [present] else f"{written}, {present}",
     }
     rows = [f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items() if text]
     text = "" if not notes else f'<p class="notes">{escaped_lines(notes)}</p>'
