@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Any
 
 from convtap._result.call import Call, append_runs
+from convtap._torch.lock import Lock
 
 # Note: [Calls by layer]
 # Assumption: while a capture is open, each layer that runs appends a call to its log, and a loop may read one after each.
@@ -25,7 +25,7 @@ class Runs:
 
     def __init__(self) -> None:
         self.added = 0
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self.forget()
 
     def __reduce__(self) -> Any:
