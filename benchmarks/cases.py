@@ -1,4 +1,4 @@
-"""The cases of the correctness table: a model, its input, and what a reference that clones by hand says it computes."""
+"""The cases of the correctness table: models, inputs and reference outputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Collect = Callable[..., Collected]
 
 
 class Wrong(Exception):
-    """A library gave another result than the reference, without an error."""
+    """A library returned another result than the reference, without an error."""
 
 
 class NoHint(Exception):
-    """A library raised, as it should, but without the name that would help."""
+    """A library raised an error, as expected, but without the helpful name."""
 
 
 class NotApplicable(Exception):
-    """A library has nothing that the case is about."""
+    """A library does not offer the feature of the case."""
 
 
 class Net(nn.Module):
-    """Convolutions and a forward given as a function."""
+    """Convolutions with a function as their ``forward``."""
 
     def __init__(self, forward: Callable[..., Any], convs: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def conv(inputs: int = 2, outputs: int = 2, **options: Any) -> nn.Conv1d:
 
 
 def compare(found: Collected, expected: Collected) -> None:
-    """Raises Wrong, and says how, unless the values are those of the reference."""
+    """Raises Wrong, with the difference, unless the values equal the reference's."""
     for name, values in expected.items():
         got = found.get(name, [])
         if len(got) != len(values):

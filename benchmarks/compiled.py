@@ -1,15 +1,17 @@
-"""Measures what tapping costs a compiled model: plain and captured, eager and compiled, in interleaved rounds.
+"""Measures the cost of tapping a compiled model, in interleaved rounds.
 
     python -m benchmarks.compiled [--rounds 30] [--layers 32] [--channels 64] [--batch 4] [--length 2000]
         [--device cpu]
 
-Writes the section "Compiled" of RESULTS.md: milliseconds a forward (median, and the middle half of the rounds), and the
-ratio to the plain compiled forward, taken round by round. Every output is checked against hooks that clone, before anything
-is timed. What a forward returned lives until the next one of its kind is done, as in a loop over batches.
+The script compares plain and captured forwards, eager and compiled. It writes the section "Compiled" of RESULTS.md:
+milliseconds a forward (median, and the middle half of the rounds), and the ratio to the plain compiled forward, computed
+round by round. Every output is checked against hooks that clone before the timing. The result of a forward lives until the
+next one of its kind is done, as in a loop over batches.
 
-The second table, on Linux CPUs, lets the process keep the memory it frees (what MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_ set for a whole process). All that is captured is memory that the plain forward does not need, and
-with glibc's defaults the system hands out and takes back its pages in every forward; compiled, nothing is copied for it.
+For the second table, on Linux CPUs, the process keeps the memory that it frees (as MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_ set for a whole process). The plain forward does not need the memory of captured outputs. With
+glibc's defaults the system maps and unmaps its pages in every forward. A compiled model does not copy outputs for a
+capture.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from convtap._capture.tapped import tapped
 
 
 class Block(nn.Module):
-    """A residual block as in temporal convolutional networks; the activation overwrites what the layer before it gave."""
+    """A residual block of a temporal convolutional network, with in-place activations."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Takes and gives (B, C, T)."""
+        """Maps (B, C, T) to (B, C, T)."""
         return x + self.norm(self.relu(self.conv(x)))
 
 
@@ -49,7 +51,7 @@ def convolutions(layers: int, channels: int) -> nn.Module:
 
 
 def cloned(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """What hooks that clone by hand give: the reference."""
+    """Returns the reference: the outputs that hooks clone."""
     found: list[torch.Tensor] = []
     handles = [
         module.register_forward_hook(lambda _, __, output: found.append(output.clone()))
@@ -63,7 +65,7 @@ def cloned(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def check(name: str, acts: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Raises if a way of capturing does not give every layer's output."""
+    """Raises an error unless a way of capturing returns every layer's output."""
     if len(acts) != len(expected):
         raise SystemExit(f"{name}: {len(acts)} layers captured, of {len(expected)}")
     for (key, value), reference in zip(acts.items(), expected, strict=True):
@@ -73,10 +75,10 @@ def check(name: str, acts: dict[str, torch.Tensor], expected: list[torch.Tensor]
 
 
 def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """The forward passes to compare, compiled and checked."""
+    """Returns the forward passes to compare, compiled and checked."""
     expected = cloned(model, x)
     compiled = torch.compile(model, fullgraph=True)
-    compiled(x)  # before the hooks of tapped are on, so that this one is plain
+    compiled(x)  # before tapped registers its hooks, so that this one is plain
     kept = [value.clone() for value in expected]
 
     def compiled_captured() -> object:
@@ -96,7 +98,7 @@ def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
             eager_model(x)
         return acts
 
-    # The eager rows run a copy, so that the hooks of tapped are not on it.
+    # the eager rows run a copy, without the hooks of tapped
     eager_model = convolutions(sum(isinstance(module, nn.Conv1d) for module in model.modules()), x.shape[1]).to(
         x.device
     )
@@ -117,7 +119,7 @@ def ways(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 
 def measure(forwards: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Times every forward once a round, in milliseconds; the rounds begin with another one each time."""
+    """Times every forward once a round, in milliseconds, in rotated order."""
 
     results: dict[str, object] = {}
 
@@ -140,7 +142,7 @@ def measure(forwards: dict[str, Callable[[], object]], rounds: int, device: str)
 
 
 def table(times: dict[str, list[float]]) -> str:
-    """Writes the medians, the middle halves, and the ratios to the plain compiled forward as Markdown."""
+    """Returns the medians, middle halves and ratios as a Markdown table."""
     lines = ["| forward | ms, median | middle half | × compiled | middle half |", "|---|---:|---:|---:|---:|"]
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
@@ -151,7 +153,7 @@ def table(times: dict[str, list[float]]) -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed; returns whether it did."""
+    """Makes glibc keep freed memory. Returns whether that worked."""
     m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
     if not sys.platform.startswith("linux"):
         return False

@@ -1,6 +1,7 @@
-"""Which library captures what really ran: one process a library, every case against a reference computed by hand.
+"""Checks the outputs that each library captures against references.
 
-``python -m benchmarks.correctness`` writes ``benchmarks/CORRECTNESS.md``; what is not installed is left out.
+``python -m benchmarks.correctness`` writes ``benchmarks/CORRECTNESS.md``. Each library runs in a process of its own.
+Libraries that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def run(library: str) -> None:
-    """Runs all cases with one library and prints a line of JSON for each."""
+    """Runs all cases with one library, and prints a line of JSON for each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     declare_torchvision_operators()
@@ -49,7 +50,7 @@ def run(library: str) -> None:
 
 
 def results(library: str) -> dict[str, tuple[str, str]]:
-    """Runs a library in a process of its own; a case that ended the process is a crash."""
+    """Runs a library in a process of its own; a case that ends it is a crash."""
     path = os.pathsep.join([str(HERE.parent / "src"), str(HERE.parent)])
     command = [sys.executable, "-m", "benchmarks.correctness", library]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=600)
@@ -79,19 +80,18 @@ def main() -> None:
     Path(HERE / "CORRECTNESS.md").write_text(
         "\n".join(
             [
-                "# Which library captures what really ran",
+                "# Correctness of the captured outputs",
                 "",
                 "Written by `python -m benchmarks.correctness`. Every value is compared with a reference computed by hand "
-                "(`benchmarks/cases.py`); each library is used as its documentation shows (`benchmarks/libraries.py`). "
-                "*pass*: the reference's values and number of calls. **wrong**: another result, and no error. *error*: an "
-                "exception. *no hint*: an exception, as there should be, without the helpful name. "
-                "–: not what the library does.",
+                "(`benchmarks/cases.py`). Each library is used as its documentation shows (`benchmarks/libraries.py`). "
+                "*pass*: the reference's values and number of calls. **wrong**: another result without an error. *error*: an "
+                "exception. *no hint*: the expected exception without the helpful name. –: the library does not offer this.",
                 "",
                 f"{versions(libraries)}; Python {platform.python_version()}, {platform.machine()}, CPU.",
                 "",
                 markdown(["case", *libraries], rows),
                 "",
-                "## What went wrong",
+                "## Failures",
                 "",
                 *details,
                 "",
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def versions(libraries: list[str]) -> str:
-    """The versions of what was measured."""
+    """Returns the versions of the libraries."""
     from convtap import __version__
 
     found = [f"convtap {__version__}", f"torch {torch.__version__}"]

@@ -1,4 +1,4 @@
-"""How each library brings the layers' outputs for a data set to disk, and reads one sample back."""
+"""Writes a data set's outputs to disk with each library, and reads a sample back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 SAMPLES, BATCH = 1000, 32
-#: Gives a layer's output for the sample of a number, with a batch axis.
+#: Returns a layer's output for a sample, by its number, with a batch axis.
 Read = Callable[[str, int], Tensor]
 
 
@@ -24,7 +24,7 @@ def convtap(model: nn.Module, names: Sequence[str], data: Tensor, folder: Path, 
 
 
 def raw_hooks(model: nn.Module, names: Sequence[str], data: Tensor, folder: Path) -> Read:
-    """Collected in lists, and saved at the end."""
+    """Collects outputs in lists, and saves them at the end."""
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         model.get_submodule(name).register_forward_hook(

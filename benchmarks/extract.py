@@ -1,8 +1,7 @@
-"""A data set to disk: extract against its two parts alone (forward, write) and against the usual idiom; and its memory.
+"""Measures ``extract`` against forward passes alone, writes alone, and hooks.
 
-Each case runs in a process of its own, so that peak memory is its own, in rounds over all cases, so that a drift of the
-machine falls on all of them. ``python -m benchmarks.extract [--rounds 3] [--threads 1]`` writes the section "Extract" of
-``RESULTS.md``.
+Each case runs in a process of its own, which has its own peak memory. Rounds over all cases spread a drift of the machine
+evenly. ``python -m benchmarks.extract [--rounds 3] [--threads 1]`` writes the section "Extract" of ``RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CASES = ("forward", "write", "extract", "stopping", "idiom")
 
 
 class Noise(Dataset):
-    """One second of sound a sample, made when it is read, so that the data themselves take no memory."""
+    """Samples of one second of sound, made when they are read, to save memory."""
 
     def __init__(self, length: int, shape: tuple[int, ...]) -> None:
         self.length = length
@@ -47,7 +46,7 @@ class Noise(Dataset):
 
 
 def encoder() -> nn.Module:
-    """wav2vec2-base, as it is, with random weights: 13 MB of convolution outputs a second of sound."""
+    """wav2vec2-base with random weights: 13 MB of outputs a second of sound."""
     declare_torchvision_operators()
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
@@ -55,7 +54,7 @@ def encoder() -> nn.Module:
 
 
 def light() -> nn.Module:
-    """Three cheap convolutions with large outputs: 12 MB a sample that cost little to compute."""
+    """Three cheap convolutions with large outputs of 12 MB a sample."""
     return nn.Sequential(nn.Conv1d(1, 64, 1), nn.Conv1d(64, 64, 1, groups=64), nn.Conv1d(64, 64, 1, groups=64)).eval()
 
 
@@ -71,7 +70,7 @@ def batches(data: Noise, size: int):
 
 
 def hooked(model: nn.Module):
-    """The usual hooks: one list a layer."""
+    """Collects outputs with hooks, in a list for each layer."""
     kept: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
@@ -88,7 +87,7 @@ def forward(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
 
 
 def write(model: nn.Module, data: Noise, size: int, folder: Path) -> float:
-    """The bytes of one batch, again and again, in files of about the size of a shard."""
+    """Writes the bytes of one batch repeatedly, in files of about the size of a shard."""
     kept = hooked(model)
     with torch.inference_mode():
         model(next(batches(data, size)))
@@ -112,7 +111,7 @@ def extract(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
 
 
 def stopping(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
-    """With ``stop=True``: the part of the model behind the last convolution does not run."""
+    """Extracts with ``stop=True``, which ends each pass after the last convolution."""
     from convtap._dataset.extract import extract as run
 
     run(model, data, folder / "store", nn.Conv1d, batch_size=size, stop=True, progress=False)
@@ -129,7 +128,7 @@ def idiom(model: nn.Module, data: Noise, size: int, folder: Path) -> None:
 
 
 def child(case: str, workload: str, samples: int, threads: int) -> None:
-    """Runs one case once, and prints seconds, bytes on the disk and peak memory."""
+    """Runs one case once, and prints its seconds, bytes on disk and peak memory."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     make, shape, size = WORKLOADS[workload]

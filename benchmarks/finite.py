@@ -1,7 +1,7 @@
-"""What ``finite`` costs: wav2vec2-base on one second of audio, plain and inside the block, interleaved in one process.
+"""Measures the cost of ``finite`` on wav2vec2-base and one second of audio.
 
-``python -m benchmarks.finite`` writes the section "finite" of RESULTS.md. The bar is 1.2 times the plain forward,
-with every module watched.
+The forward runs plain and inside ``finite``, interleaved in one process. ``python -m benchmarks.finite`` writes the section
+"finite" of RESULTS.md. The bar is 1.2 times the plain forward, with every module watched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from convtap import finite
 
 
 def inside(model: nn.Module, run: Callable[[], object], **options: object) -> Callable[[], object]:
-    """The forward inside a block."""
+    """Returns a forward pass inside ``finite``."""
 
     def case() -> object:
         with finite(model, **options):  # type: ignore[arg-type]
@@ -27,7 +27,7 @@ def inside(model: nn.Module, run: Callable[[], object], **options: object) -> Ca
 
 
 def main() -> None:
-    """Measures, and writes the section."""
+    """Measures all cases and writes the section."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, run = wav2vec2_base()

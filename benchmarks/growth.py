@@ -1,7 +1,8 @@
-"""How costs grow with the layers of a model, the calls of a capture and the depth of the stack, side by side with peers.
+"""Measures how costs grow with layers, calls and the depth of the stack.
 
-``python -m benchmarks.growth`` writes the section "Growth" of ``RESULTS.md``. A slope is that of the logarithms of time
-and size: 1 is linear, 2 quadratic. The layers are as small as they can be, so that everything else shows.
+``python -m benchmarks.growth`` writes the section "Growth" of ``RESULTS.md``, with other libraries side by side. A slope is
+that of the logarithms of time and size: 1 is linear, 2 is quadratic. The layers are as small as possible, so that all other
+costs show.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ HALF = (250, 500, 1000, 2000)
 CALLS = (1000, 4000, 16000)
 DEPTHS = (0, 100, 200, 245, 250, 255, 300, 500)
 
-#: Makes what is timed, for a size.
+#: Returns the timed function for a size.
 Make = Callable[[int], Callable[[], object]]
 
 
 class Named(nn.Module):
-    """Layers with names of several parts, as models have them."""
+    """Layers with names of several parts, as in real models."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Named(nn.Module):
 
 
 class OneKernel(nn.Module):
-    """A convolution that is called as a function, in ``forward`` or in another method, also with a computed weight."""
+    """A convolution function called by several methods, or with a computed weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class OneKernel(nn.Module):
 
 
 def chain(count: int) -> nn.Module:
-    """A model of so many layers."""
+    """Returns a model with so many layers."""
     return nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(count))).eval()
 
 
@@ -82,7 +83,7 @@ def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def grow(name: str, sizes: Sequence[int], make: Make, rounds: int = 5) -> list[str]:
-    """Times one case at each size: a row of medians, the spread at the largest size, and the slope."""
+    """Returns a row of medians at each size, the last quartiles and the slope."""
     medians: list[float] = []
     for size in sizes:
         case = make(size)
@@ -103,12 +104,12 @@ def captured(model: nn.Module, passes: int = 1, **options: Any) -> Any:
 
 
 def many(calls: int) -> Any:
-    """A capture of so many calls of one layer."""
+    """Returns a capture of so many calls of one layer."""
     return captured(chain(1), calls, keep="all")
 
 
 def by_hand(model: nn.Module, run: bool) -> None:
-    """Hooks that keep a clone, on every layer."""
+    """Registers hooks on every layer that keep a clone."""
     found: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.clone()))
@@ -125,7 +126,7 @@ def by_hand(model: nn.Module, run: bool) -> None:
 
 
 def extractor(model: nn.Module) -> nn.Module:
-    """torchvision's tapped model, which traces the graph."""
+    """Returns torchvision's feature extractor, which traces the graph."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     return create_feature_extractor(model, [name for name, _ in model.named_children()])
@@ -137,7 +138,7 @@ def forward_of(model: nn.Module) -> Callable[[], object]:
 
 
 def inside(opened: Callable[..., Any], model: nn.Module) -> Callable[[], object]:
-    """One forward pass in a context."""
+    """Returns one forward pass inside a context."""
 
     def run() -> None:
         with torch.no_grad(), opened(model):
@@ -147,7 +148,7 @@ def inside(opened: Callable[..., Any], model: nn.Module) -> Callable[[], object]
 
 
 def misspelt(model: nn.Module) -> Callable[[], object]:
-    """A wrong name, and the search for the nearest one."""
+    """Selects a wrong name, which searches for the nearest one."""
 
     def run() -> None:
         try:
@@ -160,12 +161,12 @@ def misspelt(model: nn.Module) -> Callable[[], object]:
 
 
 def with_model(make: Callable[[nn.Module], Callable[[], object]], kind: Callable[[int], nn.Module] = chain) -> Make:
-    """Makes the case from a model of the size."""
+    """Returns a case for a model of each size."""
     return lambda count: make(kind(count).eval())
 
 
 def with_outputs(run: Callable[[Any], object], kind: Callable[[int], Any] | None = None) -> Make:
-    """Makes the case from a capture of a model of the size, or (``many``) of so many calls."""
+    """Returns a case for a capture of each size, of layers or (``many``) of calls."""
 
     def make(size: int) -> Callable[[], object]:
         acts = captured(chain(size)) if kind is None else kind(size)
@@ -175,7 +176,7 @@ def with_outputs(run: Callable[[Any], object], kind: Callable[[int], Any] | None
 
 
 def of_layers() -> list[list[str]]:
-    """What grows with the layers of a model, from 500 to 4,000."""
+    """Returns the costs that grow with a model's layers, from 500 to 4,000."""
     return [
         grow("`tapped(model)`", LAYERS, with_model(lambda m: lambda: tapped(m).close())),
         grow("– hooks by hand, on and off", LAYERS, with_model(lambda m: lambda: by_hand(m, run=False))),
@@ -204,7 +205,7 @@ def of_layers() -> list[list[str]]:
 
 
 def of_fewer_layers() -> list[list[str]]:
-    """What grows with the layers of a model, from 250 to 2,000."""
+    """Returns the costs that grow with a model's layers, from 250 to 2,000."""
     return [
         grow("`list_layers(model, example=x)`", HALF, with_model(lambda m: lambda: list_layers(m, example=X))),
         grow("`timeline(model, x)`", HALF, with_model(lambda m: lambda: timeline(m, X)), rounds=3),
@@ -214,7 +215,7 @@ def of_fewer_layers() -> list[list[str]]:
 
 
 def of_calls() -> list[list[str]]:
-    """What grows with the calls of one layer."""
+    """Returns the costs that grow with the calls of one layer."""
     folder = Path(tempfile.mkdtemp())
 
     def loading(calls: int) -> Callable[[], object]:
@@ -239,7 +240,7 @@ def of_calls() -> list[list[str]]:
 
 
 def newest_keys(sizes: Iterable[int], reads: int = 300) -> list[list[str]]:
-    """What it costs to read the newest key after each call, once so many calls are kept; and of a list by hand."""
+    """Returns the cost of reading the newest key after each call, and of a list."""
     model, rows = chain(1), []
     for size in sizes:
         with torch.no_grad(), capture(model, keep="all") as acts:
@@ -270,12 +271,15 @@ def newest_keys(sizes: Iterable[int], reads: int = 300) -> list[list[str]]:
 
 
 def at_depth(depth: int, run: Callable[[], Any]) -> Any:
-    """Calls a function under so many frames."""
+    """Calls a function at a depth of so many frames."""
     return run() if depth == 0 else at_depth(depth - 1, run)
 
 
 def depths(calls: int = 400) -> list[list[str]]:
-    """Microseconds that a capture adds to one call, by the depth of the stack: the lowest quartile of many calls."""
+    """Returns the microseconds that a capture adds to one call, by stack depth.
+
+    Each is the lowest quartile of many calls.
+    """
 
     def quickest(run: Callable[[Tensor], object]) -> float:
         return 1e6 * quartiles(interleave({"": lambda: run(X)}, calls)[""])[0]
@@ -301,7 +305,7 @@ def depths(calls: int = 400) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measures, and writes the section."""
+    """Measures all cases and writes the section."""
     torch.set_num_threads(1)
     declare_torchvision_operators()
     sys.setrecursionlimit(20_000)
@@ -317,8 +321,9 @@ def main() -> None:
         'Reading the newest key after each call with `keep="all"`, in microseconds:',
         markdown(("calls kept", "a read", "quartiles", "the call itself", "last item of a list"), newest_keys(CALLS)),
         "Microseconds that a capture adds to one call, by the depth of the stack. CPython keeps its frames in blocks of 16 KiB "
-        "and returns an empty one to the system at once, so that calls which cross the end of a block (near 250 frames of this "
-        "benchmark) pay for a new one each time; that has no part in the last column, the median of all depths less that at 0.",
+        "and returns an empty block to the system at once. Calls that cross the end of a block (near 250 frames of this "
+        "benchmark) therefore allocate a new one each time. The last column excludes that: it is the median of all depths "
+        "less that at 0.",
         markdown(("", *map(str, DEPTHS), "more"), depths()),
     ]
     write_section("Growth", "\n\n".join(parts))

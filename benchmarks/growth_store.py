@@ -1,8 +1,8 @@
-"""What reading a store costs beside np.memmap, safetensors, h5py and zarr, and how a store grows.
+"""Measures reads of a store beside np.memmap, safetensors, h5py and zarr.
 
-Every figure is of interleaved rounds in one process, with the files in the system's cache: medians, and in brackets the middle
-half. Peak memory is of a process of its own. ``python -m benchmarks.growth_store [--rounds 15]`` writes the section
-"Reading a store" of ``RESULTS.md``.
+It also measures how a store grows. The figures are medians of interleaved rounds in one process, with the middle half in
+brackets and the files in the system's cache. Peak memory is that of a separate process. ``python -m benchmarks.growth_store
+[--rounds 15]`` writes the section "Reading a store" of ``RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from convtap import Store, extract
 from convtap._dataset.layout import describe
 from convtap._dataset.shard_format import Batch, write_shard
 
-#: Gives the row of a number, as a tensor.
+#: Returns a row by its number, as a tensor.
 Read = Callable[[int], Tensor]
-#: By size: the rows, and the shape of one.
+#: The number of rows and the shape of a row, by size.
 SIZES = {"512 B": (100_000, (8, 16)), "256 kB": (400, (64, 1000))}
 BATCH = 256
 
 
 def written(path: Path, rows: Tensor, shard_bytes: int = 32_000_000, batch: int = 100) -> Path:
-    """Writes a store of one layer, as ``extract`` would."""
+    """Writes a store of one layer, in the format of ``extract``."""
     (path / "rank-00000").mkdir(parents=True)
     describe(path, {"layers": ["conv"], "calls": "error", "data": {"batches": len(rows) // batch}, "given": []})
     held: list[Batch] = []
@@ -63,7 +63,7 @@ def memmap(folder: Path, rows: Tensor) -> Any:
 
 
 def peers(folder: Path, rows: Tensor) -> dict[str, Read]:
-    """What reads a row of the same rows in each library, as a tensor that owns its memory."""
+    """Returns each library's reader of a row, as a tensor that owns its memory."""
     store = written(folder / "store", rows)
     views = {
         "convtap": Store(store)["conv"],
@@ -109,12 +109,12 @@ def rate(seconds: Sequence[float], count: int) -> str:
 def beside(
     seconds: Mapping[str, Sequence[float]], shown: Callable[[Sequence[float]], str], other: str
 ) -> list[list[str]]:
-    """A line a case: its time, and its speed as a multiple of the other's, round by round."""
+    """Returns a line for each case with its time, and its speed relative to the other."""
     return [[name, shown(values), f"{paired_ratio(seconds[other], values):.2f}"] for name, values in seconds.items()]
 
 
 def random_reads(folder: Path, rounds: int) -> str:
-    """Rows in random order, one by one."""
+    """Reads rows in random order, one by one."""
     parts = []
     for size, (count, shape) in SIZES.items():
         rows = torch.randn(count, *shape)
@@ -138,7 +138,7 @@ def random_reads(folder: Path, rounds: int) -> str:
 
 
 class Rows(Dataset):
-    """The rows of a memory map, one by one."""
+    """Yields the rows of a memory map, one by one."""
 
     def __init__(self, mapped: Any) -> None:
         self.mapped = mapped
@@ -151,7 +151,7 @@ class Rows(Dataset):
 
 
 def loaders(folder: Path, rounds: int) -> str:
-    """A shuffling ``DataLoader`` over rows of 512 B, and the reading of batches alone."""
+    """Reads rows of 512 B with a shuffling ``DataLoader``, and batches alone."""
     count, shape = 50_000, SIZES["512 B"][1]
     rows = torch.randn(count, *shape)
     folder.mkdir()
@@ -186,7 +186,7 @@ def loaders(folder: Path, rounds: int) -> str:
 
 
 def many(folder: Path, shards: int) -> tuple[Path, Callable[[], Any]]:
-    """A store of a thousand samples a shard with 8 layers, and the call that made it."""
+    """Returns a store of 8 layers, 1,000 samples a shard, and the call that made it."""
 
     class Eight(nn.Module):
         def __init__(self) -> None:
@@ -209,7 +209,7 @@ def many(folder: Path, shards: int) -> tuple[Path, Callable[[], Any]]:
 
 
 def growth(folder: Path, rounds: int) -> str:
-    """Opening and resuming stores of more and more shards."""
+    """Opens and resumes stores of more and more shards."""
     counts = (125, 250, 500, 1000, 2000)
     folder.mkdir()
     stores = {count: many(folder, count) for count in counts}
@@ -225,13 +225,13 @@ def growth(folder: Path, rounds: int) -> str:
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The exponent of the growth: 1 if time is proportional to size."""
+    """Returns the exponent of the growth: 1 if time is proportional to size."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
     return statistics.linear_regression(x, y).slope
 
 
 def many_shards(folder: Path, rounds: int) -> str:
-    """Random rows of a store with more shards than a process may have files open."""
+    """Reads random rows of a store with more shards than a process may open files."""
     count, shape = SIZES["512 B"]
     rows = torch.randn(count, *shape)
     folder.mkdir()
@@ -252,7 +252,7 @@ def many_shards(folder: Path, rounds: int) -> str:
 
 
 def child(shard_bytes: str) -> None:
-    """Extracts 0.64 GB in this process, and prints what it took."""
+    """Extracts 0.64 GB in this process, and prints the time and memory."""
     torch.manual_seed(0)
     work = works.five()
     work.plain()
@@ -291,7 +291,7 @@ def shard_sizes(rounds: int) -> str:
 
 
 def main() -> None:
-    """Measures, and writes the section."""
+    """Measures all cases and writes the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--extract", metavar="SHARD_BYTES", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Interleaved rounds in one process: medians, spreads and ratios, printed as a Markdown table."""
+"""Times cases in interleaved rounds, and writes the results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-TITLE = "# Results\n\nWhat the scripts in this directory measured. Each section is written by its script.\n"
+TITLE = "# Results\n\nThe measurements of the scripts in this directory. Each script writes its section.\n"
 
 _declared: list[object] = []
 
 
 def declare_torchvision_operators() -> None:
-    """Declares the two operators that torchvision's Python part expects and its wheel for CUDA brings compiled.
+    """Declares the two compiled operators that torchvision's Python code expects.
 
-    Over a CPU build of torch torchvision, and what imports it, does not import without them.
+    Its wheel for CUDA contains them. With a CPU build of torch, torchvision and the packages that import it need this call.
     """
     if _declared or importlib.util.find_spec("torchvision") is None:
         return
@@ -33,7 +33,7 @@ def declare_torchvision_operators() -> None:
 def interleave(
     cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, setup: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
-    """Times each case once a round, in turn, so that a drift of the machine's speed falls on all of them alike."""
+    """Times each case once a round, so that a drift of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(warmup + rounds):
         for name, case in cases.items():
@@ -59,14 +59,14 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Writes a Markdown table."""
+    """Returns a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def write_section(name: str, body: str, path: Path = RESULTS) -> None:
-    """Prints what was measured, and puts it into the results in place of the section of the same name."""
+    """Prints a section, and replaces the one of the same name in the results."""
     print(body)
     text = path.read_text() if path.exists() else TITLE
     head, *sections = text.split("\n## ")
@@ -81,7 +81,7 @@ def write_section(name: str, body: str, path: Path = RESULTS) -> None:
 
 
 def environment() -> str:
-    """Says what was measured on: versions, processor, threads."""
+    """Returns the versions, the processor and the number of threads."""
     return (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} thread(s)"

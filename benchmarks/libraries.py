@@ -1,8 +1,8 @@
-"""How each library captures: one function a library, all with the same arguments and the same result.
+"""Captures outputs with each library, by functions of one signature.
 
-``collect(model, names, calls, after)`` runs the model on every ``(args, kwargs)`` of ``calls``, hands each output to
-``after`` where the library gives it, and returns ``{name: [value of each run of the layer]}``. Each function is what the
-library's own documentation shows; none works around the library.
+``collect(model, names, calls, after)`` runs the model on every ``(args, kwargs)`` of ``calls``, passes each output to
+``after`` if the library returns it, and returns ``{name: [value of each run of the layer]}``. Each function follows the
+library's own documentation, without workarounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def convtap(model: nn.Module, names: Sequence[str], calls: Sequence[Call], after
 
 
 def raw_hooks(model: nn.Module, names: Sequence[str], calls: Sequence[Call], after: Callable[..., Any]) -> Collected:
-    """The idiom of every tutorial: a dict, a closure, ``output.detach()``."""
+    """Captures with the idiom of tutorials: a dict, a closure, ``output.detach()``."""
     kept: dict[str, Any] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -68,7 +68,7 @@ def torchlens(model: nn.Module, names: Sequence[str], calls: Sequence[Call], aft
     for args, kwargs in calls:
         log = library.trace(model, args, kwargs)
         for name in names:
-            if name in model.state_dict():  # no module: its operation is found by the weight that it uses
+            if name in model.state_dict():  # not a module: its operation is found by the weight that it uses
                 found[name] += [op.out for op in log.ops if op.func_name == "conv1d" and name in op.param_names]
             else:
                 calls_of = log.modules[name].calls
@@ -142,7 +142,7 @@ def surgeon(model: nn.Module, names: Sequence[str], calls: Sequence[Call], after
     return found
 
 
-#: By name: what collects, the distribution that has its version, and the name to import.
+#: By name: the function that collects, the distribution with the version, and the name to import.
 LIBRARIES: dict[str, tuple[Callable[..., Collected], str, str]] = {
     "convtap": (convtap, "convtap", "convtap"),
     "raw hooks": (raw_hooks, "torch", "torch"),

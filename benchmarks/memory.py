@@ -1,9 +1,10 @@
-"""Measures the resident memory of long captures on the CPU and writes the section "Memory" of RESULTS.md.
+"""Measures the resident memory of long captures on the CPU.
 
     python -m benchmarks.memory [--passes 1000]
 
-Each case runs in a process of its own: 16 convolutions on (2, 32, 2000), each followed by a ReLU in place. The resident memory
-is read after 10, 100 and all forward passes, and its peak over the whole process, so that a leak shows as growth.
+The script writes the section "Memory" of RESULTS.md. Each case runs in a process of its own: 16 convolutions on (2, 32,
+2000), each followed by an in-place ReLU. It reads the resident memory after 10, 100 and all forward passes, and the peak of
+the process, so that a leak shows as growth.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ CASES = {
 
 
 def resident() -> float:
-    """The resident memory of this process in MiB."""
+    """Returns the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def run(name: str, passes: int) -> dict[str, float]:
-    """Runs one case in this process. Returns MiB, beyond what the process had before the first forward pass."""
+    """Runs one case in this process. Returns MiB beyond those before the first pass."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     layers = [layer for _ in range(16) for layer in (nn.Conv1d(32, 32, 3, padding=1), nn.ReLU(inplace=True))]
@@ -66,7 +67,7 @@ def run(name: str, passes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures every case in a process of its own, prints, and writes the section."""
+    """Measures every case in a process of its own, and writes the section."""
     parser = argparse.ArgumentParser(description="Measures the resident memory of long captures.")
     parser.add_argument("--passes", type=int, default=1000)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -83,8 +84,8 @@ def main() -> None:
     titles = ("", *(f"{column} passes" for column in columns[:3]), "peak of the process", "outputs held at the end")
     body = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread. 16 convolutions, "
-        f"{options.passes} forward passes in one block; all outputs of one pass are 7.8 MiB. Resident memory in MiB beyond "
-        f"what the process had before the first pass.\n\n{markdown(titles, rows)}"
+        f"{options.passes} forward passes in one capture; all outputs of one pass are 7.8 MiB. Resident memory in MiB beyond "
+        f"that before the first pass.\n\n{markdown(titles, rows)}"
     )
     write_section("Memory", body)
 

@@ -1,13 +1,14 @@
-"""Measures offloading on a CUDA device and writes the section "Offload" of RESULTS.md.
+"""Measures offloading on a CUDA device.
 
     python -m benchmarks.offload [--rounds 20] [--device cuda:0]
 
-Needs nothing but torch and convtap. Everything is measured in one run: the bandwidth of copies into pinned memory (the
-ceiling), a stack of convolutions that the bus limits and one that computing limits, what keeping costs without offload, what
-one small output costs, and what decides where finished results live. Every captured value is checked before anything is timed.
-The part of the test suite that needs CUDA is ``python -m pytest tests/test_offload.py`` on the same machine.
+The script writes the section "Offload" of RESULTS.md, and needs only torch and convtap. One run measures the bandwidth of
+copies into pinned memory (the ceiling), a stack of convolutions that the bus limits and one that computing limits, the cost
+of keeping outputs without offload, the cost of one small output, and the costs that decide where finished results live.
+Every captured value is checked before the timing. ``python -m pytest tests/test_offload.py`` on the same machine runs the
+tests that need CUDA.
 
-Without CUDA the section says that its rows were not run. Nothing is estimated.
+Without CUDA the section states that its rows were not run. It contains no estimates.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ MIB = 2**20
 
 
 def transfer_bound(device: torch.device) -> tuple[nn.Module, Tensor]:
-    """1 x 1 convolutions with outputs of 64 MiB: each takes far less time than its copy."""
+    """1 x 1 convolutions with outputs of 64 MiB, far faster than their copies."""
     layers = [layer for _ in range(24) for layer in (nn.Conv1d(64, 64, 1), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers).to(device).eval(), torch.randn(16, 64, 16384, device=device)
 
 
 def compute_bound(device: torch.device, ceiling: float) -> tuple[nn.Module, Tensor]:
-    """Convolutions with outputs of 32 MiB and a kernel so long that each takes at least three times its copy."""
+    """Convolutions with outputs of 32 MiB, at least three times slower than a copy."""
     x = torch.randn(8, 512, 2048, device=device)
     kernel = 9
     while True:
@@ -55,7 +56,7 @@ def compute_bound(device: torch.device, ceiling: float) -> tuple[nn.Module, Tens
 
 
 def tiny(device: torch.device) -> tuple[nn.Module, Tensor]:
-    """256 convolutions with outputs of 2 KiB: nothing but what each costs the host."""
+    """256 convolutions with outputs of 2 KiB, which show the host's cost of each."""
     return nn.Sequential(*(nn.Conv1d(8, 8, 3, padding=1) for _ in range(256))).to(device).eval(), torch.randn(
         1, 8, 64, device=device
     )
@@ -65,7 +66,7 @@ def tiny(device: torch.device) -> tuple[nn.Module, Tensor]:
 
 
 def hooked(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> Callable[[Tensor], list[Tensor]]:
-    """What people write: a hook on each convolution that keeps something of its output."""
+    """Keeps outputs with a hook on each convolution."""
 
     def run(x: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
@@ -86,14 +87,14 @@ def hooked(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> Callable[[Tens
 
 
 def captured(model: nn.Module, window: int | None = None, **options: object) -> Callable[[Tensor], object]:
-    """``capture``, with a window of another size if one is given."""
+    """Keeps outputs with ``capture``, by default with its own window size."""
 
     def run(x: Tensor) -> object:
         block = capture(model, **options)  # type: ignore[arg-type]
         if window is not None:
             block._offloader = Offloader("cpu", window=window)
         with block as acts:
-            model(x)  # leaving the block waits for every copy
+            model(x)  # leaving the capture waits for every copy
         return acts
 
     return run
@@ -103,7 +104,7 @@ def captured(model: nn.Module, window: int | None = None, **options: object) -> 
 
 
 def time_of(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds on the wall, the device idle before and after."""
+    """Returns the wall-clock seconds, with the device idle before and after."""
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     kept = run()
@@ -116,7 +117,10 @@ def time_of(run: Callable[[], object], device: torch.device) -> float:
 def measure(
     cases: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, tuple[list[float], int]]:
-    """Times each case once a round, in turn; the first two rounds do not count. With the peak of device memory."""
+    """Returns each case's seconds by round, and its peak of device memory.
+
+    The first two rounds do not count.
+    """
     found: dict[str, tuple[list[float], int]] = {name: ([], 0) for name in cases}
     for i in range(rounds + 2):
         for name, run in cases.items():
@@ -131,7 +135,7 @@ def measure(
 
 
 def ceiling(device: torch.device, size: int = 64 * MIB, count: int = 32) -> float:
-    """Bytes a second of copies from the device into pinned memory that exists, back to back."""
+    """Returns the bytes a second of copies from the device to existing pinned memory."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     targets = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
@@ -143,7 +147,7 @@ def ceiling(device: torch.device, size: int = 64 * MIB, count: int = 32) -> floa
 
 
 def check(model: nn.Module, x: Tensor) -> int:
-    """Compares every captured value with a synchronized clone of the same forward. Returns the bytes of all outputs."""
+    """Compares captured values with synchronized clones. Returns all outputs' bytes."""
     expected: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda _, __, output: expected.append(output.detach().clone()))
@@ -164,7 +168,7 @@ def check(model: nn.Module, x: Tensor) -> int:
 
 
 def offload_table(model: nn.Module, x: Tensor, rate: float, rounds: int, device: torch.device) -> str:
-    """Plain forward, the idioms, and convtap, on one model."""
+    """Returns a table of the plain forward, the idioms and convtap on one model."""
     total = check(model, x)
     ways = {
         "plain forward": None,
@@ -190,7 +194,7 @@ def offload_table(model: nn.Module, x: Tensor, rate: float, rounds: int, device:
 
 
 def window_table(model: nn.Module, x: Tensor, total: int, rate: float, rounds: int, device: torch.device) -> str:
-    """The same for windows of other sizes."""
+    """Returns a table of the same for other window sizes."""
     sizes = [16, 64, 128, 256, 512]
     ways = {size: captured(model, offload="cpu", window=size * MIB) for size in sizes}
     cases = {str(size): (lambda way=way: way(x)) for size, way in ways.items()}
@@ -200,10 +204,10 @@ def window_table(model: nn.Module, x: Tensor, total: int, rate: float, rounds: i
 
 
 def keeping_table(model: nn.Module, x: Tensor, rounds: int, device: torch.device) -> str:
-    """What detaching, copying and cloning cost without offload."""
+    """Returns a table of the costs of detaching, copying and cloning on the device."""
     ways = {
         "plain forward": None,
-        "hook, `.detach()` (in-place operations spoil it)": hooked(model, lambda output: output.detach()),
+        "hook, `.detach()` (in-place operations overwrite it)": hooked(model, lambda output: output.detach()),
         "hook, `.detach().clone()`": hooked(model, lambda output: output.detach().clone()),
         "`capture(model, copy=False)`": captured(model, copy=False),
         "`capture(model)`": captured(model),
@@ -218,7 +222,7 @@ def keeping_table(model: nn.Module, x: Tensor, rounds: int, device: torch.device
 
 
 def tiny_table(rounds: int, device: torch.device) -> str:
-    """What one small output costs."""
+    """Returns a table of the costs of one small output."""
     model, x = tiny(device)
     check(model, x)
     ways = {
@@ -234,7 +238,7 @@ def tiny_table(rounds: int, device: torch.device) -> str:
 
 
 def living_table(rate: float) -> str:
-    """What decides where finished results live: pinning, and moving on to pageable memory."""
+    """Returns a table of the costs of pinning, and of moving to pageable memory."""
     empty_cache = getattr(torch._C, "_host_emptyCache", lambda: None)
     pinning, moving = [], []
     for _ in range(7):
@@ -261,7 +265,7 @@ def report(device: torch.device, rounds: int) -> str:
     parts = [
         f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB), torch {torch.__version__}, CUDA "
         f"{torch.version.cuda}, Python {platform.python_version()}, {rounds} interleaved rounds. "
-        f"Window {WINDOW // MIB} MiB, at most {pinned_limit() / 2**30:.1f} GiB pinned a block.",
+        f"Window {WINDOW // MIB} MiB, at most {pinned_limit() / 2**30:.1f} GiB pinned in a capture.",
         f"**Ceiling**: {rate / 1e9:.1f} GB/s into pinned memory, in copies of 64 MiB "
         f"({ceiling(device, 1 * MIB, 256) / 1e9:.1f} GB/s in copies of 1 MiB).",
     ]
@@ -284,7 +288,7 @@ def report(device: torch.device, rounds: int) -> str:
 
 
 def main() -> None:
-    """Measures, prints, and writes the section."""
+    """Measures all cases and writes the section."""
     parser = argparse.ArgumentParser(description="Measures offloading on a CUDA device.")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda:0")
@@ -296,9 +300,9 @@ def main() -> None:
         body = report(torch.device(options.device), options.rounds)
     else:
         body = (
-            "The CUDA rows were not run: no CUDA device was at hand. `python -m benchmarks.offload` on a machine with one "
-            "writes them here. Until then nothing is known of the speed of offloading; its correctness was tested on fake "
-            "streams (`tests/test_offload.py`), and on CUDA not at all."
+            "The CUDA rows were not run, since no CUDA device was available. `python -m benchmarks.offload` on a machine with "
+            "one writes them here. Until then the speed of offloading is unknown. Its correctness was tested on fake streams "
+            "(`tests/test_offload.py`), but not on CUDA."
         )
     write_section("Offload", body)
 

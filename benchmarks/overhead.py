@@ -1,7 +1,7 @@
-"""What a capture costs: the plain forward, the hand-written hook idiom and ``capture``, interleaved in one process.
+"""Measures the cost of a capture beside the plain forward and hooks by hand.
 
-``python -m benchmarks.overhead`` writes the section "Overhead" of RESULTS.md: 64 tiny Conv1d layers, entered anew for
-each forward, and wav2vec2-base on one second of audio.
+All cases are interleaved in one process. ``python -m benchmarks.overhead`` writes the section "Overhead" of RESULTS.md: 64 tiny
+Conv1d layers with a capture for each forward, wav2vec2-base on one second of audio, a Mamba, and a scripted network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from convtap import capture
 
 
 def by_hand(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
-    """The idiom that people write: register, collect, remove. Later in-place operations spoil what it collects."""
+    """Captures with hooks by hand, whose values later in-place operations overwrite."""
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -49,7 +49,7 @@ def by_hand(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
 
 
 def cases(model: nn.Module, run: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """What is measured, by the name of its row."""
+    """Returns the measured functions by the names of their rows."""
 
     def captured(**options: object) -> Callable[[], object]:
         def case() -> object:
@@ -68,7 +68,10 @@ def cases(model: nn.Module, run: Callable[[], object]) -> dict[str, Callable[[],
 
 
 def table(model: nn.Module, run: Callable[[], object], rounds: int) -> str:
-    """Measures one model. The last column is the added time, as a multiple of what the hooks by hand add, if that is much."""
+    """Measures one model.
+
+    The last column is the added time, as a multiple of the time that hooks by hand add, if that is long enough.
+    """
     seconds = interleave(cases(model, run), rounds)
     names = list(seconds)
     plain, hand = seconds[names[0]], seconds[names[1]]
@@ -86,7 +89,7 @@ def table(model: nn.Module, run: Callable[[], object], rounds: int) -> str:
 
 
 def micro_stack() -> tuple[nn.Module, Callable[[], object]]:
-    """64 × Conv1d(8, 8, 3) on (1, 8, 64): nothing but overhead."""
+    """64 × Conv1d(8, 8, 3) on (1, 8, 64), which show the overhead."""
     model = nn.Sequential(*(nn.Conv1d(8, 8, 3, padding=1) for _ in range(64))).eval()
     x = torch.randn(1, 8, 64)
     return model, lambda: model(x)
@@ -103,7 +106,10 @@ def wav2vec2_base() -> tuple[nn.Module, Callable[[], object]]:
 
 
 def mamba() -> tuple[nn.Module, Callable[[], object]]:
-    """A Mamba of 8 layers with random weights on 64 tokens: thousands of torch calls, and convolutions called as functions."""
+    """A Mamba of 8 layers with random weights on 64 tokens.
+
+    It has thousands of torch calls, and its convolutions are called as functions.
+    """
     declare_torchvision_operators()
     from transformers import MambaConfig, MambaModel
 
@@ -124,10 +130,12 @@ def scripted() -> tuple[nn.Module, Callable[[], object]]:
 
 
 def main() -> None:
-    """Measures both, and writes the section."""
+    """Measures all models and writes the section."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    warnings.simplefilter("ignore")  # where functional=False captures nothing; torch's own of TorchScript
+    warnings.simplefilter(
+        "ignore"
+    )  # functional=False captures nothing of some models, and torch warns about TorchScript
     rows = (
         ("64 × Conv1d(8, 8, 3) on (1, 8, 64), the capture entered for each forward, 500 rounds", micro_stack, 500),
         ("wav2vec2-base, one second of audio, 30 rounds", wav2vec2_base, 30),
@@ -135,8 +143,8 @@ def main() -> None:
         ("A scripted network, 4 convolutions, 500 rounds", scripted, 500),
     )
     parts = [
-        f"`python -m benchmarks.overhead`. {environment()}. The last column is the time that a row adds, as a multiple of what "
-        "the hooks by hand add."
+        f"`python -m benchmarks.overhead`. {environment()}. The last column is the time that a row adds, as a multiple of the "
+        "time that hooks by hand add."
     ]
     with torch.no_grad():
         for title, make, rounds in rows:

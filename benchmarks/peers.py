@@ -1,8 +1,9 @@
-"""What capturing costs with this library and with others: the same work, each library in a process of its own.
+"""Measures the cost of capturing with convtap and with other libraries.
 
 ``python -m benchmarks.peers [--only stack-steady,import]`` writes the section "Peers" of ``benchmarks/RESULTS.md`` and the
-chart beside it. In each process the plain forward and the library take turns, so that a drift of the machine falls on both; the
-ratio is taken round by round. Every value is compared with those of a reference that clones before anything is timed.
+chart beside it. Each library does the same work in a process of its own. In each process the plain forward and the library
+take turns, so that a drift of the machine affects both, and the ratio is computed round by round. Every value is compared
+with those of a reference that clones before the timing.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from benchmarks.libraries import LIBRARIES
 from benchmarks.prepared import PREPARED, NotOffered, compiled
 
 HERE = Path(__file__).parent
-#: A process measures a row for so many seconds, and at least for so many rounds.
+#: The seconds for which a process measures a row, and the least number of rounds.
 SECONDS, ROUNDS = 5.0, 5
 
 
 def right(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> str:
-    """How many of the values are those of the reference."""
+    """Counts the values that equal the reference's."""
     good = 0
     for name, value in expected.items():
         got = found.get(name)
@@ -52,12 +53,12 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def take_turns(plain: Callable[[], object], case: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Times both in turn until the time is up; the first rounds warm up."""
+    """Times both in turn until the time is up, after some rounds to warm up."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for one in (plain, case, plain, case):
         one()
     started = time.perf_counter()
-    results: list[object] = [None, None]  # each lives until its successor is there, as in a loop over inputs
+    results: list[object] = [None, None]  # each result lives until its successor exists, as in a loop over inputs
     while time.perf_counter() - started < SECONDS or len(seconds[0]) < ROUNDS:
         for i, one in enumerate((plain, case)):
             begun = time.perf_counter()
@@ -67,7 +68,7 @@ def take_turns(plain: Callable[[], object], case: Callable[[], object]) -> tuple
 
 
 def fastest(one: Callable[[], object]) -> float:
-    """The shortest of three runs: the first ones after a change of what runs are slower."""
+    """Returns the shortest of three runs, since the first after a switch are slower."""
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -78,7 +79,7 @@ def fastest(one: Callable[[], object]) -> float:
 
 
 def speed(library: str, work: works.Work, *, steady: bool, stop: bool = False) -> dict[str, Any]:
-    """A forward pass with the library on, set up for each one or once."""
+    """Times forward passes with the library, set up once or for each pass."""
     prepare = PREPARED[library]
 
     def entered() -> dict[str, Any]:
@@ -89,7 +90,7 @@ def speed(library: str, work: works.Work, *, steady: bool, stop: bool = False) -
     if not steady:
         plain, case = take_turns(work.plain, entered)
         return {"plain": plain, "case": case, "values": values}
-    copy = works.copied(work)  # what a library leaves on the model would be on the plain forward too
+    copy = works.copied(work)  # a library may leave hooks on the model, which would slow the plain forward too
     plain, case = [], []
     started = time.perf_counter()
     while time.perf_counter() - started < SECONDS or len(plain) < ROUNDS:
@@ -100,7 +101,7 @@ def speed(library: str, work: works.Work, *, steady: bool, stop: bool = False) -
 
 
 def compiled_speed(library: str, work: works.Work) -> dict[str, Any]:
-    """A compiled forward pass with the library on, against the plain compiled one."""
+    """Times compiled forward passes with the library, against the plain compiled one."""
     copy = works.copied(work)
     fast = torch.compile(copy.model, fullgraph=True)
     with compiled(library, work.model, work.names) as run:
@@ -111,7 +112,7 @@ def compiled_speed(library: str, work: works.Work) -> dict[str, Any]:
 
 
 def memory(library: str, work: works.Work) -> dict[str, Any]:
-    """How far the peak of the process rises above that of the plain forward, in MiB, with all outputs held."""
+    """Returns the peak memory above the plain forward's in MiB, with outputs kept."""
     work.plain()
     with contextlib.suppress(ImportError):
         __import__(LIBRARIES[library.partition(",")[0]][2])
@@ -123,7 +124,7 @@ def memory(library: str, work: works.Work) -> dict[str, Any]:
 
 
 def data_set(library: str, work: works.Work) -> dict[str, Any]:
-    """A data set to disk: seconds until all of it is there, bytes, and peak memory beyond the plain forward's."""
+    """Writes a data set to disk, and measures its seconds, bytes and peak memory."""
     extract = datasets.EXTRACT.get(library)
     if extract is None:
         raise NotOffered("no way to bring a data set to disk")
@@ -147,7 +148,7 @@ def data_set(library: str, work: works.Work) -> dict[str, Any]:
     return {"seconds": seconds, "mb": written / 1e6, "mib": peak, "values": values}
 
 
-#: What a child process does, by row.
+#: The measurement of a child process, by row.
 ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
     "stack-steady": lambda library: speed(library, works.stack(), steady=True),
     "stack-entered": lambda library: speed(library, works.stack(), steady=False),
@@ -161,7 +162,7 @@ ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def child(row: str, library: str) -> None:
-    """Measures one library on one row, and prints a line of JSON."""
+    """Measures one row of one library, and prints a line of JSON."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -178,13 +179,13 @@ def child(row: str, library: str) -> None:
 
 
 def measure(row: str, library: str) -> dict[str, Any]:
-    """Measures in a process of its own; one that ends without a word is a crash."""
+    """Measures in a process of its own; one that ends without a result is a crash."""
     if row == "import":
         return import_time(library)
     path = os.pathsep.join([str(HERE.parent / "src"), str(HERE.parent)])
     command = [sys.executable, "-m", "benchmarks.peers", "--row", row, "--library", library]
     environment = {**os.environ, "PYTHONPATH": path}
-    if row == "memory":  # with a threshold that is set, glibc gives back what is freed: the peak is what was alive
+    if row == "memory":  # with this threshold glibc returns freed memory, so the peak is the memory that was alive
         environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
@@ -195,7 +196,10 @@ def measure(row: str, library: str) -> dict[str, Any]:
 
 
 def import_time(library: str) -> dict[str, Any]:
-    """Seconds for ``import``, and until the name that captures is there, in a process that has torch."""
+    """Measures the seconds of ``import``, and until the capturing name is available.
+
+    torch is imported before.
+    """
     if library not in works.IMPORTS:
         return {"error": "– (nothing to import)"}
     module, _, name = works.IMPORTS[library].rpartition(".")
@@ -215,7 +219,7 @@ def import_time(library: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures the rows and writes them down."""
+    """Measures the rows and writes the section."""
     from benchmarks import peers_report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

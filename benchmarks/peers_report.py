@@ -1,4 +1,4 @@
-"""Writes down what libraries cost beside each other: a section of tables, and a chart of the same figures."""
+"""Writes the comparison of libraries: a section of tables and a chart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.prepared import PREPARED
 Result = dict[str, Any]
 CHART = RESULTS.with_name("peers.png")
 
-#: By row: what is done, and the title in the chart. In the order of the section.
+#: By row: the description, and the title in the chart, in the order of the section.
 TITLES = {
     "stack-steady": (
         "64 × Conv1d(8, 8, 3) on (1, 8, 64), all captured; set up once",
@@ -57,7 +57,7 @@ TITLES = {
 
 
 def write(rows: Sequence[str], repeats: int, measure: Callable[[str, str], Result]) -> None:
-    """Measures the rows, library after library in each of the repeats, and writes the section and the chart."""
+    """Measures the rows for each library and repeat, and writes section and chart."""
     libraries = [name for name in PREPARED if importlib.util.find_spec(LIBRARIES[name.partition(",")[0]][2])]
     found: dict[str, dict[str, Result]] = {}
     for row in rows:
@@ -69,10 +69,11 @@ def write(rows: Sequence[str], repeats: int, measure: Callable[[str, str], Resul
         found[row] = {name: joined(results) for name, results in runs.items()}
     head = (
         f"`make bench`. {versions([name for name in libraries if name in LIBRARIES])}; Python {platform.python_version()}, "
-        f"{platform.machine()}, one thread. Each library in {repeats} processes of its own a row, in turn with the plain "
-        "forward; medians, and in brackets the middle half; where set-up is left out, each figure is the shortest of three "
-        "runs. *values*: how many of the captured values are those of a reference that clones. Each library is used on the "
-        "fastest way that it documents (`benchmarks/prepared.py`, `benchmarks/datasets.py`). What cannot do a row says why."
+        f"{platform.machine()}, one thread. Each library runs in {repeats} processes of its own a row, in turn with the plain "
+        "forward. The figures are medians, with the middle half in brackets; without set-up, each is the shortest of three "
+        "runs. *values*: how many of the captured values equal those of a reference that clones. Each library is used in the "
+        "fastest way that it documents (`benchmarks/prepared.py`, `benchmarks/datasets.py`). A library that does not offer a "
+        "row has the reason instead."
     )
     tables = written() | {TITLES[row][0]: table(row, results) for row, results in found.items()}
     parts = [head, f"![The same figures as bars]({CHART.name})"]
@@ -84,14 +85,14 @@ def write(rows: Sequence[str], repeats: int, measure: Callable[[str, str], Resul
 
 
 def written() -> dict[str, str]:
-    """The tables that the section has now, by title."""
+    """Returns the present tables of the section, by title."""
     section = RESULTS.read_text().partition("\n## Peers\n")[2].partition("\n## ")[0]
     pairs = [part.partition("\n") for part in section.split("\n### ")[1:]]
     return {title: text.strip() for title, _, text in pairs}
 
 
 def lines_of(row: str, libraries: Sequence[str]) -> list[str]:
-    """The libraries in a row's table, some of them with several settings."""
+    """Returns the libraries in a row's table, some with several settings."""
     whole = [name for name in libraries if name in LIBRARIES]
     if row in works.WITHOUT_FUNCTIONS:
         return list(libraries)
@@ -102,7 +103,7 @@ def lines_of(row: str, libraries: Sequence[str]) -> list[str]:
 
 
 def joined(results: list[Result]) -> Result:
-    """Puts together what several processes measured. An error in one is the library's result."""
+    """Joins the results of several processes; an error in one is the library's result."""
     for result in results:
         if "error" in result:
             return result
@@ -118,12 +119,12 @@ def joined(results: list[Result]) -> Result:
 
 
 def ratios(result: Result) -> list[float]:
-    """The times of a library as multiples of the plain forward beside it."""
+    """Returns the times of a library as multiples of the plain forward's beside it."""
     return [case / plain for case, plain in zip(result["case"], result["plain"], strict=True)]
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The median, and the middle half in brackets."""
+    """Returns the median, with the middle half in brackets."""
     if len(values) < 2:
         return f"{values[0]:,.{digits}f}"
     low, middle, high = quartiles(values)
@@ -131,7 +132,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def table(row: str, found: dict[str, Result]) -> str:
-    """One row of the comparison as a table, a line for each library."""
+    """Returns one row of the comparison as a table, with a line for each library."""
     columns = {
         "data-set": ("s", "MB on the disk", "peak MiB above plain", "values"),
         "memory": ("MiB", "values"),
@@ -160,7 +161,7 @@ def table(row: str, found: dict[str, Result]) -> str:
 
 
 def draw() -> None:
-    """Draws a panel of bars for each table of the section; a bar whose values were not all right is hatched."""
+    """Draws a panel of bars for each table, hatched if some values are wrong."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -181,9 +182,9 @@ def draw() -> None:
 
 
 def bars(row: str, text: str) -> dict[str, tuple[float, bool] | None]:
-    """Reads a table: by library, its figure and whether all values are right; None if it fails.
+    """Returns the figure of each library in a table, and whether its values are right.
 
-    A library that does not offer what the row measures is left out.
+    The entry is None if the library fails. A library that does not offer the row is skipped.
     """
     head, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
     column = {"data-set": 1, "memory": 1}.get(row, 2)
@@ -198,7 +199,7 @@ def bars(row: str, text: str) -> dict[str, tuple[float, bool] | None]:
 
 
 def panel(axis: Any, row: str, results: dict[str, tuple[float, bool] | None]) -> None:
-    """Draws one row on a linear axis from 0; a bar that is far longer than the others is cut."""
+    """Draws one row on a linear axis from 0, and cuts a bar that is far too long."""
     figures = sorted(result[0] for result in results.values() if result is not None)
     limit = 1.3 * max(value for value in figures if value <= 5 * figures[len(figures) // 2])
     axis.set_xlim(0, limit)

@@ -1,8 +1,9 @@
-"""How each library captures, set up once: a context that yields a function from a model's input to its layers' outputs.
+"""Captures with each library after one set-up, as contexts.
 
-``with library(model, names) as run: found = run(x)`` gives ``{name: value}`` for one forward pass. Setting up happens on entry
-and taking down on exit, so that both can be timed with the forward or left out of it. Of several ways that a library offers it
-is the fastest. With ``stop=True`` the forward ends after the last of ``names``; what has no way to do that raises NotOffered.
+In ``with library(model, names) as run: found = run(x)``, ``found`` is ``{name: value}`` of one forward pass. The context
+sets up on entry and removes hooks on exit, so that a timing can include or exclude both. Of several ways that a library
+offers it uses the fastest. With ``stop=True`` the forward ends after the last of ``names``. A library without such an
+option raises NotOffered.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Run = Callable[[Tensor], dict[str, Any]]
 
 
 class NotOffered(Exception):
-    """A library has no such thing."""
+    """A library does not offer the feature."""
 
 
 def _runs_whole(stop: bool) -> None:
@@ -37,7 +38,7 @@ def convtap(model: nn.Module, names: Sequence[str], stop: bool = False, **option
             model(x)
         return dict(acts)
 
-    if stop:  # a block of its own for each forward pass: it ends with it
+    if stop:  # a capture ends with its forward pass, so each pass has its own
         yield stopped
         return
     with capture(model, list(names), **options) as acts:
@@ -51,14 +52,14 @@ def convtap(model: nn.Module, names: Sequence[str], stop: bool = False, **option
 
 
 def convtap_modules(model: nn.Module, names: Sequence[str], stop: bool = False) -> Any:
-    """Only modules are watched, and no function calls."""
+    """Captures with ``functional=False``: modules, but not function calls."""
     _runs_whole(stop)  # the row of the same name has it
     return convtap(model, names, functional=False)
 
 
 @contextlib.contextmanager
 def raw_hooks(model: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[Run]:
-    """A dict, a closure, ``output.detach()``; to stop, an exception from the last hook."""
+    """Captures with hooks into a dict, and stops by an exception from the last hook."""
 
     class Enough(Exception):
         pass
@@ -95,7 +96,7 @@ def raw_hooks(model: nn.Module, names: Sequence[str], stop: bool = False) -> Ite
 
 @contextlib.contextmanager
 def torchvision(model: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[Run]:
-    """The graph is cut behind the last layer when it is built, with stop or without."""
+    """Builds a graph that ends after the last layer, with or without ``stop``."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     yield create_feature_extractor(model, {name: name for name in names})
@@ -103,7 +104,7 @@ def torchvision(model: nn.Module, names: Sequence[str], stop: bool = False) -> I
 
 @contextlib.contextmanager
 def torchlens(model: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[Run]:
-    """``record``, which is several times faster than ``trace``."""
+    """Uses ``record``, which is several times faster than ``trace``."""
     import torchlens as library
 
     wanted = library.func("conv1d")
@@ -114,7 +115,7 @@ def torchlens(model: nn.Module, names: Sequence[str], stop: bool = False) -> Ite
         by_address = {record.ctx.address: record.ram_payload for record in records}
         if set(names) <= set(by_address):
             return {name: by_address[name] for name in names}
-        # a functional convolution has no address: by the order in which they ran
+        # a functional convolution has no address, so the order of the calls identifies it
         return {name: record.ram_payload for name, record in zip(names, records, strict=False)}
 
     yield run
@@ -187,7 +188,7 @@ PREPARED: dict[str, Callable[..., Any]] = {
 
 @contextlib.contextmanager
 def compiled(library: str, model: nn.Module, names: Sequence[str]) -> Iterator[Run]:
-    """A library around a compiled model, or the compiled model with the library in it, where it can be compiled."""
+    """Compiles the model inside the library if possible, else before it."""
     if library == "convtap":
         from convtap import tapped
 
@@ -196,7 +197,7 @@ def compiled(library: str, model: nn.Module, names: Sequence[str]) -> Iterator[R
     elif library == "torchvision":
         with torchvision(model, names) as extractor:
             yield torch.compile(extractor, fullgraph=True)  # type: ignore[call-overload]
-    elif library in ("raw hooks", "torchextractor", "surgeon"):  # their hooks are on the model when it is compiled
+    elif library in ("raw hooks", "torchextractor", "surgeon"):  # their hooks are registered when the model is compiled
         with PREPARED[library](model, names) as run:
             yield torch.compile(run)
     else:

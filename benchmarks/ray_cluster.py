@@ -1,7 +1,8 @@
-"""``examples/ray_features.py`` on two Ray nodes of one machine, undisturbed and with one of them killed in the middle.
+"""Runs ``examples/ray_features.py`` on two Ray nodes, of which one may be killed.
 
-Checks that each sound comes out once, with the values that ``extract`` computes in this process. ``make ray-cluster`` (or
-``python -m benchmarks.ray_cluster [SOUNDS]``) writes the section "Ray on two nodes" of ``RESULTS.md``.
+Both nodes are on one machine. The script checks that each sound comes out once, with the values that ``extract`` computes
+in this process. ``make ray-cluster`` (or ``python -m benchmarks.ray_cluster [SOUNDS]``) writes the section "Ray on two
+nodes" of ``RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FILES = 32
 
 
 def load_example() -> ModuleType:
-    """Imports the example from its file, so that its functions are sent to the actors by value."""
+    """Imports the example from its file, so that Ray pickles its functions by value."""
     spec = importlib.util.spec_from_file_location("ray_features", ROOT / "examples" / "ray_features.py")
     assert spec is not None
     assert spec.loader is not None
@@ -71,7 +72,11 @@ def on_one_machine(example: ModuleType, sounds: list[dict[str, Any]], folder: Pa
 
 
 def on_two_nodes(example: ModuleType, folder: Path, name: str, kill: bool) -> tuple[list[dict[str, Any]], float, int]:
-    """Runs the example on a cluster of two nodes. Returns its rows, the seconds, and the files written at the kill."""
+    """Runs the example on a cluster of two nodes.
+
+    Returns:
+        The rows, the seconds, and the number of files written at the kill.
+    """
     import ray
     import ray.data
     from ray.cluster_utils import Cluster
@@ -111,7 +116,7 @@ def on_two_nodes(example: ModuleType, folder: Path, name: str, kill: bool) -> tu
 
 
 def largest_difference(rows: list[dict[str, Any]], store: Store) -> float:
-    """Returns the largest difference from the store, in multiples of its largest value.
+    """Returns the largest difference from the store, relative to its largest value.
 
     Raises:
         AssertionError: a sound is missing, or comes twice.
@@ -127,7 +132,7 @@ def largest_difference(rows: list[dict[str, Any]], store: Store) -> float:
 
 
 def main() -> None:
-    """Measures, and writes the section."""
+    """Measures both runs and writes the section."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "src", ROOT)))  # for the actors
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 4096

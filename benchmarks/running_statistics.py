@@ -1,7 +1,7 @@
-"""What running statistics cost beside the mean of each channel, on wav2vec2-base, interleaved in one process.
+"""Measures running statistics against the mean of each channel, on wav2vec2-base.
 
-``python -m benchmarks.running_statistics`` writes the section "Statistics" of RESULTS.md. Each case is opened anew for eight
-passes, so what it allocates once counts an eighth.
+The cases are interleaved in one process. ``python -m benchmarks.running_statistics`` writes the section "Statistics" of
+RESULTS.md. Each context covers eight passes, so an allocation at its beginning counts an eighth.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
     for i in range(ROUNDS + 1):
         for name, context in contexts.items():
-            start = time.process_time()  # of this process alone: the machine has other work
+            start = time.process_time()  # processor time of this process, since the machine has other work
             with torch.no_grad(), context():
                 for _ in range(PASSES):
                     run()

@@ -1,7 +1,8 @@
-"""What a store of very many samples costs beside their bytes: files, index, opening, and finding out what is missing.
+"""Measures the costs of a store of many samples beside their bytes.
 
-Outputs are as small as they can be, so that everything else shows. ``python -m benchmarks.scale`` writes the
-section "Scale" of ``RESULTS.md``. The figures of ``docs/scale.md`` are from here.
+These are the files, the index, opening the store, and finding the missing batches. The outputs are as small as possible, so
+that all other costs show. ``python -m benchmarks.scale`` writes the section "Scale" of ``RESULTS.md``, the source of the
+figures in ``docs/scale.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from convtap._dataset.store import Store
 
 
 class Zeros:
-    """A data set of the smallest samples; a batch is made at once."""
+    """A data set of the smallest samples, which makes whole batches at once."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -56,7 +57,7 @@ def _index_bytes(index: Any) -> int:
 
 
 def samples(length: int, batch: int) -> list[str]:
-    """One layer with one float16 number a sample, extracted."""
+    """Extracts one layer with one float16 number a sample."""
     folder = Path(tempfile.mkdtemp())
     try:
         run = lambda: extract(  # noqa: E731
@@ -115,7 +116,7 @@ def shards(count: int, batches: int, rows: int, ranks: int, layers: int = 8) -> 
 
 
 def start(batches: int) -> list[str]:
-    """What a process does before its first batch: which batches are its own, and which are there."""
+    """Measures the search of a process for its missing batches."""
     import numpy as np
 
     here = np.zeros((batches, 4), np.int64)
@@ -127,7 +128,7 @@ def start(batches: int) -> list[str]:
 
 
 def main() -> None:
-    """Measures, and writes the section."""
+    """Measures all cases and writes the section."""
     torch.set_num_threads(1)
     table = [samples(10**4, 16), samples(10**5, 16), samples(10**5, 256), samples(10**6, 256)]
     first = markdown(("samples", "batch", "disk B a sample", "index B a sample", "ms a batch"), table)

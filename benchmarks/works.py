@@ -1,4 +1,4 @@
-"""The work that libraries are compared on: a model, its input, the layers to capture, and what a reference says they give."""
+"""The tasks of the comparison: models, inputs, layers and reference outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks import overhead
 from benchmarks.compiled import convolutions
 from benchmarks.harness import declare_torchvision_operators
 
-#: The name that captures, by library.
+#: The capturing name of each library.
 IMPORTS = {
     "convtap": "convtap.capture",
     "torchvision": "torchvision.models.feature_extraction.create_feature_extractor",
@@ -26,19 +26,19 @@ IMPORTS = {
     "torchextractor": "torchextractor.Extractor",
     "surgeon": "surgeon_pytorch.Inspect",
 }
-#: The rows in which it makes a difference whether functions are watched.
+#: The rows for which watching functions makes a difference.
 WITHOUT_FUNCTIONS = ("stack-steady", "stack-entered", "wav2vec2", "mamba")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done.
+    """A task of the comparison.
 
     Attributes:
-        model: in eval mode.
+        model: the model, in eval mode.
         x: its input.
         names: the layers to capture, in the order in which they run.
-        expected: what each gives.
+        expected: the output of each layer.
     """
 
     model: nn.Module
@@ -47,12 +47,12 @@ class Work:
     expected: dict[str, Tensor]
 
     def plain(self) -> Any:
-        """The forward pass alone."""
+        """Runs the forward pass alone."""
         return self.model(self.x)
 
 
 class _Reference(TorchFunctionMode):
-    """Clones what every ``F.conv1d`` gives, in order, however it was called."""
+    """Clones the output of every ``F.conv1d`` in order, whatever calls it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class _Reference(TorchFunctionMode):
 
 
 def reference(work: Work, x: Tensor) -> dict[str, Tensor]:
-    """What the layers give for another input."""
+    """Returns the layers' outputs for another input."""
     with _Reference() as mode:
         work.model(x)
     return dict(zip(work.names, mode.found, strict=False))
 
 
 def copied(work: Work) -> Work:
-    """The same work on a model of its own."""
+    """Returns the same task with a copy of the model."""
     return replace(work, model=copy.deepcopy(work.model))
 
 
@@ -85,20 +85,20 @@ def _work(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Wo
 
 
 def stack() -> Work:
-    """64 × Conv1d(8, 8, 3) on (1, 8, 64): nothing but overhead."""
+    """64 × Conv1d(8, 8, 3) on (1, 8, 64), which show the overhead."""
     model, _ = overhead.micro_stack()
     return _work(model, torch.randn(1, 8, 64))
 
 
 def wav2vec2() -> Work:
-    """wav2vec2-base on one second of audio: the seven convolutions of its feature encoder."""
+    """The seven convolutions of wav2vec2-base's encoder, on one second of audio."""
     model, _ = overhead.wav2vec2_base()
     names = [f"feature_extractor.conv_layers.{i}.conv" for i in range(7)]
     return _work(model, torch.randn(1, 16000), names)
 
 
 def mamba() -> Work:
-    """A Mamba of eight layers: its convolutions are functions that are given a module's weight."""
+    """A Mamba of eight layers, whose convolutions are functions of modules' weights."""
     declare_torchvision_operators()
     from transformers import MambaConfig, MambaModel
 
@@ -108,24 +108,24 @@ def mamba() -> Work:
 
 
 def twenty() -> Work:
-    """20 × Conv1d(64, 64, 3) on (4, 64, 2000), of which the first three are wanted."""
+    """20 × Conv1d(64, 64, 3) on (4, 64, 2000), of which the first three are captured."""
     model = nn.Sequential(*(nn.Conv1d(64, 64, 3, padding=1) for _ in range(20)))
     return _work(model, torch.randn(4, 64, 2000), ["0", "1", "2"])
 
 
 def residual() -> Work:
-    """16 residual blocks with Conv1d(64, 64, 3) and a ReLU in place, on (4, 64, 2000)."""
+    """16 residual blocks of Conv1d(64, 64, 3) and in-place ReLU, on (4, 64, 2000)."""
     return _work(convolutions(16, 64), torch.randn(4, 64, 2000))
 
 
 def inplace() -> Work:
-    """32 × Conv1d(64, 64, 3) with a ReLU in place, on (1, 64, 20000): 156 MiB of outputs."""
+    """32 × Conv1d(64, 64, 3) and in-place ReLU, with outputs of 156 MiB."""
     layers = [layer for _ in range(32) for layer in (nn.Conv1d(64, 64, 3, padding=1), nn.ReLU(inplace=True))]
     return _work(nn.Sequential(*layers), torch.randn(1, 64, 20000))
 
 
 def five() -> Work:
-    """Five Conv1d(64, 64, 3) on (B, 4, 1000), each with a ReLU: 1.28 MB of outputs a sample."""
+    """Five Conv1d(64, 64, 3) and ReLU on (B, 4, 1000): 1.28 MB of outputs a sample."""
     layers: list[nn.Module] = []
     for i in range(5):
         layers += [nn.Conv1d(64 if i else 4, 64, 3, padding=1), nn.ReLU()]

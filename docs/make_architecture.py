@@ -1,4 +1,7 @@
-"""Writes the picture and the lists of ``docs/architecture.md`` from the code: ``python -m docs.make_architecture``."""
+"""Writes ``docs/architecture.md`` from the code: ``python -m docs.make_architecture``.
+
+It writes the picture and the lists.
+"""
 
 from __future__ import annotations
 

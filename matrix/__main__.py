@@ -1,4 +1,4 @@
-"""Runs rows of the matrix and writes docs/versions.md: ``python -m matrix [ROW ...]``.
+"""Runs rows of the matrix, then writes docs/versions.md: ``python -m matrix [ROW]``.
 
 A row is skipped if it has passed with the same sources.
 """

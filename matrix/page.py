@@ -27,8 +27,8 @@ COLUMNS = (
 
 TEXT = """# Versions
 
-`make matrix` runs the tests on the versions of Python and torch below, each in an environment of its own, and writes this page.
-A result holds for its date and its commit. If a result names a test, the run hung, was cut off or crashed in that test.
+`make matrix` runs the tests on the versions of Python and torch below, each in an environment of its own, and writes this
+page. A result holds for its date and its commit. If a result names a test, the run hung, was cut off or crashed in that test.
 
 {table}
 
@@ -53,16 +53,16 @@ $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 
 
 The command uses the interpreters on the path and those of pyenv. It skips a row whose Python it does not find, and prints the
 reason. A test that takes ten minutes counts as hung and ends the row, which names it. A row that takes 40 minutes is cut off.
-The environments are in `.venv-matrix`, or in the folder of the variable `CONVTAP_MATRIX_ENVS`. Each takes up to 6 GB with
-a CUDA build of torch. uv stores a package once, so all take about 40 GB together. `UV_TORCH_BACKEND=cpu` installs the
-builds for the CPU instead, from PyTorch's own index. The results are in `matrix/results/*.json`.
+The environments are in `.venv-matrix`, or in the folder of the variable `CONVTAP_MATRIX_ENVS`. Each takes up to 6 GB with a
+CUDA build of torch. uv stores a package once, so all take about 40 GB together. `UV_TORCH_BACKEND=cpu` installs the builds for
+the CPU instead, from PyTorch's own index. The results are in `matrix/results/*.json`.
 """
 
 NOT_RUN = """- **Windows and macOS.** No such machine was available. `.github/workflows/ci.yml` runs the core suite on both, if
-  the service is available. `tests/test_other_systems.py` fakes the known differences: the locks of Windows, which also
-  keep other processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`,
-  which leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without the user's
-  SIGTERM handler, so a test in `tests/test_extract_crash.py` forbids it.
+  the service is available. `tests/test_other_systems.py` fakes the known differences: the locks of Windows, which also keep
+  other processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`, which
+  leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without the user's SIGTERM
+  handler, so a test in `tests/test_extract_crash.py` forbids it.
 - **Free-threaded Python** (3.13t, 3.14t). No such build was available. On a Python that runs without its global lock,
   `import convtap` raises an ImportError that names `PYTHON_GIL=1`, because convtap counts calls without a lock of its own.
   `tests/test_free_threading.py` fakes such a Python.

@@ -506,7 +506,7 @@ def test_a_sample_axis_that_does_not_match_names_the_layer_and_both_numbers(tmp_
     ):
         extract(model, [X], tmp_path / "a", types=nn.LSTM)
     folded = nn.Sequential(nn.Unflatten(2, (2, 25)), nn.Flatten(0, 2), nn.Unflatten(1, (1, 25)), nn.Conv1d(1, 3, 3))
-    with pytest.raises(Unsupported, match=r"rows of layer '3' are not the samples: axis 1 of \(10, 3, 23\)"):
+    with pytest.raises(Unsupported, match=r"rows of layer '3' are not the samples: axis 0 of \(10, 3, 23\) is 10"):
         extract(folded, [X[:5]], tmp_path / "b")
 
 

@@ -164,7 +164,8 @@ def test_info_shows_ranks_gaps_and_doubles(tmp_path, capsys):
     assert main(["info", str(tmp_path / "s")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert any(
-        "3 are not done: rank 1 (8 batches, nothing written), rank 3 (2 batches), rank 4 (8" in line for line in said
+        "3 of 5 ranks are not done: rank 1 (8 batches, nothing written), rank 3 (2 batches), rank 4 (8" in line
+        for line in said
     )
 
 

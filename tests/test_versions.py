@@ -152,7 +152,7 @@ def write(folder, **result):
 def test_a_row_that_passed_with_these_sources_is_not_run_again(elsewhere, capsys):
     write(elsewhere, outcome="passed", sources=sources())
     assert command.main(["python3.13t-torch2.13.0"]) == 0
-    assert "passed on 2026-01-01, and the sources are the same" in capsys.readouterr().out
+    assert "passed on 2026-01-01 with the same sources" in capsys.readouterr().out
 
 
 def test_a_row_that_cannot_run_here_is_skipped_with_the_reason_and_keeps_what_another_machine_measured(

@@ -131,7 +131,7 @@ def read_index(path: Path) -> Index:
     reading = _Reading()
     for name, state in shard_files(path).items():
         try:
-            reading.add(name, state, Shard(f"{path}/{name}"))  # of which only what the index needs stays in memory
+            reading.add(name, state, Shard(f"{path}/{name}"))  # only the entries of the index stay in memory
         except StoreError as error:
             reading.bad[name] = str(error)
     return reading.ordered()

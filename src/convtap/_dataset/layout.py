@@ -188,7 +188,7 @@ class RankFolder:
             _lock_file(handle)
         except OSError:
             owner = b""
-            with contextlib.suppress(OSError):  # Windows keeps others from reading bytes that are locked
+            with contextlib.suppress(OSError):  # Windows keeps other processes from reading locked bytes
                 owner = os.read(handle, 200)
             os.close(handle)
             raise self._refusal(owner.decode(errors="replace") or "another process") from None

@@ -74,7 +74,7 @@ class Store:
         times = Counter(stems.values())
         return {(found if times[found] == 1 else key): key for key, found in stems.items()}
 
-    # -- what is here
+    # -- contents
 
     @property
     def layers(self) -> list[str]:
@@ -178,7 +178,7 @@ class Store:
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
         return StoreDataset(self._reader, [self._layer(name) for name in names], labels, time_dim)
 
-    # -- the state of it
+    # -- state
 
     def verify(self, progress: bool = False) -> Table:
         """Reads every shard and compares its checksums.

@@ -187,7 +187,7 @@ class ValidLengths:
         except ConvtapError as error:
             raise Unsupported(_unknown(key, str(error))) from error
 
-    # -- what padding changes
+    # -- effects of padding
 
     def _compare(self, key: str, time: LayerTime) -> None:
         """Notes whether a tensor's frames differ from those of each input alone.

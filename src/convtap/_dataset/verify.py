@@ -26,7 +26,7 @@ def verify(path: Path, progress: bool) -> Table:
 def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: bool) -> None:
     """Renames the bad shards of this process, so that they are computed again.
 
-    A process checks its own folder and those of ranks of larger runs.
+    A process checks its own folder and those of ranks of earlier, larger runs.
     """
     ranks = {name: int(name[5:]) for name in rank_folders(path)}
     files = [name for name in shard_files(path) if ranks[name.split("/")[0]] % parts == part]

@@ -35,7 +35,7 @@ class LayerView:
         self._about = rows.about
         self._positions: Any = None if rows.here is None else rows_where(reader.index, rows.here)
 
-    # -- what it is
+    # -- properties
 
     def __len__(self) -> int:
         return len(self._reader) if self._positions is None else len(self._positions)
