@@ -115,7 +115,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def _beside(saved: Saved, name: str, suffix: str) -> Path:
     """Returns the file to write without ``--out``.
 
-    It lies in the folder of the run, beside the saved file, or for a store in the current folder.
+    It lies in the folder of the run or beside the saved file. For a store it lies in the current folder.
     """
     if saved.store is not None:
         return Path(f"{saved.path.name or 'store'}{suffix}")  # a store's folder holds only the store

@@ -67,7 +67,7 @@ def _maps(panels: Iterable[_Panel]) -> list[Picture]:
 
 
 def _height(picture: Picture, roomy: bool) -> int:
-    if picture.kind == "map":  # a whole number of pixels a row
+    if picture.kind == "map":  # a whole number of pixels per row
         return len(picture.cells) * max(1, round((128 if roomy else 64) / len(picture.cells)))
     if picture.kind == "lines":
         return max(80, 36 * picture.channels)

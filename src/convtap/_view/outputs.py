@@ -33,7 +33,7 @@ class _Position(NamedTuple):
 class CapturedOutputs:
     """The outputs of a log, with their axes.
 
-    The user's ``channels_last`` decides on the axes, else the timeline, else the layer's type.
+    The axes come from ``channels_last`` if given, else from the timeline, else from the layer's type.
 
     Args:
         log: the log of the capture.

@@ -36,9 +36,7 @@ def statistics_figure(stats: Statistics, layers: Any) -> Figure:
     """
     found = _chosen(stats, layers)
     if not found:
-        raise NotCaptured(
-            "the statistics are empty. Run the model inside the block: with statistics(model) as stats: model(x)"
-        )
+        raise NotCaptured("the statistics are empty. Run the model inside: with statistics(model) as stats: model(x)")
     spreads, rows = [_spread(layer) for layer in found], [layer for layer in found if layer.channels]
     if not rows:
         return spread_figure(spreads)

@@ -41,7 +41,7 @@ def time_scale(axis: TimeAxis) -> str:
 
 
 def _round_step(step: float) -> float:
-    """Returns the least 1, 2 or 5 times a power of ten that is at least ``step``."""
+    """Returns the smallest 1, 2 or 5 · 10ⁿ that is at least ``step``."""
     power = float(10.0 ** np.floor(np.log10(step)))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= step * (1 - 1e-9))
 
