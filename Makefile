@@ -46,8 +46,8 @@ lint: $(VENV)/.test  ## ruff: rules and format
 types: $(VENV)/.test  ## mypy --strict
 	$(BIN)/mypy
 
-pytest: $(VENV)/.test  ## the tests
-	$(BIN)/python -m pytest
+pytest: $(VENV)/.test  ## the tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 architecture: $(VENV)/.test  ## writes the picture and the lists of docs/architecture.md anew
 	$(BIN)/python -m docs.make_architecture
