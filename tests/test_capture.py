@@ -56,7 +56,7 @@ def test_the_plain_name_of_a_repeated_layer_is_ambiguous(read):
     with capture(model) as acts:
         model(torch.randn(2, 4, 20))
     with pytest.raises(
-        AmbiguousCall, match=r"^'conv' ran 3 times.*acts.calls\('conv'\).*acts\['conv#1'\].*acts.cat\('conv'\)"
+        AmbiguousCall, match=r"^'conv' ran 3 times.*acts\['conv#1'\].*acts.calls\('conv'\).*acts.cat\('conv'\)"
     ):
         read(acts)
 
@@ -398,7 +398,7 @@ def test_functions_that_repeat_outside_of_the_model_are_refused_by_input():
     with capture(model) as acts:
         for _ in range(2):
             nn.functional.conv1d(torch.randn(1, 1, 9), model["conv"].weight)
-    with pytest.raises(Unsupported, match="'conv' ran several times outside of any call of the model"):
+    with pytest.raises(Unsupported, match="'conv' ran several times outside of a call of the model"):
         acts.samples()
 
 
@@ -496,7 +496,7 @@ def test_a_sample_out_of_range_says_how_many_there_are():
     with capture(model) as acts:
         model(torch.randn(3, 1, 20))
     for i in (3, -4):
-        with pytest.raises(OutOfRange, match=f"no sample {i}: 3 inputs here"):
+        with pytest.raises(OutOfRange, match=f"sample {i} does not exist, since the capture has 3 inputs"):
             acts.sample(i)
 
 
@@ -505,7 +505,10 @@ def test_rows_that_are_not_the_inputs_are_refused_with_the_layer_and_both_number
     model.forward = lambda x: model.conv(x.reshape(-1, 2, 10))
     with capture(model) as acts:
         model(torch.randn(4, 2, 20))
-    with pytest.raises(Unsupported, match=r"'conv' has shape \(8, 4, 10\): axis 0 is 8 and the input batch is 4"):
+    with pytest.raises(
+        Unsupported,
+        match=r"the rows of 'conv' with shape \(8, 4, 10\) are not the inputs, since axis 0 is 8 and the input batch is 4",
+    ):
         acts.sample(0)
 
 

@@ -370,7 +370,10 @@ def test_the_place_of_a_structure_is_that_of_one_of_its_tensors():
 def test_rows_that_are_not_the_inputs_are_named_and_the_rest_is_drawn():
     figure = plot(captured(torch.randn(2, 4, 10), torch.randn(7, 4, 10), batch=2))
     assert len(maps(figure)) == 1
-    assert "not drawn: 'convs.1' has shape (7, 4, 10): axis 0 is 7 and the input batch is 2" in texts(figure)
+    assert (
+        "not drawn: the rows of 'convs.1' with shape (7, 4, 10) are not the inputs, since axis 0 is 7 and the input batch is 2"
+        in texts(figure)
+    )
 
 
 def test_an_empty_output_is_named():

@@ -304,7 +304,7 @@ def _not_out(missing: list[str], selected: int) -> str:
     return (
         f"{len(missing)} of {plural(selected, 'selected layer')} did not come out of this forward: {listed(missing)}. If "
         "such a layer is idle, leave it out of layers= (list_layers(model, example=x) shows how each layer is used). If it "
-        "does run, a part of the model was compiled before it was tapped, so tap first and then compile the whole: "
+        "does run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
         "torch.compile(tapped(model), fullgraph=True). A compiled forward skips a layer that was idle in an earlier forward "
         "that was not compiled."
     )
