@@ -15,6 +15,11 @@ from tests.models import FiveConvs, FunctionalConvs, Images, PaddedConv, SharedC
 X = torch.randn(2, 1, 30)
 
 
+def label(value):
+    """Returns a text that is the same in every process, for the name of a test."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 class Nested(nn.Module):
     """Convolutions at several depths, among layers of other types."""
 
@@ -66,7 +71,7 @@ def selected(model, layers, **options):
         ("head", ["head"]),
         ("encoder.norm", ["encoder.norm"]),
     ],
-    ids=repr,
+    ids=label,
 )
 def test_selectors(layers, expected):
     if expected is None:
@@ -116,7 +121,7 @@ def test_a_users_layer_called_module_keeps_its_name():
         (lambda name, module: False, "the predicate <lambda> selects none of 3 layers"),
         (nn.Conv1d(1, 1, 1), "the Conv1d in layers is not a module of this Nested"),
     ],
-    ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
+    ids=lambda value: value if isinstance(value, str) else label(value)[:20],
 )
 def test_a_selector_that_matches_nothing_says_what_is_there(layers, message):
     with pytest.raises(LayerNotFound, match=message):
@@ -172,7 +177,7 @@ def test_one_bad_selector_among_good_ones_is_an_error():
         ((Nested(),), {"offload": 3.5}, "offload is a float, and it must be a device"),
         ((Nested(),), {"offload": "cuda:97"}, "offload='cuda:97' does not work on this machine"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: label(value)[:30],
 )
 def test_bad_arguments_are_refused_before_anything_is_hooked(args, options, message):
     with pytest.raises((ConvtapError, TypeError, ValueError), match=message) as caught:
