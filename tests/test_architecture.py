@@ -57,7 +57,7 @@ def test_no_arrow_crosses_a_box():
                 assert aside or apart, f"an arrow crosses {room.name}"
 
 
-@pytest.mark.parametrize("what", ["a snapshot is taken", "a key is spelt", "a shard becomes visible"])
+@pytest.mark.parametrize("what", ["a snapshot is taken", "a key is formatted", "a shard becomes visible"])
 def test_the_page_names_the_place_where(what):
     assert any(line.startswith(f"| {what}") for line in places())
 
