@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convtap import NotCaptured, Unsupported, capture, list_layers
+from convtap import NotCaptured, Unsupported, capture, compare, extract, list_layers, timeline
 from tests.reference import cloning_hooks, same
 
 X = torch.randn(2, 1, 30)
@@ -148,3 +148,19 @@ def test_list_layers_shows_scripted_layers():
         ("b.0", "Conv1d (TorchScript)", "TorchScript × 1"),
         ("kernel", "parameter", "TorchScript × 1"),
     ]
+
+
+def test_a_frozen_module_which_has_no_mode_is_extracted_and_followed(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, stride=2), nn.ReLU(), nn.Conv1d(2, 2, 3)).eval()
+    frozen = torch.jit.freeze(torch.jit.script(model))
+    x = torch.randn(4, 1, 20)
+    store = extract(frozen, [x], tmp_path, calls="keys", progress=False)
+    with torch.no_grad():
+        first = F.conv1d(x, model[0].weight, model[0].bias, stride=2)
+        second = F.conv1d(first.relu(), model[2].weight, model[2].bias)
+    for key, expected in (("F.conv1d#0", first), ("F.conv1d#1", second)):
+        torch.testing.assert_close(torch.stack([store[key][i] for i in range(4)]), expected)
+    times = timeline(frozen, x)
+    assert [(times[f"F.conv1d#{i}"].stride, times[f"F.conv1d#{i}"].receptive_field) for i in (0, 1)] == [(2, 3), (2, 7)]
+    with pytest.raises(Unsupported, match="side a is TorchScript"):
+        compare(frozen, frozen, example=x)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from convtap._capture.session import Session
 from convtap._capture.tapped import tapped
@@ -17,20 +15,8 @@ from convtap._dataset.shard_format import Rows
 from convtap._dataset.time_axes import RowAxes
 from convtap._dataset.valid_lengths import ValidLengths
 from convtap._select.batch import called_with
-from convtap._select.example import entry, moved
+from convtap._select.example import entry, eval_mode, moved
 from convtap._select.parts import split_key
-
-
-@contextmanager
-def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Sets a model to train or eval mode, and restores each module's mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(mode == "train")
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Runner:
@@ -59,7 +45,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         options = self.options
-        self._cleanup.enter_context(module_mode(options.model, options.mode))
+        self._cleanup.enter_context(eval_mode(options.model, options.mode))
         if options.compile:
             capture, policy = options.capture, options.capture.policy
             module = tapped(

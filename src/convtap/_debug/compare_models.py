@@ -62,7 +62,8 @@ def _modes_text(sides: dict[str, nn.Module], mode: str | None) -> str:
     training = [
         label
         for label, model in sides.items()
-        if label not in keras and any(module.training for module in model.modules() if not is_keras(type(module)))
+        if label not in keras
+        and any(getattr(module, "training", False) for module in model.modules() if not is_keras(type(module)))
     ]
     if mode == "train":
         return "both ran in train mode"

@@ -68,7 +68,7 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
         example = own_tensors(example)  # the model may write into them
         inputs = dict(walk_tensors(example))
     tree = ModuleTree(how.model)
-    trains = {module for module in tree.names.values() if module.training}
+    trains = {module for module in tree.names.values() if getattr(module, "training", False)}
     opened = object()
     try:
         compile_stance.enter(opened)
