@@ -283,7 +283,12 @@ def ray():
 
         memory = 80 * 2**20
         ray.init(
-            num_cpus=3, object_store_memory=memory, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+            address="local",  # another cluster may run on this machine
+            num_cpus=3,
+            object_store_memory=memory,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
         )
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield ray

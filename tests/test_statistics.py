@@ -894,7 +894,7 @@ def test_pictures_without_channels_or_quantiles_and_mistakes():
     assert len(stats.plot().axes) == 3
     with pytest.raises(LayerNotFound, match="'z' has no statistics"):
         stats.plot("z")
-    with pytest.raises(InvalidType, match="layers is a int. Pass a name, a glob"):
+    with pytest.raises(InvalidType, match="layers is a int, not a string. Pass a name, a glob"):
         stats.plot(3)
     with pytest.raises(NotCaptured, match="the statistics are empty"):
         Statistics().plot()

@@ -69,7 +69,10 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def _flush(handle: int) -> None:
-    """Forces what was written to the disk; on macOS, fsync leaves it in the drive's own memory."""
+    """Forces written content to the disk.
+
+    On macOS, fsync leaves it in the drive's own memory.
+    """
     try:
         import fcntl
 
@@ -79,7 +82,9 @@ def _flush(handle: int) -> None:
 
 
 def replace_file(old: Path, new: Path) -> None:
-    """Renames a file, over another one if there is one. Waits a moment on Windows, where a program may read that one.
+    """Renames a file, and replaces an existing file of the new name.
+
+    On Windows, where another program may have that file open, it tries again for a moment.
 
     Raises:
         OSError: it cannot be renamed; on Windows, one that a program has open or mapped cannot be replaced.

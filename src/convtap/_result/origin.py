@@ -14,7 +14,7 @@ from convtap._select.module_tree import is_keras
 
 
 def date_text(seconds: float) -> str:
-    """Returns the date and the time in UTC, to the minute, of a number of seconds since 1970."""
+    """Returns the UTC date and time, to the minute, of seconds since 1970."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
