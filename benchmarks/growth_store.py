@@ -174,11 +174,19 @@ def loaders(folder: Path, rounds: int) -> str:
     order = torch.randperm(count)[: 20 * BATCH].tolist()
     batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
     view = data._layers[0]
+
+    def epoch_of(read: Callable[[list[int]], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for batch in batches:  # a training loop also drops each batch
+                read(batch)
+
+        return run
+
     cases = {
-        "a loop over np.memmap": lambda: [[loop[i] for i in batch] for batch in batches],
-        "store.dataset().__getitems__": lambda: [data.__getitems__(batch) for batch in batches],
-        "store[layer][ids]": lambda: [view.each(np.array(batch)) for batch in batches],
-        "np.memmap[ids], one array": lambda: [torch.from_numpy(np.array(loop.mapped[batch])) for batch in batches],
+        "a loop over np.memmap": epoch_of(lambda batch: [loop[i] for i in batch]),
+        "store.dataset().__getitems__": epoch_of(data.__getitems__),
+        "store[layer][ids]": epoch_of(lambda batch: view.each(np.array(batch))),
+        "np.memmap[ids], one array": epoch_of(lambda batch: torch.from_numpy(np.array(loop.mapped[batch]))),
     }
     seconds = interleave(cases, rounds)
     table = beside(seconds, lambda values: rate(values, len(order)), "a loop over np.memmap")

@@ -30,7 +30,7 @@ def versions() -> str:
 
 def class_name(model: nn.Module) -> str:
     """Returns the name of a model's class, or of a scripted model's Python class."""
-    return str(getattr(model, "original_name", None) or type(model).__name__)
+    return str(model.original_name if isinstance(model, torch.jit.ScriptModule) else type(model).__name__)
 
 
 @dataclass
