@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,11 +70,19 @@ def on_one_machine(example: ModuleType, sounds: list[dict[str, Any]], folder: Pa
     return store, time.perf_counter() - start
 
 
-def on_two_nodes(example: ModuleType, folder: Path, name: str, kill: bool) -> tuple[list[dict[str, Any]], float, int]:
+def on_two_nodes(
+    example: ModuleType, folder: Path, name: str, kill_after: float | None
+) -> tuple[list[dict[str, Any]], float]:
     """Runs the example on a cluster of two nodes.
 
+    Args:
+        example: the example.
+        folder: the folder of the sounds and of the results.
+        name: the name of the folder of this run's results.
+        kill_after: the seconds after which one node is killed, or None.
+
     Returns:
-        The rows, the seconds, and the number of files written at the kill.
+        The rows, and the seconds of the run.
     """
     import ray
     import ray.data
@@ -91,25 +98,17 @@ def on_two_nodes(example: ModuleType, folder: Path, name: str, kill: bool) -> tu
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         cluster.wait_for_nodes()
-        into, written_at_kill = folder / name, 0
-
-        def kill_in_the_middle() -> None:
-            nonlocal written_at_kill
-            while (count := len(list(into.glob("*.parquet")))) < FILES // 4:
-                time.sleep(0.02)
-            written_at_kill = count
-            cluster.remove_node(other, allow_graceful=False)
-
-        killer = threading.Thread(target=kill_in_the_middle, daemon=True)
-        if kill:
+        if kill_after is not None:
+            killer = threading.Timer(kill_after, cluster.remove_node, [other], {"allow_graceful": False})
             killer.start()
         start = time.perf_counter()
-        written = example.features(folder / "sounds", into, actors=2)
+        written = example.features(folder / "sounds", folder / name, actors=2)
         seconds = time.perf_counter() - start
-        if kill:
+        if kill_after is not None:
+            assert seconds > kill_after, f"the run ended after {seconds:.1f} s, before the kill"
             killer.join()
             assert len([node for node in ray.nodes() if node["Alive"]]) == 1
-        return written.take_all(), seconds, written_at_kill
+        return written.take_all(), seconds
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -144,16 +143,14 @@ def main() -> None:
     sounds = parquet.read_table(folder / "sounds").to_pylist()
     store, alone = on_one_machine(example, sounds, folder / "store")
     rows = [["extract, one process", f"{alone:.1f}", f"{count / alone:,.0f}", "", ""]]
-    cases: dict[str, Callable[[], Any]] = {
-        "two nodes": lambda: on_two_nodes(example, folder, "whole", False),
-        "two nodes, one killed": lambda: on_two_nodes(example, folder, "killed", True),
-    }
-    for name, case in cases.items():
-        found, seconds, killed_at = case()
+    kill_after = None
+    for name in ("two nodes", "two nodes, one killed"):
+        found, seconds = on_two_nodes(example, folder, name, kill_after)
         difference = largest_difference(found, store)
         assert difference < 1e-5, difference
-        killed = f"{killed_at} of {FILES} files" if killed_at else ""
+        killed = "" if kill_after is None else f"{kill_after:.1f} s"
         rows.append([name, f"{seconds:.1f}", f"{count / seconds:,.0f}", killed, f"{difference:.1e}"])
+        kill_after = seconds / 2
     columns = ("", "seconds", "sounds a second", "killed after", "largest difference ÷ largest value")
     head = (
         f"`make ray-cluster`. {environment()}; {os.cpu_count()} cores that both nodes share. {count:,} sounds of 0.2 to 0.5 s "

@@ -87,3 +87,9 @@ def test_the_check_finds_what_it_looks_for(line, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"It says:\n{line}.\n")
     assert len(found(page)) == 1
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert len(text.splitlines()) <= 180
