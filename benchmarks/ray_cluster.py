@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,8 +72,18 @@ def on_one_machine(example: ModuleType, sounds: list[dict[str, Any]], folder: Pa
     return store, time.perf_counter() - start
 
 
+def noted(pad: Callable[[Any], Any], folder: Path) -> Callable[[Any], Any]:
+    """Returns ``pad`` that also leaves an empty file in a folder for each batch."""
+
+    def run(batch: Any) -> Any:
+        (folder / uuid.uuid4().hex).touch()
+        return pad(batch)
+
+    return run
+
+
 def on_two_nodes(
-    example: ModuleType, folder: Path, name: str, kill_after: float | None
+    example: ModuleType, folder: Path, name: str, kill_after: int | None
 ) -> tuple[list[dict[str, Any]], float]:
     """Runs the example on a cluster of two nodes.
 
@@ -79,7 +91,7 @@ def on_two_nodes(
         example: the example.
         folder: the folder of the sounds and of the results.
         name: the name of the folder of this run's results.
-        kill_after: the seconds after which one node is killed, or None.
+        kill_after: the number of batches after which one node is killed, or None.
 
     Returns:
         The rows, and the seconds of the run.
@@ -96,20 +108,32 @@ def on_two_nodes(
     other = cluster.add_node(num_cpus=3, object_store_memory=memory)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    batches, is_over = folder / f"batches of {name}", threading.Event()
+    batches.mkdir()
+    pad, example.pad = example.pad, noted(example.pad, batches)
     try:
         cluster.wait_for_nodes()
+
+        def kill() -> None:
+            while len(os.listdir(batches)) < kill_after and not is_over.is_set():
+                time.sleep(0.01)
+            if not is_over.is_set():
+                cluster.remove_node(other, allow_graceful=False)
+
+        killer = threading.Thread(target=kill)
         if kill_after is not None:
-            killer = threading.Timer(kill_after, cluster.remove_node, [other], {"allow_graceful": False})
             killer.start()
         start = time.perf_counter()
         written = example.features(folder / "sounds", folder / name, actors=2)
         seconds = time.perf_counter() - start
         if kill_after is not None:
-            assert seconds > kill_after, f"the run ended after {seconds:.1f} s, before the kill"
+            is_over.set()
             killer.join()
             assert len([node for node in ray.nodes() if node["Alive"]]) == 1
         return written.take_all(), seconds
     finally:
+        is_over.set()
+        example.pad = pad
         ray.shutdown()
         cluster.shutdown()
 
@@ -143,14 +167,14 @@ def main() -> None:
     sounds = parquet.read_table(folder / "sounds").to_pylist()
     store, alone = on_one_machine(example, sounds, folder / "store")
     rows = [["extract, one process", f"{alone:.1f}", f"{count / alone:,.0f}", "", ""]]
-    kill_after = None
+    kill_after, batches = None, -(-count // 8)
     for name in ("two nodes", "two nodes, one killed"):
         found, seconds = on_two_nodes(example, folder, name, kill_after)
         difference = largest_difference(found, store)
         assert difference < 1e-5, difference
-        killed = "" if kill_after is None else f"{kill_after:.1f} s"
+        killed = "" if kill_after is None else f"{kill_after} of {batches} batches"
         rows.append([name, f"{seconds:.1f}", f"{count / seconds:,.0f}", killed, f"{difference:.1e}"])
-        kill_after = seconds / 2
+        kill_after = batches // 4
     columns = ("", "seconds", "sounds a second", "killed after", "largest difference ÷ largest value")
     head = (
         f"`make ray-cluster`. {environment()}; {os.cpu_count()} cores that both nodes share. {count:,} sounds of 0.2 to 0.5 s "
