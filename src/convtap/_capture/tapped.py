@@ -78,7 +78,7 @@ class Tapped(nn.Module):
         reduce: a function to apply to each output, or a mapping from layers to functions. It is traced with the model.
 
     Raises:
-        LayerNotFound: a selector matches nothing.
+        LayerNotFound: a selector matches no layer.
         Unsupported: the model cannot be tapped in this way. The message has the alternative.
         NotCaptured: in the forward pass: a layer selected by name did not run, no layer ran, or a compiled part may have run
             a layer without its hook. In a compiled forward, the compiler raises its own error with the same text.

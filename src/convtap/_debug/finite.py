@@ -180,7 +180,10 @@ class Finite:
 
     @property
     def first(self) -> Finding | None:
-        """The first NaN or Inf, or None. Inside, reading it waits for an accelerator."""
+        """The first NaN or Inf, or None.
+
+        Inside the ``with`` statement, reading it waits for an accelerator.
+        """
         return None if self._watch is None else self._watch.first()
 
     def _warn(self, watch: Watch) -> None:

@@ -37,8 +37,8 @@ class LayerTime:
         frames: the number of frames for the example, or None.
         input_length: the number of samples of the example.
         whole: the operations that make every frame see the whole input, such as ``"lstm in 'encoder'"``.
-        statistics: the operations that use a statistic over all frames, such as a GroupNorm's mean. It does not count as
-            part of the receptive field.
+        statistics: the operations that use a statistic over all frames, such as a GroupNorm's mean. Such a statistic does not
+            count as part of the receptive field.
         unknown: why the time axis is unknown, or None.
         notes: facts that hold for the example's length only.
     """
@@ -70,7 +70,10 @@ class LayerTime:
 
     @property
     def stride(self) -> int | Fraction:
-        """Input samples from one frame to the next (a Fraction after some upsampling)."""
+        """The number of input samples from one frame to the next.
+
+        It is a ``Fraction`` after some upsampling layers.
+        """
         return _exact(self._step)
 
     @property
