@@ -194,7 +194,7 @@ class Extractor:
             idle = [name for name in self._runner.idle() if name in self._runner.options.selection.exact]
             if idle:
                 raise NotCaptured(
-                    f"{listed(idle)} did not run, but a column needs a value in each row. Leave it out of layers=, or use "
+                    f"{listed(idle)} did not run, but a column needs a value in each row. Remove it from layers=, or use "
                     "extract, which accepts missing outputs. list_layers(model, example=x) shows how each layer is used."
                 )
             self._columns = found

@@ -233,7 +233,7 @@ class Tapped(nn.Module):
             raise NotCaptured(_not_out(asked or unseen or missing, len(self._selected)))
         self._idle.update(missing)
         warnings.warn(
-            f"the result lacks {plural(len(missing), 'selected layer')} that did not run in this forward: "
+            f"the result lacks {plural(len(missing), 'selected layer')} that did not run in this forward pass: "
             f"{listed(missing)}. Select only layers that run, or pass the name in layers= to make this an error.",
             CoverageWarning,
             stacklevel=6,  # at the call of the tapped module
@@ -302,9 +302,9 @@ def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
 
 def _not_out(missing: list[str], selected: int) -> str:
     return (
-        f"{len(missing)} of {plural(selected, 'selected layer')} did not come out of this forward: {listed(missing)}. If "
-        "such a layer is idle, leave it out of layers= (list_layers(model, example=x) shows how each layer is used). If it "
-        "does run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
-        "torch.compile(tapped(model), fullgraph=True). A compiled forward skips a layer that was idle in an earlier forward "
+        f"this forward pass recorded no output of {len(missing)} of {plural(selected, 'selected layer')}: {listed(missing)}. If "
+        "such a layer is idle, remove it from layers= (list_layers(model, example=x) shows how each layer is used). If it does "
+        "run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
+        "torch.compile(tapped(model), fullgraph=True). A compiled forward pass skips a layer that was idle in an earlier pass "
         "that was not compiled."
     )

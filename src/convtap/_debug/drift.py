@@ -120,7 +120,7 @@ def drift_of(a: Statistics, b: Statistics, asked: Sequence[str]) -> Drift:
         InvalidValue: an option was passed, the two have no layer in common, or a layer's number of channels differs.
     """
     if asked:
-        raise InvalidValue(f"{listed(asked)} does not apply to statistics. Write compare(stats_a, stats_b).")
+        raise InvalidValue(f"compare of statistics does not take {listed(asked)}. Write compare(stats_a, stats_b).")
     both = [name for name in a if name in b]
     if not both:
         raise InvalidValue(

@@ -132,8 +132,8 @@ class _Search:
             self._numbers = _chosen(self.channels, channels, self.name)
         if channels <= max(self._numbers):
             raise Unsupported(
-                f"{self.name!r} had {max(self._numbers) + 1} channels or more before, and now has {channels}. Pass channels= "
-                "that it always has."
+                f"{self.name!r} had {max(self._numbers) + 1} channels or more before, and now has {channels}. Pass only "
+                f"channels that it always has: channels=range({channels})."
             )
         self._keep(values[:, self._numbers])
         self._seen += len(values)
