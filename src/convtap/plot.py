@@ -166,6 +166,7 @@ def distributions(
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` matches no captured call.
+        ConvtapError: another argument is invalid (also a TypeError or a ValueError).
 
     Examples:
         >>> import torch

@@ -101,6 +101,7 @@ class Store:
         Raises:
             LayerNotFound: the store has no outputs of this layer.
             AmbiguousCall: the layer ran several times, and each call has its own key.
+            InvalidType: ``layer`` is not a str.
         """
         view = self._views.get(layer) if isinstance(layer, str) else None
         if view is not None:
@@ -128,6 +129,7 @@ class Store:
 
         Raises:
             OutOfRange: the store has no sample with this id.
+            StoreError: several samples have this id, or a shard cannot be read.
         """
         position = self.position(id)
         line = self._reader.index.starts.searchsorted(position, "right") - 1
@@ -176,6 +178,7 @@ class Store:
 
         Raises:
             LayerNotFound: the store has no outputs of one of the layers.
+            InvalidType, InvalidValue: ``layers`` is empty, or ``labels`` is neither a mapping nor a function.
         """
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
         return StoreDataset(self._reader, [self._layer(name) for name in names], labels, time_dim)

@@ -95,6 +95,7 @@ class LayerView:
         Raises:
             OutOfRange: the store has no sample with this id.
             NotCaptured: the layer did not run for the sample.
+            StoreError: several samples have this id, or a shard cannot be read.
             InvalidType, InvalidValue: a list, an array or a mask does not select samples.
         """
         if isinstance(id, (int, str)):

@@ -110,7 +110,7 @@ def compare(
 
     Raises:
         InvalidType: ``a`` and ``b`` are not of the same kind.
-        InvalidValue: models have no example, no layer has a partner, or calls cannot be joined.
+        InvalidValue: an option is invalid, models have no example, no layer has a partner, or calls cannot be joined.
         LayerNotFound: ``map`` or ``layers`` names a layer that does not exist, or a model has no layer of ``types``.
         Unsupported: a compiled side cannot run compiled.
     """

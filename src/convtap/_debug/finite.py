@@ -63,7 +63,8 @@ class Finite:
     Raises:
         NonFiniteOutput: a NaN or Inf was found, unless ``raise_at="never"``.
         LayerNotFound: a selector matches no module.
-        Unsupported: the model has no Python modules that can be watched.
+        InvalidValue: ``raise_at`` is invalid.
+        Unsupported: convtap cannot watch the modules of the model, as in TorchScript.
     """
 
     def __init__(

@@ -70,10 +70,7 @@ class LayerTime:
 
     @property
     def stride(self) -> int | Fraction:
-        """The number of input samples from one frame to the next.
-
-        It is a ``Fraction`` after some upsampling layers.
-        """
+        """The input samples from one frame to the next; a Fraction after some upsampling."""
         return _exact(self._step)
 
     @property
@@ -108,9 +105,10 @@ class LayerTime:
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns the input samples that frame t sees: ``first`` to ``stop - 1``.
+        """Returns ``(first, stop)``: frame t sees the input samples ``first`` to ``stop - 1``.
 
         Raises:
+            InvalidType: t is not an int.
             OutOfRange: t is negative.
         """
         digit = self._known()
@@ -126,6 +124,7 @@ class LayerTime:
         the same span, as after a transposed convolution.
 
         Raises:
+            InvalidType: t is not an int.
             OutOfRange: t is negative.
         """
         return _exact(self._step * self._frame(t) + self._middle())
@@ -137,7 +136,7 @@ class LayerTime:
             sample_rate: input samples per second.
 
         Raises:
-            InvalidValue: the rate is not positive.
+            InvalidType, InvalidValue: the rate is not a positive number.
         """
         step = float(self._step)
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):

@@ -71,7 +71,8 @@ def top(
         AmbiguousCall: the layer runs several times (``name#1`` is one of its runs).
         Unsupported: the layer's time axis is unknown or was reduced, or the rows of its output are not the inputs.
         NonFiniteOutput: the layer produced NaN.
-        InvalidType: the model does not accept a batch as it is passed by default.
+        OutOfRange: the layer has no such channel.
+        InvalidType: the model does not accept a batch as it is passed by default, or an argument has the wrong type.
         InvalidValue: the data has no batches, or a number is out of its range.
 
     Examples:
