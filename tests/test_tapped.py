@@ -440,7 +440,7 @@ def test_what_cannot_be_tapped_is_refused_with_what_to_write():
         tapped(model, at="out")
     with pytest.raises(InvalidType, match="reduce is a str"):
         tapped(model, reduce="mean")
-    with pytest.raises(InvalidType, match="dtype is 'float16'"):
+    with pytest.raises(InvalidType, match="dtype='float16' is not a torch.dtype"):
         tapped(model, dtype="float16")
     with pytest.raises(InvalidType, match="must select layers"):
         tapped(model, torch.zeros(1))

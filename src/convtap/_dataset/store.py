@@ -41,8 +41,8 @@ class Store:
 
     Args:
         path: the directory that ``extract`` wrote.
-        mmap: whether to read shards through memory maps. False reads them by calls. None maps them unless they are on a
-            network file system, or on one without memory maps.
+        mmap: whether to read shards through memory maps. False reads them with read calls. None maps them unless they are on
+            a network file system, or on one without memory maps.
         copy: whether every row that is read owns its memory. If False, mapped rows lie in the file's pages and keep their
             shard open. This saves the copy of rows that are read once. The file must not be truncated while they exist.
             Writes into them stay in this process, and later reads of this store see them.

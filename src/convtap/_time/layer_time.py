@@ -191,8 +191,8 @@ class LayerTime:
             )
         if self.segments > 1:
             raise Unsupported(
-                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so its valid frames are not one "
-                "number. Ask a layer before the time axis is cut."
+                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so it has several numbers "
+                "of valid frames. Read a layer before the time axis is cut."
             )
         self._trusted(digit, samples)
         counts = {one: digit.count(one) for one in set(samples)}
