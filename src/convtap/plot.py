@@ -299,6 +299,7 @@ def statistics(stats: Statistics, layers: str | Sequence[str] | None = None) -> 
         MissingExtra: matplotlib is not installed.
         NotCaptured: ``stats`` is empty.
         LayerNotFound: ``layers`` matches no layer of ``stats``.
+        InvalidType: ``layers`` is not a string or a list of strings.
     """
     from convtap._view.statistics_figure import statistics_figure
 
