@@ -258,11 +258,11 @@ class LayerTime:
 
     def _known(self) -> Digit:
         if self.unknown is not None:
-            raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}.")
+            raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}. Choose an earlier layer.")
         if self._digit is None:
             why = listed([*self.whole, *self.statistics], 2)
             gone = f"its input was reduced over time ({why})" if self.whole or self.statistics else "it is constant"
-            raise Unsupported(f"{self.key!r} has no time axis: {gone}.")
+            raise Unsupported(f"{self.key!r} has no time axis: {gone}. Choose an earlier layer.")
         return self._digit
 
     def __repr__(self) -> str:
