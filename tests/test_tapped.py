@@ -665,7 +665,7 @@ def test_an_idle_layer_is_left_out_of_exports(x):
 def test_a_compiled_forward_leaves_out_what_was_idle_before_it_was_compiled(x):
     both = tapped(Spare())
     compiled = torch.compile(both, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="NotCaptured: this forward pass recorded no output of 1 of 2 selected layers: spare"):
+    with pytest.raises(Exception, match="NotCaptured: .*recorded no output of 1 of 2 selected layers: spare"):
         compiled(x)
     torch._dynamo.reset()
     with pytest.warns(convtap.CoverageWarning, match=SPARE):
