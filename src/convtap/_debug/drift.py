@@ -19,9 +19,9 @@ from convtap._table import MOST, Rows, Table
 @public
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far the channels of one layer have moved from one data set to the other.
+    """The change of one layer's channels from one data set to the other.
 
-    Each number is that of the channel that has moved furthest.
+    Each number is that of the channel that has changed most.
 
     Attributes:
         name: the layer.
