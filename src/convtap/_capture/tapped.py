@@ -302,9 +302,9 @@ def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
 
 def _not_out(missing: list[str], selected: int) -> str:
     return (
-        f"this forward pass recorded no output of {len(missing)} of {plural(selected, 'selected layer')}: {listed(missing)}. If "
-        "such a layer is idle, remove it from layers= (list_layers(model, example=x) shows how each layer is used). If it does "
-        "run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
+        f"this forward pass recorded no output of {len(missing)} of {plural(selected, 'selected layer')}: {listed(missing)}. "
+        "If such a layer is idle, remove it from layers= (list_layers(model, example=x) shows how each layer is used). If it "
+        "does run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
         "torch.compile(tapped(model), fullgraph=True). A compiled forward pass skips a layer that was idle in an earlier pass "
         "that was not compiled."
     )

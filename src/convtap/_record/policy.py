@@ -174,9 +174,7 @@ class Policy:
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise InvalidType(
-                f"dtype={self.dtype!r} is not a torch.dtype. Write for example dtype=torch.float16."
-            )
+            raise InvalidType(f"dtype={self.dtype!r} is not a torch.dtype. Write for example dtype=torch.float16.")
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -105,7 +105,7 @@ class LayerTime:
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns ``(first, stop)``: frame t sees the input samples ``first`` to ``stop - 1``.
+        """Returns ``(first, stop)``, the input samples ``first`` to ``stop - 1`` of frame t.
 
         Raises:
             InvalidType: t is not an int.
