@@ -40,8 +40,8 @@ package qualifies if it contains its weights, so that nothing is downloaded at r
   number includes those of modules, of functions, of TorchScript and of Keras.
 - *Captured* counts the convolutions that `capture(model)` returned, in order, with the right value. The right value is computed
   in float64 from the convolution's input and weight, as products of windows and kernels. This uses neither convtap nor a
-  convolution. A value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains
-  such a difference.
+  convolution. A value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32
+  explains such a difference.
 - *Seen as* is `Call.via`: how convtap saw the calls.
 - *Plain* is the time of a forward pass without a capture.
 - *Capture ÷ plain* is the median of {ROUNDS} interleaved rounds, each with a capture of its own, on one thread of a shared
