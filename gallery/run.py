@@ -30,18 +30,20 @@ COLUMNS = (
 )
 TEXT = f"""# Gallery
 
-Published models with their trained weights. `make gallery` installs each package in an environment of its own, runs this
-check, and writes this page. The models are in `gallery/models/`, and `make test` does not run them. A package qualifies if it
-carries its weights, so that nothing is downloaded at run time.
+This page checks convtap on published models with their trained weights. `make gallery` installs each package in an environment
+of its own, runs the check, and writes this page. The models are in `gallery/models/`, and `make test` does not run them. A
+package qualifies if it contains its weights, so that nothing is downloaded at run time.
 
 {{table}}
 
-- *Convolutions* counts the 1-D convolutions of a plain run, without a capture. torch's dispatcher counts them, so it sees
-  those of modules, of functions, of TorchScript and of Keras alike.
-- *Captured* counts those that `capture(model)` returned, in order, with the right value. The right value is computed in float64
-  from the convolution's input and weight, as products of windows and kernels. This uses neither convtap nor a convolution. A
-  value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32 explains such a
-  difference.
+- *Convolutions* counts the 1-D convolutions of a plain run, without a capture. torch's dispatcher counts them, so the
+  number includes those of modules, of functions, of TorchScript and of Keras.
+- *Captured* counts the convolutions that `capture(model)` returned, in order, with the right value. The right value is computed
+  in float64 from the convolution's input and weight, as products of windows and kernels. This uses neither convtap nor a
+  convolution. A value is right if it differs by at most {TOLERANCE:g} of the layer's largest value. Rounding to float32
+  explains such a difference.
+- *Seen as* is `Call.via`: how convtap saw the calls.
+- *Plain* is the time of a forward pass without a capture.
 - *Capture ÷ plain* is the median of {ROUNDS} interleaved rounds, each with a capture of its own, on one thread of a shared
   machine. The convolutions of Silero VAD are tiny, so the fixed cost of a captured call shows.
 - A Keras layer returns its output after the bias and the activation. PESTO's last layer is a subclass of `Conv1d` that drops

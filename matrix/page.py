@@ -33,9 +33,9 @@ page. A result holds for its date and its commit. If a result names a test, the 
 {table}
 
 {failures}- The *core suite* is every test that needs only the extra `test-core`: `pytest --core`. *Deselected* counts the tests
-  that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names them with the package, and whole files, which
-  the column does not count. `make test` runs them all, with the versions of `constraints.txt`.
-- The rows of Keras and transformers run only the tests that need that package: `matrix/rows.py` lists them.
+  that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names these tests and the package. It also names
+  whole files, which the column does not count. `make test` runs all of them, with the versions of `constraints.txt`.
+- The rows of Keras and transformers run only the tests that need that package. `matrix/rows.py` lists these tests.
 - The tests run on the CPU, on one thread, even with torch's build for CUDA.
 - {skips}
 
@@ -52,7 +52,8 @@ $ make matrix ARGS='--again --minutes 90'      # all of them again, each for 90 
 ```
 
 The command uses the interpreters on the path and those of pyenv. It skips a row whose Python it does not find, and prints the
-reason. A test that takes ten minutes counts as hung and ends the row, which names it. A row that takes 40 minutes is cut off.
+reason. A test that takes ten minutes counts as hung. It ends the row, and the result names it.
+A row that takes 40 minutes is cut off.
 The environments are in `.venv-matrix`, or in the folder of the variable `CONVTAP_MATRIX_ENVS`. Each takes up to 6 GB with a
 CUDA build of torch. uv stores a package once, so all take about 40 GB together. `UV_TORCH_BACKEND=cpu` installs the builds for
 the CPU instead, from PyTorch's own index. The results are in `matrix/results/*.json`.
@@ -61,8 +62,8 @@ the CPU instead, from PyTorch's own index. The results are in `matrix/results/*.
 NOT_RUN = """- **Windows and macOS.** No such machine was available. `.github/workflows/ci.yml` runs the core suite on both, if
   the service is available. `tests/test_other_systems.py` fakes the known differences: the locks of Windows, which also keep
   other processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`, which
-  leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without the user's SIGTERM
-  handler, so a test in `tests/test_extract_crash.py` forbids it.
+  leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without a call of the user's
+  SIGTERM handler, so a test in `tests/test_extract_crash.py` forbids it.
 - **Free-threaded Python** (3.13t, 3.14t). No such build was available. On a Python that runs without its global lock,
   `import convtap` raises an ImportError that names `PYTHON_GIL=1`, because convtap counts calls without a lock of its own.
   `tests/test_free_threading.py` fakes such a Python.

@@ -309,7 +309,7 @@ def test_a_reduce_that_returns_no_tensor_names_the_layer():
     model = FiveConvs()
     with (
         pytest.raises(
-            TypeError, match=r"layer 'convs.0': reduce returned a float, and it must return a tensor. .*reduce=lambda"
+            TypeError, match=r"layer 'convs.0': reduce returned a float, which is not a tensor. .*reduce=lambda"
         ),
         capture(model, reduce=lambda t: t.mean().item()),
     ):

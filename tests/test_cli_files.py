@@ -322,7 +322,7 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         ),
         (["compare", "build", "build.st"], "'build' is a capture, and 'build.st' is statistics. Pass two captures"),
         (["compare", "store", "store"], "'store' is a store, and 'store' is a store. Pass two captures"),
-        (["compare", "build.st", "other.st", "--atol", "1"], "atol does not apply to statistics"),
+        (["compare", "build.st", "other.st", "--atol", "1"], "compare of statistics does not take atol"),
         (["compare", "build"], "the following arguments are required: B"),
         (["compare", "a", "b", "--atol", "much"], "argument --atol: invalid float value: 'much'"),
         (["verify", "build"], "'build' is not a store"),

@@ -132,7 +132,7 @@ def test_top_takes_inputs_for_batches_that_are_not_the_models_arguments(model):
     hits = top(model, batches, "conv", 2, inputs=lambda batch: ((batch["audio"],), {"mask": batch["mask"]}))
     assert [hit.value for hit in hits] == [hit.value for hit in top(model, X, "conv", 2)]
     assert torch.equal(seen[0][1], MASK[:1])
-    with pytest.raises(InvalidType, match=r"inputs\(batch\) returned a Tensor, and it must return \(args, kwargs\)"):
+    with pytest.raises(InvalidType, match=r"inputs\(batch\) returned a Tensor, which is not \(args, kwargs\)"):
         top(model, [X], "conv", 1, inputs=lambda batch: batch)
 
 

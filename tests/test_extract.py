@@ -216,7 +216,7 @@ def test_ids_are_what_the_function_returns(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        (lambda batch: [1, 1], InvalidValue, "the id 1 comes twice"),
+        (lambda batch: [1, 1], InvalidValue, "the id 1 occurs twice"),
         (lambda batch: ["a", 1], InvalidType, "returned 1 among ids of type str"),
         (lambda batch: [0.5, 1], InvalidType, "returned the id 0.5. Return an int or a str"),
         (lambda batch: "ab", InvalidType, "returned 'ab', not a list. Return one int or str for each sample"),
@@ -235,7 +235,7 @@ def test_ids_that_cannot_be_used(ids, error, message, tmp_path):
 def test_an_id_of_an_earlier_batch_or_run_is_known(tmp_path):
     model = two_convs()
     for _ in range(2):
-        with pytest.raises(InvalidValue, match="the id 7 comes twice"):
+        with pytest.raises(InvalidValue, match="the id 7 occurs twice"):
             extract(model, list(X.split(1)), tmp_path, ids=lambda batch: [7])
     assert Store(tmp_path).ids == [7]
 

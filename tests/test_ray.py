@@ -167,7 +167,7 @@ def test_each_module_keeps_the_mode_that_the_factory_gave_it_and_no_hook_stays()
         ({"lengths": [1]}, InvalidType, r"^lengths is a list. Pass the name of a column"),
         ({"keep": "id"}, InvalidType, r"^keep='id' is not a list of column names. Write for example keep=\['id'\]"),
         ({"reduce": 3}, InvalidType, "reduce is a int"),
-        ({"dtype": "half"}, InvalidType, "dtype is 'half'"),
+        ({"dtype": "half"}, InvalidType, "dtype='half' is not a torch.dtype"),
         ({"device": "nowhere"}, InvalidValue, r"^the model cannot be moved to device='nowhere': .*num_gpus=1"),
     ],
 )

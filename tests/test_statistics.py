@@ -636,7 +636,7 @@ def test_frames_that_see_padding_are_named():
     [
         ({"lengths": lambda x: [3]}, InvalidValue, "timeline= is missing. Pass lengths= and timeline="),
         ({"lengths": [3], "timeline": "t"}, InvalidType, "lengths is a list. Pass a function"),
-        ({"lengths": lambda x: [3], "timeline": 3}, InvalidType, "timeline is a int. Pass what timeline"),
+        ({"lengths": lambda x: [3], "timeline": 3}, InvalidType, "timeline is a int. Pass the result of timeline"),
         ({"per": "row"}, InvalidValue, "per='row' is invalid. Pass one of 'channel', 'layer'"),
         ({"calls": "error"}, InvalidValue, "calls='error' is invalid. Pass one of"),
         ({"every": 0}, InvalidValue, "every=0 selects no forward pass. Pass 1 for all"),
@@ -854,7 +854,7 @@ def test_statistics_that_cannot_be_compared_are_refused():
         compare(one, other)
     with pytest.raises(InvalidValue, match="'x' has 2 channels in a and 3 in b"):
         compare(one, Statistics({"x": other["y"]}))
-    with pytest.raises(InvalidValue, match="atol does not apply to statistics"):
+    with pytest.raises(InvalidValue, match="compare of statistics does not take atol"):
         compare(one, one, atol=1.0)
     with pytest.raises(InvalidType, match="which are not two models, two captures or two statistics"):
         compare(one, network())

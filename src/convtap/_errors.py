@@ -41,7 +41,7 @@ class AmbiguousCall(_MessageKeyError):
 
 @public
 class NotCaptured(ConvtapError):
-    """A capture ended without an output that the user asked for."""
+    """An output, input or gradient that the user asked for was not captured."""
 
 
 @public
@@ -66,7 +66,10 @@ class StoreError(ConvtapError):
 
 @public
 class MissingExtra(ConvtapError, ImportError):
-    """An optional package is missing. The message has the pip command."""
+    """An optional package is missing (also an ImportError).
+
+    The message has the pip command.
+    """
 
 
 @public

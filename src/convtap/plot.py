@@ -166,6 +166,7 @@ def distributions(
         MissingExtra: matplotlib is not installed.
         NotCaptured: nothing was captured.
         LayerNotFound: ``layers`` matches no captured call.
+        ConvtapError: another argument is invalid (also a TypeError or a ValueError).
 
     Examples:
         >>> import torch
@@ -298,6 +299,7 @@ def statistics(stats: Statistics, layers: str | Sequence[str] | None = None) -> 
         MissingExtra: matplotlib is not installed.
         NotCaptured: ``stats`` is empty.
         LayerNotFound: ``layers`` matches no layer of ``stats``.
+        InvalidType: ``layers`` is not a string or a list of strings.
     """
     from convtap._view.statistics_figure import statistics_figure
 

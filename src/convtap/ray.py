@@ -56,7 +56,7 @@ class Extractor:
         types: the module types that selectors choose from.
         at: ``"output"`` or ``"input"`` of the layers.
         reduce: a function to apply to each output, on the output's own device. It takes the outputs of a batch. With
-            ``lengths``, it takes one sample (C, T) at a time, cut to its real frames. Or a mapping from layers to functions,
+            ``lengths``, it takes one sample (C, T) at a time, cut to its real frames. A mapping from layers to functions works
             as in ``extract``.
         dtype: the type to cast floating-point outputs to.
         inputs: the name of the column to call the model with, or a function of the batch that returns ``(args, kwargs)``.
@@ -70,7 +70,7 @@ class Extractor:
         autocast: the dtype for autocast, such as ``torch.bfloat16``.
 
     Raises:
-        LayerNotFound: a selector matches nothing.
+        LayerNotFound: a selector matches no layer.
         ConvtapError: an argument is invalid (also a TypeError or a ValueError).
     """
 
@@ -194,7 +194,7 @@ class Extractor:
             idle = [name for name in self._runner.idle() if name in self._runner.options.selection.exact]
             if idle:
                 raise NotCaptured(
-                    f"{listed(idle)} did not run, but a column needs a value in each row. Leave it out of layers=, or use "
+                    f"{listed(idle)} did not run, but a column needs a value in each row. Remove it from layers=, or use "
                     "extract, which accepts missing outputs. list_layers(model, example=x) shows how each layer is used."
                 )
             self._columns = found

@@ -60,7 +60,7 @@ class Capture:
             before anything else. A mapping from names and globs to functions reduces each layer in its own way, and keeps
             layers without an entry as they are.
         keep: ``"all"`` to keep every call of a layer, ``"last"`` to keep only its last call.
-        max_bytes: a limit on the memory of captured values, as an int or a string such as ``"2GB"``.
+        max_bytes: a limit on the memory of captured values, in bytes or as a string such as ``"2GB"``.
         grads: whether to also record d(loss)/d(output) of every call, as ``Call.grad``. The backward pass may run inside the
             capture or after it. ``dtype`` and ``offload`` apply to gradients, and ``reduce`` does not. ``max_bytes`` counts
             them in advance.

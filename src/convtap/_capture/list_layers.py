@@ -85,7 +85,7 @@ def list_layers(
         dtype: as in ``capture``.
 
     Raises:
-        LayerNotFound: the selection matches nothing.
+        LayerNotFound: a selector matches no layer.
         InvalidType: the model does not take the example.
         InvalidValue: the model has no such method.
 

@@ -78,7 +78,7 @@ class Tapped(nn.Module):
         reduce: a function to apply to each output, or a mapping from layers to functions. It is traced with the model.
 
     Raises:
-        LayerNotFound: a selector matches nothing.
+        LayerNotFound: a selector matches no layer.
         Unsupported: the model cannot be tapped in this way. The message has the alternative.
         NotCaptured: in the forward pass: a layer selected by name did not run, no layer ran, or a compiled part may have run
             a layer without its hook. In a compiled forward, the compiler raises its own error with the same text.
@@ -233,7 +233,7 @@ class Tapped(nn.Module):
             raise NotCaptured(_not_out(asked or unseen or missing, len(self._selected)))
         self._idle.update(missing)
         warnings.warn(
-            f"the result lacks {plural(len(missing), 'selected layer')} that did not run in this forward: "
+            f"the result lacks {plural(len(missing), 'selected layer')} that did not run in this forward pass: "
             f"{listed(missing)}. Select only layers that run, or pass the name in layers= to make this an error.",
             CoverageWarning,
             stacklevel=6,  # at the call of the tapped module
@@ -302,9 +302,9 @@ def _check_model(model: nn.Module, layers: Collection[nn.Module]) -> None:
 
 def _not_out(missing: list[str], selected: int) -> str:
     return (
-        f"{len(missing)} of {plural(selected, 'selected layer')} did not come out of this forward: {listed(missing)}. If "
-        "such a layer is idle, leave it out of layers= (list_layers(model, example=x) shows how each layer is used). If it "
+        f"this forward pass recorded no output of {len(missing)} of {plural(selected, 'selected layer')}: {listed(missing)}. "
+        "If such a layer is idle, remove it from layers= (list_layers(model, example=x) shows how each layer is used). If it "
         "does run, a part of the model was compiled by itself before it was tapped. Tap first, then compile the whole: "
-        "torch.compile(tapped(model), fullgraph=True). A compiled forward skips a layer that was idle in an earlier forward "
+        "torch.compile(tapped(model), fullgraph=True). A compiled forward pass skips a layer that was idle in an earlier pass "
         "that was not compiled."
     )

@@ -54,7 +54,7 @@ class ValidFrames:
             )
         if timeline is not None and not hasattr(timeline, "__cutter__"):
             raise InvalidType(
-                f"timeline is a {type(timeline).__name__}. Pass what timeline(model, example) returns: timeline=axis."
+                f"timeline is a {type(timeline).__name__}. Pass the result of timeline(model, example): timeline=axis."
             )
         if lengths is not None and is_keras(type(model)):
             raise Unsupported("lengths= does not work for a Keras model. Run its unpadded inputs one by one.")

@@ -189,7 +189,7 @@ def plan(data: Any, options: ExtractOptions) -> MapPlan | IterPlan:
     if has_settings:
         raise InvalidValue(
             f"batch_size, num_workers and collate_fn do not apply to a {type(data).__name__}, which is an iterable of "
-            "batches. Leave them out, or pass single samples as a Dataset or a DataLoader."
+            "batches. Remove them, or pass single samples as a Dataset or a DataLoader."
         )
     if isinstance(data, Sequence):
         _nonempty(data)

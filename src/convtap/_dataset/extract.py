@@ -75,52 +75,58 @@ def extract(
         (10, torch.Size([4, 48]), (10, 8, 46))
 
     Args:
-        model: any PyTorch model; it is not changed.
+        model: any PyTorch model. It is not changed.
         data: a map-style ``Dataset``, a ``DataLoader`` over one, or any iterable of batches. The loader's batches, workers and
             collate function are kept. The order of the data set replaces a shuffling sampler, and the last, smaller batch is
             not dropped.
         into: a directory that is new, empty, or begun by the same call.
         layers: the layers to extract, as in ``capture``; None for every 1-D convolution.
-        types: the module types to select from.
+        types: the module types that selectors choose from; by default Conv1d and its quantized forms.
         at: ``"output"``, ``"input"`` or ``"activation"`` of the layers, as in ``capture``.
-        reduce: a function of each output, run on the output's device before it is stored. Its argument is the output of the
-            batch, or with ``lengths`` that of one sample, such as (C, T) or (T, C), cut to its real frames. Or a mapping from
-            layers to functions, by name or by glob (a layer's own name comes first, then the first glob that matches); a layer
-            without an entry is stored unchanged.
+        reduce: a function to apply to each output, on the output's device, before it is stored. Its argument is the output of
+            a batch, such as (B, C, T). With ``lengths`` it is the output of one sample, such as (C, T) or (T, C), cut to its
+            real frames. A mapping from names and globs to functions reduces each layer in its own way. The layer's own name
+            comes first, then the first glob that matches. A layer without an entry is stored unchanged.
         reduce_id: a name for ``reduce`` that a resumed run compares instead of its code.
-        dtype: the dtype to cast floating-point outputs to.
-        inputs: turns a batch into ``(args, kwargs)`` for the model. By default the model gets a tensor or array as its
-            argument, a mapping as keywords, and the first element of a tuple or list, such as (x, labels).
-        ids: turns a batch into one int or str for each sample. The default is the index in the data set, or a running count.
-        lengths: turns a batch into (B,) numbers of real input samples. Each row is cut to its real frames. A warning
-            names the layers whose frames still differ from those of each input alone; ``Store.padding`` keeps it.
-        signal: with ``lengths``, the input that they measure, by the name or the position of the argument; None for the one
-            that is as long as the longest row and reaches the layers.
+        dtype: the type to cast floating-point outputs to.
+        inputs: a function that turns a batch into ``(args, kwargs)`` for the model. By default, a tensor or array is passed
+            as it is, a mapping as keyword arguments, and of a tuple or list, such as (x, labels), the first element.
+        ids: a function that turns a batch into one int or str for each sample. The default is the index in the data set, or a
+            running count for an iterable.
+        lengths: a function that turns a batch into the number of real input samples of each row, (B,). Each row is cut to its
+            real frames. A warning names the layers whose frames still differ from those of each input alone. ``Store.padding``
+            keeps the warning.
+        signal: the input that ``lengths`` measures, by the name or the position of the argument. None chooses the input that
+            is as long as the longest row and reaches the layers.
         time_dim: the axis of the model's input that is time, such as 1 for (B, T, C); None for the last one.
-        calls: what to do if a layer runs several times in one forward pass: raise an ``"error"``, join its calls on time with
-            ``"cat"``, or store each as ``name#k`` with ``"keys"``.
-        labels: turns a batch into one label (a number, or a row of numbers) for each sample, which is stored with it.
+        calls: how to treat a layer that runs several times in one forward pass: ``"error"`` raises ``Unsupported``, ``"cat"``
+            joins its calls on the time axis, and ``"keys"`` stores each call as ``name#k``.
+        labels: a function that turns a batch into one label for each sample: a number, or a row of numbers. Labels are stored
+            with the samples.
         batch_size: the number of samples in a batch, for a ``Dataset``.
         num_workers: the number of processes that load samples, for a ``Dataset``.
         collate_fn: joins samples into a batch, for a ``Dataset``.
-        device: the device to move inputs to; None for the model's.
+        device: the device to move inputs to; None for the device of the model.
         method: the name of the method to run, such as ``"encode"``; None to call the model itself.
-        mode: ``"eval"`` or ``"train"`` during the run; afterwards each module has its own mode again.
-        autocast: a dtype to run the model in, such as ``torch.bfloat16``.
+        mode: the mode of the model during the run, ``"eval"`` or ``"train"``. The mode of each module is restored afterwards.
+        autocast: the dtype for autocast, such as ``torch.bfloat16``; None to run without autocast.
         compile: whether to run under ``torch.compile``.
         stop: whether to end each forward pass once every selected layer has run once, as in ``capture``. It needs ``layers``.
-            Later calls of these layers are not recorded, and a model that updates its state at the end of a pass does not
-            do so.
-        part: ``(i, n)`` to compute only the i-th of n parts, for job arrays. The default under ``torch.distributed`` is the
-            rank.
-        shard_bytes: the size of a file, as an int or such as ``"256MB"``. A file holds whole batches, at least one. Up to two
-            files are in memory.
-        resume: whether to resume an existing store; False to raise an error instead.
+            Later calls of these layers are not recorded. A model that updates its state at the end of a pass misses the
+            update.
+        part: ``(i, n)`` to compute only part i of n, counted from 0, for job arrays. The default under ``torch.distributed``
+            is the rank.
+        shard_bytes: the size of a shard file, in bytes or as a string such as ``"256MB"``. A file holds at least one batch,
+            and only whole batches. Memory holds up to two files.
+        resume: whether to resume an existing store. If False, an existing store is an error.
         progress: whether to show a progress bar.
+
+    Returns:
+        The ``Store`` in ``into``.
 
     Raises:
         StoreError: the directory cannot be used, was begun with other arguments, or is in use, or the disk is full.
-        LayerNotFound: a selector, or an entry of ``reduce``, matches nothing.
+        LayerNotFound: a selector, or an entry of ``reduce``, matches no layer.
         NotCaptured: nothing was captured in the first batch, or a layer was bypassed.
         Unsupported: the rows of a layer's output are not the samples, or it ran several times.
         ConvtapError: an argument is invalid (also a TypeError or a ValueError).

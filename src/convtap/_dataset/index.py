@@ -242,7 +242,7 @@ def _joined(ids: list[Any]) -> Any:
 
     if len({array.dtype.kind for array in ids}) > 1:
         raise StoreError(
-            "some shards have int ids and others str, so they are of several extractions. Remove the folders of the ranks that "
-            "do not belong here."
+            "some shards have int ids and others str, so they belong to several extractions. Remove the rank folders of the "
+            "other extractions."
         )
     return np.concatenate(ids) if ids else _empty("int64", 0)

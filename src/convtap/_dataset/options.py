@@ -80,7 +80,7 @@ class ExtractOptions:
             )
         if self.compile and self.method is not None:
             raise Unsupported(
-                f"compile=True compiles the model's forward, not method={self.method!r}. Leave one of them out."
+                f"compile=True compiles the model's forward, not method={self.method!r}. Remove one of them."
             )
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise InvalidType(f"autocast={self.autocast!r} is not a dtype. Pass one such as torch.bfloat16, or None.")
@@ -152,7 +152,7 @@ def find_device(model: nn.Module, device: Any) -> torch.device:
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InvalidValue(f"device={device!r} is not a device. Pass device='cuda', or leave it out.") from None
+        raise InvalidValue(f"device={device!r} is not a device. Pass device='cuda', or remove device=.") from None
     if tensors and asked.type not in {tensor.device.type for tensor in tensors}:
         raise InvalidValue(
             f"device={str(asked)!r}, but the model is on {str(own)!r}. Move it first: model.to({str(asked)!r})."

@@ -96,7 +96,8 @@ class RowMaker:
                 reduced = reduce(row)
             except Exception as error:
                 raise ConvtapError(
-                    f"layer {key!r}: reduce failed on a row of shape {tuple(row.shape)}: {type(error).__name__}: {error}"
+                    f"layer {key!r}: reduce failed on a row of shape {tuple(row.shape)}: {type(error).__name__}: {error}. "
+                    "With lengths= its argument is one sample, without the batch axis: reduce=lambda t: t.mean(-1)."
                 ) from error
             if not isinstance(reduced, Tensor):
                 raise InvalidType(

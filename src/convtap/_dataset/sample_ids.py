@@ -71,7 +71,7 @@ class SampleIds:
                 )
             if name in self._seen or name in fresh:
                 raise InvalidValue(
-                    f"the id {name!r} comes twice, but a store holds each id once. Return an id of its own for each sample."
+                    f"the id {name!r} occurs twice, but a store holds each id once. Return a different id for each sample."
                 )
             fresh.add(name)
         return names

@@ -52,7 +52,7 @@ class StateWatch:
             warn_user(
                 f"the model keeps state from batch to batch ({listed(changed, 3)} changed in a batch), but this run does not "
                 "compute every batch, so its rows may differ from those of an uninterrupted run. Extract such a model in one "
-                "run and one process: pass a new directory, and leave part= out.",
+                "run and one process: pass a new directory, and remove part=.",
             )
 
 

@@ -40,12 +40,12 @@ class Store:
         torch.Size([8, 46])
 
     Args:
-        path: the directory that ``extract`` wrote ``into``.
-        mmap: whether to read shards through memory maps; False to read them by calls. None maps them unless they are on a
-            network file system, or on one without memory maps.
-        copy: whether every row that is read owns its memory. With False, mapped rows lie in the file's pages and keep their
-            shard open, which saves the copy of rows that are read once. The file must not be truncated while they exist.
-            Writes into them stay in this process, where later reads of this store see them.
+        path: the directory that ``extract`` wrote.
+        mmap: whether to read shards through memory maps. False reads them with read calls. None maps them unless they are on
+            a network file system, or on one without memory maps.
+        copy: whether every row that is read owns its memory. If False, mapped rows lie in the file's pages and keep their
+            shard open. This saves the copy of rows that are read once. The file must not be truncated while they exist.
+            Writes into them stay in this process, and later reads of this store see them.
 
     Raises:
         StoreError: the directory is not a store, is only a part of one, or is newer than this convtap.
@@ -78,7 +78,7 @@ class Store:
 
     @property
     def layers(self) -> list[str]:
-        """The layers with outputs, in the order in which they ran."""
+        """The names of the layers with outputs, in execution order."""
         return list(self._names)
 
     @property
@@ -101,6 +101,7 @@ class Store:
         Raises:
             LayerNotFound: the store has no outputs of this layer.
             AmbiguousCall: the layer ran several times, and each call has its own key.
+            InvalidType: ``layer`` is not a str.
         """
         view = self._views.get(layer) if isinstance(layer, str) else None
         if view is not None:
@@ -122,10 +123,13 @@ class Store:
         return found
 
     def sample(self, id: Id) -> dict[str, Tensor]:
-        """Returns one sample's outputs by layer, without layers that did not run.
+        """Returns one sample's outputs by layer, such as (C, T).
+
+        Layers that did not run for the sample are missing.
 
         Raises:
             OutOfRange: the store has no sample with this id.
+            StoreError: several samples have this id, or a shard cannot be read.
         """
         position = self.position(id)
         line = self._reader.index.starts.searchsorted(position, "right") - 1
@@ -169,11 +173,12 @@ class Store:
         Args:
             layers: the layers; None for all.
             labels: a mapping from ids to labels, or a function of the id; None for the extracted labels, if any.
-            time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer; None
-                for the store's (see ``time_dim`` of a view).
+            time_dim: the axis of a row on which ``collate`` pads, counted from the end, for all layers or by layer. None
+                for the axis in the store; see ``LayerView.time_dim``.
 
         Raises:
             LayerNotFound: the store has no outputs of one of the layers.
+            InvalidType, InvalidValue: ``layers`` is empty, or ``labels`` is neither a mapping nor a function.
         """
         names = self.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
         return StoreDataset(self._reader, [self._layer(name) for name in names], labels, time_dim)
@@ -184,7 +189,7 @@ class Store:
         """Reads every shard and compares its checksums.
 
         Returns:
-            ``(shard, problem)`` for each bad shard; empty if all are whole.
+            A table with one row ``(shard, problem)`` for each bad shard. It is empty if all shards are whole.
         """
         return verify(self.path, progress)
 
@@ -197,8 +202,8 @@ class Store:
     def padding(self) -> dict[str, str]:
         """The layers whose frames depend on the padding of batches, with the cause.
 
-        For example ``{"conv2": "same padding: the last 2 frames"}``; empty if no batch was padded, or no frame depends on
-        the padding.
+        For example ``{"conv2": "same padding: the last 2 frames"}``. It is empty if no batch was padded, or if no frame
+        depends on the padding.
         """
         return read_padding(self.path)
 
@@ -206,7 +211,7 @@ class Store:
         """Returns a table of the layers, with notes on missing and unreadable batches.
 
         Args:
-            rows: the largest number of layers to print, from the first and the last; None for all.
+            rows: the maximum number of layers to print, the first and the last; None for all.
 
         Raises:
             InvalidType, InvalidValue: ``rows`` is not a positive int or None.

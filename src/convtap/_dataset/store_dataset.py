@@ -23,8 +23,8 @@ from convtap._public import public
 class StoreDataset(torch.utils.data.Dataset[Any]):
     """A store as a map-style data set of ``(id, {layer: Tensor}[, label])``.
 
-    It holds the samples for which all its layers ran. A ``DataLoader`` requests whole batches from it, which are read shard
-    by shard.
+    It holds the samples for which all of its layers ran. A ``DataLoader`` requests whole batches, and the data set reads each
+    batch shard by shard.
     """
 
     def __init__(self, reader: StoreReader, layers: Sequence[LayerRows], labels: Any, time_dim: Any = None) -> None:
@@ -63,10 +63,10 @@ class StoreDataset(torch.utils.data.Dataset[Any]):
         return (id, outputs) if self._labels is None else (id, outputs, self._label(id))
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """Returns a list of samples, and reads those of one shard together.
+        """Returns a list of samples. Samples of one shard are read together.
 
         Rows of one shape share one block of memory, which stays alive as long as any of them. Rows of ``Store(copy=False)``
-        lie in the map.
+        lie in the memory map.
 
         Raises:
             OutOfRange: a position is out of range.

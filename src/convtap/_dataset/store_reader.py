@@ -41,7 +41,7 @@ class StoreReader:
     def __init__(self, path: Path, mapped: bool | None = None, copies: bool = True) -> None:
         if mapped is False and not copies:
             raise InvalidValue(
-                "copy=False has no effect with mmap=False, which reads rows into memory of their own. Leave one of them out."
+                "copy=False has no effect with mmap=False, which reads rows into memory of their own. Remove one of them."
             )
         self.path = path
         self.identity: dict[str, Any] = read_description(path)["identity"]

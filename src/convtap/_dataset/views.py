@@ -24,8 +24,8 @@ class LayerView:
     """A view of one layer's outputs, which are read from disk when it is indexed.
 
     A read touches only the bytes of its rows. ``view[id]`` is one sample's output, such as (C, T) or (T, C). ``view[ids]``
-    is a list of outputs, for a list, an array or a tensor of ids, or a mask of bools. ``view[a:b]`` is a list of outputs by
-    position. Iteration yields all outputs.
+    is a list of outputs. ``ids`` is a list, an array or a tensor of ids, or a mask of bools. ``view[a:b]`` is a list of
+    outputs by position. Iteration yields all outputs.
     """
 
     def __init__(self, reader: StoreReader, rows: LayerRows) -> None:
@@ -66,9 +66,9 @@ class LayerView:
     def time_dim(self) -> int | None:
         """The axis of a row that is time, counted from the end.
 
-        It is -1 for (C, T), -2 for (T, C), and None for rows without time, such as (C,). The cut, the layer's type or the
-        timeline determine it. Otherwise it is the only axis that varies between rows, or the last axis is assumed, which
-        the printed view shows.
+        It is -1 for (C, T), -2 for (T, C), and None for rows without time, such as (C,). ``extract`` stores the axis if
+        ``lengths``, the layer's type or the timeline determines it. Otherwise it is the only axis that varies between rows.
+        If that does not exist either, the last axis is assumed, and the printed view says so.
         """
         return self._about.time_dim
 
@@ -95,6 +95,7 @@ class LayerView:
         Raises:
             OutOfRange: the store has no sample with this id.
             NotCaptured: the layer did not run for the sample.
+            StoreError: several samples have this id, or a shard cannot be read.
             InvalidType, InvalidValue: a list, an array or a mask does not select samples.
         """
         if isinstance(id, (int, str)):
@@ -153,17 +154,17 @@ class LayerView:
     def frames(self, n: int, shuffle: bool = True, seed: int = 0, time_dim: int | None = None) -> Iterator[Tensor]:
         """Yields every frame once, in batches (n, C); the last one is smaller.
 
-        It serves models of single frames, such as k-means and sparse autoencoders. A row (C, T) or (T, C) has T frames, and
-        a row (C,) is one frame. With ``shuffle`` the rows are read in random order, and their frames are drawn from a pool
-        of about 64 MiB or 16 batches, so a batch mixes frames of many samples while memory stays bounded. The same ``seed``
-        yields the same batches; use another one for each epoch.
+        Use it to train models of single frames, such as k-means and sparse autoencoders. A row (C, T) or (T, C) has T frames,
+        and a row (C,) is one frame. With ``shuffle``, rows are read in random order, and frames are drawn from a pool of
+        about 64 MiB or 16 batches. A batch then mixes frames of many samples, and memory stays bounded. The same ``seed``
+        yields the same batches. Pass another seed for each epoch.
 
         Args:
             n: the number of frames in a batch.
             shuffle: whether to mix the frames.
             seed: the seed of the random order.
-            time_dim: the axis of a row that is time, counted from the end; None for the store's (see ``time_dim`` of the
-                view). A warning names an axis that is only assumed.
+            time_dim: the axis of a row that is time, counted from the end; None for the ``time_dim`` of the view. A warning
+                names an axis that is only assumed.
 
         Raises:
             InvalidValue: ``n`` is not a positive int, or ``time_dim`` is not an axis of the rows.

@@ -90,8 +90,8 @@ def compare(
             ``conv1#0``, ``lstm[0]``) to NumPy arrays or tensors, such as the outputs of ONNX Runtime.
         example: for models: a tensor or array, a tuple of positional arguments, or a mapping of keyword arguments. Each model
             receives the floating-point tensors in its own type and on its own device.
-        map: names in ``a`` to names in ``b``, for layers whose names differ. Other layers are paired by name, or by order if
-            the names differ and the structures match.
+        map: a mapping from names in ``a`` to names in ``b``, for layers whose names differ. Other layers are paired by name,
+            or by order if the names differ and the structures match.
         layers: for models: the layers of ``a`` to compare, as in ``capture``.
         types: for models: the module types that selectors choose from.
         atol: the absolute tolerance: every element must have |a − b| ≤ atol + rtol · |a|.
@@ -102,12 +102,15 @@ def compare(
         mode: for models: ``"eval"``, ``"train"``, or None to leave each module in its current mode. Modes and buffers are
             restored afterwards. The result notes if a model was in another mode before.
         calls: for captures: ``"keys"`` compares each call with the call of the same number. ``"cat"`` first joins the calls
-            of a layer on their time axis, to compare one long input with its chunks. Tensors without a time axis are then
-            those of the last call.
+            of a layer on their time axis, to compare one long input with its chunks. Of a tensor without a time axis, it
+            compares the last call.
+
+    Returns:
+        A ``Comparison``, or a ``Drift`` for two ``Statistics``.
 
     Raises:
         InvalidType: ``a`` and ``b`` are not of the same kind.
-        InvalidValue: models have no example, no layer has a partner, or calls cannot be joined.
+        InvalidValue: an option is invalid, models have no example, no layer has a partner, or calls cannot be joined.
         LayerNotFound: ``map`` or ``layers`` names a layer that does not exist, or a model has no layer of ``types``.
         Unsupported: a compiled side cannot run compiled.
     """

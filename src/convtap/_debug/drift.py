@@ -19,9 +19,9 @@ from convtap._table import MOST, Rows, Table
 @public
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far the channels of one layer have moved from one data set to the other.
+    """The change of one layer's channels from one data set to the other.
 
-    Each number is that of the channel that has moved furthest.
+    Each number is that of the channel that has changed most.
 
     Attributes:
         name: the layer.
@@ -120,7 +120,7 @@ def drift_of(a: Statistics, b: Statistics, asked: Sequence[str]) -> Drift:
         InvalidValue: an option was passed, the two have no layer in common, or a layer's number of channels differs.
     """
     if asked:
-        raise InvalidValue(f"{listed(asked)} does not apply to statistics. Write compare(stats_a, stats_b).")
+        raise InvalidValue(f"compare of statistics does not take {listed(asked)}. Write compare(stats_a, stats_b).")
     both = [name for name in a if name in b]
     if not both:
         raise InvalidValue(

@@ -84,7 +84,7 @@ class Finding:
     """The first NaN or Inf that ``finite`` found. Print it for a description.
 
     Attributes:
-        layer: the module that produced it. If the model did not produce it, the outermost module.
+        layer: the name of the module that produced it. If the model did not produce it, the outermost module.
         type: the class of that module.
         where: ``"output"`` for the module's output, ``"code"`` for a tensor that the module's own forward made between two
             of its submodules, ``"input"`` for the model's input, ``"gradient"`` for a gradient that the module's backward

@@ -63,7 +63,8 @@ class Finite:
     Raises:
         NonFiniteOutput: a NaN or Inf was found, unless ``raise_at="never"``.
         LayerNotFound: a selector matches no module.
-        Unsupported: the model has no Python modules that can be watched.
+        InvalidValue: ``raise_at`` is invalid.
+        Unsupported: convtap cannot watch the modules of the model, as in TorchScript.
     """
 
     def __init__(
@@ -180,7 +181,10 @@ class Finite:
 
     @property
     def first(self) -> Finding | None:
-        """The first NaN or Inf, or None. Inside, reading it waits for an accelerator."""
+        """The first NaN or Inf, or None.
+
+        Inside the ``with`` statement, reading it waits for an accelerator.
+        """
         return None if self._watch is None else self._watch.first()
 
     def _warn(self, watch: Watch) -> None:

@@ -286,7 +286,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _checked(device: Any) -> torch.device:
     if not isinstance(device, (str, torch.device, int)) or isinstance(device, bool):
-        raise InvalidType(f"offload is a {type(device).__name__}, and it must be a device. {_REMEDY}")
+        raise InvalidType(f"offload is a {type(device).__name__}, which is not a device. {_REMEDY}")
     try:
         found = torch.device(device)
     except RuntimeError:

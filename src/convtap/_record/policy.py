@@ -152,7 +152,7 @@ class Policy:
         result = tensor if self.reduce is None else self.reduce(tensor)
         if self.reduce is not None and not isinstance(result, Tensor):
             raise InvalidType(
-                f"reduce returned a {type(result).__name__}, and it must return a tensor. "
+                f"reduce returned a {type(result).__name__}, which is not a tensor. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
         result = cast(result, self.dtype)
@@ -170,13 +170,11 @@ class Policy:
                     )
         elif self.reduce is not None and not callable(self.reduce):
             raise InvalidType(
-                f"reduce is a {type(self.reduce).__name__}, and it must be a function of a tensor. "
+                f"reduce is a {type(self.reduce).__name__}, which is not a function. "
                 "Write for example reduce=lambda t: t.mean(-1)."
             )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise InvalidType(
-                f"dtype is {self.dtype!r}, and it must be a torch.dtype. Write for example dtype=torch.float16."
-            )
+            raise InvalidType(f"dtype={self.dtype!r} is not a torch.dtype. Write for example dtype=torch.float16.")
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

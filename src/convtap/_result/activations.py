@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 class Activations(Mapping[str, Any]):
     """The outputs of a capture by call key, in execution order.
 
+    An output is a tensor, such as (B, C, T), or the structure of tensors that the layer returned.
     The key of a layer that ran once is its name. A layer that ran several times has the keys ``name#0``, ``name#1``, …
     """
 

@@ -146,7 +146,7 @@ class Call:
     def input(self) -> Any:
         """The input of the call.
 
-        A single argument is itself, several arguments are a tuple, and named arguments are a dict.
+        It is the argument itself, such as (B, C, T), a tuple of several arguments, or a dict of named arguments.
 
         Raises:
             NotCaptured: the capture was not opened with ``inputs=True``.

@@ -141,7 +141,7 @@ class LayerStatistics:
 
     @property
     def saturation(self) -> Tensor:
-        """The share of finite values at the channel's minimum or maximum.
+        """The share of finite values at the channel's minimum or maximum, from 0 to 1.
 
         A minimum or maximum of zero does not count. The share is large if a channel is clipped, or if an activation holds it
         at its limit.

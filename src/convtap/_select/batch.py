@@ -36,7 +36,7 @@ def called_with(inputs: Inputs | None, batch: Any, model: nn.Module) -> tuple[tu
     ):
         return with_tensors((tuple(found[0]), dict(found[1])), model)  # type: ignore[no-any-return]
     raise InvalidType(
-        f"inputs(batch) returned a {type(found).__name__}, and it must return (args, kwargs). Write for example "
+        f"inputs(batch) returned a {type(found).__name__}, which is not (args, kwargs). Write for example "
         "inputs=lambda batch: ((batch['audio'],), {'mask': batch['mask']})."
     )
 
@@ -49,8 +49,8 @@ def _default(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
         return (), dict(batch)
     raise InvalidType(
-        f"a batch is a {type(batch).__name__}, and it must be a tensor, a dict of keyword arguments, or a tuple that begins "
-        "with one of these. Pass a function that returns the model's arguments: inputs=lambda batch: ((batch.x,), {})."
+        f"a batch is a {type(batch).__name__}, not a tensor, a dict of keyword arguments, or a tuple that begins with one of "
+        "these. Pass a function that returns the model's arguments: inputs=lambda batch: ((batch.x,), {})."
     )
 
 

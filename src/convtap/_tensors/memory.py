@@ -145,7 +145,7 @@ def parse_bytes(value: Any, name: str) -> int:
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
         size = int(value) if abs(value) != float("inf") else 0
     else:
-        raise InvalidType(f"{name} is a {type(value).__name__}, and it must be a number of bytes. {hint}")
+        raise InvalidType(f"{name} is a {type(value).__name__}, which is not a number of bytes. {hint}")
     if size < 1:
         raise InvalidValue(f"{name}={value!r} is less than one byte. {hint}")
     return size

@@ -118,9 +118,11 @@ def windows(hits: Iterable[Hit], x: Any, *, padding_value: float = 0.0) -> Tenso
         input.
 
     Raises:
-        InvalidValue: ``hits`` is empty, or the windows differ in length or in channels.
+        InvalidValue: ``hits`` is empty, the windows differ in length or in channels, or ``padding_value`` does not fit the
+            type of the input.
         OutOfRange: ``x`` does not hold the input of a hit.
-        InvalidType: ``hits`` holds other objects, or ``x`` is a single input or is not indexed by sample number.
+        InvalidType: ``hits`` holds other objects, ``x`` is a single input or is not indexed by sample number, or
+            ``padding_value`` is not a number.
 
     Examples:
         >>> import torch

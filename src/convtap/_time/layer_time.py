@@ -37,8 +37,8 @@ class LayerTime:
         frames: the number of frames for the example, or None.
         input_length: the number of samples of the example.
         whole: the operations that make every frame see the whole input, such as ``"lstm in 'encoder'"``.
-        statistics: the operations that use a statistic over all frames, such as a GroupNorm's mean. It does not count as
-            part of the receptive field.
+        statistics: the operations that use a statistic over all frames, such as a GroupNorm's mean. Such a statistic does not
+            count as part of the receptive field.
         unknown: why the time axis is unknown, or None.
         notes: facts that hold for the example's length only.
     """
@@ -70,7 +70,7 @@ class LayerTime:
 
     @property
     def stride(self) -> int | Fraction:
-        """Input samples from one frame to the next (a Fraction after some upsampling)."""
+        """The input samples from one frame to the next; a Fraction after some upsampling."""
         return _exact(self._step)
 
     @property
@@ -105,9 +105,10 @@ class LayerTime:
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns the input samples that frame t sees: ``first`` to ``stop - 1``.
+        """Returns ``(first, stop)``, the input samples ``first`` to ``stop - 1`` of frame t.
 
         Raises:
+            InvalidType: t is not an int.
             OutOfRange: t is negative.
         """
         digit = self._known()
@@ -123,6 +124,7 @@ class LayerTime:
         the same span, as after a transposed convolution.
 
         Raises:
+            InvalidType: t is not an int.
             OutOfRange: t is negative.
         """
         return _exact(self._step * self._frame(t) + self._middle())
@@ -134,7 +136,7 @@ class LayerTime:
             sample_rate: input samples per second.
 
         Raises:
-            InvalidValue: the rate is not positive.
+            InvalidType, InvalidValue: the rate is not a positive number.
         """
         step = float(self._step)
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
@@ -189,8 +191,8 @@ class LayerTime:
             )
         if self.segments > 1:
             raise Unsupported(
-                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so its valid frames are not one "
-                "number. Ask a layer before the time axis is cut."
+                f"{self.key!r} runs on {self.segments} segments of {digit.size} frames, so it has several numbers "
+                "of valid frames. Read a layer before the time axis is cut."
             )
         self._trusted(digit, samples)
         counts = {one: digit.count(one) for one in set(samples)}
@@ -256,11 +258,11 @@ class LayerTime:
 
     def _known(self) -> Digit:
         if self.unknown is not None:
-            raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}.")
+            raise Unsupported(f"the time axis of {self.key!r} is unknown: {self.unknown}. Choose an earlier layer.")
         if self._digit is None:
             why = listed([*self.whole, *self.statistics], 2)
             gone = f"its input was reduced over time ({why})" if self.whole or self.statistics else "it is constant"
-            raise Unsupported(f"{self.key!r} has no time axis: {gone}.")
+            raise Unsupported(f"{self.key!r} has no time axis: {gone}. Choose an earlier layer.")
         return self._digit
 
     def __repr__(self) -> str:

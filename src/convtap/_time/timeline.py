@@ -42,7 +42,7 @@ def timeline(
             tensor is the signal, or else its first tensor that is not a mask.
         time_dim: the axis of the signal that is time.
         signal: the input that is the signal, by the name or the position of the argument. Layers that depend only on other
-            inputs have a line that names these inputs.
+            inputs have a row that names these inputs.
         method: the name of the method to run, such as ``"encode"``; None to call the model itself.
 
     Raises:

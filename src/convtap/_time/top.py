@@ -71,7 +71,8 @@ def top(
         AmbiguousCall: the layer runs several times (``name#1`` is one of its runs).
         Unsupported: the layer's time axis is unknown or was reduced, or the rows of its output are not the inputs.
         NonFiniteOutput: the layer produced NaN.
-        InvalidType: the model does not accept a batch as it is passed by default.
+        OutOfRange: the layer has no such channel.
+        InvalidType: the model does not accept a batch as it is passed by default, or an argument has the wrong type.
         InvalidValue: the data has no batches, or a number is out of its range.
 
     Examples:
@@ -132,8 +133,8 @@ class _Search:
             self._numbers = _chosen(self.channels, channels, self.name)
         if channels <= max(self._numbers):
             raise Unsupported(
-                f"{self.name!r} had {max(self._numbers) + 1} channels or more before, and now has {channels}. Pass channels= "
-                "that it always has."
+                f"{self.name!r} had {max(self._numbers) + 1} channels or more before, and now has {channels}. Pass only "
+                f"channels that it always has: channels=range({channels})."
             )
         self._keep(values[:, self._numbers])
         self._seen += len(values)
