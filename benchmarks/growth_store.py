@@ -184,9 +184,9 @@ def loaders(folder: Path, rounds: int) -> str:
 
     cases = {
         "a loop over np.memmap": epoch_of(lambda batch: [loop[i] for i in batch]),
-        "store.dataset().__getitems__": epoch_of(data.__getitems__),
-        "store[layer][ids]": epoch_of(lambda batch: view.each(np.array(batch))),
-        "np.memmap[ids], one array": epoch_of(lambda batch: torch.from_numpy(np.array(loop.mapped[batch]))),
+        "`store.dataset().__getitems__`": epoch_of(data.__getitems__),
+        "`store[layer][ids]`": epoch_of(lambda batch: view.each(np.array(batch))),
+        "`np.memmap[ids]`, one array": epoch_of(lambda batch: torch.from_numpy(np.array(loop.mapped[batch]))),
     }
     seconds = interleave(cases, rounds)
     table = beside(seconds, lambda values: rate(values, len(order)), "a loop over np.memmap")
