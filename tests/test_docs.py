@@ -63,10 +63,17 @@ def shown_and_printed(page: Path) -> list[tuple[str, str]]:
     return pairs
 
 
+@pytest.fixture
+def no_model():
+    """Removes the module of the model on the page of the command line, before and after a test."""
+    sys.modules.pop("mynet", None)
+    yield
+    sys.modules.pop("mynet", None)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_python_block_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+def test_every_python_block_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, no_model):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mynet", raising=False)  # the page's own, not that of another test
     for shown, printed in shown_and_printed(page):
         assert printed.strip() == shown.strip()
 

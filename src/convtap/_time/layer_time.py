@@ -105,7 +105,7 @@ class LayerTime:
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns ``(first, stop)``, the input samples ``first`` to ``stop - 1`` of frame t.
+        """Returns the range of input samples of frame t as ``(first, stop)``.
 
         Raises:
             InvalidType: t is not an int.
