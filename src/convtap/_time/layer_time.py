@@ -105,7 +105,7 @@ class LayerTime:
     # -- one frame
 
     def span(self, t: int) -> tuple[int, int]:
-        """Returns the range of input samples of frame t as ``(first, stop)``.
+        """Returns the half-open range of input samples of frame t, ``(first, stop)``.
 
         Raises:
             InvalidType: t is not an int.
