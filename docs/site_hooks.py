@@ -49,7 +49,7 @@ def on_files(files: Any, config: Any) -> Any:
     while todo:
         page = todo.pop()
         for target in _targets(page):
-            if target in seen or target.is_relative_to(DOCS) or target == ROOT / "README.md" or not target.is_file():
+            if target in seen or _is_of_site(target) or target == ROOT / "README.md" or not target.is_file():
                 continue
             seen.add(target)
             is_page = target.suffix == ".md"
@@ -93,9 +93,14 @@ def _targets(page: Path) -> Iterator[Path]:
         yield (page.parent / found[1]).resolve()
 
 
+def _is_of_site(target: Path) -> bool:
+    """Returns whether MkDocs itself copies a file to the site: those of ``docs`` but Python files."""
+    return target.is_relative_to(DOCS) and target.suffix != ".py"
+
+
 def _place(target: Path) -> str:
-    """Where a file of the project stands in the site's source."""
-    if target.is_relative_to(DOCS):
+    """Returns where a file of the project stands in the site's source."""
+    if _is_of_site(target):
         return target.relative_to(DOCS).as_posix()
     path = target.relative_to(ROOT).as_posix()
     return f"{OUTSIDE}/{path}" if target.suffix in (".md", ".png") else f"{OUTSIDE}/{path}.md"
