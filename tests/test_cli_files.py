@@ -311,6 +311,12 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
         (["plot", "build", "--sample", "x"], "--sample x is not the number of an input. Write --sample 0"),
         (["plot", "build", "--layers", "3"], "no captured layer matches '3'"),
         (["plot", "build", "--channels", "0"], "channels"),
+        (
+            ["plot", "build.st", "--span", "1:2"],
+            "--span does not apply to statistics, which have no inputs. Remove --span.",
+        ),
+        (["plot", "build.st", "--pages"], "--pages does not apply to statistics"),
+        (["plot", "build.st", "--sample", "0"], "--sample does not apply to statistics"),
         (["plot", "build", "--span", "1"], "'1' is not a span. Write its start and stop: --span 1.5:3"),
         (["plot", "build", "--span", "9:10"], "span=(9, 10) is not within the time axis"),
         (["plot", "build", "--out", "maps.xyz"], "Format 'xyz' is not supported"),

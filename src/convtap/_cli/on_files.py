@@ -44,6 +44,10 @@ def run_plot(args: argparse.Namespace) -> int:
 
 def _figures(saved: Saved, args: argparse.Namespace) -> list[Any]:
     if saved.stats is not None:
+        for name in ("sample", "span", "pages", "channels_last"):
+            if getattr(args, name) not in (None, False):
+                option = name.replace("_", "-")
+                raise InvalidValue(f"--{option} does not apply to statistics, which have no inputs. Remove --{option}.")
         return [saved.stats.plot(args.layers)]
     acts, number, which = activations_of(saved, args.sample)
     _note(which)
