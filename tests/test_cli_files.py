@@ -315,6 +315,7 @@ def test_verify_exits_with_1_only_if_a_shard_is_bad(here, capsys, tmp_path, dama
             ["plot", "build.st", "--span", "1:2"],
             "--span does not apply to statistics, which have no inputs. Remove --span.",
         ),
+        (["info", "store", "--stats"], "--stats applies only to the outputs of a run, and 'store' is a store."),
         (["plot", "build.st", "--pages"], "--pages does not apply to statistics"),
         (["plot", "build.st", "--sample", "0"], "--sample does not apply to statistics"),
         (["plot", "build", "--span", "1"], "'1' is not a span. Write its start and stop: --span 1.5:3"),

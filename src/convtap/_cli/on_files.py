@@ -79,6 +79,10 @@ def run_report(args: argparse.Namespace) -> int:
 def run_info(args: argparse.Namespace) -> int:
     """Prints the contents of a path."""
     saved = open_saved(args.path)
+    if args.stats and saved.acts is None:
+        raise InvalidValue(
+            f"--stats applies only to the outputs of a run, and {args.path!r} is {saved.kind}. Remove --stats."
+        )
     if saved.store is not None:
         show(saved.store, args)
     elif saved.stats is not None:
