@@ -77,6 +77,27 @@ def test_a_folder_that_another_process_locked_is_refused_on_windows(
     assert sorted(opened) == sorted(closed)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has another module of locks")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_named(code, tmp_path, monkeypatch):
+    import fcntl
+
+    def lockf(handle, mode):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    closed, close = [], os.close
+    monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or close(handle))
+    refusal = (
+        rf"rank-00000' cannot be locked \({os.strerror(code)}\)\. Pass a directory on a file system with file locks"
+    )
+    with pytest.raises(StoreError, match=refusal):
+        run(tmp_path, length=30)
+    assert closed
+    monkeypatch.undo()
+    assert run(tmp_path, length=30)  # the refused run left no lock
+
+
 def test_a_lock_is_free_again_after_the_run_on_windows(tmp_path, windows_locks):
     run(tmp_path, length=30)
     windows_locks.locked, windows_locks.owned = set(), set()  # as the system does when the handle is closed

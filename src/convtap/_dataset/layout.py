@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convtap._atomic_write import TEMPORARY, replace_file, sync_folder, write_whole
+from convtap._dataset.file_lock import lock_file
 from convtap._errors import InvalidValue, StoreError, listed
 
 VERSION = 1
@@ -159,7 +160,7 @@ class RankFolder:
     Entering it removes half-written files of a killed process.
 
     Raises:
-        StoreError: another process has locked it.
+        StoreError: another process has locked it, or the file system has no locks.
     """
 
     def __init__(self, store: Path, rank: int) -> None:
@@ -185,13 +186,19 @@ class RankFolder:
             raise self._refusal(f"this process ({os.getpid()})")
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock_file(handle)
-        except OSError:
+            is_locked = lock_file(handle)
+        except OSError as error:
+            os.close(handle)
+            raise StoreError(
+                f"{str(self.path)!r} cannot be locked ({error.strerror}). Pass a directory on a file system with file "
+                "locks, and copy the store when the run has ended."
+            ) from error
+        if not is_locked:
             owner = b""
             with contextlib.suppress(OSError):  # Windows keeps other processes from reading locked bytes
                 owner = os.read(handle, 200)
             os.close(handle)
-            raise self._refusal(owner.decode(errors="replace") or "another process") from None
+            raise self._refusal(owner.decode(errors="replace") or "another process")
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _held.add(self.path)
@@ -208,22 +215,6 @@ class RankFolder:
         """Returns the number of the next shard, larger than any used before."""
         numbers = [int(match[1]) for entry in self.path.iterdir() if (match := _SHARD.match(entry.name))]
         return max(numbers, default=-1) + 1
-
-
-def _lock_file(handle: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        # a byte far behind the owner's name, so that other processes can read the name
-        os.lseek(handle, 1 << 20, os.SEEK_SET)
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        finally:
-            os.lseek(handle, 0, os.SEEK_SET)
-    else:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_part(part: Any) -> tuple[int, int]:
