@@ -155,6 +155,23 @@ def test_pages_are_numbered_files_behind_an_index(here, capsys, tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 
 
+def test_outputs_that_do_not_fit_into_one_picture_are_drawn_on_pages(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("convtap._view.pages.MOST_AT_ALL", 30)
+    (tmp_path / "lots.py").write_text(
+        "from torch import nn\nbuild = lambda: nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(70)))\n"
+    )
+    out = tmp_path / "out"
+    assert main(["run", str(tmp_path / "lots.py:build"), "--input", "a.wav", "--out", str(out), "--plot"]) == 0
+    written = [out / f"activations-{page}.png" for page in range(4)]  # the index and three pages
+    assert [line for line in capsys.readouterr().out.splitlines() if "activations-" in line] == [
+        f"wrote {path}" for path in written
+    ]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+    assert not (out / "activations.png").exists()
+    assert main(["plot", str(out), "--out", str(tmp_path / "maps.png")]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("maps*"))] == [f"maps-{page}.png" for page in range(4)]
+
+
 def test_a_report_has_the_title_and_the_notes(here):
     assert main(["report", "less", "--title", "Run <12>", "--notes", "tried\nagain", "--out", "titled.html"]) == 0
     text = (here / "titled.html").read_text(encoding="utf-8")

@@ -8,14 +8,13 @@ from typing import Any
 
 from convtap._cli.exit_status import DIFFERS, SAME
 from convtap._cli.model import load_model
-from convtap._cli.pictures import check_plot, drawing, write_picture, write_report
+from convtap._cli.pictures import check_plot, drawing, figures_of, write_figures, write_report
 from convtap._cli.run_folder import OUTPUTS, PICTURE, REPORT, Run
 from convtap._cli.saved import Saved, activations_of, open_saved
 from convtap._cli.terminal import Progress, complain, is_watched, say
 from convtap._debug.compare import compare
 from convtap._errors import InvalidValue
 from convtap._table import MOST
-from convtap.plot import pages
 
 
 def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
@@ -33,10 +32,7 @@ def run_plot(args: argparse.Namespace) -> int:
             saved = open_saved(args.path)
         target = args.out or _beside(saved, PICTURE, ".png")
         with bar.step("drawing"):
-            figures = _figures(saved, args)
-            targets = [target] if len(figures) == 1 else [_numbered(target, page) for page in range(len(figures))]
-            for path, figure in zip(targets, figures, strict=True):
-                write_picture(path, figure)
+            targets = write_figures(target, _figures(saved, args))
     for path in targets:
         say(f"wrote {path}")
     return SAME
@@ -52,12 +48,7 @@ def _figures(saved: Saved, args: argparse.Namespace) -> list[Any]:
     acts, number, which = activations_of(saved, args.sample)
     _note(which)
     options = {**drawing(acts, saved.run, number, args), "span": args.span}
-    return pages(acts, **options) if args.pages else [acts.plot(**options)]
-
-
-def _numbered(path: Path, page: int) -> Path:
-    """Returns the file of one page, such as ``maps-0.png`` for the index."""
-    return path.with_name(f"{path.stem}-{page}{path.suffix}")
+    return figures_of(acts, options, args.pages)
 
 
 def run_report(args: argparse.Namespace) -> int:

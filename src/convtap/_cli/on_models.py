@@ -19,7 +19,7 @@ from convtap._cli.exit_status import DIFFERS, SAME
 from convtap._cli.inputs import Given, call_error, find_files, mixed_rates, read_example, read_inputs
 from convtap._cli.model import load_model, on_device, types_of
 from convtap._cli.on_files import show
-from convtap._cli.pictures import check_plot, drawing, write_picture, write_report
+from convtap._cli.pictures import check_plot, drawing, figures_of, write_figures, write_picture, write_report
 from convtap._cli.run_folder import PICTURE, REPORT, Run
 from convtap._cli.saved import STATISTICS
 from convtap._cli.terminal import Progress, complain, say
@@ -191,7 +191,7 @@ def _write(args: argparse.Namespace, acts: Activations, run: Run, model: nn.Modu
             continue
         with bar.step(f"drawing {name}"):
             if name == PICTURE:
-                files.append(write_picture(path, acts.plot(**options)))
+                files += write_figures(path, figures_of(acts, options))
             else:
                 files.append(write_report(path, acts, model, options))
     return files

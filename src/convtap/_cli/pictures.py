@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import nn
 
 from convtap._atomic_write import write_whole
 from convtap._cli.run_folder import Run
-from convtap._errors import InvalidValue, MissingExtra, StoreError, one_line
+from convtap._errors import InvalidValue, MissingExtra, StoreError, Unsupported, one_line
 from convtap._result.activations import Activations
 from convtap._result.file import unwritable
+from convtap.plot import pages
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +50,21 @@ def drawing(acts: Activations, run: Run, sample: int, args: argparse.Namespace |
     if args is not None:
         found.update(layers=args.layers, channels=args.channels, channels_last=True if args.channels_last else None)
     return found
+
+
+def figures_of(acts: Activations, options: dict[str, Any], in_pages: bool = False) -> list[Any]:
+    """Draws one figure, or pages if asked for or if the outputs do not fit."""
+    if not in_pages:
+        with contextlib.suppress(Unsupported):  # too many outputs for an index on one page
+            return [acts.plot(**options)]
+    return pages(acts, **options)
+
+
+def write_figures(path: Path, figures: list[Any]) -> list[Path]:
+    """Writes one figure, or several as ``maps-0.png`` (the index), ``maps-1.png``."""
+    numbered = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(len(figures))]
+    paths = [path] if len(figures) == 1 else numbered
+    return [write_picture(one, figure) for one, figure in zip(paths, figures, strict=True)]
 
 
 def check_plot() -> None:
