@@ -72,7 +72,7 @@ def prepared(row: Row) -> Path:
     settings = {"UV_CACHE_DIR": str(ENVIRONMENTS / ".uv-cache"), "UV_PYTHON_DOWNLOADS": "never"}
     environment = {**settings, **os.environ}
     if not python.exists():
-        _run([uv, "venv", "--quiet", "--python", str(interpreter(row.python)), str(folder)], environment)
+        _run([uv, "venv", "--seed", "--quiet", "--python", str(interpreter(row.python)), str(folder)], environment)
     pins = folder / "constraints.txt"
     pins.write_text("".join(f"{name}=={version}\n" for name, version in _pins(row).items()))
     install = [uv, "pip", "install", "--quiet", "--python", str(python), "-c", str(pins)]

@@ -36,6 +36,9 @@ page. A result holds for its date and its commit. If a result names a test, the 
   that need another package. The list `BEYOND_CORE` in `tests/conftest.py` names these tests and the package. It also names
   whole files, which the column does not count. `make test` runs all of them, with the versions of `constraints.txt`.
 - The rows of Keras and transformers run only the tests that need that package. `matrix/rows.py` lists these tests.
+- On a *free-threaded* Python (a version that ends in `t`), `import convtap` raises an ImportError that names `PYTHON_GIL=1`,
+  because convtap counts calls without a lock of its own. The row of 3.14t runs the core suite with that variable, and tests
+  the error without it. It needs the first release candidate of safetensors 0.9, which has a wheel for 3.14t.
 - The tests run on the CPU, on one thread, even with torch's build for CUDA.
 - {skips}
 
@@ -64,9 +67,7 @@ NOT_RUN = """- **Windows and macOS.** No such machine was available. `.github/wo
   other processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`, which
   leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without a call of the user's
   SIGTERM handler, so a test in `tests/test_extract_crash.py` forbids it.
-- **Free-threaded Python** (3.13t, 3.14t). No such build was available. On a Python that runs without its global lock,
-  `import convtap` raises an ImportError that names `PYTHON_GIL=1`, because convtap counts calls without a lock of its own.
-  `tests/test_free_threading.py` fakes such a Python.
+- **Python 3.13t**, the free-threaded build. torch has no wheel for it since 2.13, and safetensors never had one.
 - **CUDA.** These runs use only the CPU; see [limits](limits.md)."""
 
 

@@ -42,7 +42,13 @@ def measured(row: Row, python: Path, minutes: float, log: Path) -> dict[str, Any
     """Runs a row's tests. Returns the result with versions, date and commit."""
     log.unlink(missing_ok=True)
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": paths, "CONVTAP_MATRIX_LOG": str(log), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "CONVTAP_MATRIX_LOG": str(log),
+        "PYTHONUNBUFFERED": "1",
+        **dict(row.environment),
+    }
     command = [str(python), "-m", "pytest", "-p", "matrix.watch", "-p", "no:cacheprovider", "-rf"]
     command += ["-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true", *row.tests]
     start, here = time.monotonic(), stamp()  # before the run, since the sources may change meanwhile

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sysconfig
+
 from tests.process import run_python
+
+IS_FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 SCRIPT = """
 import sys
@@ -28,5 +32,8 @@ def test_a_free_threaded_build_with_its_lock_on_imports():
 
 
 def test_this_python_is_refused_only_if_it_runs_without_its_lock():
-    has_lock = run_python("import sys, torch; print(getattr(sys, '_is_gil_enabled', lambda: True)())").stdout.strip()
-    assert (run_python(SCRIPT).returncode == 0) == (has_lock == "True")
+    code = "import sys, torch; print(getattr(sys, '_is_gil_enabled', lambda: True)())"
+    for variables in [{"PYTHON_GIL": "0"}, {"PYTHON_GIL": "1"}] if IS_FREE_THREADED else [{}]:
+        has_lock = run_python(code, variables=variables).stdout.strip()
+        assert has_lock == str(variables.get("PYTHON_GIL") != "0")
+        assert (run_python(SCRIPT, variables=variables).returncode == 0) == (has_lock == "True")
