@@ -85,7 +85,7 @@ def _pins(row: Row) -> dict[str, str]:
 
     constraints.txt is for Python 3.11 and its version of torch.
     """
-    if row.python == "3.10":
+    if row.python in ("3.10", "3.15"):
         return {}
     loose = OF_TORCH | row.pinned.keys()
     if row.pinned.keys() & {"numpy", "transformers"}:  # the pinned packages need another version of these

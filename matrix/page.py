@@ -67,7 +67,9 @@ NOT_RUN = """- **Windows and macOS.** No such machine was available. `.github/wo
   other processes from reading; files that cannot be replaced or renamed while they are open or mapped; and `fsync`, which
   leaves the content in the drive's memory on macOS. On Windows `os.kill` would end the process without a call of the user's
   SIGTERM handler, so a test in `tests/test_extract_crash.py` forbids it.
-- **Python 3.13t**, the free-threaded build. torch has no wheel for it since 2.13, and safetensors never had one.
+- **The core suite on Python 3.13t**, the free-threaded build. torch has no wheel for it since 2.13, and safetensors never had
+  one. On 2026-11-27, with torch 2.12.0 and without safetensors, `import convtap` raised the ImportError, and with
+  `PYTHON_GIL=1` it succeeded.
 - **CUDA.** These runs use only the CPU; see [limits](limits.md)."""
 
 

@@ -76,6 +76,7 @@ def all_rows() -> list[Row]:
     return [
         *(pair(python, TORCH) for python in PYTHONS),
         *(pair("3.11", torch) for torch in TORCHES),
+        pair("3.15", "2.15.0"),  # the first torch with wheels for 3.15
         pair("3.13t", "2.12.0"),  # the last torch with wheels for 3.13t
         pair("3.14t", TORCH),
         single("numpy", "1.26.4", ("--core",), "core suite"),

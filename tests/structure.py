@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "convtap"
 #: The steps of the flow. A module may import only from its own folder and from what stands above it here.
 ORDER = (
     "_public",
+    "_spelling",
     "_errors",
     "_table",
     "_atomic_write",

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ import pytest
 
 import convtap.cli
 from convtap import CoverageWarning
-from convtap._cli.terminal import spelled
+from convtap._spelling import spelled
 from convtap.cli import main
 from tests.process import SRC
 
@@ -88,6 +89,11 @@ def run(argv, monkeypatch, encoding):
     return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
 
 
+def columns(text):
+    """Joins columns by one space, since a spelled sign may make a column wider."""
+    return re.sub("[ -]+", " ", text)
+
+
 def test_every_command_prints_in_any_encoding_without_a_question_mark(here, monkeypatch):
     signs = set()
     for argv, expected in COMMANDS:
@@ -99,7 +105,7 @@ def test_every_command_prints_in_any_encoding_without_a_question_mark(here, monk
             assert found[0] == expected
             for text, original in zip(found[1:], plain[1:], strict=True):
                 kept = "".join(sign if sign.encode(encoding, "ignore") else spelled(sign) for sign in original)
-                assert text == kept
+                assert columns(text) == columns(kept)
                 assert text.count("?") == original.count("?")
     assert {"×", "…", "≤", "√", "ö", "模", "∞"} <= signs
 

@@ -15,18 +15,22 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 
 from convtap._public import public
+from convtap._spelling import printable
 
 
 @public
 class ConvtapError(Exception):
     """The base of all errors that convtap raises on purpose."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class _MessageKeyError(ConvtapError, KeyError):
     """A KeyError that shows its message without quotes."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
+        return printable(str(self.args[0])) if self.args else ""
 
 
 @public

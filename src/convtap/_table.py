@@ -10,6 +10,7 @@ from typing import Any
 
 from convtap._errors import InvalidType, InvalidValue
 from convtap._public import public
+from convtap._spelling import printable
 
 #: The maximum number of rows that a table shows by default, which is a screen or two.
 MOST = 100
@@ -185,7 +186,7 @@ class Table(Sequence[Any]):
         )
 
     def __str__(self) -> str:
-        lines = [one if isinstance(one, int) else [cell(value) for value in one] for one in self._lines()]
+        lines = [one if isinstance(one, int) else [printable(cell(value)) for value in one] for one in self._lines()]
         cells = [one for one in lines if not isinstance(one, int)]
         numeric = [self._is_numeric(i) for i in range(len(self.columns))]
         widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(self.columns)]
@@ -200,7 +201,7 @@ class Table(Sequence[Any]):
             return "  ".join(padded).rstrip()
 
         body = [line(self.columns), line(["-" * width for width in widths]), *map(line, lines)] if cells else []
-        return "\n".join([*([self.title] if self.title else []), *body, *self._notes()])
+        return printable("\n".join([*([self.title] if self.title else []), *body, *self._notes()]))
 
     __repr__ = __str__
 

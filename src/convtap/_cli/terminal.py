@@ -9,12 +9,12 @@ import io
 import os
 import re
 import sys
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 from convtap._errors import CoverageWarning, OffloadWarning, StoreError
+from convtap._spelling import spelled
 
 # Note: [Any encoding]
 # Assumption: a terminal or a pipe has its own encoding (cp1252, cp437, ascii), and the tables contain characters such as ×.
@@ -23,31 +23,6 @@ from convtap._errors import CoverageWarning, OffloadWarning, StoreError
 #   help and the output of the user's model. A character that the encoding has stays as it is.
 
 _HANDLER = "convtap.spelled"
-
-#: The ASCII spelling of characters that Unicode does not decompose.
-_SPELLED = {
-    **dict.fromkeys("–—−‐‑", "-"),
-    **dict.fromkeys("‘’", "'"),
-    **dict.fromkeys("“”„", '"'),
-    **dict.fromkeys("→↦", "->"),
-    **dict.fromkeys("·∙•", "*"),
-    **dict.fromkeys("●○", "o"),
-    **dict.fromkeys("×✕", "x"),
-    **dict.fromkeys("µμ", "u"),
-    **dict(
-        zip(
-            "±…≤≥≠←∞‖√ε°ß", ("+/-", "...", "<=", ">=", "!=", "<-", "inf", "||", "sqrt", "eps", "deg", "ss"), strict=True
-        )
-    ),
-}
-
-
-def spelled(sign: str) -> str:
-    """Returns a character in ASCII, such as ``x`` for ×, or its escape code."""
-    if unicodedata.combining(sign):  # the accent of a decomposed letter
-        return ""
-    plain = "".join(_SPELLED.get(part, part) for part in unicodedata.normalize("NFKD", _SPELLED.get(sign, sign)))
-    return plain.encode("ascii", "ignore").decode() or sign.encode("ascii", "backslashreplace").decode()
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from convtap._dataset.shard_format import Id
 from convtap._dataset.store_reader import StoreReader
 from convtap._errors import InvalidValue, Unsupported, listed, plural
 from convtap._public import public
+from convtap._spelling import printable
 
 _POOL_BYTES = 64 * 2**20
 
@@ -82,7 +83,7 @@ class LayerView:
         absent = len(self._reader) - len(self)
         note = f", absent for {plural(absent, 'sample')}" if absent else ""
         shape = "of shapes that vary" if self.shape is None else str(self.shape).replace("None", "…")
-        return f"<{self.name}: {shape} {self._about.dtype}{self._about.time_note}{note}>"
+        return printable(f"<{self.name}: {shape} {self._about.dtype}{self._about.time_note}{note}>")
 
     # -- reading
 

@@ -13,6 +13,7 @@ from convtap._debug.probe import Probe, Range, finite_range, probe, read_all
 from convtap._errors import listed, plural
 from convtap._public import public
 from convtap._select.layer_layout import layout_of
+from convtap._spelling import printable
 from convtap._tensors.layout import axes_of
 from convtap._tensors.statistics import dtype_text
 
@@ -116,7 +117,7 @@ class Finding:
     message: str = field(default="", repr=False)
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)
 
 
 def judge(event: Event, hint: str) -> Finding:

@@ -206,7 +206,7 @@ class Finite:
     def __repr__(self) -> str:
         first = self.first
         if first is not None:
-            return f"<finite: {first.message}>"
+            return f"<finite: {first}>"
         calls = 0 if self._watch is None else self._watch.calls
         return f"<finite: no NaN or Inf in {plural(calls, 'call')}>"
 

@@ -12,6 +12,7 @@ from convtap._errors import NotCaptured
 from convtap._public import public
 from convtap._result.gradient import Gradient
 from convtap._result.keys import numbered, separator
+from convtap._spelling import printable
 from convtap._tensors.layout import Layout
 from convtap._tensors.memory import memory_of, tensor_bytes
 from convtap._tensors.nested import MISSING, Held, map_leaves, read, walk_tensors
@@ -196,7 +197,7 @@ class Call:
         return sum(tensor_bytes(tensor) for _, tensor in walk_tensors(shown_value(self)))
 
     def __repr__(self) -> str:
-        return f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>"
+        return printable(f"<Call {self.key} {shapes_text(self.shape)} {dtype_text(self.dtype)} via {self.via}>")
 
 
 def record_of(call: Call) -> LayerRecord:

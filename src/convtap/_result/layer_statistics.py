@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convtap._errors import InvalidType, InvalidValue, Unsupported, plural
 from convtap._public import public
+from convtap._spelling import printable
 from convtap._tensors.channel_statistics import ChannelStatistics
 from convtap._tensors.quantile_sketch import relative_error
 
@@ -169,7 +170,7 @@ class LayerStatistics:
 
     def __repr__(self) -> str:
         channels = "" if self.channels is None else f"{self.channels} channels, "
-        return (
+        return printable(
             f"<LayerStatistics {self.name}: {channels}{int(self.count.sum()):,} values in {plural(self.calls, 'call')}>"
         )
 

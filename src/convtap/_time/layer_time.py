@@ -15,6 +15,7 @@ from torch import Tensor
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, Unsupported, listed
 from convtap._public import public
 from convtap._result.samples import whole_numbers
+from convtap._spelling import printable
 from convtap._time.axis_count import Digit
 from convtap._time.edge import NEVER, Difference, Edges
 from convtap._time.record import Record
@@ -268,7 +269,7 @@ class LayerTime:
     def __repr__(self) -> str:
         stride, field, start, frames = cells_of(self)
         known = f"stride {stride}, receptive field {field}, start {start}, {frames} frames"
-        return f"<LayerTime {self.key}: {stride if field is None else known}>"
+        return printable(f"<LayerTime {self.key}: {stride if field is None else known}>")
 
 
 def cells_of(layer: LayerTime) -> tuple[Any, ...]:
