@@ -38,7 +38,8 @@ page. A result holds for its date and its commit. If a result names a test, the 
 - The rows of Keras and transformers run only the tests that need that package. `matrix/rows.py` lists these tests.
 - On a *free-threaded* Python (a version that ends in `t`), `import convtap` raises an ImportError that names `PYTHON_GIL=1`,
   because convtap counts calls without a lock of its own. The row of 3.14t runs the core suite with that variable, and tests
-  the error without it. It needs the first release candidate of safetensors 0.9, which has a wheel for 3.14t.
+  the error without it. It also sets `PYTHON_THREAD_INHERIT_CONTEXT=0`, the default of other builds. It needs the first
+  release candidate of safetensors 0.9, which has a wheel for 3.14t.
 - The tests run on the CPU, on one thread, even with torch's build for CUDA.
 - {skips}
 

@@ -17,6 +17,9 @@ TORCHES = ("2.6.0", "2.8.0", "2.11.0", "2.14.1", "2.15.0")
 #: The oldest safetensors with a wheel for free-threaded Python. There is none for 3.13t.
 SAFETENSORS = "safetensors==0.9.0rc1"
 
+#: With the global lock, and with threads that do not inherit a context, as in other builds.
+FREE_THREADED = (("PYTHON_GIL", "1"), ("PYTHON_THREAD_INHERIT_CONTEXT", "0"))
+
 KERAS = ("tests/test_keras.py", "tests/test_three_ways.py")
 TRANSFORMERS = (
     "tests/test_real_models.py",
@@ -60,7 +63,7 @@ def pair(python: str, torch: str) -> Row:
     name = f"python{python}-torch{torch}"
     if python.endswith("t"):
         packages = (f"torch=={torch}", SAFETENSORS)
-        return Row(name, python, packages, runs="core suite with PYTHON_GIL=1", environment=(("PYTHON_GIL", "1"),))
+        return Row(name, python, packages, runs="core suite with PYTHON_GIL=1", environment=FREE_THREADED)
     return Row(name, python, (f"torch=={torch}",))
 
 

@@ -62,6 +62,10 @@ OF_TORCH = (
     ((2, 9) <= TORCH <= (2, 13), "ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
     (TORCH >= (2, 14), "ignore:.*torch.jit.*is deprecated:FutureWarning"),
     (sys.version_info >= (3, 14), "ignore:.*torch.jit.*is not supported in Python 3.14:DeprecationWarning"),
+    (
+        sys.version_info >= (3, 14) and TORCH >= (2, 14),
+        "ignore:.*torch.jit.*is not supported in Python 3.14:FutureWarning",
+    ),
     # a model is compiled after something has read a setting of the compiler
     (TORCH == (2, 6), "ignore:Skipping serialization of skipfiles_inline:UserWarning"),
     # a dictionary that is guarded

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import io
 import pickle
+import sys
 import threading
 import weakref
 
@@ -334,6 +335,37 @@ def test_a_forward_that_asyncio_moves_to_a_thread_is_captured():
         return acts
 
     assert len(asyncio.run(run())) == 5
+
+
+INHERITS = """
+import contextvars, threading
+import torch
+from torch import nn
+from convtap import NotCaptured, capture
+
+model, x = nn.Sequential(nn.Conv1d(1, 2, 3)), torch.randn(2, 1, 9)
+with capture(model) as acts:
+    threads = [threading.Thread(target=model, args=(x,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+assert len(acts) == 4
+assert all(torch.equal(call.output, model(x)) for call in acts.calls())
+try:
+    with capture(model):
+        thread = threading.Thread(target=model, args=(x,), context=contextvars.Context())
+        thread.start()
+        thread.join()
+except NotCaptured:
+    print("as documented")
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="Python 3.14 brings the option")
+def test_a_thread_inherits_the_capture_if_python_lets_threads_inherit():
+    done = run_python(INHERITS, variables={"PYTHON_THREAD_INHERIT_CONTEXT": "1"})
+    assert (done.stdout, done.stderr) == ("as documented\n", "")
 
 
 def test_a_block_left_open_by_a_generator_closes_where_the_generator_does():
