@@ -198,7 +198,8 @@ def summary(name: str) -> str:
 def picture() -> str:
     """Returns the SVG file."""
     rooms, lines = layout()
-    wide = max(room.left for room in rooms) + WIDTH + MARGIN
+    ends = [x for points in lines.values() for x, _ in points] + [room.left + WIDTH for room in rooms]
+    wide = max(ends) + MARGIN
     high = max(room.top + room.height for room in rooms) + MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:g} {high:g}" width="{wide:g}" height="{high:g}" '

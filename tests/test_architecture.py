@@ -57,6 +57,11 @@ def test_no_arrow_crosses_a_box():
                 assert aside or apart, f"an arrow crosses {room.name}"
 
 
+def test_every_arrow_is_inside_the_picture():
+    width = float(re.search(r'width="([\d.]+)"', picture())[1])
+    assert max(x for points in layout()[1].values() for x, _ in points) < width
+
+
 @pytest.mark.parametrize("what", ["a snapshot is taken", "a key is formatted", "a shard becomes visible"])
 def test_the_page_names_the_place_where(what):
     assert any(line.startswith(f"| {what}") for line in places())
