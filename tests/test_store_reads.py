@@ -349,7 +349,8 @@ def test_shards_on_a_network_file_system_are_read_by_calls(tmp_path, monkeypatch
     monkeypatch.setattr(file_system, "_MOUNTS", mounts)
     for kind, file in (("nfs4", CalledFile), ("fuse.sshfs", CalledFile), ("ext4", MappedFile), ("fuseblk", MappedFile)):
         number = f"{os.major(device)}:{os.minor(device)}"
-        mounts.write_text(f"21 1 9:9 / / rw - nfs host:/ rw\n36 35 {number} / /mnt rw,noatime master:1 - {kind} x rw\n")
+        other = b"21 1 9:9 / / rw - nfs host:/ rw\n22 1 9:8 / /gr\xf6\xdfe\x85\x0c rw - nfs host:/ rw\n"  # in Latin-1
+        mounts.write_bytes(other + f"36 35 {number} / /mnt rw,noatime master:1 - {kind} x rw\n".encode())
         assert opened_as(Store(path)) is file
         assert opened_as(Store(path, mmap=True)) is MappedFile
     mounts.unlink()

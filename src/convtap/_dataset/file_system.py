@@ -19,13 +19,13 @@ def is_on_network(path: Path) -> bool:
     """
     try:
         device = os.stat(path).st_dev
-        lines = _MOUNTS.read_text().splitlines()
+        mounts = _MOUNTS.read_bytes()  # a path in it may be any bytes
     except OSError:
         return False
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in lines:
-        mount, _, source = line.partition(" - ")
-        if mount.split()[2] == number:
-            kind = source.split()[0]
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    for line in mounts.split(b"\n"):
+        mount, _, source = line.partition(b" - ")
+        if number in mount.split()[2:3]:
+            kind = source.split()[0].decode()
             return kind in _NETWORK or kind == "fuse" or kind.startswith("fuse.")
     return False
