@@ -16,7 +16,7 @@ from convtap._result.samples import Pass, whole_numbers
 from convtap._select.module_tree import is_keras
 from convtap._tensors.layout import axes_of
 from convtap._torch import call_shim
-from convtap._torch.call_stack import pass_by_in_dynamo
+from convtap._torch.call_stack import pass_by_in_dynamo, skip_in_dynamo
 from convtap._torch.modes import open_tokens, outside_modes
 
 
@@ -100,6 +100,7 @@ class ValidFrames:
         finally:
             here.depth, here.lengths = 0, None
 
+    @skip_in_dynamo
     def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
         with outside_modes(), torch.no_grad():
             try:

@@ -68,6 +68,7 @@ class ModuleTap:
         output = run_without(call, args, kwargs) if runs_alone(module) else call(*args, **kwargs)
         return self._emit(name, output)
 
+    @skip_in_dynamo
     def _emit_if_kept(self, name: str, output: Any) -> Any:
         return output if self._recorder.skips() else self._recorder.emit_plain(name, output)
 
