@@ -47,6 +47,7 @@ def shown_and_printed(page: Path) -> list[tuple[str, str]]:
     """Runs a page's blocks. Returns each ``text`` block with what the block before it printed, and each ``console`` block."""
     torch.manual_seed(0)
     module = sys.modules["page"] = types.ModuleType("page")  # torch 2.6 imports the module of what it compiles
+    del module.__spec__  # Python 3.15 warns about a module whose __spec__ is None, unlike __main__
     printed, pairs = "", []
     for kind, body in BLOCK.findall(page.read_text()):
         if kind == "text":
