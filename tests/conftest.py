@@ -66,6 +66,11 @@ OF_TORCH = (
         sys.version_info >= (3, 14) and TORCH >= (2, 14),
         "ignore:.*torch.jit.*is not supported in Python 3.14:FutureWarning",
     ),
+    # a test forks a worker after torch has started threads of its own
+    (
+        sys.version_info >= (3, 12) and TORCH >= (2, 15),
+        "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning",
+    ),
     # a model is compiled after something has read a setting of the compiler
     (TORCH == (2, 6), "ignore:Skipping serialization of skipfiles_inline:UserWarning"),
     # a dictionary that is guarded
