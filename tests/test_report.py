@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import subprocess
-import sys
 import time
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -23,6 +21,7 @@ from convtap import LayerNotFound, StoreError, capture, load
 from convtap._errors import InvalidType, InvalidValue, OutOfRange
 from convtap._view.report.blocks import blocks
 from convtap.report import report
+from tests.process import run_python
 
 VOID = {"meta", "img", "input", "wbr", "path", "rect"}
 HOSTILE = [
@@ -138,7 +137,8 @@ def test_the_page_needs_no_matplotlib(tmp_path):
         "with capture(model) as acts: model(torch.randn(1, 1, 50))\n"
         f"acts.report({str(tmp_path / 'r.html')!r}, model=model)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src", "PATH": ""})
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.html").stat().st_size > 1000
 
 
