@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from convtap import ConvtapError, NotCaptured, capture, finite
+from convtap import ConvtapError, NotCaptured, capture, compare, finite, list_layers, timeline, top
 from convtap._torch import compile_stance, convolution_key
 from convtap._torch.cleanup import Guard
 from convtap._torch.modes import open_tokens
@@ -236,6 +237,56 @@ def test_a_keyboard_interrupt_at_500_random_moments_leaves_nothing(interrupts):
     assert struck == 500
     assert returned < 25
     witness.check()
+
+
+class Streams(nn.Module):
+    """Changes a large buffer, its mode and the random numbers in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 4, 5)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("cache", torch.zeros(4_000_000))
+        self.seen = []
+
+    def forward(self, x):
+        self.cache += 1
+        self.seen.append(len(x))
+        return self.norm(self.conv(x + torch.rand_like(x)))
+
+
+OTHER = Streams()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python drops an interrupt in __del__
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: timeline(model, X),
+        lambda model: list_layers(model, example=X),
+        lambda model: top(model, [X], "conv", 2),
+        lambda model: compare(model, OTHER, example=X),
+    ],
+    ids=["timeline", "list_layers", "top", "compare"],
+)
+def test_a_keyboard_interrupt_in_a_look_at_a_model_leaves_the_model_restored(look, interrupts):
+    model = Streams().train()
+    duration = min(timeit.repeat(lambda: look(model), number=1, repeat=5))
+    moments, draws, state = random.Random(0), torch.get_rng_state(), random.getstate()
+    struck = 0
+    while struck < 50:
+        struck += interrupts(moments.uniform(1e-5, 1.1 * duration), lambda: look(model))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert not model.cache.any()
+        assert model.seen == []
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert torch.is_grad_enabled()
+        assert torch.equal(torch.get_rng_state(), draws)
+        assert random.getstate() == state
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        assert open_tokens() == ()
 
 
 def test_a_guard_that_an_interrupt_left_without_its_steps_says_nothing():

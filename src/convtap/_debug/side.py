@@ -18,6 +18,7 @@ from convtap._select.example import arguments, fitted, looking, own_tensors, run
 from convtap._select.parts import split_key
 from convtap._select.selection import select
 from convtap._torch.call_shim import compiled_call
+from convtap._torch.cleanup import undone
 
 _EIGHT_BITS = 2.0**-8
 
@@ -77,7 +78,7 @@ class Side:
                 yield Run(name, number or 0), outputs.pop(key)
             return
         stream = Stream(self._python, layers, self._types, self._example, self._mode)
-        stack.callback(stream.close)
+        stack.enter_context(undone([stream.close]))
         for call in stream:
             yield Run(call.name, call.index), call.output
         self.output = stream.output

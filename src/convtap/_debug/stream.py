@@ -15,6 +15,7 @@ from convtap._capture.options import capture_options
 from convtap._capture.session import Session
 from convtap._result.call import Call
 from convtap._select.example import called, looking, own_tensors
+from convtap._torch.random_state import random_state, set_random_state
 
 # Note: [Two runs side by side]
 # Assumption: a forward pass is one call, which cannot be left halfway and resumed.
@@ -63,7 +64,7 @@ class Stream:
         self._abandoned = False
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
-        self._random = _random_state()
+        self._random = random_state()
         self._settings = _thread_settings()
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="convtap-compare", daemon=True)
@@ -91,12 +92,12 @@ class Stream:
         """Lets the thread run to its next call, with its own random numbers."""
         if self._thread.ident is None:
             self._thread.start()
-        mine = _random_state()
-        _set_random_state(self._random)
+        mine = random_state()
+        set_random_state(self._random)
         self._go.release()
         self._stopped.acquire()
-        self._random = _random_state()
-        _set_random_state(mine)
+        self._random = random_state()
+        set_random_state(mine)
 
     def _hand_over(self, call: Call) -> None:
         self._call = call
@@ -134,15 +135,3 @@ def _thread_settings() -> list[Any]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         settings.append(torch.cuda.stream(torch.cuda.current_stream()))
     return settings
-
-
-def _random_state() -> list[Any]:
-    states = [torch.get_rng_state()]
-    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return states + (torch.cuda.get_rng_state_all() if on_cuda else [])
-
-
-def _set_random_state(states: list[Any]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

@@ -15,6 +15,7 @@ from convtap._errors import ConvtapError, InvalidType, InvalidValue, did_you_mea
 from convtap._select.model_state import untouched
 from convtap._select.module_tree import ROOT, ModuleTree
 from convtap._tensors.nested import map_leaves
+from convtap._torch.cleanup import undone
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,14 +169,16 @@ def eval_mode(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
         mode: ``"eval"``, ``"train"`` for train mode, or None to keep the mode of each module.
     """
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    try:
-        if mode == "train" or (mode == "eval" and any(training for _, training in modes)):
-            model.train(mode == "train")
-        yield
-    finally:
+
+    def restore() -> None:
         for module, training in modes:
             if module.training != training:
                 module.training = training
+
+    with undone([restore]):
+        if mode == "train" or (mode == "eval" and any(training for _, training in modes)):
+            model.train(mode == "train")
+        yield
 
 
 @contextmanager
@@ -188,7 +191,8 @@ def looking(model: nn.Module, mode: str | None = "eval") -> Iterator[None]:
     training = [part for part in model.modules() if mode is not None and getattr(part, "training", other) != other]
     # A custom train or eval may write to weights (low-rank adapters merge theirs), so all weights are copied.
     own = any(type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval for part in training)
-    with untouched(model, everything=own), eval_mode(model, mode), torch.no_grad():
+    with untouched(model, everything=own), eval_mode(model, mode):
+        torch.set_grad_enabled(False)  # restored by untouched
         yield
 
 

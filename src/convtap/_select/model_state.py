@@ -35,6 +35,8 @@ from convtap._select.restore import (
     restore_values,
 )
 from convtap._tensors.memory import has_no_values, parts
+from convtap._torch.cleanup import undone
+from convtap._torch.random_state import random_state, set_random_state
 from convtap._torch.script_state import script_state, set_script_state
 from convtap._torch.storage import storage_number
 
@@ -70,17 +72,19 @@ def untouched(model: nn.Module, *, everything: bool = False) -> Iterator[None]:
         model: any PyTorch model.
         everything: whether to copy parameters of any size.
     """
-    state = _State(model, everything)
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    legacy = None if numpy is None else numpy.random.get_state()
+    lost: list[str] = []
+    # torch's own no_grad, which an interrupt can strike, may leave the gradients off
+    steps: list[Callable[[], object]] = [partial(torch.set_grad_enabled, torch.is_grad_enabled())]
     try:
-        with torch.random.fork_rng():
+        with undone(steps):
+            state, numpy = _State(model, everything), sys.modules.get("numpy")
+            steps.append(lambda: lost.extend(state.restore()))
+            steps.append(partial(random.setstate, random.getstate()))
+            steps.append(partial(set_random_state, random_state()))
+            if numpy is not None:
+                steps.append(partial(numpy.random.set_state, numpy.random.get_state()))
             yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(legacy)
-        lost = state.restore()
         if lost:
             warn_user(
                 f"the forward pass changed {listed(lost)} of the {type(model).__name__}, and convtap could not restore it. "

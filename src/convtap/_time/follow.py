@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from convtap._time.origins import LEAVES, Origins
 from convtap._time.record import Pass, Record
 from convtap._time.table import CONSTANT, apply, rule_for
 from convtap._time.views import MANY, VIEWS, pieces
+from convtap._torch.cleanup import undone
 from convtap._torch.hooks import Hooks
 
 # Note: [Two modes]
@@ -76,14 +77,13 @@ class Follower:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches the operations of this thread and the modules in which they run."""
-        hooks = Hooks()
-        with ExitStack() as stack:
-            stack.callback(hooks.remove)
+        hooks, functions, operations = Hooks(), Functions(self._call), Operations(self._operation)
+        with undone([hooks.remove, functions.leave, operations.leave]):
             for name, module in self._tree.names.items():
                 hooks.before(module, self._enter, name)
                 hooks.after(module, self._leave, name, always=True)
-            stack.enter_context(Functions(self._call))
-            stack.enter_context(Operations(self._operation))
+            functions.__enter__()  # type: ignore[no-untyped-call]
+            operations.__enter__()  # type: ignore[no-untyped-call]
             yield
 
     # -- modules

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 #: Runs a function or operation with its arguments and keyword arguments, and returns its result.
 Run = Callable[[Any, Any, dict[str, Any]], Any]
@@ -29,6 +29,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._run(func, args, kwargs or {})
 
+    def leave(self) -> None:
+        """Ends the mode, also after an interrupt in ``__enter__`` or in an earlier call of this."""
+        while self in _get_current_dispatch_mode_stack():
+            for name, flags in vars(self).items():
+                if name.startswith("old_") and not flags:  # __exit__ was interrupted after it had taken its flags
+                    flags.append(False)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
 
 class Functions(TorchFunctionMode):
     """Passes every call of a torch function to a function, which runs it."""
@@ -39,6 +47,11 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._run(func, args, kwargs or {})
+
+    def leave(self) -> None:
+        """Ends the mode. It can be repeated."""
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def is_composite(func: Any) -> bool:

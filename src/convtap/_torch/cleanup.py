@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Note: [Interrupts]
 # Assumption: Python may raise KeyboardInterrupt between any two calls in the main thread, so also between two lines of an
@@ -35,7 +36,25 @@ def undo(steps: list[Callable[[], object]]) -> None:
             if isinstance(error, Exception):
                 steps.pop()  # it would fail again; only an interrupted step runs again
     if first is not None:
-        raise first
+        try:
+            raise first
+        finally:
+            first = None  # its traceback holds this frame, and this frame must not hold it
+
+
+@contextmanager
+def undone(steps: list[Callable[[], object]]) -> Iterator[None]:
+    """A context that runs the steps at its end. See Note: [Interrupts].
+
+    It needs no guard: an interrupt before the end frees the generator, which then runs its ``finally``.
+    """
+    try:
+        yield
+    finally:
+        try:  # without a call before it
+            undo(steps)
+        finally:
+            undo(steps)  # nothing, unless an interrupt struck
 
 
 class Guard:
