@@ -54,6 +54,10 @@ PRIVATE: list[tuple[tuple[str, ...], str]] = [
         ),
         _IMPORT,
     ),
+    (
+        ("_get_current_function_mode_stack", "_get_current_dispatch_mode_stack"),
+        "`timeline`, and what needs one (`top`, `extract(lengths=)`), fails on import.",
+    ),
     (("torch._C.DisableTorchFunction", "torch._C._get_tracing_state"), _IMPORT),
     (
         ("torch._C.DisableTorchFunctionSubclass", "Tensor._make_subclass"),

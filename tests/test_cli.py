@@ -88,6 +88,17 @@ def leaves():
     raise SystemExit(1)
 
 
+def cancels():
+    import asyncio
+
+    raise asyncio.CancelledError("elsewhere")
+
+
+class Stops(nn.Module):
+    def forward(self, x):
+        raise GeneratorExit
+
+
 class Raises(nn.Module):
     def __init__(self):
         super().__init__()
@@ -471,6 +482,8 @@ def test_stats_into_a_folder_and_as_a_picture(here, capsys):
             ["layers", "mynets:pipes"],
             "'mynets:pipes' failed: it printed to a pipe that the reader has closed (mynets.py:",
         ),
+        (["layers", "mynets:cancels"], "'mynets:cancels' failed: CancelledError: elsewhere (mynets.py:"),
+        (["run", "mynets:Stops", "--shape", "1,1,40", "--out", "out"], "GeneratorExit (mynets.py:"),
         (["layers", "mynets:leaves"], "'mynets:leaves' failed: it called sys.exit(1) (mynets.py:"),
         (
             ["layers", "failing:build"],

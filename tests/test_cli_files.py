@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import wave
 
 import numpy as np
@@ -19,6 +21,7 @@ import convtap.report
 from convtap import capture, extract, load, timeline
 from convtap._result.activations import Activations
 from convtap.cli import main
+from tests.process import SRC, run_python
 
 NET = """
 import torch
@@ -384,8 +387,27 @@ def test_a_damaged_file_beside_the_outputs_says_what_to_do(here, capsys, tmp_pat
         assert says in mistake(capsys, command, str(tmp_path))
 
 
+def test_a_matplotlib_that_does_not_import_is_not_said_to_be_missing(here, tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('numpy.core.multiarray failed to import')")
+    code = "import sys; from convtap.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ["run", "nets.py:gone", "--shape", "1,1,40", "--out", str(tmp_path / "out"), "--plot"]
+    done = run_python(code, *command, variables={"PYTHONPATH": f"{SRC}{os.pathsep}{tmp_path}"})
+    assert done.returncode == 2
+    assert "import failed: ImportError: numpy.core.multiarray failed to import. Install it again" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse the name")
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_model_runs(here, capsys, tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9")
+    for command in ("run", "stats"):
+        assert "is not UTF-8" in mistake(capsys, command, "nets.py:gone", "--shape", "1,1,40", "--out", out)
+    assert not os.path.exists(out)
+
+
 def test_pictures_without_matplotlib_fail_before_the_model_runs(here, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     command = ["run", "nets.py:gone", "--shape", "1,1,40", "--out", str(tmp_path / "out"), "--plot"]
     assert "pip install 'convtap[plot]'" in mistake(capsys, *command)
     assert not (tmp_path / "out").exists()

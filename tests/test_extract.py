@@ -218,6 +218,11 @@ def test_ids_are_what_the_function_returns(tmp_path):
     [
         (lambda batch: [1, 1], InvalidValue, "the id 1 occurs twice"),
         (lambda batch: ["a", 1], InvalidType, "returned 1 among ids of type str"),
+        (
+            lambda batch: ["a\udce9.wav", "b"],
+            InvalidType,
+            r"returned the id 'a\\udce9.wav'. Return an int or a str \(in UTF-8",
+        ),
         (lambda batch: [0.5, 1], InvalidType, "returned the id 0.5. Return an int or a str"),
         (lambda batch: "ab", InvalidType, "returned 'ab', not a list. Return one int or str for each sample"),
         (
@@ -776,7 +781,7 @@ def test_nothing_is_pickled_and_any_safetensors_reader_reads_a_shard(tmp_path):
 def test_the_bar_shows_samples_bytes_and_the_forecast(tmp_path, capfd):
     extract(two_convs(), TensorDataset(X), tmp_path / "store", batch_size=2, shard_bytes=2000, progress=True)
     err = capfd.readouterr().err
-    assert "extract → store" in err
+    assert "extract -> store" in err
     assert "10/10" in err
     assert "samples/s" in err
     assert "KiB of about 12.7 KiB written" in err  # 10 samples of (4 x 48 + 6 x 22) x 4 bytes are 12.66 KiB

@@ -37,10 +37,12 @@ for view in (acts, acts.coverage, acts.calls(), stats, stats["größe模"], comp
              compare(a, b, example=x, **lower), compare(stats, stats), list_layers(a, example=x), timeline(a, x),
              timeline(a, x)["größe模"]):
     print(view)
+for item in (list_layers(a, example=x)[0], compare(a, b, example=x).first, compare(stats, stats)[0], acts.coverage["größe模"]):
+    print(repr(item))
 try:
     acts["größ模"]
 except KeyError as error:
-    print(error)
+    print(error, repr(error))
 """
 
 BEFORE = """
@@ -72,7 +74,7 @@ def test_a_script_prints_every_view(encoding, in_utf8):
 def test_the_columns_of_a_table_stay_aligned(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     lines = str(Table(("layer", "shape"), [("größe→", "(…)"), ("a", "b")])).splitlines()
-    assert lines == ["layer     shape", "--------  -----", "grosse->  (...)", "a         b"]
+    assert lines == ["layer          shape", "-------------  -----", "gr\\xf6\\xdfe->  (...)", "a              b"]
 
 
 def test_a_sign_that_the_encoding_has_is_kept(monkeypatch):
@@ -94,4 +96,4 @@ def test_a_path_that_is_not_text_is_spelled_in_utf8_too(monkeypatch):
 def test_an_error_keeps_its_arguments(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     error = LayerNotFound("größe→")
-    assert (str(error), error.args) == ("grosse->", ("größe→",))
+    assert (str(error), error.args) == ("gr\\xf6\\xdfe->", ("größe→",))

@@ -25,6 +25,9 @@ class ConvtapError(Exception):
     def __str__(self) -> str:
         return printable(super().__str__())
 
+    def __repr__(self) -> str:
+        return printable(super().__repr__())
+
 
 class _MessageKeyError(ConvtapError, KeyError):
     """A KeyError that shows its message without quotes."""

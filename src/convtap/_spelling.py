@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 #: The ASCII spelling of characters that Unicode does not decompose.
 _SPELLED = {
@@ -15,18 +18,14 @@ _SPELLED = {
     **dict.fromkeys("●○", "o"),
     **dict.fromkeys("×✕", "x"),
     **dict.fromkeys("µμ", "u"),
-    **dict(
-        zip(
-            "±…≤≥≠←∞‖√ε°ß", ("+/-", "...", "<=", ">=", "!=", "<-", "inf", "||", "sqrt", "eps", "deg", "ss"), strict=True
-        )
-    ),
+    **dict(zip("±…≤≥≠←∞‖√ε°", ("+/-", "...", "<=", ">=", "!=", "<-", "inf", "||", "sqrt", "eps", "deg"), strict=True)),
 }
 
 
 def spelled(sign: str) -> str:
     """Returns a character in ASCII, such as ``x`` for ×, or its escape code."""
-    if unicodedata.combining(sign):  # the accent of a decomposed letter
-        return ""
+    if sign not in _SPELLED and unicodedata.category(sign)[0] in "LM":  # two letters must not look alike
+        return sign.encode("ascii", "backslashreplace").decode()
     plain = "".join(_SPELLED.get(part, part) for part in unicodedata.normalize("NFKD", _SPELLED.get(sign, sign)))
     return plain.encode("ascii", "ignore").decode() or sign.encode("ascii", "backslashreplace").decode()
 
@@ -49,6 +48,17 @@ def printable(text: str) -> str:
     except LookupError:  # an encoding that Python does not know
         pass
     return text
+
+
+def printable_repr(kind: type[_T]) -> type[_T]:
+    """Gives a class a ``repr`` that ``print`` can write."""
+    plain = kind.__repr__
+
+    def shown(self: _T) -> str:
+        return printable(plain(self))
+
+    kind.__repr__ = shown  # type: ignore[method-assign, assignment]
+    return kind
 
 
 def _has(encoding: str, sign: str) -> bool:

@@ -21,11 +21,13 @@ from convtap._result.samples import Samples
 from convtap._select.arguments import as_selection, check_arguments
 from convtap._select.example import Example, called, entry, looking, own_tensors, prepared
 from convtap._select.selection import CONV1D, Layers, Types, select
+from convtap._spelling import printable_repr
 from convtap._table import Rows, Table, human_bytes
 from convtap._tensors.statistics import dtype_text, shapes_text
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class LayerRow:
     """One layer of a selection.

@@ -130,26 +130,23 @@ def _import_module(name: str) -> ModuleType:
     here = os.getcwd()
     sys.path.insert(0, here)
     importlib.invalidate_caches()
-    try:
-        return run_user_code(f"importing {name!r} failed", _imported, name)  # type: ignore[no-any-return]
-    except _NoSuchModule:
+    found: ModuleType | None = run_user_code(f"importing {name!r} failed", _imported, name)
+    if found is None:
         files = sorted(path.stem for path in Path(here).glob("*.py"))
         hint = did_you_mean(name, files) or " For a file in another folder write its path: folder/mynet.py:build."
         raise InvalidValue(
             f"the module {name!r} is neither in the current folder nor among the installed packages.{hint}"
-        ) from None
+        )
+    return found
 
 
-class _NoSuchModule(BaseException):
-    """The module itself is missing, not one that it imports."""
-
-
-def _imported(name: str) -> ModuleType:
+def _imported(name: str) -> ModuleType | None:
+    """Imports a module. Returns None if the module itself is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise _NoSuchModule from None
+            return None
         raise
 
 

@@ -27,6 +27,7 @@ from convtap._cli.user_code import run_user_code, told
 from convtap._debug.finite import finite
 from convtap._errors import ConvtapError, InvalidType, InvalidValue
 from convtap._result.activations import Activations
+from convtap._result.file import check_path
 from convtap._select.example import fitted, run_once
 from convtap._time.timeline import timeline
 
@@ -88,6 +89,7 @@ def run_stats(args: argparse.Namespace) -> int:
     target = None if args.out is None else args.out / STATISTICS if args.out.is_dir() else args.out
     for path in (target, args.plot):
         if path is not None:
+            check_path(path)
             run_folder.check_folder(path.parent)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)

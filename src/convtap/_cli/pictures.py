@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import nn
 
 from convtap._atomic_write import write_whole
 from convtap._cli.run_folder import Run
-from convtap._errors import InvalidValue, MissingExtra, StoreError, Unsupported, one_line
+from convtap._errors import InvalidValue, StoreError, Unsupported, one_line
 from convtap._result.activations import Activations
 from convtap._result.file import unwritable
+from convtap._view.draw import need_matplotlib
 from convtap.plot import pages
 
 
@@ -68,13 +68,12 @@ def write_figures(path: Path, figures: list[Any]) -> list[Path]:
 
 
 def check_plot() -> None:
-    """Checks that matplotlib is installed, before a long run.
+    """Checks that matplotlib works, before a long run.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: it is not installed, or its import fails.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("pictures need matplotlib, which is not installed. Install it: pip install 'convtap[plot]'")
+    need_matplotlib()
 
 
 def write_picture(path: Path, figure: Any) -> Path:

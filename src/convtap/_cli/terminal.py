@@ -39,7 +39,8 @@ def any_encoding() -> Iterator[None]:
     before = [(stream, stream.errors) for stream in streams]
     try:
         for stream in streams:
-            stream.reconfigure(errors=_HANDLER)
+            with contextlib.suppress(ValueError):  # the stream is closed
+                stream.reconfigure(errors=_HANDLER)
         yield
     finally:
         for stream, errors in before:
@@ -141,7 +142,7 @@ def is_watched() -> bool:
     """Returns whether standard error is a terminal."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # the stream is closed
+    except (ValueError, AttributeError):  # the stream is closed, or another object
         return False
 
 

@@ -36,7 +36,7 @@ def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str 
     """
     try:
         return function(*args, **kwargs)
-    except ConvtapError:
+    except (ConvtapError, KeyboardInterrupt):
         raise
     except SystemExit as error:
         raise InvalidValue(
@@ -47,7 +47,7 @@ def run_user_code(what: str, function: Callable[..., Any], *args: Any, fix: str 
         raise InvalidValue(
             f"{what}: it printed to a pipe that the reader has closed{_line(error)}. Write the output to a file: > out.txt"
         ) from error
-    except Exception as error:
+    except BaseException as error:  # also asyncio.CancelledError and GeneratorExit
         raise InvalidValue(f"{what}: {told(error)}.{fix and ' '}{fix}") from error
 
 

@@ -20,6 +20,7 @@ from convtap._dataset.layout import (
     write_finished,
     write_padding,
 )
+from convtap._dataset.progress_bar import progress_bar
 from convtap._dataset.runner import Runner
 from convtap._dataset.sample_ids import SampleIds, ids_as_list
 from convtap._dataset.shard_format import Batch
@@ -125,10 +126,8 @@ class Job:
         return count is not None and not any(self._wanted(number) for number in range(count))
 
     def _bar(self, total: int | None, done: int) -> Any:
-        from tqdm import tqdm
-
-        name = f"extract → {self._path.name}"
-        return tqdm(total=total, initial=done, desc=name, unit=" samples", disable=not self._options.progress)
+        name = f"extract -> {self._path.name}"
+        return progress_bar(total=total, initial=done, desc=name, unit=" samples", disable=not self._options.progress)
 
     def _loop(self, publisher: ShardPublisher, bar: Any, termination: Termination) -> None:
         batches = self._plan.batches(self._wanted, self._looked)

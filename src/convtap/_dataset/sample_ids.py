@@ -16,6 +16,15 @@ def ids_as_list(found: Any) -> Any:
     return items if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__") else list(items)
 
 
+def _is_text(name: str) -> bool:
+    """Returns whether a shard can hold an id, unlike a file name that is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name
+
+
 class SampleIds:
     """Assigns ids to samples: the user's, the data set's indices, or a running count."""
 
@@ -60,9 +69,9 @@ class SampleIds:
         names: list[Id] = found
         fresh: set[Id] = set()
         for name in names:
-            if not isinstance(name, (int, str)) or isinstance(name, bool) or "\0" in str(name):
+            if not isinstance(name, (int, str)) or isinstance(name, bool) or not _is_text(str(name)):
                 raise InvalidType(
-                    f"ids(batch) returned the id {name!r}. Return an int or a str (without NUL) for each sample."
+                    f"ids(batch) returned the id {name!r}. Return an int or a str (in UTF-8, without NUL) for each sample."
                 )
             self._kind = self._kind or type(name)
             if not isinstance(name, self._kind):

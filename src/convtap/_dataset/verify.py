@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convtap._dataset.index import read_index
 from convtap._dataset.layout import RankFolder, rank_folders, set_aside, shard_files
+from convtap._dataset.progress_bar import progress_bar
 from convtap._dataset.shard_reader import Shard
 from convtap._errors import StoreError, listed, plural, warn_user
 from convtap._table import Table
@@ -47,10 +48,8 @@ def set_bad_aside(path: Path, own: RankFolder, part: int, parts: int, progress: 
 
 def _problems(path: Path, files: Iterable[str], progress: bool, leave: bool = True) -> Iterator[tuple[str, str]]:
     """Yields each bad shard and its problem."""
-    from tqdm import tqdm
-
     names = list(files)
-    for name in tqdm(names, desc="verify", unit="shard", disable=not progress or not names, leave=leave):
+    for name in progress_bar(names, desc="verify", unit="shard", disable=not progress or not names, leave=leave):
         try:
             problem = Shard(path / name).problem()
         except StoreError as error:

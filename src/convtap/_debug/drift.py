@@ -13,10 +13,12 @@ from convtap._errors import InvalidValue, listed
 from convtap._public import public
 from convtap._result.layer_statistics import LayerStatistics, source_of
 from convtap._result.statistics import Statistics
+from convtap._spelling import printable_repr
 from convtap._table import MOST, Rows, Table
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class LayerDrift:
     """The change of one layer's channels from one data set to the other.

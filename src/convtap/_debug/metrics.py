@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convtap._public import public
+from convtap._spelling import printable_repr
 from convtap._tensors.statistics import dtype_text
 
 _QUANTIZED_STEP = 2.0**-8  # of the range that eight bits cover
@@ -43,6 +44,7 @@ class Tolerance:
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class Difference:
     """The difference of one output of ``a`` from its partner in ``b``.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convtap._public import public
+from convtap._spelling import printable_repr
 from convtap._torch.modes import outside_function_modes
 from convtap._torch.transforms import unwrapped
 
@@ -27,6 +28,7 @@ READ_AT_ONCE = {"cpu"}
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class Range:
     """The range of a tensor's finite values, with the counts of NaN and Inf.

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from convtap._errors import plural
 from convtap._public import public
+from convtap._spelling import printable_repr
 from convtap._table import MOST, Rows, Table
 
 _STATES = ("captured", "not activated", "idle", "bypassed")
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class LayerCoverage:
     """The coverage of one selected layer.

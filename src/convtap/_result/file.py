@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convtap._atomic_write import write_whole
-from convtap._errors import StoreError, Unsupported
+from convtap._errors import InvalidValue, StoreError, Unsupported
 from convtap._result.call import Call, LayerRecord, given_of
 from convtap._result.log import Log
 from convtap._result.origin import Origin
@@ -37,6 +37,8 @@ def write(log: Log, path: str | os.PathLike[str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    target = Path(path)
+    check_path(target)
     tensors: dict[str, Tensor] = {}
     calls = [_describe(call, tensors) for call in log.calls.values()]
     about = {name: {"is_conv1d": record.is_conv1d, "layout": record.layout} for name, record in log.records.items()}
@@ -53,7 +55,6 @@ def write(log: Log, path: str | os.PathLike[str]) -> None:
         "notes": log.notes,
         "origin": None if log.origin is None else dataclasses.asdict(log.origin),
     }
-    target = Path(path)
     try:
         write_whole(target, lambda temporary: save_file(tensors, temporary, metadata={"convtap": json.dumps(content)}))
     except (OSError, SafetensorError) as error:
@@ -280,6 +281,20 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"torch has no dtype {name!r}")
     return found
+
+
+def check_path(path: Path) -> None:
+    """Checks that safetensors can read a file back from a path.
+
+    Raises:
+        InvalidValue: the path is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InvalidValue(
+            f"the path {str(path)!r} is not UTF-8, and safetensors reads no such file. Rename its folder, or pass another path."
+        ) from None
 
 
 def unwritable(target: Path, error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convtap._atomic_write import write_whole
 from convtap._errors import StoreError
-from convtap._result.file import unwritable
+from convtap._result.file import check_path, unwritable
 from convtap._result.layer_statistics import LayerStatistics, is_by_channel, source_of
 from convtap._tensors.channel_statistics import ChannelStatistics
 
@@ -24,6 +24,8 @@ def write(layers: Mapping[str, LayerStatistics], path: str | os.PathLike[str]) -
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    target = Path(path)
+    check_path(target)
     tensors: dict[str, Tensor] = {}
     described: list[dict[str, Any]] = []
     for number, (name, layer) in enumerate(layers.items()):
@@ -33,7 +35,6 @@ def write(layers: Mapping[str, LayerStatistics], path: str | os.PathLike[str]) -
         about = {"name": name, "calls": layer.calls, "by_channel": is_by_channel(layer)}
         described.append({**about, "count": source.count, "digits": digits})
     metadata = {_KEY: json.dumps({"format": _FORMAT, "layers": described})}
-    target = Path(path)
     try:
         write_whole(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from convtap._errors import InvalidType, InvalidValue, OutOfRange, brief, listed, plural
 from convtap._public import public
 from convtap._select.example import is_array
+from convtap._spelling import printable_repr
 
 
 @public
@@ -30,6 +31,7 @@ class Window(NamedTuple):
 
 
 @public
+@printable_repr
 @dataclass(frozen=True)
 class Hit:
     """A frame with a high value in one channel.

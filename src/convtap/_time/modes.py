@@ -30,7 +30,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._run(func, args, kwargs or {})
 
     def leave(self) -> None:
-        """Ends the mode, also after an interrupt in ``__enter__`` or in an earlier call of this."""
+        """Ends the mode. It can be repeated, also after an interrupt."""
         while self in _get_current_dispatch_mode_stack():
             for name, flags in vars(self).items():
                 if name.startswith("old_") and not flags:  # __exit__ was interrupted after it had taken its flags

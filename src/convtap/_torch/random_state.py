@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def random_state() -> list[Tensor]:
-    """Returns the states of the CPU's generator, and of all CUDA devices once CUDA is in use."""
+    """Returns the states of the generators of the CPU and of CUDA, if it is in use."""
     states = [torch.get_rng_state()]
     on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return states + (torch.cuda.get_rng_state_all() if on_cuda else [])

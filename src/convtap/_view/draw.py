@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtap._errors import MissingExtra, Unsupported
+from convtap._errors import MissingExtra, Unsupported, one_line
 from convtap._view.cells import (
     BLUE,
     INF_COLOUR,
@@ -51,16 +51,38 @@ def new_figure(width: int, height: int, remedy: str = "Draw fewer layers at a ti
     """
     if height > MAX_HEIGHT:
         raise Unsupported(f"this picture would be {height:,} pixels high, but the limit is {MAX_HEIGHT:,}. {remedy}")
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def need_matplotlib() -> None:
+    """Imports matplotlib.
+
+    Raises:
+        MissingExtra: it is not installed, or its import fails.
+    """
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise _broken(error) from error
         raise MissingExtra(
             "pictures need matplotlib, which is not installed (acts.report(path) works without it). Install it: "
             "pip install 'convtap[plot]'"
         ) from error
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
-    return figure
+    except Exception as error:  # such as one that was built for another NumPy
+        raise _broken(error) from error
+
+
+def _broken(error: Exception) -> MissingExtra:
+    return MissingExtra(
+        f"pictures need matplotlib, whose import failed: {type(error).__name__}: {one_line(error)}. Install it again: pip "
+        "install --force-reinstall matplotlib"
+    )
 
 
 def _png(figure: Figure) -> bytes:
