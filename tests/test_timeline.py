@@ -19,7 +19,7 @@ from tests.models import ReusedConv
 
 # -- references
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
 
 
 def positive(model: nn.Module) -> nn.Module:
@@ -286,7 +286,7 @@ def whole(x, size):
             lambda x: F.pixel_unshuffle(whole(x, 2)[:, :, None].expand(-1, -1, 2, -1), 2)[:, :, 0],
             2,
             8,
-            marks=pytest.mark.skipif(OLD, reason="torch 2.6 copies in another way there, and the layer is unknown"),
+            marks=pytest.mark.skipif(OLD, reason="torch 2.6 and 2.8 copy in another way, and the layer is unknown"),
         ),
         # and out of them
         (lambda x: F.pixel_shuffle(x[:, :, None], 2).flatten(1, 2), 4, 2),
