@@ -96,5 +96,6 @@ def _pins(row: Row) -> dict[str, str]:
 def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise Unavailable("; ".join(lines[-2:]) or f"{command[1]} ended with {done.returncode}")
+        lines = [line.strip(" ×├─▶╰") for line in done.stderr.splitlines() if line.strip()]
+        unbuilt = [line for line in lines if "Failed to build" in line]  # the rest is the builder's output, with paths
+        raise Unavailable("; ".join(unbuilt[:1] or lines[-2:]) or f"{command[1]} ended with {done.returncode}")
