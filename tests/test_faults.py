@@ -205,6 +205,7 @@ def interrupts():
 
     yield interrupted
     signal.setitimer(signal.ITIMER_REAL, 0)
+    torch.set_grad_enabled(True)  # a failure here must not make other tests fail
     signal.signal(signal.SIGALRM, before)
     gc.callbacks.remove(collection)
 
@@ -287,6 +288,16 @@ def test_a_keyboard_interrupt_in_a_look_at_a_model_leaves_the_model_restored(loo
         assert not torch.overrides._get_current_function_mode_stack()
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
         assert open_tokens() == ()
+
+
+def test_an_interrupt_in_the_exit_of_inference_mode_leaves_gradients_on(monkeypatch):
+    def strikes(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.inference_mode, "__exit__", strikes)
+    with contextlib.suppress(KeyboardInterrupt):
+        top(Streams(), [X], "conv", 2)
+    assert torch.is_grad_enabled()
 
 
 def test_a_guard_that_an_interrupt_left_without_its_steps_says_nothing():

@@ -62,7 +62,8 @@ class Accumulator:
             Unsupported: the output has no ordinary values, or its number of channels has changed.
         """
         stem = self._stem(call)
-        with outside_transforms(), outside_modes(), torch.no_grad(), torch.inference_mode(False):
+        # no_grad inside, since an interrupt may free torch's guard later, which then restores what it found
+        with outside_transforms(), outside_modes(), torch.inference_mode(False), torch.no_grad():
             for path, tensor in walk_tensors(call.output):
                 values, axis = self._choose(call, path, _readable(call, tensor))
                 self._add(stem + path, values, axis if self._by_channel else None)

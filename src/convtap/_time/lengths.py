@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ def follow(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
 
 def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     """Runs a model once on a copy of an example."""
-    with torch.inference_mode(False):
+    with _outside_inference():
         example = own_tensors(example)  # the model may write into them
         inputs = dict(walk_tensors(example))
     tree = ModuleTree(how.model)
@@ -73,7 +74,7 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     try:
         compile_stance.enter(opened)
         # In inference mode, operations are not decomposed into those that have rules.
-        with torch.inference_mode(False), looking(how.model):
+        with _outside_inference(), looking(how.model):
             if any(isinstance(parameter, UninitializedParameter) for parameter in how.model.parameters()):
                 called(how.model, own_tensors(example), how.method)
             inputs[how.path] = inputs[how.path].clone()  # it may be in the example twice
@@ -83,6 +84,14 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     finally:
         compile_stance.leave(opened)
     return follower.records, tree
+
+
+def _outside_inference() -> AbstractContextManager[Any]:
+    """A context outside of inference mode.
+
+    It has no guard of torch without need: one that an interrupt strikes is freed later, and restores then what it found.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 # -- other lengths
