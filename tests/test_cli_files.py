@@ -404,6 +404,10 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_model_runs(here, 
     for command in ("run", "stats"):
         assert "is not UTF-8" in mistake(capsys, command, "nets.py:gone", "--shape", "1,1,40", "--out", out)
     assert not os.path.exists(out)
+    assert (
+        main(["stats", "nets.py:build", "--shape", "1,1,40", "--plot", f"{out}/a.png"]) == 0
+    )  # no file of safetensors
+    assert os.path.exists(f"{out}/a.png")
 
 
 def test_pictures_without_matplotlib_fail_before_the_model_runs(here, capsys, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import unicodedata
 from typing import TypeVar
@@ -30,24 +31,39 @@ def spelled(sign: str) -> str:
     return plain.encode("ascii", "ignore").decode() or sign.encode("ascii", "backslashreplace").decode()
 
 
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(spelled, error.object[error.start : error.end])), error.end
+
+
+#: The error handler of an encoding that spells what the encoding lacks.
+HANDLER = "convtap.spelled"
+codecs.register_error(HANDLER, _spell)
+
+
 def printable(text: str) -> str:
     """Returns a text that ``print`` can write to standard output.
 
     On Windows a redirected output is in cp1252, which lacks characters of the tables. There ``print`` would raise
     UnicodeEncodeError. A character that the encoding has stays as it is.
     """
-    if text.isascii():
-        return text
     encoding = getattr(sys.stdout, "encoding", None)
-    if not isinstance(encoding, str):  # not a file, such as StringIO
+    if text.isascii() or not isinstance(encoding, str):  # StringIO has no encoding
         return text
     try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return "".join(sign if _has(encoding, sign) else spelled(sign) for sign in text)
+        return text.encode(encoding, HANDLER).decode(encoding)
     except LookupError:  # an encoding that Python does not know
-        pass
-    return text
+        return text
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text can be written in UTF-8, unlike some file names."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable_repr(kind: type[_T]) -> type[_T]:
@@ -59,11 +75,3 @@ def printable_repr(kind: type[_T]) -> type[_T]:
 
     kind.__repr__ = shown  # type: ignore[method-assign, assignment]
     return kind
-
-
-def _has(encoding: str, sign: str) -> bool:
-    try:
-        sign.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True

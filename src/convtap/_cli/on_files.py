@@ -8,13 +8,15 @@ from typing import Any
 
 from convtap._cli.exit_status import DIFFERS, SAME
 from convtap._cli.model import load_model
-from convtap._cli.pictures import check_plot, drawing, figures_of, write_figures, write_report
+from convtap._cli.pictures import drawing, figures_of, write_figures, write_report
 from convtap._cli.run_folder import OUTPUTS, PICTURE, REPORT, Run
 from convtap._cli.saved import Saved, activations_of, open_saved
-from convtap._cli.terminal import Progress, complain, is_watched, say
+from convtap._cli.terminal import Progress, complain, say
+from convtap._dataset.progress_bar import is_watched
 from convtap._debug.compare import compare
 from convtap._errors import InvalidValue
 from convtap._table import MOST
+from convtap._view.draw import need_matplotlib
 
 
 def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
@@ -26,7 +28,7 @@ def show(found: Any, args: argparse.Namespace, **options: Any) -> None:
 
 def run_plot(args: argparse.Namespace) -> int:
     """Draws the outputs or statistics at a path."""
-    check_plot()
+    need_matplotlib()
     with Progress(2) as bar:
         with bar.step("reading"):
             saved = open_saved(args.path)

@@ -19,7 +19,7 @@ from convtap._cli.exit_status import DIFFERS, SAME
 from convtap._cli.inputs import Given, call_error, find_files, mixed_rates, read_example, read_inputs
 from convtap._cli.model import load_model, on_device, types_of
 from convtap._cli.on_files import show
-from convtap._cli.pictures import check_plot, drawing, figures_of, write_figures, write_picture, write_report
+from convtap._cli.pictures import drawing, figures_of, write_figures, write_picture, write_report
 from convtap._cli.run_folder import PICTURE, REPORT, Run
 from convtap._cli.saved import STATISTICS
 from convtap._cli.terminal import Progress, complain, say
@@ -30,6 +30,7 @@ from convtap._result.activations import Activations
 from convtap._result.file import check_path
 from convtap._select.example import fitted, run_once
 from convtap._time.timeline import timeline
+from convtap._view.draw import need_matplotlib
 
 _NO_INPUT = (
     "the input is missing. Pass --input x.npy (or a sound file or a .pt file), or --shape 1,1,16000 for random numbers"
@@ -53,7 +54,8 @@ def run_run(args: argparse.Namespace) -> int:
     """Runs a model and writes the outputs of its layers into a folder."""
     inputs = _Inputs(args)
     if args.plot:
-        check_plot()
+        need_matplotlib()
+    check_path(args.out)
     run_folder.check_folder(args.out)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)
@@ -85,11 +87,12 @@ def run_stats(args: argparse.Namespace) -> int:
     """Prints and saves statistics of the outputs of a model's layers over all inputs."""
     inputs = _Inputs(args)
     if args.plot is not None:
-        check_plot()
+        need_matplotlib()
     target = None if args.out is None else args.out / STATISTICS if args.out.is_dir() else args.out
+    if target is not None:
+        check_path(target)
     for path in (target, args.plot):
         if path is not None:
-            check_path(path)
             run_folder.check_folder(path.parent)
     model = on_device(load_model(args.model), args.device)
     kinds = types_of(args.types, model)

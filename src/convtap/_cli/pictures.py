@@ -15,7 +15,6 @@ from convtap._cli.run_folder import Run
 from convtap._errors import InvalidValue, StoreError, Unsupported, one_line
 from convtap._result.activations import Activations
 from convtap._result.file import unwritable
-from convtap._view.draw import need_matplotlib
 from convtap.plot import pages
 
 
@@ -65,15 +64,6 @@ def write_figures(path: Path, figures: list[Any]) -> list[Path]:
     numbered = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(len(figures))]
     paths = [path] if len(figures) == 1 else numbered
     return [write_picture(one, figure) for one, figure in zip(paths, figures, strict=True)]
-
-
-def check_plot() -> None:
-    """Checks that matplotlib works, before a long run.
-
-    Raises:
-        MissingExtra: it is not installed, or its import fails.
-    """
-    need_matplotlib()
 
 
 def write_picture(path: Path, figure: Any) -> Path:

@@ -18,7 +18,7 @@ from convtap._atomic_write import write_whole
 from convtap._cli.terminal import complain
 from convtap._errors import ConvtapError, InvalidValue, StoreError
 from convtap._result.activations import Activations, log_of
-from convtap._result.file import check_path, unwritable
+from convtap._result.file import unwritable
 from convtap._result.keys import numbered
 from convtap._result.origin import own_version
 from convtap._result.samples import Samples
@@ -155,9 +155,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         StoreError: the folder is not writable.
-        InvalidValue: its path is not UTF-8.
     """
-    check_path(folder)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise StoreError(f"{str(there)!r} is a file, not a folder. Choose another folder: --out outputs")

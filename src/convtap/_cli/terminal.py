@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import io
@@ -13,8 +12,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from convtap._dataset.progress_bar import is_watched, progress_bar
 from convtap._errors import CoverageWarning, OffloadWarning, StoreError
-from convtap._spelling import spelled
+from convtap._spelling import HANDLER
 
 # Note: [Any encoding]
 # Assumption: a terminal or a pipe has its own encoding (cp1252, cp437, ascii), and the tables contain characters such as ×.
@@ -22,25 +22,16 @@ from convtap._spelling import spelled
 # Choice: while a command runs, its streams have an error handler that spells such a character in ASCII. This includes the
 #   help and the output of the user's model. A character that the encoding has stays as it is.
 
-_HANDLER = "convtap.spelled"
-
-
-def _spell(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(map(spelled, error.object[error.start : error.end])), error.end
-
 
 @contextlib.contextmanager
 def any_encoding() -> Iterator[None]:
     """Lets the standard streams accept any text. See Note: [Any encoding]."""
-    codecs.register_error(_HANDLER, _spell)
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [(stream, stream.errors) for stream in streams]
     try:
         for stream in streams:
             with contextlib.suppress(ValueError):  # the stream is closed
-                stream.reconfigure(errors=_HANDLER)
+                stream.reconfigure(errors=HANDLER)
         yield
     finally:
         for stream, errors in before:
@@ -138,14 +129,6 @@ def notes() -> Iterator[None]:
                 complain(f"note: {text}")
 
 
-def is_watched() -> bool:
-    """Returns whether standard error is a terminal."""
-    try:
-        return sys.stderr is not None and sys.stderr.isatty()
-    except (ValueError, AttributeError):  # the stream is closed, or another object
-        return False
-
-
 class Progress:
     """A progress bar over the steps of a command, if standard error is a terminal.
 
@@ -153,10 +136,8 @@ class Progress:
     """
 
     def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
         form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}] {desc}"
-        self._bar: Any = tqdm(total=total, bar_format=form, leave=False, disable=not is_watched())
+        self._bar: Any = progress_bar(total=total, bar_format=form, leave=False, disable=not is_watched())
 
     def __enter__(self) -> Progress:
         return self

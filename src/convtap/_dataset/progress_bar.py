@@ -33,12 +33,17 @@ class _Stderr:
             sys.stderr.flush()
 
     def isatty(self) -> bool:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return sys.stderr.isatty()
-        return False
+        return is_watched()
 
     def fileno(self) -> int:
         return sys.stderr.fileno()
+
+
+def is_watched() -> bool:
+    """Returns whether standard error is a terminal."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or another object
+        return bool(sys.stderr.isatty())
+    return False
 
 
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from convtap._dataset.index import Index
 from convtap._dataset.shard_format import Batch, Id
 from convtap._errors import InvalidType, InvalidValue, brief
+from convtap._spelling import is_utf8
 from convtap._tensors.nested import walk_tensors
 
 
@@ -14,15 +15,6 @@ def ids_as_list(found: Any) -> Any:
     """Returns the result of ``ids`` as a list if it is an array or an iterable."""
     items = found.tolist() if hasattr(found, "tolist") else found
     return items if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__") else list(items)
-
-
-def _is_text(name: str) -> bool:
-    """Returns whether a shard can hold an id, unlike a file name that is not UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in name
 
 
 class SampleIds:
@@ -69,7 +61,12 @@ class SampleIds:
         names: list[Id] = found
         fresh: set[Id] = set()
         for name in names:
-            if not isinstance(name, (int, str)) or isinstance(name, bool) or not _is_text(str(name)):
+            if (
+                not isinstance(name, (int, str))
+                or isinstance(name, bool)
+                or "\0" in str(name)
+                or not is_utf8(str(name))
+            ):
                 raise InvalidType(
                     f"ids(batch) returned the id {name!r}. Return an int or a str (in UTF-8, without NUL) for each sample."
                 )

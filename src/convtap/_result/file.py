@@ -23,6 +23,7 @@ from convtap._errors import InvalidValue, StoreError, Unsupported
 from convtap._result.call import Call, LayerRecord, given_of
 from convtap._result.log import Log
 from convtap._result.origin import Origin
+from convtap._spelling import is_utf8
 from convtap._tensors.layout import Layout
 from convtap._tensors.memory import has_no_values
 from convtap._tensors.nested import MISSING, Omitted
@@ -289,12 +290,10 @@ def check_path(path: Path) -> None:
     Raises:
         InvalidValue: the path is not UTF-8.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
+    if not is_utf8(str(path)):
         raise InvalidValue(
             f"the path {str(path)!r} is not UTF-8, and safetensors reads no such file. Rename its folder, or pass another path."
-        ) from None
+        )
 
 
 def unwritable(target: Path, error: Exception) -> str:

@@ -67,22 +67,16 @@ def need_matplotlib() -> None:
     """
     try:
         import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise _broken(error) from error
+    except Exception as error:  # a matplotlib that was built for another NumPy raises errors of several kinds
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "matplotlib":
+            raise MissingExtra(
+                "pictures need matplotlib, which is not installed (acts.report(path) works without it). Install it: "
+                "pip install 'convtap[plot]'"
+            ) from error
         raise MissingExtra(
-            "pictures need matplotlib, which is not installed (acts.report(path) works without it). Install it: "
-            "pip install 'convtap[plot]'"
+            f"pictures need matplotlib, whose import failed: {type(error).__name__}: {one_line(error)}. Install it again: "
+            "pip install --force-reinstall matplotlib"
         ) from error
-    except Exception as error:  # such as one that was built for another NumPy
-        raise _broken(error) from error
-
-
-def _broken(error: Exception) -> MissingExtra:
-    return MissingExtra(
-        f"pictures need matplotlib, whose import failed: {type(error).__name__}: {one_line(error)}. Install it again: pip "
-        "install --force-reinstall matplotlib"
-    )
 
 
 def _png(figure: Figure) -> bytes:
