@@ -288,6 +288,24 @@ def test_a_keyboard_interrupt_in_a_look_at_a_model_leaves_the_model_restored(loo
         assert not torch.overrides._get_current_function_mode_stack()
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
         assert open_tokens() == ()
+        assert not compile_stance._blocks
+        assert compile_stance._stance is None
+
+
+def test_an_interrupt_while_the_stance_is_left_does_not_keep_it(monkeypatch):
+    leave, struck = compile_stance.leave, []
+
+    def strikes(block):
+        if not struck:
+            struck.append(block)
+            raise KeyboardInterrupt
+        leave(block)
+
+    monkeypatch.setattr(compile_stance, "leave", strikes)
+    with pytest.raises(KeyboardInterrupt):
+        timeline(Streams(), X)
+    assert struck
+    assert not compile_stance._blocks
 
 
 def test_an_interrupt_in_the_exit_of_inference_mode_leaves_gradients_on(monkeypatch):

@@ -14,6 +14,7 @@ from convtap._debug.comparison import Run
 from convtap._errors import InvalidType, LayerNotFound, did_you_mean, listed
 from convtap._select.example import run_once
 from convtap._select.module_tree import ModuleTree
+from convtap._torch.cleanup import undone
 from convtap._torch.hooks import Hooks
 
 # Note: [Fused layers]
@@ -49,14 +50,12 @@ def observe(model: nn.Module, layers: Sequence[str], tree: ModuleTree, example: 
     heads: dict[int, tuple[weakref.ref[Tensor], Run]] = {}
     hooks = Hooks()
     wanted = set(layers)
-    for name, module in tree.names.items():
-        flow.kinds[name] = type(module).__name__
-        if name in wanted or isinstance(module, (*_NORMS, *_RELUS, nn.Identity)):
-            hooks.after(module, partial(_follow, flow, heads, wanted), name)
-    try:
+    with undone([hooks.remove]):
+        for name, module in tree.names.items():
+            flow.kinds[name] = type(module).__name__
+            if name in wanted or isinstance(module, (*_NORMS, *_RELUS, nn.Identity)):
+                hooks.after(module, partial(_follow, flow, heads, wanted), name)
         run_once(model, example, mode)
-    finally:
-        hooks.remove()
     return flow
 
 

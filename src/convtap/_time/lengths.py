@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from convtap._time.edge import Edges
 from convtap._time.follow import Follower
 from convtap._time.record import Pass, Record
 from convtap._torch import compile_stance
+from convtap._torch.cleanup import undone
 
 # Note: [Numbers that the model computes]
 # Assumption: a pass shows the numbers that operations receive, and not where the model has them from.
@@ -71,7 +73,7 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
     tree = ModuleTree(how.model)
     trains = {module for module in tree.names.values() if getattr(module, "training", False)}
     opened = object()
-    try:
+    with undone([partial(compile_stance.leave, opened)]):
         compile_stance.enter(opened)
         # In inference mode, operations are not decomposed into those that have rules.
         with _outside_inference(), looking(how.model):
@@ -81,8 +83,6 @@ def _run(how: Pass, example: Any) -> tuple[list[Record], ModuleTree]:
             follower = Follower(tree, how, inputs, trains)
             with follower.watching():
                 called(how.model, _with(example, how.path, inputs[how.path]), how.method)
-    finally:
-        compile_stance.leave(opened)
     return follower.records, tree
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convtap._errors import warn_user
 from convtap._torch import call_shim, convolution_key, modes
 from convtap._torch.call_stack import Calls
+from convtap._torch.cleanup import undone
 from convtap._torch.weight_reads import WeightReads
 
 # Note: [Private parts of torch]
@@ -111,19 +112,20 @@ def _failures() -> frozenset[str]:
 
 def _try(model: _Probe, tap: _Tap) -> None:
     token, reads, here = modes.Token(), WeightReads(), convolution_key.here()
-    modes.enter(token)
-    token.tap = tap
-    try:
+    steps: list[Callable[[], object]] = [
+        lambda: modes.leave(token),
+        lambda: call_shim.leave([model.conv], tap.called),
+        reads.close,
+        lambda: convolution_key.end(token, here),
+    ]
+    with undone(steps):
+        modes.enter(token)
+        token.tap = tap
         call_shim.listen(model.conv, tap.called)
         reads.open(tap, [("conv", model.conv)])
         if convolution_key.is_available():
             convolution_key.begin(token, here)
         model(torch.zeros(1, 1, 1, device="cpu", dtype=torch.float32))
-    finally:
-        convolution_key.end(token, here)
-        reads.close()
-        call_shim.leave([model.conv], tap.called)
-        modes.leave(token)
 
 
 @functools.cache
